@@ -1,0 +1,81 @@
+"""The first process of a droplet, inside its fresh namespaces: prepares mounts and network, then becomes sshd.
+
+Started by `machine.py`, which writes the settings as one line of JSON and later a line "ssh" to standard input.
+It uses the standard library alone, and starts as fast as Python can.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PRIVATE = Path("/run/sshd")
+AUTOMOUNT_RULE = Path("/etc/udev/rules.d/99-digitalocean-automount.rules")
+_PRIVATE_DIRECTORIES = ("/dev/disk", "/mnt", "/root", "/etc/udev/rules.d", str(PRIVATE))
+
+
+def main() -> None:
+    """Prepare the droplet, wait for the order to open SSH, become sshd."""
+    settings: dict[str, Any] = json.loads(sys.stdin.readline())
+    _set_up_mounts()
+    _write_files(settings)
+    _set_up_network(settings["address"])
+    print("ready", flush=True)
+    if sys.stdin.readline().strip() != "ssh":
+        return
+    os.execv("/usr/sbin/sshd", ["/usr/sbin/sshd", "-D", "-e", "-f", str(PRIVATE / "sshd_config")])
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+def _set_up_mounts() -> None:
+    """Hide the host's loop mounts, and give the droplet directories of its own."""
+    mounted = [line.split()[:2] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for source, target in reversed(mounted):
+        if source.startswith("/dev/loop"):
+            _run("umount", "--lazy", target)
+    for directory in _PRIVATE_DIRECTORIES:
+        os.makedirs(directory, exist_ok=True)
+        _run("mount", "-t", "tmpfs", "-o", "mode=755", "droplet", directory)
+    os.mkdir("/dev/disk/by-id")
+
+
+def _write_files(settings: dict[str, Any]) -> None:
+    """What cloud-init and the image provide: sshd's files, a name, the auto-mount rule, an open root account."""
+    for name, (content, mode) in settings["files"].items():
+        path = PRIVATE / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        path.chmod(mode)
+    if settings["automount"]:
+        AUTOMOUNT_RULE.write_text('# ACTION=="add", SUBSYSTEM=="block", ENV{ID_FS_USAGE}=="filesystem", RUN+=...\n')
+    _unlock_root()
+    _run("hostname", settings["hostname"])
+
+
+def _unlock_root() -> None:
+    """Hide the host's shadow file behind one in which root is not locked; sshd refuses locked accounts."""
+    shadow = Path("/etc/shadow")
+    if not shadow.exists():
+        return
+    copy = PRIVATE / "shadow"
+    shutil.copy(shadow, copy)
+    lines = copy.read_text().splitlines()
+    copy.write_text("".join(("root:*:20000::::::" if line.startswith("root:") else line) + "\n" for line in lines))
+    _run("mount", "--bind", str(copy), str(shadow))
+
+
+def _set_up_network(address: str) -> None:
+    batch = f"addr add {address}/30 dev eth0\nlink set eth0 up\nlink set lo up\n"
+    subprocess.run(["ip", "-batch", "-"], input=batch, text=True, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Volumes and snapshots as sparse files, and loop devices over them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+import subprocess
+from pathlib import Path
+
+GIB = 1024**3
+
+_FICLONE = 0x40049409
+_LOOP_CTL_GET_FREE = 0x4C82
+_LOOP_CONFIGURE = 0x4C0A
+_LOOP_CLR_FD = 0x4C01
+_BLKROSET = 0x125D
+_LOOP_MAJOR = 7
+_AUTOCLEAR = 4
+_COPY_STEP = 8 * 1024 * 1024
+
+
+def create_sparse(path: Path, size: int) -> None:
+    """A new file of nothing but zeros."""
+    with path.open("xb") as file:
+        file.truncate(size)
+
+
+def copy_sparse(source: Path, target: Path, size: int | None = None) -> None:
+    """Copy a file with its holes, shared with the source where the file system can, grown to `size`."""
+    with source.open("rb") as reader, target.open("xb") as writer:
+        whole = os.fstat(reader.fileno()).st_size
+        try:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+        except OSError:
+            writer.truncate(whole)
+            _copy_extents(reader.fileno(), writer.fileno(), whole)
+        writer.truncate(size or whole)
+
+
+def _copy_extents(reader: int, writer: int, size: int) -> None:
+    """Copy all stretches of data, leave the holes."""
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(reader, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no more data
+                return
+            raise
+        position = os.lseek(reader, start, os.SEEK_HOLE)
+        _copy_range(reader, writer, start, position)
+
+
+def _copy_range(reader: int, writer: int, start: int, end: int) -> None:
+    """Copy one stretch of bytes."""
+    os.lseek(writer, start, os.SEEK_SET)
+    while start < end:
+        copied = os.sendfile(writer, reader, start, min(_COPY_STEP, end - start))
+        if not copied:  # the source shrank meanwhile
+            return
+        start += copied
+
+
+class LoopDevice:
+    """A block device over a file. It is free again at the latest when this process ends, however that happens."""
+
+    def __init__(self, backing: Path) -> None:
+        """Take a free loop device for `backing`."""
+        with backing.open("r+b") as file:
+            self._fd, self.path = _configure_loop(file.fileno())
+
+    def close(self) -> None:
+        """Free the device; a process that still has it open can read on until it closes it."""
+        if self._fd < 0:
+            return
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(self._fd, _LOOP_CLR_FD)
+        os.close(self._fd)
+        self._fd = -1
+
+
+def _configure_loop(backing: int) -> tuple[int, str]:
+    """Bind a free loop device to an open file; returns the descriptor that keeps it, and its path."""
+    info = struct.pack("=52xI176x", _AUTOCLEAR)
+    config = struct.pack("=II", backing, 512) + info + bytes(64)
+    while True:
+        device, path = _open_free_loop()
+        try:
+            fcntl.ioctl(device, _LOOP_CONFIGURE, config)
+        except OSError as error:
+            os.close(device)
+            if error.errno != errno.EBUSY:  # somebody else was quicker: take the next one
+                raise
+        else:
+            fcntl.ioctl(device, _BLKROSET, struct.pack("i", 0))  # its last user may have left it read-only
+            return device, path
+
+
+def _open_free_loop() -> tuple[int, str]:
+    """Open a loop device that is free at the moment."""
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+    finally:
+        os.close(control)
+    path = f"/dev/loop{number}"
+    if not os.path.exists(path):  # inside a container /dev does not follow the kernel
+        with contextlib.suppress(FileExistsError):
+            os.mknod(path, stat.S_IFBLK | 0o660, os.makedev(_LOOP_MAJOR, number))
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC), path
+
+
+def file_system_of(device: str) -> str:
+    """The type of the file system on a device, empty if it has none."""
+    found = subprocess.run(
+        ["blkid", "-p", "-o", "value", "-s", "TYPE", device], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip()
