@@ -48,6 +48,7 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import struct
 import sys
@@ -334,13 +335,15 @@ class Api:
         """GET, repeated while it fails in a way that may pass."""
         return self._patiently("GET", path, params)
 
-    def delete(self, path: str) -> None:
-        """DELETE, repeated likewise; what is gone already is fine."""
+    def delete(self, path: str) -> bool:
+        """DELETE, repeated likewise; False if it is gone already, or so fresh that it is not known yet."""
         try:
             self._patiently("DELETE", path)
         except ApiError as problem:
             if problem.status != 404:
                 raise
+            return False
+        return True
 
     def list(self, path: str, key: str, **params: str | int) -> list[Json]:
         """All items of a list, from all its pages."""
@@ -348,36 +351,47 @@ class Api:
         for page in itertools.count(1):
             answer = self.get(path, **params, per_page=PAGE_SIZE, page=page)
             found = answer.get(key)
-            if not isinstance(found, list):
+            if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
                 raise DosvobError(f'DigitalOcean answered GET {path} without a list of "{key}": try again later')
             items += found
             if not found or not ((answer.get("links") or {}).get("pages") or {}).get("next"):
                 return items
         raise AssertionError("unreachable")
 
-    def post(self, path: str, body: Json) -> Json:
-        """POST, once. A lost answer is `NoAnswer`, and it is the caller's to find out what became of it."""
-        return self._once("POST", path, body=body)
+    def post(self, path: str, body: Json, *, defer: bool = False) -> Json:
+        """POST, once that is let through; with `defer`, a 429 is the caller's to handle.
+
+        A lost answer is `NoAnswer`, and it is the caller's to find out what became of it.
+        """
+        while True:
+            try:
+                return self._once("POST", path, body=body)
+            except ApiError as problem:
+                if problem.status != 429 or defer:
+                    raise
+                self._pause(problem, 0, 0)
 
     def create(self, path: str, key: str, body: Json, find: Callable[[], Json | None], *, defer: bool = False) -> Json:
         """POST until there is an answer, and return its `key`.
 
         When none came, or a 5xx did, the thing may exist: `find` looks for it by its unique name, until a list can be
-        trusted to show it, before it is posted again. With `defer`, a 429 is the caller's to handle.
+        trusted to show it, before it is posted again. With `defer`, a 429 is the caller's to handle. An `ApiError`
+        means that the thing does not exist, `NoAnswer` that it may.
         """
         give_up = time.monotonic() + RETRY_LIMIT
+        may_exist = False
         for backoff in backoffs():
             try:
-                return required(self.post(path, body), key, dict)
+                return required(self.post(path, body, defer=defer), key, dict)
             except (ApiError, NoAnswer) as problem:
-                limited = isinstance(problem, ApiError) and problem.status == 429
-                if isinstance(problem, ApiError) and (not problem.transient or (limited and defer)):
-                    found = find() if problem.status == 422 else None  # our own, from an answer that was lost?
-                    if found is None:
-                        raise
+                is_refused = isinstance(problem, ApiError) and (not problem.transient or problem.status == 429)
+                if is_refused and not may_exist:
+                    raise
+                may_exist = True
+                if (found := self._look_for(find)) is not None:
                     return found
-                if not limited and (found := self._look_for(find)) is not None:
-                    return found
+                if is_refused:  # the name may be taken by what no list shows yet
+                    raise NoAnswer(str(problem)) from problem
                 self._pause(problem, backoff, give_up)
         raise AssertionError("unreachable")
 
@@ -422,9 +436,9 @@ class Api:
                 timeout=CALL_TIMEOUT,
                 allow_redirects=False,  # the token is for this host alone
             )
-        except requests.exceptions.SSLError as problem:
-            raise DosvobError(f"{call}: the server's certificate is not trusted: {problem}") from problem
         except requests.RequestException as problem:
+            if isinstance(innermost(problem), ssl.SSLCertVerificationError):
+                raise DosvobError(f"{call}: {self._url} has no certificate to be trusted: {innermost(problem)}") from problem
             raise NoAnswer(f"{call}: no answer from {self._url}: {root_cause(problem)}") from problem
         self._detail(f"{call} → {response.status_code}")
         return self._answer(call, response)
@@ -450,11 +464,16 @@ class Api:
         return session
 
 
-def root_cause(problem: BaseException) -> str:
-    """The innermost reason of an exception, in its own words."""
+def innermost(problem: BaseException) -> BaseException:
+    """The exception that an exception goes back to."""
     while problem.__context__ is not None:
         problem = problem.__context__
-    return str(problem) or type(problem).__name__
+    return problem
+
+
+def root_cause(problem: BaseException) -> str:
+    """The innermost reason of an exception, in its own words."""
+    return str(innermost(problem)) or type(innermost(problem)).__name__
 
 
 def backoffs() -> Iterator[float]:
@@ -548,6 +567,7 @@ HOURS_PER_MONTH = 730
 VOLUME_PRICE = 0.10 / HOURS_PER_MONTH  # dollars per GiB and hour; the API does not tell these two:
 SNAPSHOT_PRICE = 0.06 / HOURS_PER_MONTH  # https://docs.digitalocean.com/products/volumes/details/pricing/
 CONTROL_PANEL = "https://cloud.digitalocean.com"
+UNKNOWN = "unknown"  # the id of what may be there, and cannot be listed
 
 
 class SnapshotTooSoon(DosvobError):
@@ -562,25 +582,25 @@ class NoDroplet(DosvobError):
     """The droplet could not be had, so no volume can be backed up."""
 
 
-class Kind:
-    """The kinds of resources, each with its list's path (which is also that of its items) and the list's key."""
+DROPLET, VOLUME, SNAPSHOT, KEY = ALL_KINDS = ("droplet", "volume", "snapshot", "SSH key")  # as removing them works
 
-    DROPLET = "droplet"
-    VOLUME = "volume"
-    SNAPSHOT = "snapshot"
-    KEY = "SSH key"
-    LISTS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {  # in the order in which removing them works
-        DROPLET: ("/v2/droplets", "droplets", {}),
-        VOLUME: ("/v2/volumes", "volumes", {}),
-        SNAPSHOT: ("/v2/snapshots", "snapshots", {"resource_type": "volume"}),
-        KEY: ("/v2/account/keys", "ssh_keys", {}),
-    }
-    PANELS: Mapping[str, str] = {
-        DROPLET: "/droplets",
-        VOLUME: "/volumes",
-        SNAPSHOT: "/images/snapshots/volumes",
-        KEY: "/account/security",
-    }
+
+@dataclass(frozen=True)
+class ListOf:
+    """Where the API lists a kind of resource, and where the control panel shows it."""
+
+    path: str
+    key: str
+    panel: str
+    params: Mapping[str, str] = field(default_factory=dict)
+
+
+LISTS: Mapping[str, ListOf] = {
+    DROPLET: ListOf("/v2/droplets", "droplets", "/droplets"),
+    VOLUME: ListOf("/v2/volumes", "volumes", "/volumes"),
+    SNAPSHOT: ListOf("/v2/snapshots", "snapshots", "/images/snapshots/volumes", {"resource_type": "volume"}),
+    KEY: ListOf("/v2/account/keys", "ssh_keys", "/account/security"),
+}
 
 
 @dataclass(frozen=True)
@@ -589,14 +609,14 @@ class Resource:
 
     kind: str
     id: str
-    name: str
-    hourly: float = 0.0
-    created_at: str = ""
+    name: str = field(compare=False)
+    hourly: float = field(default=0.0, compare=False)
+    created_at: str = field(default="", compare=False)
 
     @property
     def path(self) -> str:
         """Where the API has it."""
-        return f"{Kind.LISTS[self.kind][0]}/{urllib.parse.quote(self.id, safe='')}"
+        return f"{LISTS[self.kind].path}/{urllib.parse.quote(self.id, safe='')}"
 
     def __str__(self) -> str:
         cost = f", ${self.hourly * HOURS_PER_MONTH:.2f} a month" if self.hourly else ""
@@ -609,9 +629,9 @@ class Resource:
         if not isinstance(identifier, (str, int)):
             raise DosvobError(f"DigitalOcean listed a {kind} without an id: try again later")
         hourly = {
-            Kind.DROPLET: float((item.get("size") or {}).get("price_hourly") or 0),
-            Kind.VOLUME: float(item.get("size_gigabytes") or 0) * VOLUME_PRICE,
-            Kind.SNAPSHOT: float(item.get("size_gigabytes") or 0) * SNAPSHOT_PRICE,
+            DROPLET: float((item.get("size") or {}).get("price_hourly") or 0),
+            VOLUME: float(item.get("size_gigabytes") or 0) * VOLUME_PRICE,
+            SNAPSHOT: float(item.get("size_gigabytes") or 0) * SNAPSHOT_PRICE,
         }
         return cls(kind, str(identifier), str(item.get("name")), hourly.get(kind, 0.0), str(item.get("created_at", "")))
 
@@ -621,7 +641,7 @@ def is_ephemeral(name: str, tags: Iterable[str]) -> bool:
     return name.startswith(PREFIX) or TAG in tags
 
 
-def list_ephemeral(api: Api, run_prefix: str = "") -> list[Resource]:
+def list_ephemeral(api: Api, run_prefix: str = "", kinds: Iterable[str] = ALL_KINDS) -> list[Resource]:
     """All ephemeral resources of the account, or those of one run, in the order in which removing them works."""
 
     def ours(item: Json) -> bool:
@@ -630,50 +650,95 @@ def list_ephemeral(api: Api, run_prefix: str = "") -> list[Resource]:
 
     return [
         Resource.parse(kind, item)
-        for kind, (path, key, params) in Kind.LISTS.items()
-        for item in api.list(path, key, **params)
+        for kind in kinds
+        for item in api.list(LISTS[kind].path, LISTS[kind].key, **LISTS[kind].params)
         if ours(item)
     ]
 
 
-def remove_all(api: Api, find: Callable[[], list[Resource]], note: Callable[[str], None]) -> dict[Resource, str]:
-    """Delete what `find` finds until it finds nothing more; return what is left after REMOVE_LIMIT, with the reason.
+def remove_all(
+    api: Api,
+    run_prefix: str,
+    note: Callable[[str], None],
+    created: Mapping[Resource, float] | None = None,
+    kinds: Iterable[str] = ALL_KINDS,
+) -> dict[Resource, str]:
+    """Delete all ephemeral resources (of one run) until none is listed; return what stays, with the reason.
 
     A volume cannot be deleted for some seconds after its droplet's deletion was accepted: so it is tried again.
+    `created`, with the times of that, is deleted before anything is listed, and even if no list can be had.
     """
     start = time.monotonic()
-    for attempt in itertools.count():
-        found = find()
-        left: dict[Resource, str] = dict.fromkeys(found, "it is still listed")
-        refused = 0
-        for resource in found:
-            note(f"removing {resource}")
-            try:
-                api.delete(resource.path)
-            except ApiError as problem:
-                left[resource] = str(problem)
-                refused += problem.status in (401, 403)
-            except NoAnswer as problem:
-                left[resource] = str(problem)
+    unseen = dict(created or {})
+    for attempt in itertools.count(0 if unseen else 1):
+        listed, left = list_each(api, run_prefix, kinds) if attempt else ([], {})
+        found = dict.fromkeys([*listed, *unseen])
+        left |= delete_each(api, sorted(found, key=lambda resource: ALL_KINDS.index(resource.kind)), unseen, note)
+        if attempt and not left:
+            return {}
+        refused = sum(isinstance(problem, ApiError) and problem.status in (401, 403) for problem in left.values())
         limit = BUSY_LIMIT if refused else REMOVE_LIMIT  # what hangs on something that may not be removed stays too
-        if refused == len(found) or time.monotonic() - start > limit:
-            return left
+        if refused == len(left) > 0 or time.monotonic() - start > limit:
+            return {resource: str(problem or "it is still listed") for resource, problem in left.items()}
+        if attempt:  # only what was there is listed again: DigitalOcean answers ten lists of keys a minute, and no more
+            kinds = [kind for kind in ALL_KINDS if any(resource.kind == kind for resource in left)]
         api.sleep(min(0.3 * 1.5**attempt, 5.0))
     raise AssertionError("unreachable")
+
+
+def list_each(
+    api: Api, run_prefix: str, kinds: Iterable[str]
+) -> tuple[list[Resource], dict[Resource, DosvobError | None]]:
+    """As `list_ephemeral`; of a kind that cannot be listed something unknown may be there, which is returned apart."""
+    listed: list[Resource] = []
+    unknown: dict[Resource, DosvobError | None] = {}
+    for kind in kinds:
+        try:
+            listed += list_ephemeral(api, run_prefix, [kind])
+        except Interrupted:
+            raise
+        except DosvobError as problem:
+            unknown[Resource(kind, UNKNOWN, f"{run_prefix or PREFIX}*")] = problem
+    return listed, unknown
+
+
+def delete_each(
+    api: Api, found: Iterable[Resource], unseen: dict[Resource, float], note: Callable[[str], None]
+) -> dict[Resource, DosvobError | None]:
+    """Ask for the deletion of each; returns what went wrong with it, None if nothing did and it may just take a while.
+
+    What is surely gone is taken out of `unseen`.
+    """
+    problems: dict[Resource, DosvobError | None] = dict.fromkeys(found)
+    for resource in problems:
+        note(f"removing {resource}")
+        try:
+            if api.delete(resource.path) or is_old(unseen.get(resource, 0.0)):
+                unseen.pop(resource, None)
+        except Interrupted:
+            raise
+        except DosvobError as problem:
+            problems[resource] = problem
+    return problems
+
+
+def is_old(created: float) -> bool:
+    """Whether something created then (time.monotonic) is known everywhere by now, so that a 404 says that it is gone."""
+    return time.monotonic() - created > LIST_LAG
 
 
 def sweep(api: Api, report: Reporter) -> bool:
     """Remove what earlier runs left behind; return whether nothing is left."""
     found = list_ephemeral(api)
     for resource in found:
-        if resource.kind == Kind.DROPLET and 0 <= age(resource.created_at) < ALIVE_AGE:
+        if resource.kind == DROPLET and 0 <= age(resource.created_at) < ALIVE_AGE:
             report.warn(
                 f"{resource} was created only {age(resource.created_at) / 60:.0f} minutes ago: if another machine is "
                 "backing up with this account right now, its run will fail; one account wants one dosvob"
             )
     for resource in found:
         report.say(f"left over from an earlier run: {resource}")
-    left = remove_all(api, lambda: list_ephemeral(api), report.detail)
+    left = remove_all(api, "", report.detail) if found else {}
     report_left(report, left)
     return not left
 
@@ -689,9 +754,11 @@ def age(created_at: str) -> float:
 def report_left(report: Reporter, left: Mapping[Resource, str]) -> None:
     """Say loudly what could not be removed."""
     for resource, reason in left.items():
+        what = "there may be something " if resource.id == UNKNOWN else ""
+        billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
         report.error(
-            f"LEFT BEHIND, and billed until you remove it: {resource}. {reason}. "
-            f"Remove it at {CONTROL_PANEL}{Kind.PANELS[resource.kind]} or run: python dosvob.py sweep"
+            f"{what}LEFT BEHIND{billed}: {resource}. {reason}. "
+            f"Remove it at {CONTROL_PANEL}{LISTS[resource.kind].panel} or run: python dosvob.py sweep"
         )
 
 
@@ -783,7 +850,7 @@ class Ephemeral:
         self._lock = threading.Lock()
         self._created: dict[Resource, float] = {}
         self._removed: dict[Resource, float] = {}
-        self._unsettled: set[str] = set()
+        self._unsettled: dict[str, str] = {}  # kinds by name of what may or may not exist
         self._events = threading.Lock()  # a droplet takes one attach or detach at a time
 
     def __enter__(self) -> Ephemeral:
@@ -797,14 +864,14 @@ class Ephemeral:
         """Register the run's one-time public key; returns its id."""
         name = self.prefix + "key"
         body = {"name": name, "public_key": public_key}
-        return required(self._create(Kind.KEY, body), "id", int)
+        return required(self._create(KEY, body), "id", int)
 
     def create_droplet(self, plan: DropletPlan, key: int, user_data: str) -> Droplet:
         """Create the droplet in the first size that can be had, and wait until it is active and has an address."""
         try:
             return self._await_droplet(self._order_droplet(plan, key, user_data))
         except (ApiError, NoAnswer) as problem:
-            raise NoDroplet(f"the droplet could not be created: {problem}") from problem
+            raise NoDroplet(f"the droplet could not be had: {problem}") from problem
 
     def _order_droplet(self, plan: DropletPlan, key: int, user_data: str) -> Json:
         name = self.prefix + "droplet"
@@ -820,7 +887,7 @@ class Ephemeral:
                 "with_droplet_agent": False,
             }
             try:
-                return self._create(Kind.DROPLET, body)
+                return self._create(DROPLET, body)
             except ApiError as problem:
                 if problem.status != 422 or number == len(plan.sizes):
                     raise
@@ -854,13 +921,27 @@ class Ephemeral:
             "size_gigabytes": max(volume.size_gib, int(snapshot.get("min_disk_size") or 0)),
             "tags": [TAG],
         }
-        clone = self._create(Kind.VOLUME, body)
-        self._remove_now(Resource.parse(Kind.SNAPSHOT, snapshot))
+        clone = self._create_clone(volume, body)
+        self._remove_now(Resource.parse(SNAPSHOT, snapshot))
         return Volume.parse(clone), str(snapshot.get("created_at", ""))
+
+    def _create_clone(self, volume: Volume, body: Json) -> Json:
+        def create() -> Json | None:
+            try:
+                return self._create(VOLUME, body)
+            except ApiError as problem:
+                if problem.status != 404:
+                    raise
+                return None  # the snapshot is so fresh that it is not known yet
+
+        clone = wait_until(self._api, FRESH_LIMIT, create)
+        if clone is None:
+            raise DosvobError(f"{volume.name}: DigitalOcean lost the snapshot that it had just made: try again later")
+        return clone
 
     def _make_snapshot(self, volume: Volume, name: str) -> Json:
         try:
-            return self._create(Kind.SNAPSHOT, {"name": name, "tags": [TAG]}, f"/v2/volumes/{volume.id}/snapshots")
+            return self._create(SNAPSHOT, {"name": name, "tags": [TAG]}, f"/v2/volumes/{volume.id}/snapshots")
         except ApiError as problem:
             if problem.status == 429:
                 raise SnapshotTooSoon(volume, SNAPSHOT_RETRY if problem.wait is None else problem.wait) from problem
@@ -873,7 +954,7 @@ class Ephemeral:
     def release(self, clone: Volume, droplet: Droplet) -> None:
         """Detach the clone and delete it."""
         self._volume_event("detach", clone, droplet, lambda volume: droplet.id not in volume.droplet_ids)
-        self._remove_now(next(r for r in list(self._created) if r.kind == Kind.VOLUME and r.id == clone.id))
+        self._remove_now(next(r for r in list(self._created) if r.kind == VOLUME and r.id == clone.id))
 
     def cost(self) -> float:
         """Dollars for all that was created, by the seconds that it existed until now."""
@@ -886,21 +967,22 @@ class Ephemeral:
 
     def _create(self, kind: str, body: Json, post_path: str | None = None) -> Json:
         """Create a resource and enter it in the books; `_unsettled` has its name while it may or may not exist."""
-        path, key, params = Kind.LISTS[kind]
+        listed = LISTS[kind]
         name = body["name"]
 
         def find() -> Json | None:
-            return next((item for item in self._api.list(path, key, **params) if item.get("name") == name), None)
+            items = self._api.list(listed.path, listed.key, **listed.params)
+            return next((item for item in items if item.get("name") == name), None)
 
         with self._lock:
-            self._unsettled.add(name)
+            self._unsettled[name] = kind
         try:
             item = self._api.create(
-                post_path or path, key.removesuffix("s"), body, find, defer=kind == Kind.SNAPSHOT
+                post_path or listed.path, listed.key.removesuffix("s"), body, find, defer=kind == SNAPSHOT
             )
         except ApiError as problem:
             if not problem.transient or problem.status == 429:
-                self._settle(name)
+                self._settle(name)  # it was refused, so it does not exist
             raise
         resource = Resource.parse(kind, item)
         self._settle(name, resource)
@@ -909,19 +991,18 @@ class Ephemeral:
 
     def _settle(self, name: str, resource: Resource | None = None) -> None:
         with self._lock:
-            self._unsettled.discard(name)
+            self._unsettled.pop(name, None)
             if resource is not None:
                 self._created[resource] = time.monotonic()
 
     def _remove_now(self, resource: Resource) -> None:
         def delete() -> bool | None:
             try:
-                self._api.delete(resource.path)
+                return self._api.delete(resource.path) or is_old(self._created[resource]) or None
             except ApiError as problem:
                 if problem.status not in (409, 422):
                     raise
                 return None
-            return True
 
         if wait_until(self._api, BUSY_LIMIT, delete) is None:
             self._report.detail(f"{resource} is still in use; it will be removed at the end of the run")
@@ -972,21 +1053,23 @@ class Ephemeral:
         if result != "completed":
             raise DosvobError(f"{what} failed on DigitalOcean's side ({result}): try again later")
 
+    def _existing(self) -> dict[Resource, float]:
+        """What was created and is not known to be gone, with the time of its creation."""
+        with self._lock:
+            return {resource: since for resource, since in self._created.items() if resource not in self._removed}
+
     def _tear_down(self, api: Api) -> None:
         """Remove everything of this run, and look again that nothing is left."""
         self._report.say("removing the droplet and all else that was created")
-
-        def find() -> list[Resource]:
-            return list_ephemeral(api, self.prefix)
-
         try:
-            self.left = remove_all(api, find, self._report.doing)
-            if not self.left and self._unsettled:  # what was asked for and not answered may show late
+            self.left = remove_all(api, self.prefix, self._report.doing, self._existing())
+            if self._unsettled:  # what was asked for and not answered may show late
                 api.sleep(LIST_LAG)
-                self.left = remove_all(api, find, self._report.doing)
-        except DosvobError as problem:  # the account cannot be asked: tell what we know of
-            with self._lock:
-                self.left = {r: str(problem) for r in self._created if r not in self._removed}
+                kinds = [kind for kind in ALL_KINDS if kind in self._unsettled.values()]
+                self.left |= remove_all(api, self.prefix, self._report.doing, kinds=kinds)
+        except Exception as problem:  # noqa: BLE001 - even after a bug in here: tell what there may be
+            self._report.detail(traceback.format_exc())
+            self.left = dict.fromkeys(self._existing(), str(problem))
         with self._lock:
             for resource in self._created:
                 if resource not in self.left:
@@ -2547,9 +2630,12 @@ class Reporter:
 
     def _put(self, stream: Any, text: str) -> None:
         # A terminal that was closed, or a pipe that nobody reads, must not keep the teardown from its work.
-        with contextlib.suppress(OSError, ValueError):
+        try:
             stream.write(text)
             stream.flush()
+        except OSError:  # from now on into the void: what is buffered would fail again at the interpreter's exit
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as void:
+                os.dup2(void.fileno(), stream.fileno())
 
 
 class Progress:

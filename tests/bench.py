@@ -1,0 +1,454 @@
+"""How fast a sync is, against what the machine and the link allow. Run it as `tests/bench`; `--help` says how.
+
+A volume of 4 GiB (1 GiB random, 1 GiB compressible text, 2 GiB zeros) is synced over real OpenSSH:
+
+  S1  the first sync                S3  5,000 random pages of 4 KiB changed
+  S2  nothing changed               S4  205 MB changed in one piece, half of it compressible
+
+Two references are measured beside it: H, one thread that reads the volume once in 1 MiB reads with SHA-256, on the
+droplet's side; and C, `ssh cat` of the non-zero data alone. Each goal is a ratio to these, in the same run, of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import dosvob
+import paramiko
+
+MIB, GIB = 1 << 20, 1 << 30
+SIZE = 4 * GIB
+PAGES_CHANGED = 5000
+PIECE = 205_000_000 // MIB * MIB
+LINKS = {  # name: (round trip in ms, Mbit/s down, Mbit/s up), 0 for no limit
+    "L0": (0, 0, 0),
+    "L1": (20, 1000, 1000),
+    "L2": (40, 100, 20),
+    "80 ms": (80, 1000, 1000),
+    "200 ms": (200, 1000, 1000),
+}
+SCENARIOS = {"L0": "S1 S2 S3 S4", "L1": "S1 S2 S3 S4", "L2": "S1 S2 S3 S4", "80 ms": "S1", "200 ms": "S1"}
+
+
+# ── The data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def text(length: int, seed: int) -> bytes:
+    """Text that compresses about as well as text does."""
+    source = random.Random(seed)
+    words = ["".join(source.choices("abcdefghijklmnopqrstuvwxyz", k=source.randint(2, 11))) for _ in range(20000)]
+    out = bytearray()
+    while len(out) < length:
+        out += " ".join(source.choices(words, k=5000)).encode() + b"\n"
+    return bytes(out[:length])
+
+
+@dataclass(frozen=True)
+class Data:
+    """The contents that a volume has in turn, and how many bytes zlib's level 1 leaves of what crosses the link."""
+
+    base: Path
+    scattered: Path
+    piece: Path
+    base_packed: int
+    piece_packed: int
+
+
+def make_data(directory: Path) -> Data:
+    """Make the three contents, once per directory."""
+    paths = [directory / name for name in ("base", "scattered", "piece")]
+    facts = directory / "facts.json"
+    if not facts.exists():
+        base_packed = make_base(paths[0])
+        make_scattered(paths[0], paths[1])
+        piece_packed = make_piece(paths[1], paths[2])
+        facts.write_text(json.dumps([base_packed, piece_packed]))
+    base_packed, piece_packed = json.loads(facts.read_text())
+    return Data(paths[0], paths[1], paths[2], base_packed, piece_packed)
+
+
+def make_base(path: Path) -> int:
+    """The volume as it is first, with its zeros between the rest."""
+    packed = 0
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+        for mib in range(GIB // MIB):
+            for quarter, data in ((0, os.urandom(MIB)), (2, text(MIB, mib % 50))):
+                file.seek(quarter * GIB + mib * MIB)
+                file.write(data)
+                packed += len(zlib.compress(data, 1))
+    return packed
+
+
+def make_scattered(source: Path, path: Path) -> None:
+    """The same with random pages changed."""
+    subprocess.run(["cp", "--sparse=always", "--reflink=auto", source, path], check=True)
+    with path.open("r+b") as file:
+        for page in random.Random(3).sample(range(SIZE // 4096), PAGES_CHANGED):
+            file.seek(page * 4096)
+            file.write(os.urandom(4096))
+
+
+def make_piece(source: Path, path: Path) -> int:
+    """The same with a piece changed, half of it compressible."""
+    subprocess.run(["cp", "--sparse=always", "--reflink=auto", source, path], check=True)
+    half = PIECE // 2 // MIB * MIB
+    data = os.urandom(half) + text(PIECE - half, 99)
+    with path.open("r+b") as file:
+        file.seek(GIB // 2 + 12 * MIB)
+        file.write(data)
+    return sum(len(zlib.compress(data[start : start + MIB], 1)) for start in range(0, len(data), MIB))
+
+
+# ── The link and the two references ──────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link that is up: how to reach the droplet's side by SSH, and how to run a command there."""
+
+    name: str
+    address: str
+    port: int
+    directory: Path  # with the keys `id` and `hostkey`
+    there: tuple[str, ...]
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second from the droplet, infinite for no limit."""
+        megabits = LINKS[self.name][1]
+        return megabits * 125_000 or float("inf")
+
+    def ssh(self) -> list[str]:
+        """The ssh command."""
+        return [
+            *("ssh", "-F", "none", "-p", str(self.port), "-i", str(self.directory / "id"), "-o", "BatchMode=yes"),
+            *("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"),
+            f"root@{self.address}",
+        ]
+
+
+@contextlib.contextmanager
+def emulated(name: str, script: Path, directory: Path) -> Iterator[Link]:
+    """A link made by a script that is called `up RTT_MS DOWN_MBIT UP_MBIT`, and `down`."""
+    environment = {**os.environ, "BENCH": str(directory), "SSHD_EXTRA": "SetEnv PATH=/usr/bin:/bin"}
+    subprocess.run([script, "up", *map(str, LINKS[name])], env=environment, check=True, stdout=subprocess.DEVNULL)
+    there = ("ip", "netns", "exec", "droplet")
+    for command in dosvob.USER_DATA_COMMANDS:  # as cloud-init does it on a droplet
+        if "sysctl" in command:
+            subprocess.run([*there, "sh", "-c", command], check=False, stdout=subprocess.DEVNULL)
+    try:
+        yield Link(name, "10.77.0.2", 22, directory, there)
+    finally:
+        subprocess.run([script, "down"], env=environment, check=True)
+
+
+@contextlib.contextmanager
+def loopback(name: str, directory: Path) -> Iterator[Link]:
+    """No link at all: an sshd on this machine."""
+    port = 22022
+    Path("/run/sshd").mkdir(exist_ok=True)
+    for key in ("id", "hostkey"):
+        if not (directory / key).exists():
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / key], check=True)
+    shutil.copy(directory / "id.pub", directory / "authorized_keys")
+    options = {
+        "ListenAddress": "127.0.0.1",
+        "Port": port,
+        "HostKey": directory / "hostkey",
+        "AuthorizedKeysFile": directory / "authorized_keys",
+        "PidFile": "none",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "SetEnv": "PATH=/usr/bin:/bin",
+    }
+    words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+    server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-f", "/dev/null", *words])
+    try:
+        link = Link(name, "127.0.0.1", port, directory, ())
+        while subprocess.run([*link.ssh(), "true"], check=False, stderr=subprocess.DEVNULL).returncode:
+            time.sleep(0.1)
+        yield link
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def reference_h(link: Link, path: Path) -> float:
+    """Seconds to read and hash the volume with one thread."""
+    program = (
+        "import hashlib,sys\nf=open(sys.argv[1],'rb',buffering=0)\nh=hashlib.sha256()\n"
+        "while b:=f.read(1<<20): h.update(b)\n"
+    )
+    start = time.monotonic()
+    subprocess.run([*link.there, "/usr/bin/python3", "-c", program, path], check=True)
+    return time.monotonic() - start
+
+
+def reference_c(link: Link, path: Path, directory: Path) -> float:
+    """Seconds for `ssh cat` of the two GiB that are not zeros."""
+    start = time.monotonic()
+    with (directory / "cat").open("wb") as out:
+        command = f"dd if={path} bs=1M count=1024 status=none; dd if={path} bs=1M count=1024 skip=2048 status=none"
+        subprocess.run([*link.ssh(), command], stdout=out, check=True)
+    seconds = time.monotonic() - start
+    (directory / "cat").unlink()
+    return seconds
+
+
+# ── One sync ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One sync: seconds, bytes received, peak memory here and on the droplet, bytes of the image that were read."""
+
+    seconds: float
+    received: int
+    memory: int
+    agent_memory: int
+    read: int
+
+
+def sync_once(link: Link, source: Path, backups: Path, size: int = SIZE) -> Measurement:
+    """Sync in a process of its own, so that its memory can be measured."""
+    command = [sys.executable, __file__, "--one", json.dumps(dataclasses.asdict(link), default=str)]
+    watcher = AgentWatcher()
+    with watcher:
+        done = subprocess.run(
+            [*command, str(source), str(backups), str(size)], check=True, stdout=subprocess.PIPE, text=True
+        )
+    return Measurement(agent_memory=watcher.peak, **json.loads(done.stdout.splitlines()[-1]))
+
+
+class AgentWatcher(threading.Thread):
+    """Watches the peak memory (bytes) of agents on this machine."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self._done = threading.Event()
+
+    def __enter__(self) -> AgentWatcher:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self.join()
+
+    def run(self) -> None:
+        """Look now and then; the kernel keeps the peak."""
+        while not self._done.wait(0.2):
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    if b"exec(sys.stdin.buffer.read" in (process / "cmdline").read_bytes():
+                        self.peak = max(self.peak, peak_memory(process))
+
+
+def sync_here(link: Link, source: Path, backups: Path, size: int) -> None:
+    """What the process of its own does; prints what it measured."""
+    dosvob.SSH_PORT = link.port
+    keys = dosvob.RunKeys(
+        paramiko.Ed25519Key.from_private_key_file(str(link.directory / "id")),  # type: ignore[arg-type]
+        paramiko.Ed25519Key.from_private_key_file(str(link.directory / "hostkey")),  # type: ignore[arg-type]
+    )
+    cancellation = dosvob.Cancellation()
+    report = dosvob.Reporter(quiet=True)
+    paths = dosvob.ImagePaths(backups, "bench")
+    paths.metadata.mkdir(parents=True, exist_ok=True)
+    snapshot = dosvob.Snapshot("id", "bench", "fra1", size, "2026-01-01T00:00:00Z")
+
+    def connect_to_agent(first: int) -> dosvob.AgentStream:
+        transport = dosvob.connect(link.address, keys)
+        return dosvob.AgentStream(transport, dosvob.agent_source(str(source), first), cancellation)
+
+    read_before = bytes_read()
+    start = time.monotonic()
+    with contextlib.closing(dosvob.Update(paths, snapshot, report.warn, reread=False)) as update:
+        received = dosvob.sync_device(connect_to_agent, update, report, lambda received: None)
+        update.finish(report.warn)
+    seconds = time.monotonic() - start
+    memory = peak_memory(Path("/proc/self"))
+    print(json.dumps({"seconds": seconds, "received": received, "memory": memory, "read": bytes_read() - read_before}))
+
+
+def peak_memory(process: Path) -> int:
+    """The most memory that a process has had (bytes); what rusage tells counts the parent's as well."""
+    lines = (process / "status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read from files and sockets by read calls."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["rchar"])
+
+
+# ── The runs and the table ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Row:
+    """What was measured on a link in one repetition, by the scenario's or the reference's name."""
+
+    link: str
+    values: dict[str, list[Measurement | float]]
+
+
+def run_link(link: Link, data: Data, directory: Path, repetitions: int) -> Row:
+    """All scenarios of a link, so many times."""
+    row = Row(link.name, {})
+    backups = directory / "backups"
+    sources = {"S1": data.base, "S2": data.base, "S3": data.scattered, "S4": data.piece}
+    for repetition in range(repetitions):
+        shutil.rmtree(backups, ignore_errors=True)
+        subprocess.run(["cat", *sources.values()], stdout=subprocess.DEVNULL, check=True)  # into the page cache
+        note(row, "H", reference_h(link, data.base))
+        if link.name == "L0":
+            note(row, "C", reference_c(link, data.base, directory))
+        for scenario in SCENARIOS[link.name].split():
+            note(row, scenario, sync_once(link, sources[scenario], backups))
+            check_equal(sources[scenario], backups / "bench")
+        print(f"{link.name}: repetition {repetition + 1} of {repetitions} done", file=sys.stderr)
+    return row
+
+
+def note(row: Row, name: str, value: Measurement | float) -> None:
+    """Keep a value."""
+    row.values.setdefault(name, []).append(value)
+
+
+def check_equal(source: Path, image: Path) -> None:
+    """The image must be the volume, or the figures mean nothing."""
+    subprocess.run(["cmp", source, image], check=True)
+
+
+def median(values: list[Measurement | float]) -> float:
+    """The median of the seconds."""
+    return statistics.median(value.seconds if isinstance(value, Measurement) else value for value in values)
+
+
+def limit_of(scenario: str, row: Row, link: Link, data: Data, rows: dict[str, Row]) -> float:
+    """The seconds that the goal allows."""
+    h = median(row.values["H"])
+    nonzero = 2 * GIB
+    changed = PAGES_CHANGED * 4096
+    if scenario == "S2":
+        return 1.25 * h + 1
+    if scenario == "S3":
+        return 1.4 * h + 1 + changed / link.rate
+    if scenario == "S4":
+        return max(h, data.piece_packed / link.rate) * 1.2 + 1
+    if link.name == "L0":
+        return 1.3 * median(row.values["C"])
+    if link.name == "L2":
+        return 1.1 * data.base_packed / link.rate
+    if link.name in ("80 ms", "200 ms") and "L1" in rows:
+        return median(rows["L1"].values["S1"]) * (1.05 if link.name == "80 ms" else 1.15)
+    return 1.05 * nonzero / link.rate + 1
+
+
+def table(rows: dict[str, Row], links: dict[str, Link], data: Data) -> str:
+    """The table in Markdown."""
+    lines = ["| link | what | seconds | goal | of the goal | MB received | memory here, droplet (MB) | H |", "|---" * 8 + "|"]
+    for name, row in rows.items():
+        for scenario, values in row.values.items():
+            measured = [value for value in values if isinstance(value, Measurement)]
+            if not measured:
+                continue
+            seconds, limit = median(values), limit_of(scenario, row, links[name], data, rows)
+            received = statistics.median(value.received for value in measured) / 1e6
+            memory = f"{max(v.memory for v in measured) / 1e6:.0f}, {max(v.agent_memory for v in measured) / 1e6:.0f}"
+            lines.append(
+                f"| {name} | {scenario} | {seconds:.1f} | {limit:.1f} | {seconds / limit:.2f} | {received:.2f} | "
+                f"{memory} | {median(row.values['H']):.1f} |"
+            )
+    if "L0" in rows:
+        lines.append(f"\nC (`ssh cat` of the 2 GiB that are not zeros, no limit on the link): "
+                     f"{median(rows['L0'].values['C']):.1f} s")
+    return "\n".join(lines)
+
+
+def memory_table(link: Link, directory: Path) -> str:
+    """Peak memory over volumes of several sizes, which must be the same."""
+    lines = ["| volume | memory here (MB) | on the droplet (MB) |", "|---|---|---|"]
+    for gib in (1, 4, 16):
+        source = directory / f"sparse-{gib}"
+        with source.open("wb") as file:
+            file.truncate(gib * GIB)
+            for part in range(256):
+                file.seek(part * (gib * GIB // 256))
+                file.write(os.urandom(MIB))
+        shutil.rmtree(directory / "backups", ignore_errors=True)
+        done = sync_once(link, source, directory / "backups", gib * GIB)
+        lines.append(f"| {gib} GiB | {done.memory / 1e6:.0f} | {done.agent_memory / 1e6:.0f} |")
+        source.unlink()
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """What it ran on."""
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), platform.machine())
+    sha = "with" if "sha_ni" in Path("/proc/cpuinfo").read_text() else "without"
+    return (
+        f"{os.cpu_count()} cores ({model}, {sha} SHA instructions) carrying both ends; Linux {platform.release()}, "
+        f"Python {platform.python_version()}, paramiko {paramiko.__version__}"
+    )
+
+
+def main() -> None:
+    """The command line."""
+    if sys.argv[1:2] == ["--one"]:
+        fields = json.loads(sys.argv[2])
+        fields["directory"] = Path(fields["directory"])
+        sync_here(Link(**fields), Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--link", type=Path, metavar="SCRIPT", help="makes emulated links; without it only L0")
+    parser.add_argument("--links", default=",".join(LINKS), help=f"which of them; default: {','.join(LINKS)}")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--directory", type=Path, default=Path("/var/tmp/dosvob-bench"))
+    parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench/table.md"))
+    parser.add_argument("--memory", action="store_true", help="only the memory over 1, 4 and 16 GiB")
+    arguments = parser.parse_args()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    keys = arguments.directory / "keys"
+    keys.mkdir(exist_ok=True)
+    if arguments.memory:
+        with loopback("L0", keys) as link:
+            result = memory_table(link, arguments.directory)
+    else:
+        data = make_data(arguments.directory)
+        rows: dict[str, Row] = {}
+        links: dict[str, Link] = {}
+        for name in arguments.links.split(",") if arguments.link else ["L0"]:
+            with emulated(name, arguments.link, keys) if arguments.link else loopback(name, keys) as link:
+                links[name] = link
+                rows[name] = run_link(link, data, arguments.directory, arguments.repetitions)
+        result = f"{table(rows, links, data)}\n\n{machine()}; the median of {arguments.repetitions}."
+    print(result)
+    arguments.output.write_text(result + "\n")
+
+
+if __name__ == "__main__":
+    main()
