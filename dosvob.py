@@ -85,6 +85,10 @@ class UsageError(DosvobError):
     """The command line, the configuration or the place to run in is wrong: exit code 2, and nothing was created."""
 
 
+class Busy(UsageError):
+    """Another dosvob is at work in the same place."""
+
+
 class Interrupted(DosvobError):
     """The run was asked to stop."""
 
@@ -139,7 +143,8 @@ class Config:
     """What conf.json and the environment say.
 
     `include` and `exclude` are shell patterns of volume names; an empty `include` means all. `droplet_size` and
-    `droplet_image` are slugs, or None for the cheapest and the newest that will do.
+    `droplet_image` are slugs, or None for the cheapest and the newest that will do. `healthchecks` is the address of a
+    monitoring service that is told how each run goes; whoever knows it can do so too.
     """
 
     token: str = field(repr=False)
@@ -149,9 +154,10 @@ class Config:
     droplet_size: str | None = None
     droplet_image: str | None = None
     api_url: str = DEFAULT_API_URL
+    healthchecks: str | None = field(default=None, repr=False)
 
 
-TEXT_KEYS = ("do_token", "region", "droplet_size", "droplet_image")
+TEXT_KEYS = ("do_token", "region", "droplet_size", "droplet_image", "healthchecks")
 LIST_KEYS = ("include", "exclude")
 
 
@@ -180,6 +186,7 @@ def load_config(path: Path, environment: Mapping[str, str], warn: Callable[[str]
         droplet_size=content.get("droplet_size"),
         droplet_image=content.get("droplet_image"),
         api_url=checked_api_url(environment.get(API_URL_VARIABLE) or DEFAULT_API_URL),
+        healthchecks=checked_healthchecks(path, content.get("healthchecks")),
     )
 
 
@@ -209,17 +216,33 @@ def check_keys(path: Path, content: Json) -> None:
             hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(known)}"
             raise UsageError(f'{path}: unknown key "{key}": {hint}')
         if key in TEXT_KEYS and not isinstance(value, str):
-            raise UsageError(f'{path}: "{key}" must be a text in quotes, not {json.dumps(value)}')
+            raise UsageError(f'{path}: "{key}" must be a text in quotes')
         if key in LIST_KEYS and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
             raise UsageError(f'{path}: "{key}" must be a list of names in quotes, such as ["data", "db-*"]')
 
 
 def checked_api_url(url: str) -> str:
     """The endpoint without a trailing slash; the token must not travel in the clear, save on this very machine."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme == "https" and parts.hostname or parts.scheme == "http" and parts.hostname in LOOPBACK_HOSTS:
+    if is_private(url):
         return url.rstrip("/").removesuffix("/v2")
     raise UsageError(f"{API_URL_VARIABLE} is {url!r}: it must be an https:// address such as {DEFAULT_API_URL}")
+
+
+def checked_healthchecks(path: Path, url: str | None) -> str | None:
+    """The address to ping; what is told there, and the address itself, must not travel in the clear either."""
+    if url and not is_private(url):
+        raise UsageError(f'{path}: "healthchecks" must be an https:// address such as "https://hc-ping.com/YOUR-UUID"')
+    return url or None
+
+
+def is_private(url: str) -> bool:
+    """Whether what is sent to an address stays secret on its way: by HTTPS, or within this very machine."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname if parts.port != 0 else None  # an impossible port is a ValueError only when it is read
+    except ValueError:
+        return False
+    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and host in LOOPBACK_HOSTS))
 
 
 # ── The DigitalOcean API ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -261,7 +284,7 @@ class ApiError(DosvobError):
     def __init__(self, call: str, status: int, answer: Json, wait: float | None = None) -> None:
         self.status = status
         self.wait = wait
-        said = str(answer.get("message") or answer.get("id") or "no message")
+        said = str(answer.get("message") or answer.get("id") or "no message")[:300]
         request = f", request {answer['request_id']}" if answer.get("request_id") else ""
         super().__init__(f'DigitalOcean refused {call}: "{said}" (HTTP {status}{request}).{advice(call, status)}')
 
@@ -287,6 +310,8 @@ def advice(call: str, status: int) -> str:
         422: f" Something about the request does not suit DigitalOcean; limits are at {LIMITS_PAGE}",
         429: " Too many requests: try again later",
     }
+    if 300 <= status < 400:
+        return f" It redirects, and your token goes nowhere else: is {API_URL_VARIABLE} right?"
     return by_status.get(status, " It is DigitalOcean's fault: see https://status.digitalocean.com" * (status >= 500))
 
 
@@ -397,8 +422,11 @@ class Api:
 
     def _look_for(self, find: Callable[[], Json | None]) -> Json | None:
         end = time.monotonic() + LIST_LAG
-        while (found := find()) is None and time.monotonic() < end:
-            self.sleep(LIST_LAG / 3)
+        try:
+            while (found := find()) is None and time.monotonic() < end:
+                self.sleep(LIST_LAG / 3)
+        except ApiError as problem:  # it is the list that was refused
+            raise NoAnswer(str(problem)) from problem
         return found
 
     def _patiently(self, method: str, path: str, params: Json | None = None) -> Json:
@@ -678,7 +706,7 @@ def remove_all(
             return {}
         refused = sum(isinstance(problem, ApiError) and problem.status in (401, 403) for problem in left.values())
         limit = BUSY_LIMIT if refused else REMOVE_LIMIT  # what hangs on something that may not be removed stays too
-        if refused == len(left) > 0 or time.monotonic() - start > limit:
+        if refused == len(left) or time.monotonic() - start > limit:
             return {resource: str(problem or "it is still listed") for resource, problem in left.items()}
         if attempt:  # only what was there is listed again: DigitalOcean answers ten lists of keys a minute, and no more
             kinds = [kind for kind in ALL_KINDS if any(resource.kind == kind for resource in left)]
@@ -812,7 +840,7 @@ def droplet_image(api: Api, config: Config) -> str:
     slugs = [
         str(item["slug"])
         for item in api.list("/v2/images", "images", type="distribution")
-        if item.get("slug") and config.region in (item.get("regions") or ())
+        if item.get("slug") and item.get("status") != "retired" and config.region in (item.get("regions") or ())
     ]
     debians = sorted((int(m[1]), m[0]) for slug in slugs if (m := re.fullmatch(r"debian-(\d+)-x64", slug)))
     wanted = config.droplet_image or (debians[-1][1] if debians else "debian-x64")
@@ -841,11 +869,10 @@ class Ephemeral:
     be asked.
     """
 
-    def __init__(self, api: Api, region: str, report: Reporter) -> None:
+    def __init__(self, api: Api, report: Reporter) -> None:
         self.prefix = f"{PREFIX}{secrets.token_hex(4)}-"
         self.left: dict[Resource, str] = {}
         self._api = api
-        self._region = region
         self._report = report
         self._lock = threading.Lock()
         self._created: dict[Resource, float] = {}
@@ -1069,7 +1096,8 @@ class Ephemeral:
                 self.left |= remove_all(api, self.prefix, self._report.doing, kinds=kinds)
         except Exception as problem:  # noqa: BLE001 - even after a bug in here: tell what there may be
             self._report.detail(traceback.format_exc())
-            self.left = dict.fromkeys(self._existing(), str(problem))
+            unsettled = [Resource(kind, UNKNOWN, name) for name, kind in self._unsettled.items()]
+            self.left = dict.fromkeys([*self._existing(), *unsettled], str(problem))
         with self._lock:
             for resource in self._created:
                 if resource not in self.left:
@@ -1103,6 +1131,8 @@ class Ephemeral:
 CHUNK = 1 << 20  # bytes
 PAGE = 4096  # bytes
 PAGES = CHUNK // PAGE
+ZERO_PAGE = bytes(PAGE)
+ZERO_PAGE_DIGEST = hashlib.sha256(ZERO_PAGE).digest()
 DIGEST_SIZE = 32  # bytes
 SHORT_SIZE = 4  # bytes; enough to tell pages apart, since the chunk's digest is checked in the end
 WINDOW = 64  # chunks that the agent holds at most: 64 MiB keep 1 Gbit/s busy over a round trip of half a second
@@ -1112,6 +1142,7 @@ BATCH = 16  # digests to a write: fewer packets
 BATCH_SECONDS = 0.05  # after which a smaller batch will do
 QUEUED_FRAMES = 8
 HEARTBEAT = 5.0  # seconds
+KEPT_MEMORY = 32 << 20  # bytes; the most that glibc takes as M_MMAP_THRESHOLD
 SAMPLE = 32 << 10  # bytes that are compressed to see whether it pays
 DEVICE_LIMIT = 60.0  # seconds for the device to appear after its attach action completed
 AGENT_MAGIC = b"dosvob agent 1\n"
@@ -1120,12 +1151,12 @@ COMMAND = ">BII32s"
 HELLO, DIGEST, ZEROS, SHORT, RAW, PACKED, ALIVE, FAILED = range(1, 9)
 DROP, COMPARE, SEND, BYE = range(1, 5)
 AGENT_CONSTANTS = (
-    *("CHUNK", "PAGE", "DIGEST_SIZE", "SHORT_SIZE", "WINDOW", "READ_AHEAD", "READERS", "BATCH", "BATCH_SECONDS"),
-    *("QUEUED_FRAMES", "HEARTBEAT", "SAMPLE", "DEVICE_LIMIT", "AGENT_MAGIC", "FRAME", "COMMAND"),
+    *("CHUNK", "PAGE", "ZERO_PAGE_DIGEST", "DIGEST_SIZE", "SHORT_SIZE", "WINDOW", "READ_AHEAD", "READERS", "BATCH", "BATCH_SECONDS"),
+    *("QUEUED_FRAMES", "HEARTBEAT", "KEPT_MEMORY", "SAMPLE", "DEVICE_LIMIT", "AGENT_MAGIC", "FRAME", "COMMAND"),
     *("HELLO", "DIGEST", "ZEROS", "SHORT", "RAW", "PACKED", "ALIVE", "FAILED", "DROP", "COMPARE", "SEND", "BYE"),
 )
 AGENT_IMPORTS = """from __future__ import annotations
-import collections, concurrent.futures, fcntl, hashlib, os, queue, stat, struct, sys, threading, time, zlib
+import collections, concurrent.futures, ctypes, fcntl, hashlib, os, queue, stat, struct, sys, threading, time, zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 """
@@ -1136,14 +1167,26 @@ def page_digests(chunk: bytes | bytearray | memoryview) -> bytes:
 
     A chunk's digest is made of these, so that pages can be compared and checked without hashing anything twice.
     """
-    view = memoryview(chunk)
-    sha256 = hashlib.sha256
-    return b"".join([sha256(view[start : start + PAGE]).digest() for start in range(0, len(view), PAGE)])
+    whole = bytes(chunk)  # no copy if it is bytes; slices of bytes compare fast, those of a memoryview do not
+    pages = [whole[start : start + PAGE] for start in range(0, len(whole), PAGE)]
+    return b"".join([ZERO_PAGE_DIGEST if page == ZERO_PAGE else hashlib.sha256(page).digest() for page in pages])
 
 
 def chunk_digest(pages: bytes | bytearray) -> bytes:
     """The digest of a chunk, given those of its pages."""
     return hashlib.sha256(pages).digest()
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, up to some MiB, for buffers of a chunk come and go all the time.
+
+    Giving each back to the kernel and getting it anew as zeros costs half of all the CPU time of a first sync. The
+    numbers are those of mallopt(3): M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, which other C libraries may not have.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, 2 * KEPT_MEMORY)
+        mallopt(-3, KEPT_MEMORY)
 
 
 def zeros_frame(end: int, count: int) -> bytes:
@@ -1168,10 +1211,10 @@ class Agent:
         self.room = threading.Condition()
         self.frames: queue.Queue[bytes] = queue.Queue(QUEUED_FRAMES)
         self.drain_rate = float("inf")  # bytes per second that the link takes
-        self.zero_page = hashlib.sha256(bytes(PAGE)).digest()
 
     def run(self) -> None:
         """Serve until told to end; the process ends with it."""
+        keep_freed_memory()
         for work in (self.scan, self.obey):
             threading.Thread(target=self.guarded, args=(work,), daemon=True).start()
         self.write_frames()
@@ -1312,12 +1355,12 @@ class Agent:
         """Send the wanted pages, save those that are zeros."""
         chunk, digests = self.recall(index)
         pages = []
-        included = 0
         for page in range(len(chunk) // PAGE):
-            if wanted >> page & 1 and digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] != self.zero_page:
-                included |= 1 << page
-                pages.append(chunk[page * PAGE : (page + 1) * PAGE])
-        data = chunk if len(pages) * PAGE == len(chunk) else b"".join(pages)
+            if wanted >> page & 1 and digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] != ZERO_PAGE_DIGEST:
+                pages.append(page)
+        included = sum(1 << page for page in pages)
+        is_whole = len(pages) * PAGE == len(chunk)
+        data = chunk if is_whole else b"".join([chunk[page * PAGE : (page + 1) * PAGE] for page in pages])
         bitmap = included.to_bytes(len(chunk) // PAGE // 8, "little")
         if self.compressing_pays(data):
             self.put(PACKED, index, bitmap, zlib.compress(data, 1))
@@ -1335,12 +1378,15 @@ class Agent:
         return saved > 0.1 and rate > self.drain_rate
 
 
+# Taken as this file is loaded: by the time an agent is started, an update may have changed the file.
+AGENT_PARTS = [inspect.getsource(part) for part in (page_digests, chunk_digest, zeros_frame, keep_freed_memory, Agent)]
+
+
 def agent_source(device: str, first: int) -> bytes:
     """The agent's program."""
-    constants = "".join(f"{name} = {globals()[name]!r}\n" for name in AGENT_CONSTANTS)
-    parts = [inspect.getsource(part) for part in (page_digests, chunk_digest, zeros_frame, Agent)]
+    constants = "".join(f"{name} = {globals()[name]!r}\n" for name in AGENT_CONSTANTS) + "ZERO_PAGE = bytes(PAGE)\n"
     start = f"Agent({device!r}, {first}, sys.stdin.buffer, 1).run()\n"
-    return "\n\n".join((AGENT_IMPORTS, constants, *parts, start)).encode()
+    return "\n\n".join((AGENT_IMPORTS, constants, *AGENT_PARTS, start)).encode()
 
 
 # ── The image and its journal ────────────────────────────────────────────────────────────────────────────────────────
@@ -1365,7 +1411,6 @@ STATE_HEADER = 4096  # bytes, the last 32 of which are a checksum of the others
 STATE_VERSION = JOURNAL_VERSION = 1
 REREAD_PARTS = 8  # every sync reads so great a part of the image again, in turn, to find what decayed on disk
 READ_AHEAD_LOCAL = 8  # chunks
-ZERO_PAGE_DIGEST = hashlib.sha256(bytes(PAGE)).digest()
 ZERO_PAGES = ZERO_PAGE_DIGEST * PAGES
 ZERO_DIGEST = chunk_digest(ZERO_PAGES)
 ALL_PAGES = (1 << PAGES) - 1
@@ -2065,11 +2110,13 @@ def verify_image(paths: ImagePaths, progress: Callable[[int], None]) -> list[tup
     if state is None:
         return None
     damaged: list[tuple[int, int]] = []
+    zero_chunk = bytes(CHUNK)
     with paths.image.open("rb", buffering=0) as image, paths.state.open("rb") as digests:
         digests.seek(STATE_HEADER)
         for start in range(0, state.snapshot.size, CHUNK):
             chunk = os.pread(image.fileno(), CHUNK, start).ljust(CHUNK, b"\0")
-            if chunk_digest(page_digests(chunk)) != digests.read(DIGEST_SIZE):
+            digest = ZERO_DIGEST if chunk == zero_chunk else chunk_digest(page_digests(chunk))
+            if digest != digests.read(DIGEST_SIZE):
                 if damaged and damaged[-1][1] == start:
                     start = damaged.pop()[0]
                 damaged.append((start, start + CHUNK))
@@ -2176,6 +2223,7 @@ class Sync:
 
     def run(self) -> None:
         """Go on until all chunks are settled."""
+        keep_freed_memory()
         settled, deadline = -1, 0.0
         with contextlib.closing(self._local):
             while self._update.settled < self._update.chunks:
@@ -2263,7 +2311,7 @@ class Sync:
     def _on_data(self, frame: Frame) -> None:
         pending = self._pending.get(frame.index)
         included = int.from_bytes(frame.payload[: PAGES // 8], "little")
-        if pending is None or len(frame.payload) < PAGES // 8 or included & ~pending.wanted:
+        if pending is None or not pending.wanted or len(frame.payload) < PAGES // 8 or included & ~pending.wanted:
             raise BadAgent(f"the droplet sent pages of chunk {frame.index} that nobody asked for")
         data = unpacked(frame, included.bit_count() * PAGE)
         if merged_digest(pending.local, pending.wanted, included, data) == pending.digest:
@@ -2339,7 +2387,8 @@ SSH_PORT = 22
 SSH_LIMIT = 300  # seconds after which a droplet that does not let us in is given up
 SSH_TIMEOUT = 20  # seconds for one attempt to connect
 STALL_LIMIT = 30  # seconds of silence after which a connection is given up; the agent speaks every HEARTBEAT
-WINDOW_SIZE = 16 << 20  # bytes under way; keeps 1 Gbit/s busy at a round trip of 80 ms; more costs sshd much CPU
+LINK_SPEED = 125_000_000  # bytes per second that the window is made for: 1 Gbit/s
+LEAST_WINDOW, MOST_WINDOW = 4 << 20, 32 << 20  # bytes under way; a larger window costs sshd much CPU, and us memory
 PACKET_SIZE = 256 << 10  # bytes; fewer packets, each of which costs paramiko some Python
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr")  # GCM is three times as fast
 ATTEMPTS = 5  # connections in a row that break without one more chunk settled
@@ -2396,18 +2445,28 @@ class RunKeys:
         return "#cloud-config\n" + json.dumps(content)
 
 
+@dataclass(frozen=True)
+class Connection:
+    """An authenticated connection, and the window (bytes) that suits its round trip."""
+
+    transport: paramiko.Transport
+    window: int
+
+    def close(self) -> None:
+        """Close it, and with it whatever runs at its other end."""
+        self.transport.close()
+
+
 class AgentStream:
     """A running agent at the other end of an SSH connection. To be closed."""
 
-    def __init__(self, transport: paramiko.Transport, program: bytes, cancellation: Cancellation) -> None:
+    def __init__(self, connection: Connection, program: bytes, cancellation: Cancellation) -> None:
         self.received = 0  # bytes
-        self._transport = transport
+        self._connection = connection
         self._cancellation = cancellation
         bootstrap = f"import sys; exec(sys.stdin.buffer.read({len(program)}))"
         try:
-            self._channel = transport.open_session(
-                window_size=WINDOW_SIZE, max_packet_size=PACKET_SIZE, timeout=SSH_TIMEOUT
-            )
+            self._channel = connection.transport.open_session(connection.window, PACKET_SIZE, SSH_TIMEOUT)
             self._channel.settimeout(Cancellation.NAP)
             self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'")
         except (paramiko.SSHException, OSError) as problem:
@@ -2423,7 +2482,7 @@ class AgentStream:
 
     def receive(self) -> bytes:
         """What has come in, as much of it as there is: paramiko moves all of its buffer at each call."""
-        data = self._patiently(lambda: self._channel.recv(WINDOW_SIZE))
+        data = self._patiently(lambda: self._channel.recv(self._connection.window))
         if not data:
             raise ConnectionLost(f"the connection to the droplet ended{self._last_words()}")
         self.received += len(data)
@@ -2436,7 +2495,7 @@ class AgentStream:
             try:
                 return transfer()
             except TimeoutError:
-                if time.monotonic() > end or not self._transport.is_active():
+                if time.monotonic() > end or not self._connection.transport.is_active():
                     raise ConnectionLost(f"the connection to the droplet was silent for {STALL_LIMIT} s") from None
             except (OSError, EOFError, paramiko.SSHException) as problem:
                 raise ConnectionLost(f"the connection to the droplet broke: {problem}") from problem
@@ -2452,18 +2511,43 @@ class AgentStream:
 
     def close(self) -> None:
         """Close the connection; the agent ends with it."""
-        self._transport.close()
+        self._connection.close()
 
 
-def connect(address: str, keys: RunKeys) -> paramiko.Transport:
+class ReadAheadSocket(socket.socket):
+    """A socket that reads ahead: paramiko asks for 16 bytes, then for the rest of a packet, a system call for each."""
+
+    READ_SIZE = 256 << 10  # bytes
+
+    def __init__(self, connected: socket.socket) -> None:
+        timeout = connected.gettimeout()
+        super().__init__(fileno=connected.detach())
+        self.settimeout(timeout)
+        self._data = b""
+        self._taken = 0
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Up to `size` bytes."""
+        if self._taken == len(self._data):
+            self._data = super().recv(self.READ_SIZE, flags)
+            self._taken = 0
+        data = self._data[self._taken : self._taken + size]
+        self._taken += len(data)
+        return data
+
+
+def connect(address: str, keys: RunKeys) -> Connection:
     """An authenticated connection; raises HostKeyMismatch, or ConnectionLost for what may pass."""
+    start = time.monotonic()
     try:
-        sock = socket.create_connection((address, SSH_PORT), timeout=SSH_TIMEOUT)
+        sock = ReadAheadSocket(socket.create_connection((address, SSH_PORT), timeout=SSH_TIMEOUT))
     except OSError as problem:
         raise ConnectionLost(f"no connection to the droplet at {address}: {problem}") from problem
+    round_trip = time.monotonic() - start
+    window = min(max(int(2 * round_trip * LINK_SPEED), LEAST_WINDOW), MOST_WINDOW)
     # Without it each window adjustment waits for an acknowledgement: half the speed.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    transport = paramiko.Transport(sock, default_window_size=WINDOW_SIZE, default_max_packet_size=PACKET_SIZE)
+    transport = paramiko.Transport(sock, default_window_size=window, default_max_packet_size=PACKET_SIZE)
     transport.banner_timeout = transport.auth_timeout = SSH_TIMEOUT
     options = transport.get_security_options()
     options.ciphers = CIPHERS
@@ -2482,10 +2566,10 @@ def connect(address: str, keys: RunKeys) -> paramiko.Transport:
     except HostKeyMismatch:
         transport.close()
         raise
-    return transport
+    return Connection(transport, window)
 
 
-def connect_when_up(address: str, keys: RunKeys, cancellation: Cancellation, limit: float) -> paramiko.Transport:
+def connect_when_up(address: str, keys: RunKeys, cancellation: Cancellation, limit: float) -> Connection:
     """Connect to a droplet that may still be starting; raises the last ConnectionLost after `limit` seconds."""
     end = time.monotonic() + limit
     pause = 0.25
@@ -2496,7 +2580,7 @@ def connect_when_up(address: str, keys: RunKeys, cancellation: Cancellation, lim
             if time.monotonic() > end:
                 raise
         cancellation.sleep(pause)
-        pause = min(pause * 1.3, 2.0)
+        pause = min(pause * 1.3, 1.0)
 
 
 def device_path(volume_name: str) -> str:
@@ -2541,6 +2625,8 @@ def sync_device(
 
 LOG_INTERVAL = 60  # seconds between a log's lines about the same sync
 LIVE_INTERVAL = 0.2  # seconds between updates of a terminal's live line
+PING_LIMIT = 5  # seconds that a ping may take
+PING_BODY = 10_000  # bytes, from the end; a service may keep no more of it
 
 
 def human_size(size: float) -> str:
@@ -2568,10 +2654,11 @@ class Reporter:
         self.quiet = quiet
         self.secret = secret
         self.current = ""  # what is going on, for whoever asks with a second signal
+        self.summary: list[str] = []  # what somebody who was not there must know: warnings, errors, results
         self._lock = threading.Lock()
         self._live = ""
         self._is_terminal = sys.stdout.isatty()
-        self._lined_at = 0.0
+        self._lined_at = 0.0 if self._is_terminal else time.monotonic()
 
     def say(self, text: str) -> None:
         """Something happened."""
@@ -2585,15 +2672,22 @@ class Reporter:
 
     def warn(self, text: str) -> None:
         """Something that the user should look into."""
+        self.summary.append(f"warning: {text}")
         self._write(sys.stderr, f"warning: {text}")
 
     def error(self, text: str) -> None:
         """Something failed."""
+        self.summary.append(f"error: {text}")
         self._write(sys.stderr, f"error: {text}")
+
+    def conclude(self, text: str) -> None:
+        """What came of the run."""
+        self.summary.append(text)
+        self.say(text)
 
     def doing(self, text: str) -> None:
         """What is going on now."""
-        self.current = text
+        self.current = self.clean(text)
         self.detail(text)
 
     def progress(self, text: str) -> None:
@@ -2604,7 +2698,7 @@ class Reporter:
         self._lined_at = time.monotonic()
         if self._is_terminal:
             with self._lock:
-                self._live = self._clean(text)[: shutil.get_terminal_size().columns - 1]
+                self._live = self.clean(text)[: shutil.get_terminal_size().columns - 1]
                 self._put(sys.stdout, f"\r\x1b[2K{self._live}")
         else:
             self._write(sys.stdout, text)
@@ -2619,11 +2713,12 @@ class Reporter:
 
     def _write(self, stream: Any, text: str) -> None:
         stamp = "" if stream.isatty() else f"{utc_now().isoformat()} "
-        lines = "".join(f"{stamp}{line}\n" for line in self._clean(text).splitlines())
+        lines = "".join(f"{stamp}{line}\n" for line in self.clean(text).splitlines())
         with self._lock:
             self._put(stream, f"\r\x1b[2K{lines}{self._live}" if self._live else lines)
 
-    def _clean(self, text: str) -> str:
+    def clean(self, text: str) -> str:
+        """The text without the secret and without what could steer a terminal."""
         if self.secret:
             text = text.replace(self.secret, "***")
         return "".join(char if char.isprintable() or char == "\n" else "�" for char in text)
@@ -2636,6 +2731,55 @@ class Reporter:
         except OSError:  # from now on into the void: what is buffered would fail again at the interpreter's exit
             with contextlib.suppress(OSError), open(os.devnull, "wb") as void:
                 os.dup2(void.fileno(), stream.fileno())
+
+
+class Monitor:
+    """Tells a service in the manner of healthchecks.io how a run goes: https://healthchecks.io/docs/http_api/
+
+    That is done at once or not at all: a ping that fails is worth a warning, and nothing else comes of it.
+    """
+
+    def __init__(self, url: str | None, report: Reporter) -> None:
+        self._url = url
+        self._report = report
+
+    def start(self) -> None:
+        """The run has begun."""
+        self._ping("/start", "")
+
+    def success(self) -> None:
+        """The run has ended well."""
+        self._ping("", "\n".join(self._report.summary))
+
+    def fail(self, problem: str = "") -> None:
+        """The run has failed."""
+        self._ping("/fail", "\n".join([*self._report.summary, *([f"error: {problem}"] if problem else [])]))
+
+    def _ping(self, event: str, body: str) -> None:
+        if self._url is None:
+            return
+        parts = urllib.parse.urlsplit(self._url)
+        url = parts._replace(path=parts.path.rstrip("/") + event).geturl()
+        content = self._report.clean(body).encode(errors="replace")[-PING_BODY:]
+        outcome: queue.SimpleQueue[str] = queue.SimpleQueue()
+        # In a thread of its own: looking up a name, or an answer that trickles in, has no limit otherwise.
+        threading.Thread(target=lambda: outcome.put(post_ping(url, content)), daemon=True).start()
+        try:
+            problem = outcome.get(timeout=PING_LIMIT)
+        except queue.Empty:
+            problem = f"no answer within {PING_LIMIT} s"
+        if problem:
+            self._report.warn(f"the ping to {parts.hostname} failed: {problem}; the backup is not affected")
+
+
+def post_ping(url: str, body: bytes) -> str:
+    """Send a ping; returns what went wrong, without the address, for who knows that can send pings too."""
+    headers = {"User-Agent": f"dosvob/{VERSION}", "Content-Type": "text/plain; charset=utf-8"}
+    try:
+        response = requests.post(url, data=body, headers=headers, timeout=PING_LIMIT, allow_redirects=False)
+    except Exception as problem:  # noqa: BLE001 - whatever it is, the backup is what matters
+        return root_cause(problem)
+    return "" if response.ok and response.status_code < 300 else f"HTTP status {response.status_code}"
 
 
 class Progress:
@@ -2731,8 +2875,9 @@ def locked(backups: Path) -> Iterator[None]:
     """Hold the lock of a backups directory, making what is missing; UsageError if it is held, or cannot be had."""
     metadata = backups / ".dosvob"
     try:
-        backups.mkdir(exist_ok=True)
-        metadata.mkdir(exist_ok=True)
+        backups.mkdir(mode=0o700, exist_ok=True)
+        metadata.mkdir(mode=0o700, exist_ok=True)
+        sync_directory(backups)  # a journal counts only if its directory survives a power cut
         fd = create_private(metadata / "lock")
     except OSError as problem:
         raise UsageError(f"cannot write to {backups}: {problem.strerror}: is it there, and yours?") from problem
@@ -2740,7 +2885,7 @@ def locked(backups: Path) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another dosvob is at work in {backups}: wait until it ends") from None
+            raise Busy(f"another dosvob is at work in {backups}: wait until it ends") from None
         yield
     finally:
         os.close(fd)
@@ -2818,14 +2963,16 @@ class Backup:
 
     def run(self, volumes: list[Volume]) -> tuple[list[Result], bool]:
         """Back up all volumes; returns the results in their order, and whether nothing is left behind."""
-        ephemeral = Ephemeral(self._api, self._plan.region, self._report)
+        names = ", ".join(volume.name for volume in volumes)
+        self._report.say(f"backing up {names}, over a droplet {self._plan.sizes[0][0]} with {self._plan.image}")
+        ephemeral = Ephemeral(self._api, self._report)
         with ephemeral:
             try:
                 self._run(ephemeral, volumes)
             finally:
                 self._report.end_progress()
-        self._report.say(result_table(self._results[volume.name] for volume in volumes))
-        self._report.say(f"this run cost about ${ephemeral.cost():.4f}")
+        self._report.conclude(result_table(self._results[volume.name] for volume in volumes))
+        self._report.conclude(f"this run cost about ${ephemeral.cost():.5f}")
         return [self._results[volume.name] for volume in volumes], not ephemeral.left
 
     def _run(self, ephemeral: Ephemeral, volumes: list[Volume]) -> None:
@@ -2835,9 +2982,8 @@ class Backup:
                 droplet = droplets.submit(self._make_droplet, ephemeral)
                 turns = [Turn(volume, number) for number, volume in enumerate(volumes) if self._is_acceptable(volume)]
                 self._take_turns(collections.deque(turns), ephemeral, droplet, ahead, behind)
-            except BaseException:
+            finally:
                 self._cancellation.request()  # what goes on in the background is of no use any more
-                raise
 
     def _is_acceptable(self, volume: Volume) -> bool:
         try:
@@ -2877,7 +3023,7 @@ class Backup:
     ) -> Prepared | None:
         """What was prepared for the turn; None if it failed, or is to be taken later."""
         try:
-            return future.result()
+            return self._await(turn, future)
         except Interrupted:
             raise
         except SnapshotTooSoon as problem:
@@ -2895,6 +3041,16 @@ class Backup:
         except DosvobError as problem:
             self._fail(turn.volume, str(problem))
         return None
+
+    def _await(self, turn: Turn, future: concurrent.futures.Future[Prepared]) -> Prepared:
+        start = time.monotonic()
+        while not future.done():
+            left = turn.not_before - time.monotonic()
+            until = f"{left:.0f} s until DigitalOcean may take its next snapshot"
+            waiting = f"waiting for its clone and the droplet, {human_time(time.monotonic() - start)}"
+            self._report.progress(f"{turn.volume.name}: {until if left > 0 else waiting}")
+            concurrent.futures.wait([future], timeout=0.5)
+        return future.result()
 
     def _fail(self, volume: Volume, problem: str) -> None:
         self._report.end_progress()
@@ -2920,9 +3076,7 @@ class Backup:
         self, turn: Turn, ephemeral: Ephemeral, droplet: concurrent.futures.Future[Droplet]
     ) -> Prepared:
         """Make the volume's clone and attach it."""
-        while (left := turn.not_before - time.monotonic()) > 0:
-            self._report.progress(f"{turn.volume.name}: {left:.0f} s until DigitalOcean may take its snapshot")
-            self._cancellation.sleep(min(left, 1.0))
+        self._cancellation.sleep(turn.not_before - time.monotonic())
         if droplet.done():
             droplet.result()  # a clone would be of no use without it
         clone, taken_at = ephemeral.make_clone(turn.volume, turn.number)
@@ -2963,13 +3117,13 @@ class Backup:
         snapshot = Snapshot(volume.id, volume.name, volume.region, prepared.clone.size, prepared.taken_at)
 
         def connect_to_agent(first: int) -> AgentStream:
-            transport = connect_when_up(droplet.address, self._keys, self._cancellation, RECONNECT_LIMIT)
+            connection = connect_when_up(droplet.address, self._keys, self._cancellation, RECONNECT_LIMIT)
             try:
                 return AgentStream(
-                    transport, agent_source(device_path(prepared.clone.name), first), self._cancellation
+                    connection, agent_source(device_path(prepared.clone.name), first), self._cancellation
                 )
             except BaseException:
-                transport.close()
+                connection.close()
                 raise
 
         self._report.detail(f"{volume.name}: syncing its snapshot of {prepared.taken_at}")
@@ -2995,14 +3149,36 @@ def back_up(arguments: argparse.Namespace, report: Reporter, cancellation: Cance
     api = Api(config.api_url, config.token, cancellation, report.say, report.detail)
     if arguments.dry_run:
         return dry_run(api, config, arguments, report)
-    with locked(arguments.backups):
-        damaged = recover_all(arguments.backups, report)
-        is_clean = sweep(api, report)
-        plan = plan_droplet(api, config)
-        volumes = select_volumes(list_volumes(api), config, arguments.names, report)
-        fit = [volume for volume in volumes if volume.name not in damaged]
-        backup = Backup(api, plan, arguments.backups, report, cancellation, reread=arguments.reread)
-        results, nothing_left = backup.run(fit) if fit else ([], True)
+    monitor = Monitor(config.healthchecks, report)
+    try:
+        with locked(arguments.backups):
+            monitor.start()
+            code = back_up_all(api, config, arguments, report, cancellation)
+    except Busy:
+        raise  # the one that is at work tells how it goes
+    except Exception as problem:
+        monitor.fail(str(problem))
+        raise
+    if code == EXIT_OK:
+        monitor.success()
+    else:
+        monitor.fail()
+    return code
+
+
+def back_up_all(
+    api: Api, config: Config, arguments: argparse.Namespace, report: Reporter, cancellation: Cancellation
+) -> int:
+    """A backup, once the lock is held; returns the exit code."""
+    damaged = recover_all(arguments.backups, report)
+    is_clean = sweep(api, report)
+    plan = plan_droplet(api, config)
+    volumes = select_volumes(list_volumes(api), config, arguments.names, report)
+    if not arguments.names:
+        record_wanted(arguments.backups, (volume.name for volume in volumes), report)
+    fit = [volume for volume in volumes if volume.name not in damaged]
+    backup = Backup(api, plan, arguments.backups, report, cancellation, reread=arguments.reread)
+    results, nothing_left = backup.run(fit) if fit else ([], True)
     failed = any(result.error for result in results)
     return EXIT_FAILED if failed or damaged or not nothing_left or not is_clean else EXIT_OK
 
@@ -3066,6 +3242,74 @@ def verify(arguments: argparse.Namespace, report: Reporter, cancellation: Cancel
     return EXIT_FAILED if failed else EXIT_OK
 
 
+def record_wanted(backups: Path, names: Iterable[str], report: Reporter) -> None:
+    """Keep in mind what is to be backed up, for `health`."""
+    new = backups / ".dosvob" / "wanted.json.new"
+    try:
+        with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+            json.dump(list(names), file)
+        new.rename(new.with_suffix(""))
+    except OSError as problem:
+        report.warn(f"{disk_problem(problem, backups)}; `health` will not miss a volume that was never backed up")
+
+
+def recorded_wanted(backups: Path) -> set[str]:
+    """What the last run was to back up."""
+    try:
+        names = json.loads((backups / ".dosvob" / "wanted.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return set()
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+
+def health(
+    arguments: argparse.Namespace,
+    report: Reporter,
+    cancellation: Cancellation,  # noqa: ARG001 - what every command is given
+) -> int:
+    """Say how old each backup is, without network, account or lock; it fails if one is too old, or there is none."""
+    backups: Path = arguments.backups
+    if not backups.is_dir():
+        raise UsageError(f"there is no {backups}: say where the images are with --backups")
+    try:
+        wanted = recorded_wanted(backups)
+        known = {path.name.removesuffix(".state") for path in (backups / ".dosvob").glob("*.state")}
+        names = arguments.names or sorted(wanted | known)
+        if not names:
+            raise DosvobError(f"there is no backup in {backups} yet")
+        fresh = [is_fresh(backups, name, arguments.max_age, wanted, report) for name in names]
+    except OSError as problem:
+        raise DosvobError(disk_problem(problem, backups)) from problem
+    return EXIT_OK if all(fresh) else EXIT_FAILED
+
+
+def is_fresh(backups: Path, name: str, max_age: float, wanted: set[str], report: Reporter) -> bool:
+    """Whether an image is there and its snapshot is at most `max_age` hours old, and say so."""
+    try:
+        paths = ImagePaths(backups, name)
+        with paths.state.open("rb") as file:
+            state = State.unpack(file.read(STATE_HEADER), paths.state)
+    except FileNotFoundError:
+        report.error(f"{name}: there is no complete backup of it yet")
+        return False
+    except DosvobError as problem:
+        report.error(str(problem))
+        return False
+    if not paths.image.exists():
+        report.error(f"{name}: {paths.image} is missing: the next backup fetches all of it")
+        return False
+    seconds = max(age(state.snapshot.taken_at), 0)
+    if seconds == float("inf"):  # what DigitalOcean says is not a time
+        seconds = max(age(state.completed_at), 0)
+    told = f"{name}: its last complete backup is {human_time(seconds)} old"
+    if seconds <= max_age * 3600:
+        report.say(told)
+        return True
+    unwanted = f"; if it is not to be backed up any more, move it and {paths.state} elsewhere"
+    report.error(f"{told}, more than {max_age:g} h{unwanted * (name not in wanted)}")
+    return False
+
+
 def verify_one(paths: ImagePaths, report: Reporter, cancellation: Cancellation) -> bool:
     """Verify one image and say what was found; returns whether it is sound."""
     done = 0
@@ -3097,6 +3341,7 @@ examples:
   python dosvob.py data 'db-*'      back up these volumes only
   python dosvob.py sweep            remove droplets, clones, snapshots and keys that a killed run left behind
   python dosvob.py verify           compare the images with their recorded digests, offline
+  python dosvob.py health           say how old each backup is, and fail if one is too old, offline
 
 exit codes:
   0  everything is backed up, and nothing is left behind in the account
@@ -3107,7 +3352,19 @@ exit codes:
 COMMANDS: Mapping[str, Callable[[argparse.Namespace, Reporter, Cancellation], int]] = {
     "sweep": sweep_only,
     "verify": verify,
+    "health": health,
 }
+
+
+DEFAULT_MAX_AGE = 24  # hours
+
+
+def hours(text: str) -> float:
+    """A positive number of hours; ValueError is argparse's way."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -3123,6 +3380,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backups", type=Path, default=Path("backups"), metavar="DIR", help="default: backups")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done; change nothing anywhere")
     parser.add_argument("--reread", action="store_true", help="read all of the local images, not an eighth in turn")
+    parser.add_argument(
+        "--max-age", type=hours, default=DEFAULT_MAX_AGE, metavar="HOURS", help="for health; default: %(default)s"
+    )
     parser.add_argument("--verbose", action="store_true", help="tell every call, and tracebacks")
     parser.add_argument("--quiet", action="store_true", help="tell only warnings and errors")
     parser.add_argument("--version", action="version", version=f"dosvob {VERSION}")
@@ -3155,11 +3415,22 @@ class Signals:
 
     def _tell(self, text: str) -> None:
         with contextlib.suppress(OSError):  # not through the reporter: its lock may be held by what was interrupted
-            os.write(2, text.encode())
+            stamp = "" if os.isatty(2) else f"{utc_now().isoformat()} "
+            os.write(2, f"{stamp}{text}".encode())
+
+
+def open_standard_streams() -> None:
+    """Let closed standard streams lead nowhere: an image that got their number when opened would get their messages."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - open as long as the program runs
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
+    open_standard_streams()
     parsed = parse_arguments(arguments)
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # what it logs also reaches us as exceptions
     report = Reporter(quiet=parsed.quiet, verbose=parsed.verbose)

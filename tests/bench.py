@@ -278,8 +278,8 @@ def sync_here(link: Link, source: Path, backups: Path, size: int) -> None:
     snapshot = dosvob.Snapshot("id", "bench", "fra1", size, "2026-01-01T00:00:00Z")
 
     def connect_to_agent(first: int) -> dosvob.AgentStream:
-        transport = dosvob.connect(link.address, keys)
-        return dosvob.AgentStream(transport, dosvob.agent_source(str(source), first), cancellation)
+        connection = dosvob.connect(link.address, keys)
+        return dosvob.AgentStream(connection, dosvob.agent_source(str(source), first), cancellation)
 
     read_before = bytes_read()
     start = time.monotonic()
