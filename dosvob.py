@@ -125,7 +125,7 @@ class Cancellation:
 
 def utc_now() -> datetime.datetime:
     """The time now, in UTC, with whole seconds."""
-    return datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+    return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 
 
 # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -322,6 +322,7 @@ class TokenAuth(requests.auth.AuthBase):
         self._token = token
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Set it."""
         request.headers["Authorization"] = f"Bearer {self._token}"
         return request
 
@@ -466,7 +467,7 @@ class Api:
             )
         except requests.RequestException as problem:
             if isinstance(innermost(problem), ssl.SSLCertVerificationError):
-                raise DosvobError(f"{call}: {self._url} has no certificate to be trusted: {innermost(problem)}") from problem
+                raise DosvobError(f"{self._url} has no certificate to be trusted: {root_cause(problem)}") from None
             raise NoAnswer(f"{call}: no answer from {self._url}: {root_cause(problem)}") from problem
         self._detail(f"{call} → {response.status_code}")
         return self._answer(call, response)
@@ -751,7 +752,7 @@ def delete_each(
 
 
 def is_old(created: float) -> bool:
-    """Whether something created then (time.monotonic) is known everywhere by now, so that a 404 says that it is gone."""
+    """Whether what was created then (time.monotonic) is known everywhere by now: a 404 then says that it is gone."""
     return time.monotonic() - created > LIST_LAG
 
 
@@ -1151,9 +1152,9 @@ COMMAND = ">BII32s"
 HELLO, DIGEST, ZEROS, SHORT, RAW, PACKED, ALIVE, FAILED = range(1, 9)
 DROP, COMPARE, SEND, BYE = range(1, 5)
 AGENT_CONSTANTS = (
-    *("CHUNK", "PAGE", "ZERO_PAGE_DIGEST", "DIGEST_SIZE", "SHORT_SIZE", "WINDOW", "READ_AHEAD", "READERS", "BATCH", "BATCH_SECONDS"),
-    *("QUEUED_FRAMES", "HEARTBEAT", "KEPT_MEMORY", "SAMPLE", "DEVICE_LIMIT", "AGENT_MAGIC", "FRAME", "COMMAND"),
-    *("HELLO", "DIGEST", "ZEROS", "SHORT", "RAW", "PACKED", "ALIVE", "FAILED", "DROP", "COMPARE", "SEND", "BYE"),
+    *("CHUNK", "PAGE", "ZERO_PAGE_DIGEST", "DIGEST_SIZE", "SHORT_SIZE", "WINDOW", "READ_AHEAD", "READERS", "BATCH"),
+    *("BATCH_SECONDS", "QUEUED_FRAMES", "HEARTBEAT", "KEPT_MEMORY", "SAMPLE", "DEVICE_LIMIT", "AGENT_MAGIC", "FRAME"),
+    *("COMMAND", "HELLO", "DIGEST", "ZEROS", "SHORT", "RAW", "PACKED", "ALIVE", "FAILED", "DROP", "COMPARE", "SEND"),
 )
 AGENT_IMPORTS = """from __future__ import annotations
 import collections, concurrent.futures, ctypes, fcntl, hashlib, os, queue, stat, struct, sys, threading, time, zlib
@@ -1223,7 +1224,7 @@ class Agent:
         """Do the work of a thread; tell the other side if it fails."""
         try:
             work()
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001 - whatever it is, the other side is to know
             self.put(FAILED, 0, f"{type(problem).__name__}: {problem}".encode()[:1000])
 
     def put(self, kind: int, index: int, *payload: bytes) -> None:
@@ -1259,10 +1260,11 @@ class Agent:
                 pages = page_digests(chunk)
                 with self.room:
                     self.held[index] = (chunk, pages)
-                batch += [zeros_frame(index, zeros), struct.pack(FRAME, DIGEST, index, DIGEST_SIZE), chunk_digest(pages)]
+                announcement = struct.pack(FRAME, DIGEST, index, DIGEST_SIZE) + chunk_digest(pages)
+                batch += [zeros_frame(index, zeros), announcement]
                 zeros = 0
-            last = index + 1 == chunks
-            if last or len(batch) >= 3 * BATCH or len(self.held) >= WINDOW or time.monotonic() - flushed > BATCH_SECONDS:
+            is_due = index + 1 == chunks or time.monotonic() - flushed > BATCH_SECONDS
+            if is_due or len(batch) >= 2 * BATCH or len(self.held) >= WINDOW:
                 self.frames.put(b"".join((*batch, zeros_frame(index + 1, zeros))))
                 batch.clear()
                 zeros = 0
@@ -1777,7 +1779,8 @@ def is_reusable(paths: ImagePaths, journal: JournalFile) -> bool:
 
 def apply_journal(paths: ImagePaths, journal: JournalFile) -> None:
     """Steps 4 to 6 of a sync, for a journal that was found sound."""
-    assert journal.head is not None and journal.snapshot is not None
+    assert journal.head is not None
+    assert journal.snapshot is not None
     fd = os.open(paths.image, os.O_RDWR | os.O_CLOEXEC)
     try:
         os.ftruncate(fd, journal.snapshot.size)
@@ -1843,7 +1846,7 @@ class StateWriter:
 
 @dataclass
 class Tally:
-    """What a sync did, in bytes; `decayed` has the offsets of chunks that had changed on the local disk by themselves."""
+    """What a sync did, in bytes; `decayed` has the offsets of chunks that had changed on the local disk."""
 
     changed: int = 0
     decayed: list[int] = field(default_factory=list)
@@ -2071,7 +2074,8 @@ class Update:
         os.fsync(self._fd)
         self._new_state.finish(self._snapshot, self._part, "", Identity.of(self._fd))
         if self._paths.image.exists():
-            raise DosvobError(f"{self._paths.image} has appeared meanwhile: move it away; {self._paths.partial} is kept")
+            kept = self._paths.partial
+            raise DosvobError(f"{self._paths.image} has appeared meanwhile: move it away; {kept} is kept")
         self._paths.partial.rename(self._paths.image)
         sync_directory(self._paths.backups)
         self._install_state()
@@ -2117,9 +2121,8 @@ def verify_image(paths: ImagePaths, progress: Callable[[int], None]) -> list[tup
             chunk = os.pread(image.fileno(), CHUNK, start).ljust(CHUNK, b"\0")
             digest = ZERO_DIGEST if chunk == zero_chunk else chunk_digest(page_digests(chunk))
             if digest != digests.read(DIGEST_SIZE):
-                if damaged and damaged[-1][1] == start:
-                    start = damaged.pop()[0]
-                damaged.append((start, start + CHUNK))
+                first = damaged.pop()[0] if damaged and damaged[-1][1] == start else start
+                damaged.append((first, start + CHUNK))
             progress(CHUNK)
     return damaged
 
@@ -2198,7 +2201,10 @@ class FrameParser:
 
 @dataclass
 class Pending:
-    """A chunk that was announced and is not settled: its digest, and when known what it has here and what is asked for."""
+    """A chunk that was announced and is not settled.
+
+    Its digest, and when they are known the digests of the local pages and a bitmap of the pages that are asked for.
+    """
 
     digest: bytes
     local: bytes = b""
@@ -2247,7 +2253,7 @@ class Sync:
             SHORT: self._on_short,
             RAW: self._on_data,
             PACKED: self._on_data,
-            ALIVE: lambda frame: None,
+            ALIVE: lambda _: None,
             FAILED: self._on_failed,
         }
         if not self._greeted and frame.kind not in (HELLO, ALIVE, FAILED):
@@ -2725,12 +2731,9 @@ class Reporter:
 
     def _put(self, stream: Any, text: str) -> None:
         # A terminal that was closed, or a pipe that nobody reads, must not keep the teardown from its work.
-        try:
+        with contextlib.suppress(OSError, ValueError):
             stream.write(text)
             stream.flush()
-        except OSError:  # from now on into the void: what is buffered would fail again at the interpreter's exit
-            with contextlib.suppress(OSError), open(os.devnull, "wb") as void:
-                os.dup2(void.fileno(), stream.fileno())
 
 
 class Monitor:
@@ -2800,7 +2803,7 @@ class Progress:
         left = (update.chunks - update.settled) * CHUNK / (done / seconds) if done else 0
         self._report.progress(
             f"{self._name}: {human_size(update.settled * CHUNK)} of {human_size(update.chunks * CHUNK)} scanned, "
-            f"{human_size(received)} fetched, {human_size(done / seconds)}/s" + f", {human_time(left)} left" * bool(done)
+            f"{human_size(received)} fetched, {human_size(done / seconds)}/s{f', {human_time(left)} left' * bool(done)}"
         )
 
 
@@ -2903,7 +2906,7 @@ def recover_all(backups: Path, report: Reporter) -> set[str]:
             report.error(str(problem))
             failed.add(name)
         except OSError as problem:
-            report.error(f"{name}: {disk_problem(problem, backups)}; the journal is kept, and applied at the next start")
+            report.error(f"{name}: {disk_problem(problem, backups)}; the journal is kept and applied at the next start")
             failed.add(name)
     return failed
 
@@ -3137,8 +3140,8 @@ class Backup:
         if tally.decayed_bytes:
             places = ", ".join(map(str, tally.decayed))
             self._report.warn(
-                f"{name}: {human_size(tally.decayed_bytes)} of the image had changed on this disk since the last backup, "
-                f"in the MiB at byte {places}: the volume's content was put back. If nobody wrote to it, look at the disk"
+                f"{name}: {human_size(tally.decayed_bytes)} of the image had changed on this disk by itself "
+                f"(the MiB at byte {places}); the volume's content was put back. Nobody wrote to it? Look at the disk"
             )
 
 
@@ -3405,7 +3408,7 @@ class Signals:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
                 signal.signal(number, self._handle)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.number:
             self._tell(f"still at work: {self._report.current or 'stopping'}; please wait, or billed resources stay\n")
             return
@@ -3447,7 +3450,7 @@ def main(arguments: list[str] | None = None) -> int:
         report.error(str(problem))
         report.detail(traceback.format_exc())
         code = EXIT_FAILED
-    except Exception as problem:  # a bug, or a disk that fails where nobody expects it: still one clear line
+    except Exception as problem:  # noqa: BLE001 - a bug, or a disk that fails where nobody expects it: still one clear line
         report.error(f"unexpected {type(problem).__name__}: {problem}; run again with --verbose to see where")
         report.detail(traceback.format_exc())
         code = EXIT_FAILED

@@ -31,8 +31,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import dosvob
 import paramiko
+
+import dosvob
 
 MIB, GIB = 1 << 20, 1 << 30
 SIZE = 4 * GIB
@@ -350,26 +351,29 @@ def median(values: list[Measurement | float]) -> float:
 def limit_of(scenario: str, row: Row, link: Link, data: Data, rows: dict[str, Row]) -> float:
     """The seconds that the goal allows."""
     h = median(row.values["H"])
-    nonzero = 2 * GIB
-    changed = PAGES_CHANGED * 4096
-    if scenario == "S2":
-        return 1.25 * h + 1
-    if scenario == "S3":
-        return 1.4 * h + 1 + changed / link.rate
-    if scenario == "S4":
-        return max(h, data.piece_packed / link.rate) * 1.2 + 1
+    later = {
+        "S2": 1.25 * h + 1,
+        "S3": 1.4 * h + 1 + PAGES_CHANGED * 4096 / link.rate,
+        "S4": max(h, data.piece_packed / link.rate) * 1.2 + 1,
+    }
+    return later.get(scenario) or first_limit(row, link, data, rows)
+
+
+def first_limit(row: Row, link: Link, data: Data, rows: dict[str, Row]) -> float:
+    """The same for the first sync."""
     if link.name == "L0":
         return 1.3 * median(row.values["C"])
     if link.name == "L2":
         return 1.1 * data.base_packed / link.rate
     if link.name in ("80 ms", "200 ms") and "L1" in rows:
         return median(rows["L1"].values["S1"]) * (1.05 if link.name == "80 ms" else 1.15)
-    return 1.05 * nonzero / link.rate + 1
+    return 1.05 * 2 * GIB / link.rate + 1
 
 
 def table(rows: dict[str, Row], links: dict[str, Link], data: Data) -> str:
     """The table in Markdown."""
-    lines = ["| link | what | seconds | goal | of the goal | MB received | memory here, droplet (MB) | H |", "|---" * 8 + "|"]
+    heads = ("link", "what", "seconds", "goal", "of the goal", "MB received", "memory here, droplet (MB)", "H")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in rows.items():
         for scenario, values in row.values.items():
             measured = [value for value in values if isinstance(value, Measurement)]

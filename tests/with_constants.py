@@ -1,6 +1,6 @@
 """Run dosvob.py as it is, but with other values for some of its constants: limits of minutes are not for tests.
 
-    python with_constants.py '{"ACTION_LIMIT": 2}' [dosvob's arguments]
+It is called as `python with_constants.py '{"ACTION_LIMIT": 2}'` and dosvob's own arguments.
 """
 
 from __future__ import annotations

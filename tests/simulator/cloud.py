@@ -375,6 +375,7 @@ class Cloud:
             cut_after=cut.bytes if cut else 0,
             cut_connections=cut.times_on_droplet if cut else 0,
             stall_after=stall.bytes if stall else 0,
+            stall_connections=stall.times_on_droplet if stall else 0,
             python=python.text if python else "",
         )
         log = self._files / f"droplet-{droplet.id}.log"

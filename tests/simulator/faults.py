@@ -33,7 +33,7 @@ DropletKind = Literal[
     "wrong-host-key",  # ... has another host key than its user_data says
     "dies",  # ... loses its power `seconds` after it became active
     "ssh-cut",  # ... cuts its first `times_on_droplet` connections after `bytes` sent
-    "ssh-stalled",  # ... drops all packets once a connection has sent `bytes`
+    "ssh-stalled",  # ... drops all packets once one of its first `times_on_droplet` connections has sent `bytes`
     "python",  # ... has the command `text` as its python3
 ]
 Kind = Literal[CallKind, ActionKind, DropletKind]

@@ -80,6 +80,8 @@ class MachineOptions:
     """Connections are cut when they have sent so many bytes; 0 for never."""
     cut_connections: int = 1
     stall_after: int = 0
+    """The machine falls silent when a connection has sent so many bytes; 0 for never."""
+    stall_connections: int = 1
     python: str = ""
     """A command to be run as `python3`."""
 
@@ -294,7 +296,7 @@ class Machine:
     def _start_relay(self) -> Relay:
         if self._options.cut_after:
             return Relay(self._init, self.address, self._options.cut_after, self._options.cut_connections, None)
-        return Relay(self._init, self.address, self._options.stall_after, 1, self.stall)
+        return Relay(self._init, self.address, self._options.stall_after, self._options.stall_connections, self.stall)
 
     # -- inside
 

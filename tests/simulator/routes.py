@@ -320,7 +320,7 @@ class Routes:
     def _shown(self, item: Droplet | Volume | Snapshot) -> Json:
         """A resource's JSON; every other empty list is `null`, where the specification allows it."""
         shown = item.as_json()
-        for name in ("tags", "droplet_ids"):
+        for name in () if isinstance(item, Droplet) else ("tags", "droplet_ids"):
             if shown.get(name) == [] and next(self._empty_lists) % 2 and self._cloud.behaviour.null_lists:
                 shown[name] = None
         return shown

@@ -174,7 +174,8 @@ def _faulty(fault: Fault, record: RequestRecord) -> Answer:
     if fault.kind == "rate-limit":
         return _refused(_too_many({"retry-after": str(math.ceil(fault.seconds))}))
     if fault.kind == "rate-limit-reset":
-        return _refused(_too_many({"ratelimit-reset": str(math.ceil(time.time() + fault.seconds))}))
+        reset = str(math.ceil(time.time() + fault.seconds))
+        return _refused(_too_many({"ratelimit-remaining": "0", "ratelimit-reset": reset}))
     if fault.kind == "redirect":
         location = fault.text or _ELSEWHERE.rstrip("/") + record.path
         return Answer(fault.status or 302, {}, {"location": location})
