@@ -2475,7 +2475,7 @@ class AgentStream:
             self._channel = connection.transport.open_session(connection.window, PACKET_SIZE, SSH_TIMEOUT)
             self._channel.settimeout(Cancellation.NAP)
             self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'")
-        except (paramiko.SSHException, OSError) as problem:
+        except (paramiko.SSHException, OSError, EOFError) as problem:
             raise ConnectionLost(f"the agent could not be started: {problem}") from problem
         self.send(program)
 

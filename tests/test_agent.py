@@ -1,0 +1,670 @@
+"""The conversation with the agent: a droplet that lies, streams that dribble, and whatever else can come in.
+
+Only a DosvobError may come of it, and the image may change only to what was announced and checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import queue
+import shlex
+import shutil
+import struct
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import MIB, Home, same, sampled, write_at
+from crash_support import PAGE, AgentProcess, back_up, recover, scatter, snapshot_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from simulator import FOREVER, Fault
+
+import dosvob
+from dosvob import (
+    AGENT_MAGIC,
+    ALIVE,
+    BYE,
+    CHUNK,
+    COMMAND,
+    COMPARE,
+    DIGEST,
+    DIGEST_SIZE,
+    DROP,
+    FAILED,
+    FRAME,
+    HELLO,
+    PACKED,
+    PAGES,
+    RAW,
+    SEND,
+    SHORT,
+    SHORT_SIZE,
+    ZERO_DIGEST,
+    ZEROS,
+)
+
+NAME = "data"
+PATIENCE = 90.0  # seconds after which what stands still is taken to stand still for ever
+ALL = b"\xff" * (PAGES // 8)
+NONE = bytes(PAGES // 8)
+COMMAND_SIZE = struct.calcsize(COMMAND)
+TOLERATED = [HealthCheck.too_slow, HealthCheck.data_too_large]
+fuzz = settings(deadline=None, database=None, print_blob=True, suppress_health_check=TOLERATED)
+
+
+def frame(kind: int, index: int = 0, payload: bytes = b"") -> bytes:
+    """A frame as the agent sends it."""
+    return struct.pack(FRAME, kind, index, len(payload)) + payload
+
+
+def hello(chunks: int) -> bytes:
+    """The greeting for a device of so many chunks."""
+    return frame(HELLO, 0, AGENT_MAGIC + struct.pack(">Q", chunks * CHUNK))
+
+
+def digest_of(chunk: bytes) -> bytes:
+    """The digest of a chunk."""
+    return dosvob.chunk_digest(dosvob.page_digests(chunk))
+
+
+class Script:
+    """A stream that has been written beforehand; it ends with ConnectionLost, or repeats `forever` for long."""
+
+    def __init__(self, data: bytes, forever: bytes = b"") -> None:
+        self.received = 0
+        self.sent = bytearray()
+        self._end = time.monotonic() + PATIENCE
+        self._data = itertools.chain([data] if data else [], itertools.repeat(forever) if forever else [])
+
+    def send(self, data: bytes) -> None:
+        """Nobody listens."""
+        self.sent += data
+
+    def receive(self) -> bytes:
+        """The next piece."""
+        data = next(self._data, b"")
+        if data and time.monotonic() < self._end:
+            return data
+        raise dosvob.ConnectionLost("the script has ended")
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class Target:
+    """A backup of two chunks, the first one with data, the second one zeros; and one sync to it from a stream."""
+
+    CHUNKS = 2
+
+    def __init__(self, directory: Path) -> None:
+        self.device = directory / "device"
+        self.backups = directory / "backups"
+        self.paths = dosvob.ImagePaths(self.backups, NAME)
+        self.content = os.urandom(CHUNK) + bytes(CHUNK)
+        self.backups.mkdir()
+        self.paths.metadata.mkdir()
+        self.device.write_bytes(self.content)
+        self.paths.image.write_bytes(self.content)
+
+    def sync(self, stream: dosvob.Stream) -> None:
+        """One conversation, and the end of it if it comes to one; nothing else is repaired or repeated."""
+        update = dosvob.Update(self.paths, snapshot_of(self.device, NAME), lambda text: None, reread=False)
+        with contextlib.closing(update):
+            dosvob.Sync(stream, update, lambda: None).run()
+            update.finish(lambda text: None)
+
+    def check_untouched(self) -> None:
+        """The image is as it was, also after a recovery."""
+        assert self.paths.image.read_bytes() == self.content
+        recover(self.backups, NAME)
+        assert self.paths.image.read_bytes() == self.content
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Target:
+    """A backup to be lied to."""
+    return Target(tmp_path)
+
+
+# What the droplet may say of chunk 0, which is different there: its digest, then the answer to COMPARE, then to SEND.
+THEIRS = bytes(range(1, 256)) * (CHUNK // 255) + bytes(CHUNK % 255)
+OURS_DIFFERS = hello(2) + frame(DIGEST, 0, digest_of(THEIRS))
+ASKED = OURS_DIFFERS + frame(SHORT, 0, bytes(PAGES * SHORT_SIZE))
+BOMB = zlib.compress(bytes(64 << 20), 9)
+
+LIES = {
+    "message of the day": (b"Welcome to Debian GNU/Linux 12\n", "not a frame"),
+    "another size": (hello(3), "not one of"),
+    "another magic": (frame(HELLO, 0, b"dosvob agent 9\n" + struct.pack(">Q", 2 * CHUNK)), "not one of"),
+    "no greeting": (frame(DIGEST, 0, bytes(DIGEST_SIZE)), "greeting"),
+    "unknown kind": (hello(2) + frame(99), "not a frame"),
+    "a length beyond all bounds": (hello(2) + struct.pack(FRAME, RAW, 0, 0xFFFFFFFF), "not a frame"),
+    "a digest that is too short": (hello(2) + frame(DIGEST, 0, bytes(31)), "announced chunk 0"),
+    "a chunk left out": (hello(2) + frame(DIGEST, 1, bytes(DIGEST_SIZE)), "when 0 was due"),
+    "a chunk twice": (OURS_DIFFERS + frame(DIGEST, 0, digest_of(THEIRS)), "when 1 was due"),
+    "a chunk beyond the end": (
+        OURS_DIFFERS + frame(DIGEST, 1, bytes(32)) + frame(DIGEST, 2, bytes(32)),
+        "beyond the volume's end",
+    ),
+    "an index beyond all bounds": (hello(2) + frame(DIGEST, 0xFFFFFFFF, bytes(DIGEST_SIZE)), "when 0 was due"),
+    "too many zeros": (hello(2) + frame(ZEROS, 0, struct.pack(">I", 3)), "3 chunks of zeros"),
+    "no zeros": (hello(2) + frame(ZEROS, 0, struct.pack(">I", 0)), "0 chunks of zeros"),
+    "zeros without a count": (hello(2) + frame(ZEROS, 0, b"\1"), "0 chunks of zeros"),
+    "page digests unasked": (hello(2) + frame(SHORT, 0, bytes(PAGES * SHORT_SIZE)), "nobody asked"),
+    "page digests twice": (ASKED + frame(SHORT, 0, bytes(PAGES * SHORT_SIZE)), "nobody asked"),
+    "too few page digests": (OURS_DIFFERS + frame(SHORT, 0, b"few"), "nobody asked"),
+    "pages of nowhere": (hello(2) + frame(RAW, 7, ALL + THEIRS), "nobody asked"),
+    "pages before they were asked for": (OURS_DIFFERS + frame(RAW, 0, NONE), "nobody asked"),
+    "pages of a chunk whose digest is that of nothing": (
+        hello(2) + frame(DIGEST, 0, dosvob.chunk_digest(b"")) + frame(RAW, 0, NONE),
+        "nobody asked",
+    ),
+    "pages without a bitmap": (ASKED + frame(RAW, 0, b"x"), "nobody asked"),
+    "fewer bytes than pages": (ASKED + frame(RAW, 0, ALL + THEIRS[:-1]), "announced 1048576"),
+    "more bytes than pages": (ASKED + frame(RAW, 0, b"\1" + bytes(31) + THEIRS), "announced 4096"),
+    "pages that are not packed": (ASKED + frame(PACKED, 0, ALL + b"not zlib"), "cannot be unpacked"),
+    "a bomb": (ASKED + frame(PACKED, 0, ALL + BOMB), "sent 1048577 bytes"),
+    "a bomb in place of zeros": (ASKED + frame(PACKED, 0, NONE + BOMB), "sent 1 bytes"),
+    "other pages than announced": (ASKED + frame(RAW, 0, ALL + bytes(CHUNK)), "does not have the digest"),
+    "zeros in place of pages": (ASKED + frame(RAW, 0, NONE) + frame(RAW, 0, NONE), "does not have the digest"),
+    "failure": (hello(2) + frame(FAILED, 0, b"OSError: \x1b[2Jgone"), "cannot go on"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_ends_in_an_error_and_the_image_is_untouched(target: Target, lie: str) -> None:
+    said, message = LIES[lie]
+    with pytest.raises(dosvob.BadAgent, match=message):
+        target.sync(Script(said))
+    target.check_untouched()
+
+
+@pytest.mark.parametrize("said", [b"", hello(2), OURS_DIFFERS, ASKED], ids=["nothing", "greeting", "digest", "digests"])
+def test_a_droplet_that_falls_silent_is_a_connection_lost(target: Target, said: bytes) -> None:
+    with pytest.raises(dosvob.ConnectionLost):
+        target.sync(Script(said))
+    target.check_untouched()
+
+
+@pytest.mark.parametrize("forever", [frame(ALIVE), hello(2), frame(ALIVE) * 1000], ids=["alive", "hello", "many"])
+def test_a_droplet_that_does_nothing_but_live_is_given_up(
+    target: Target, monkeypatch: pytest.MonkeyPatch, forever: bytes
+) -> None:
+    monkeypatch.setattr(dosvob, "PROGRESS_LIMIT", 0.2)
+    with pytest.raises(dosvob.ConnectionLost, match="says that it lives"):
+        target.sync(Script(OURS_DIFFERS, forever))
+    target.check_untouched()
+
+
+def test_a_wrong_page_is_asked_for_again_once_and_the_true_one_taken(target: Target) -> None:
+    """Two pages may be alike in their short digests: then all of the chunk is asked for."""
+    one_page = b"\1" + bytes(31)
+    ours = dosvob.page_digests(target.content[:CHUNK])
+    shorts = bytearray(b"".join(ours[at : at + SHORT_SIZE] for at in range(0, len(ours), DIGEST_SIZE)))
+    shorts[0] ^= 1
+    stream = Script(
+        OURS_DIFFERS
+        + frame(SHORT, 0, bytes(shorts))
+        + frame(RAW, 0, one_page + THEIRS[:PAGE])
+        + frame(RAW, 0, ALL + THEIRS)
+        + frame(ZEROS, 1, struct.pack(">I", 1))
+    )
+    target.sync(stream)
+    assert target.paths.image.read_bytes() == THEIRS + bytes(CHUNK)
+
+
+# -- the whole script and a droplet whose python3 is another program
+
+LIAR = """
+import os, struct, sys, time
+def frame(kind, index=0, payload=b""):
+    os.write(1, struct.pack(">BII", kind, index, len(payload)) + payload)
+def hello(size=1 << 30):
+    frame({HELLO}, 0, {AGENT_MAGIC!r} + struct.pack(">Q", size))
+{body}
+time.sleep(3600)
+"""
+PYTHON = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin") or sys.executable
+LIVE_LIES: dict[str, tuple[str, str]] = {
+    "message of the day": ("print('Welcome to Debian', flush=True)", "not a frame"),
+    "another size": ("hello(1 << 40)", "not one of 1 GiB"),
+    "out of range": ("hello(); frame(2, 1 << 31, bytes(32))", "when 0 was due"),
+    "too long": ("hello(); os.write(1, struct.pack('>BII', 5, 0, 1 << 31))", "not a frame"),
+    "wrong pages": (
+        "hello(); frame(2, 0, b'x' * 32); frame(4, 0, bytes(1024)); frame(5, 0, b'\\xff' * 32 + b'x' * (1 << 20))",
+        "does not have the digest",
+    ),
+    "a bomb": (
+        (
+            "import zlib; hello(); frame(2, 0, b'x' * 32); frame(4, 0, bytes(1024));"
+            "frame(6, 0, b'\\xff' * 32 + zlib.compress(bytes(64 << 20), 9))"
+        ),
+        "sent 1048577 bytes",
+    ),
+    "silence": ("", "silent"),
+    "life without end": ("hello()\nwhile True:\n  frame(7); time.sleep(0.05)", "says that it lives"),
+    "the end": ("sys.exit('no more')", "no more"),
+}
+IMPATIENCE = {"PROGRESS_LIMIT": 1, "STALL_LIMIT": 1, "ATTEMPTS": 2}
+
+
+def test_the_script_against_a_droplet_that_lies(home: Home, pytestconfig: pytest.Config) -> None:
+    volume = home.simulator.add_volume(NAME)
+    scatter(volume.path, 1, 1 << 30)
+    write_at(volume.path, 0, b"so that there are pages to compare in the first chunk")
+    home.run()
+    before = home.image(NAME).stat()
+    scatter(volume.path, 2, 1 << 30)
+    for lie in sampled(pytestconfig, list(LIVE_LIES), 3):
+        body, message = LIVE_LIES[lie]
+        liar = LIAR.format(body=body, HELLO=HELLO, AGENT_MAGIC=AGENT_MAGIC)
+        home.simulator.faults.clear()
+        home.simulator.faults.add(Fault("python", times=FOREVER, text=f"{PYTHON} -c {shlex.quote(liar)}"))
+        done = home.run(expect=1, constants=IMPATIENCE)
+        errors = [line for line in done.stderr.splitlines() if "error:" in line]
+        assert len(errors) == 1, done.stderr
+        assert message in errors[0], done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        after = home.image(NAME).stat()
+        assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino), lie
+        assert home.simulator.alive() == []
+    home.simulator.faults.clear()
+    home.run()
+    assert same(home.image(NAME), volume.path)
+
+
+# -- whatever comes in
+
+
+@fuzz
+@given(st.lists(st.binary(max_size=200), max_size=20))
+def test_arbitrary_bytes_are_frames_or_refused(pieces: list[bytes]) -> None:
+    parser = dosvob.FrameParser()
+    with contextlib.suppress(dosvob.BadAgent):
+        for piece in pieces:
+            for found in parser.feed(piece):
+                assert len(found.payload) <= dosvob.MOST_PAYLOAD[found.kind]
+
+
+def some_frames() -> st.SearchStrategy[list[bytes]]:
+    """Frames that could be the agent's, if in another order and with another content."""
+    kinds = st.sampled_from(sorted(dosvob.MOST_PAYLOAD))
+    usual = {
+        HELLO: hello(2)[struct.calcsize(FRAME) :],
+        DIGEST: digest_of(THEIRS),
+        ZEROS: struct.pack(">I", 1),
+        SHORT: bytes(PAGES * SHORT_SIZE),
+        RAW: ALL + THEIRS,
+        PACKED: ALL + zlib.compress(THEIRS, 1),
+        ALIVE: b"",
+        FAILED: b"why",
+    }
+    indexes = st.sampled_from((0, 0, 0, 1, 1, 2, 0xFFFFFFFF))
+    others = (st.binary(max_size=64), st.just(NONE), st.just(b"\1" + NONE[1:]))
+    payloads = st.one_of(st.none(), st.none(), st.none(), *others)
+
+    def build(kind: int, index: int, payload: bytes | None) -> bytes:
+        return frame(kind, index, usual[kind] if payload is None else payload[: dosvob.MOST_PAYLOAD[kind]])
+
+    return st.lists(st.builds(build, kinds, indexes, payloads), max_size=12)
+
+
+@fuzz
+@given(some_frames(), st.data())
+def test_frames_come_out_as_they_went_in_however_they_are_cut(frames: list[bytes], data: st.DataObject) -> None:
+    whole = b"".join(frames)
+    parser = dosvob.FrameParser()
+    found = []
+    position = 0
+    while position < len(whole):
+        size = data.draw(st.sampled_from((1, 3, 9, 100, 5000, 1 << 20)))
+        if size < len(whole) // 500:  # not a million pieces
+            size = len(whole)
+        found += list(parser.feed(whole[position : position + size]))
+        position += size
+    assert [frame(item.kind, item.index, bytes(item.payload)) for item in found] == frames
+
+
+@dataclass
+class FakeAgent:
+    """An honest agent in this process, whose `number`-th frame is changed by `lie`; it keeps what it announced."""
+
+    content: bytes
+    number: int
+    lie: Callable[[bytes], bytes]
+
+    def __post_init__(self) -> None:
+        self.received = 0
+        self._frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._commands = bytearray()
+        self._count = 0
+        self.announced: list[bytes] = []
+        self._put(hello(len(self.content) // CHUNK)[struct.calcsize(FRAME) :], HELLO)
+        for index in range(len(self.content) // CHUNK):
+            digest = digest_of(self._chunk(index))
+            if digest == ZERO_DIGEST:
+                self._put(struct.pack(">I", 1), ZEROS, index)
+            else:
+                self._put(digest, DIGEST, index)
+
+    def _chunk(self, index: int) -> bytes:
+        return self.content[index * CHUNK : (index + 1) * CHUNK]
+
+    def _put(self, payload: bytes, kind: int, index: int = 0) -> None:
+        data = frame(kind, index, payload)
+        self._frames.put(self.lie(data) if self._count == self.number else data)
+        self._count += 1
+
+    def send(self, data: bytes) -> None:
+        """Answer at once."""
+        self._commands += data
+        while len(self._commands) >= COMMAND_SIZE:
+            kind, index, _, bitmap = struct.unpack_from(COMMAND, self._commands)
+            del self._commands[:COMMAND_SIZE]
+            pages = dosvob.page_digests(self._chunk(index))
+            if kind == COMPARE:
+                starts = range(0, len(pages), DIGEST_SIZE)
+                self._put(b"".join(pages[start : start + SHORT_SIZE] for start in starts), SHORT, index)
+            elif kind == SEND:
+                wanted = int.from_bytes(bitmap, "little")
+                chunk = self._chunk(index)
+                parts = [chunk[page * PAGE : (page + 1) * PAGE] for page in range(PAGES) if wanted >> page & 1]
+                self._put(bitmap + b"".join(parts), RAW, index)
+
+    def receive(self) -> bytes:
+        """The next frame."""
+        if self._frames.empty():
+            raise dosvob.ConnectionLost("nothing more to say")
+        data = self._frames.get()
+        self._note(data)
+        return data
+
+    def _note(self, data: bytes) -> None:
+        """Keep what is announced by what is really sent, one digest per chunk."""
+        with contextlib.suppress(dosvob.BadAgent):
+            for found in dosvob.FrameParser().feed(data):
+                if found.kind == DIGEST:
+                    self.announced.append(bytes(found.payload))
+                elif found.kind == ZEROS and len(found.payload) == 4:
+                    self.announced += [ZERO_DIGEST] * min(4, *struct.unpack(">I", found.payload))
+
+
+def lies() -> st.SearchStrategy[Callable[[bytes], bytes]]:
+    """What may become of a frame on its way."""
+
+    def flip(position: int, bit: int) -> Callable[[bytes], bytes]:
+        def flipped(data: bytes) -> bytes:
+            changed = bytearray(data)
+            changed[position % len(data)] ^= 1 << bit
+            return bytes(changed)
+
+        return flipped
+
+    return st.one_of(
+        st.builds(flip, st.integers(0, 60), st.integers(0, 7)),
+        st.builds(flip, st.integers(0, 2 << 20), st.integers(0, 7)),
+        st.builds(lambda end: lambda data: data[:end], st.integers(0, 60)),
+        st.builds(lambda junk: lambda data: data + junk, st.binary(max_size=40)),
+        st.just(lambda data: data + data),
+        st.just(lambda data: b""),
+        st.just(lambda data: frame(ZEROS, 0, struct.pack(">I", 2))),
+        st.just(lambda data: data),
+    )
+
+
+@settings(fuzz, max_examples=40)
+@given(some_frames(), st.booleans())
+def test_arbitrary_frames_change_nothing_but_by_their_digests(frames: list[bytes], greets: bool) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        target = Target(Path(directory))
+        check_fuzzed(target, Script(hello(2) * greets + b"".join(frames)), [])
+
+
+@settings(fuzz, max_examples=60)
+@given(st.integers(0, 6), lies())
+def test_a_conversation_disturbed_in_one_place_changes_nothing_but_by_its_digests(
+    number: int, lie: Callable[[bytes], bytes]
+) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        target = Target(Path(directory))
+        agent = FakeAgent(target.content[PAGE:CHUNK] + target.content[:PAGE] + THEIRS, number, lie)
+        check_fuzzed(target, agent, agent.announced)
+
+
+def check_fuzzed(target: Target, stream: dosvob.Stream, announced: list[bytes]) -> None:
+    """Either there is an error and the image is as it was; or it has become what was announced."""
+    try:
+        target.sync(stream)
+    except dosvob.DosvobError:
+        target.check_untouched()
+        return
+    content = target.paths.image.read_bytes()
+    digests = [digest_of(content[start : start + CHUNK]) for start in range(0, len(content), CHUNK)]
+    if announced:
+        assert digests == announced[: len(digests)]
+    assert dosvob.verify_image(target.paths, lambda size: None) == []
+
+
+commands = st.builds(
+    lambda kind, index, count, bitmap: struct.pack(COMMAND, kind, index, count, bitmap),
+    st.sampled_from((0, DROP, COMPARE, SEND, BYE, 77)),
+    st.one_of(st.integers(0, 3), st.integers(0, 0xFFFFFFFF)),
+    st.integers(0, 1000),
+    st.binary(min_size=PAGES // 8, max_size=PAGES // 8),
+)
+
+
+class Ended(BaseException):
+    """Stands for the end of the agent's process."""
+
+
+@settings(fuzz, max_examples=50)
+@given(st.lists(st.one_of(commands, st.binary(max_size=60)), max_size=8))
+def test_the_agent_answers_commands_or_says_that_it_cannot(given_commands: list[bytes]) -> None:
+    def end(code: int) -> None:
+        raise Ended
+
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patches:
+        device = Path(directory, "device")
+        device.write_bytes(THEIRS + bytes(CHUNK))
+        patches.setattr(os, "_exit", end)
+        agent = dosvob.Agent(str(device), 0, io.BytesIO(b"".join(given_commands)), -1)
+        agent.frames = queue.Queue()
+        with device.open("rb") as file:
+            agent.fd = file.fileno()
+            with contextlib.suppress(Ended):
+                agent.guarded(agent.obey)
+    answers = list(dosvob.FrameParser().feed(b"".join(drained(agent.frames))))
+    assert {answer.kind for answer in answers} <= {SHORT, RAW, PACKED, FAILED}
+    assert FAILED not in {answer.kind for answer in answers[:-1]}
+
+
+def drained(frames: queue.Queue[bytes]) -> Iterator[bytes]:
+    """All that is in a queue."""
+    while not frames.empty():
+        yield frames.get()
+
+
+# -- nothing stands still
+
+
+NARROW = 4096  # bytes; no pipe holds less
+TIGHT = {"WINDOW": 1, "READ_AHEAD": 1, "QUEUED_FRAMES": 1, "READERS": 1, "BATCH": 1, "READ_AHEAD_LOCAL": 1}
+
+
+def in_time(streams: list[AgentProcess], work: Callable[[], object]) -> None:
+    """Do the work; if it stands still, its agents are killed, with which it fails."""
+
+    def kill() -> None:
+        for stream in streams:
+            stream.kill()
+
+    timer = threading.Timer(PATIENCE, kill)
+    timer.start()
+    try:
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(dosvob, "ATTEMPTS", 1)
+            work()
+    finally:
+        timer.cancel()
+
+
+def back_up_tightly(directory: Path, *, most: int = 1 << 20, edit: Callable[[bytes], bytes] = bytes) -> None:
+    """A first and a later sync over narrow pipes."""
+    device, backups = directory / "device", directory / "backups"
+    streams: list[AgentProcess] = []
+
+    def connect(first: int) -> AgentProcess:
+        streams.append(AgentProcess(device, first, most=most, edit=edit, pipe=NARROW))
+        return streams[-1]
+
+    for seed in (1, 2):
+        scatter(device, seed, 6 * MIB)
+        in_time(streams, lambda: back_up(backups, NAME, device, connect=connect))
+        assert (backups / NAME).read_bytes() == device.read_bytes()
+    assert len(streams) == 2, "a connection was lost: something stood still"
+
+
+@pytest.mark.parametrize("tight", [{}, TIGHT, *({name: value} for name, value in TIGHT.items())], ids=str)
+def test_no_deadlock_with_tight_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tight: dict[str, int]) -> None:
+    for name, value in tight.items():
+        monkeypatch.setattr(dosvob, name, value)
+    back_up_tightly(tmp_path, most=5000)
+
+
+def test_no_deadlock_with_one_byte_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TIGHT.items():
+        monkeypatch.setattr(dosvob, name, value)
+    device, backups = tmp_path / "device", tmp_path / "backups"
+    scatter(device, 1, 4 * MIB)
+    back_up(backups, NAME, device)
+    with device.open("r+b") as file:
+        for offset in (0, MIB, MIB + 5 * PAGE, 3 * MIB):
+            file.seek(offset)
+            file.write(os.urandom(100))
+    stream = AgentProcess(device, 0, most=1, pipe=NARROW)
+    in_time([stream], lambda: back_up(backups, NAME, device, connect=lambda first: stream))
+    assert (backups / NAME).read_bytes() == device.read_bytes()
+
+
+def test_no_deadlock_with_a_slow_local_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent is done long before what it sends is stored."""
+    write_all, barrier = dosvob.write_all, threading.Event()
+
+    def slowly(fd: int, data: bytes | memoryview, offset: int) -> None:
+        barrier.wait(0.005)
+        write_all(fd, data, offset)
+
+    monkeypatch.setattr(dosvob, "write_all", slowly)
+    back_up_tightly(tmp_path)
+
+
+def test_no_deadlock_with_a_slow_agent(tmp_path: Path) -> None:
+    def edit(program: bytes) -> bytes:
+        edited = program.replace(b"chunk = os.pread(", b"time.sleep(0.05); chunk = os.pread(")
+        assert edited != program
+        return edited
+
+    back_up_tightly(tmp_path, edit=edit)
+
+
+def test_nothing_stands_still_with_all_chunks_different(tmp_path: Path) -> None:
+    """More chunks than the agent holds, each of which is compared and sent."""
+    device, backups = tmp_path / "device", tmp_path / "backups"
+    chunks = dosvob.WINDOW + 20
+    device.write_bytes(os.urandom(PAGE) * (chunks * PAGES))
+    back_up(backups, NAME, device)
+    with device.open("r+b") as file:
+        for index in range(chunks):
+            file.seek(index * CHUNK + index * PAGE)
+            file.write(b"changed")
+    stream = AgentProcess(device, 0, most=3000, pipe=NARROW)
+    in_time([stream], lambda: back_up(backups, NAME, device, connect=lambda first: stream))
+    assert same(backups / NAME, device)
+    assert stream.received < chunks * (PAGE + PAGES * SHORT_SIZE + 200)
+
+
+# -- any image becomes any other
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A change of a file: `pages` pages from page `page` on, with random data, one byte, or zeros."""
+
+    page: int
+    pages: int
+    kind: str
+    seed: int
+
+    def apply(self, content: bytearray) -> None:
+        """Change the content, which stays as long as it is."""
+        start = self.page * PAGE % len(content)
+        length = min(self.pages * PAGE, len(content) - start)
+        filling = {
+            "random": (self.seed.to_bytes(4, "big") * PAGE)[:PAGE] * self.pages,
+            "byte": bytes(100) + b"x" + bytes(self.pages * PAGE - 101),
+            "zeros": bytes(self.pages * PAGE),
+        }
+        content[start : start + length] = filling[self.kind][:length]
+
+
+patches = st.lists(
+    st.builds(
+        Patch,
+        st.integers(0, 3 * PAGES),
+        st.sampled_from((1, 1, 2, 17, PAGES, 2 * PAGES)),
+        st.sampled_from(("random", "byte", "zeros")),
+        st.integers(1, 1 << 30),
+    ),
+    max_size=6,
+)
+
+
+def contents(size: int, layers: Iterable[list[Patch]]) -> Iterator[bytes]:
+    """The contents of a volume that is changed again and again."""
+    content = bytearray(size)
+    for layer in layers:
+        for patch in layer:
+            patch.apply(content)
+        yield bytes(content)
+
+
+@settings(fuzz, max_examples=15)
+@given(
+    chunks=st.integers(1, 3),
+    layers=st.lists(patches, min_size=1, max_size=3),
+    growth=st.integers(0, 2),
+    cuts=st.lists(st.integers(0, 1 << 21), max_size=8),
+    reread=st.booleans(),
+)
+def test_a_sync_makes_the_image_the_volume(
+    chunks: int, layers: list[list[Patch]], growth: int, cuts: list[int], reread: bool
+) -> None:
+    """First, later, grown; on connections that break anywhere, and taken up by another run after too many of them."""
+    with tempfile.TemporaryDirectory() as directory:
+        device, backups = Path(directory, "device"), Path(directory, "backups")
+        left = list(cuts)
+
+        def connect(first: int) -> AgentProcess:
+            return AgentProcess(device, first, cut=left.pop() if left else None)
+
+        for number, content in enumerate(contents(chunks * CHUNK, layers)):
+            device.write_bytes(content + bytes(growth * CHUNK * (number > 0)))
+            while left:
+                with contextlib.suppress(dosvob.ConnectionLost):
+                    back_up(backups, NAME, device, connect=connect, reread=reread)
+                    break
+            else:
+                back_up(backups, NAME, device, connect=connect, reread=reread)
+            assert (backups / NAME).read_bytes() == device.read_bytes()
+            assert dosvob.verify_image(dosvob.ImagePaths(backups, NAME), lambda size: None) == []

@@ -1,0 +1,159 @@
+"""Trouble with SSH: a connection that breaks or stalls is replaced, and what had arrived is not fetched again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import paramiko
+import pytest
+from conftest import MIB, Home, sampled
+from simulator import FOREVER, Behaviour, Droplet, Fault, Simulator
+from trouble_support import (
+    FAST,
+    PausingPython,
+    account,
+    add_volume,
+    assert_backed_up,
+    assert_nothing_left,
+    run,
+    small_volumes,
+    start,
+    until,
+)
+
+SIZE = 12 * MIB  # of the content, which is random
+OVERHEAD = 1.06  # SSH's, TCP's and the agent's own
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_volumes(monkeypatch)
+
+
+@pytest.fixture
+def behaviour() -> Behaviour:
+    return FAST
+
+
+def bytes_sent(sim: Simulator) -> int:
+    """What all droplets so far have sent to us."""
+    return sum(item.bytes_sent for item in sim.ever if isinstance(item, Droplet))
+
+
+CUTS = (1, 300, 1000, 2000, 4000, 10_000, 50_000, 300_000, *(n * MIB + n * 1234 for n in range(1, 12)))
+
+
+def test_connection_is_cut_after_any_number_of_bytes(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    for cut in sampled(pytestconfig, CUTS, 4):
+        with account(tmp_path / str(cut)) as (sim, home):
+            volume = add_volume(sim, "data", size=SIZE)
+            sim.faults.add(Fault("ssh-cut", bytes=cut, times_on_droplet=2))  # the first one just tries whether it is up
+            running = start(home)
+            assert running.end() == 0, running.output
+            assert "connecting again" in running.output or cut <= 10_000  # so little may be sent before the agent is up
+            assert_backed_up(home, volume)
+            assert_nothing_left(sim)
+            assert len([item for item in sim.ever if item.kind == "droplet"]) == 1
+            assert bytes_sent(sim) < SIZE * OVERHEAD + 3 * MIB, cut  # what was under way is lost with the connection
+
+
+def test_later_sync_is_cut(home: Home, sim: Simulator) -> None:
+    """One that goes through the journal."""
+    volume = add_volume(sim, "data", offset=0, size=MIB)
+    run(home)
+    before = bytes_sent(sim)
+    with volume.path.open("r+b") as file:
+        file.write(b"new" * MIB)
+    sim.faults.add(Fault("ssh-cut", bytes=300_000, times_on_droplet=3))
+    assert "connecting again" in run(home).stderr
+    assert_backed_up(home, volume)
+    assert bytes_sent(sim) - before < 3 * MIB * OVERHEAD + 2 * MIB
+
+
+def test_any_number_of_connections_that_get_on(home: Home, sim: Simulator) -> None:
+    """Only those in a row that bring nothing are counted."""
+    volume = add_volume(sim, "data", size=SIZE)
+    sim.faults.add(Fault("ssh-cut", bytes=5 * MIB // 2, times_on_droplet=FOREVER))
+    done = run(home, constants={"ATTEMPTS": 2})
+    assert done.stderr.count("connecting again") >= 4
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+def test_connections_that_bring_nothing_are_given_up(home: Home, sim: Simulator) -> None:
+    add_volume(sim, "data", size=SIZE)
+    sim.faults.add(Fault("ssh-cut", bytes=200_000, times_on_droplet=FOREVER))
+    done = run(home, expect=1, constants={"ATTEMPTS": 3})
+    assert done.stderr.count("connecting again") == 2
+    assert "error: data: the connection to the droplet " in done.stderr
+    assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize("how", ["agent", "network", "cut"])
+def test_what_had_arrived_is_not_fetched_again(home: Home, sim: Simulator, tmp_path: Path, how: str) -> None:
+    """Half of the data has arrived when the agent falls silent, the network does, or the connection breaks."""
+    volume = add_volume(sim, "data", size=SIZE)
+    pausing = PausingPython(tmp_path, 6 * MIB)
+    sim.faults.add(pausing.fault)
+    running = start(home, constants={"STALL_LIMIT": 2, "SSH_TIMEOUT": 5})
+    pausing.wait()
+    partial = home.image("data.partial")
+    until(lambda: partial.exists() and partial.stat().st_blocks * 512 >= 5 * MIB)
+    arrived = bytes_sent(sim)
+    droplet = sim.droplets[0]
+    if how == "network":
+        droplet.stall()
+    if how == "cut":
+        droplet.cut()
+    running.wait_for("connecting again")
+    droplet.resume()
+    assert running.end() == 0, running.output
+    assert ("was silent for 2 s" in running.output) == (how != "cut")
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+    assert bytes_sent(sim) - arrived < (SIZE - 5 * MIB) * OVERHEAD
+
+
+def test_ssh_comes_late(tmp_path: Path) -> None:
+    """The droplet is active before it has an address, and has one before it takes connections."""
+    late = replace(FAST, boot_seconds=0.5, address_seconds=0.5, ssh_seconds=1.5)
+    with account(tmp_path / "account", late) as (sim, home):
+        volume = add_volume(sim, "data")
+        run(home)
+        assert_backed_up(home, volume)
+        assert_nothing_left(sim)
+
+
+# -- somebody else answers
+
+
+def test_host_key_of_another_kind(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    add_volume(sim, "data")
+    sim.faults.add(Fault("wrong-host-key"))
+    assert_refused(run(home, expect=1).stderr, sim, tmp_path)
+
+
+def test_host_key_of_the_same_kind(tmp_path: Path) -> None:
+    with account(tmp_path / "account", replace(FAST, ssh_seconds=2)) as (sim, home):
+        add_volume(sim, "data")
+        running = start(home)
+        until(lambda: sim.droplets and sim.droplets[0].machine)
+        machine = sim.droplets[0].machine
+        assert machine is not None
+        key = machine.root / "run/sshd/ssh_host_ecdsa_key"
+        assert key.exists()
+        paramiko.ECDSAKey.generate(bits=256).write_private_key_file(str(key))
+        assert running.end() == 1
+        assert_refused(running.output, sim, tmp_path / "account")
+
+
+def assert_refused(errors: str, sim: Simulator, directory: Path) -> None:
+    """It was said, nobody logged in or tried to, and nothing is left."""
+    assert "does not have the host key of the droplet that was created" in errors
+    assert "Traceback" not in errors
+    logs = "".join(path.read_text() for path in directory.glob("cloud/*/droplet-*.log"))
+    assert "[preauth]" in logs
+    assert "root" not in logs
+    assert "Accepted" not in logs
+    assert_nothing_left(sim)

@@ -1,0 +1,381 @@
+"""The image survives a kill at every system call that changes a file: it is the old snapshot or the new one.
+
+strace delivers SIGKILL when the process is about to make one such call; which calls there are is read off a run that
+is left alone. Most cases run the local part with the real agent as a local process; a sample runs the whole script.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import MIB, Home, same, sampled
+from crash_support import (
+    CHANGING_CALLS,
+    Call,
+    back_up,
+    calls_in,
+    driver,
+    files_of,
+    killing,
+    recover,
+    run_driver,
+    scatter,
+    strace,
+)
+from simulator import Volume
+
+import dosvob
+
+NAME = "data"
+NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody listens
+OFFLINE_RUN = {"RETRY_LIMIT": 0}
+KILLED = -9
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kill at the `occurrence`-th call of that name; `position` is the call's place among all of them."""
+
+    call: str
+    occurrence: int
+    position: int
+
+    @property
+    def injection(self) -> str:
+        """The option of strace."""
+        return killing(self.occurrence, self.call)
+
+
+def cases_of(calls: list[Call]) -> list[Case]:
+    """One case for each call of a run."""
+    seen: dict[str, int] = {}
+    cases = []
+    for position, call in enumerate(calls):
+        seen[call.name] = seen.get(call.name, 0) + 1
+        cases.append(Case(call.name, seen[call.name], position))
+    return cases
+
+
+class Scene:
+    """A volume (a file) and the directory of its backup, on which the local part is run."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self.device = directory / "device"
+        self.backups = directory / "backups"
+        self.trace = directory / "trace"
+        self.paths = dosvob.ImagePaths(self.backups, NAME)
+
+    def change(self, seed: int, mebibytes: int) -> bytes:
+        """Change the volume; returns its new content."""
+        scatter(self.device, seed, mebibytes * MIB)
+        return self.device.read_bytes()
+
+    def back_up(self) -> None:
+        """Back up, here and undisturbed."""
+        back_up(self.backups, NAME, self.device)
+
+    def run(self, command: str, *options: str) -> subprocess.CompletedProcess[str]:
+        """Run the driver under strace."""
+        wrapper = strace(self.backups, NAME, "-o", str(self.trace), *options)
+        return run_driver(command, self.backups, NAME, self.device, wrapper=wrapper)
+
+    def record(self, command: str) -> list[Call]:
+        """The calls of a run that is left alone."""
+        done = self.run(command)
+        assert done.returncode == 0, done.stderr
+        return calls_in(self.trace)
+
+    def kill(self, command: str, case: Case) -> list[Call]:
+        """Run the driver until the case kills it; returns the calls until then."""
+        done = self.run(command, case.injection)
+        # In how many writes the journal gets to the disk depends a little on what comes first.
+        assert done.returncode == KILLED or case.call == "write", (case, done)
+        return calls_in(self.trace)
+
+    def image(self) -> bytes:
+        """The content of the image."""
+        return self.paths.image.read_bytes()
+
+    def check_state(self) -> None:
+        """If there is a state, it describes the image as it is."""
+        assert not dosvob.verify_image(self.paths, lambda size: None)
+
+    def check_settled(self, content: bytes) -> None:
+        """The image has the content and a state, and nothing is left beside it."""
+        assert self.image() == content
+        assert dosvob.verify_image(self.paths, lambda size: None) == []
+        assert {path.name for path in self.backups.rglob(f"{NAME}*")} == {NAME, f"{NAME}.state"}
+
+
+def later_scene(directory: Path) -> tuple[Scene, bytes, bytes]:
+    """A scene with a backup, and a volume that has changed and grown since: also the old and the new content."""
+    scene = Scene(directory)
+    old = scene.change(1, 8)
+    scene.back_up()
+    return scene, old, scene.change(2, 10)
+
+
+def first_change_of(calls: list[Call], path: Path) -> int:
+    """Where a file is changed for the first time."""
+    changes = ("write", "pwrite64", "ftruncate", "fallocate")
+    return next(n for n, call in enumerate(calls) if call.name in changes and call.files == (str(path),))
+
+
+def test_a_later_sync_killed_anywhere_leaves_the_old_or_the_new_image(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    scene, _, _ = later_scene(tmp_path / "whole")
+    calls = scene.record("sync")
+    assert sum(call.commits for call in calls) == 1
+    assert {call.name for call in calls} >= {"write", "pwrite64", "fsync", "rename", "ftruncate", "fallocate", "unlink"}
+    for case in sampled(pytestconfig, cases_of(calls), 7):
+        scene, old, new = later_scene(tmp_path / str(case.position))
+        committed = any(call.commits for call in scene.kill("sync", case))
+        recover(scene.backups, NAME)  # what every command does first, also without a network
+        assert scene.image() == (new if committed else old), case
+        scene.check_state()
+        scene.back_up()
+        scene.check_settled(new)
+
+
+def test_a_first_sync_killed_anywhere_leaves_no_image_or_a_whole_one(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    scene = Scene(tmp_path / "whole")
+    scene.change(1, 8)
+    calls = scene.record("sync")
+    renamed = next(n for n, call in enumerate(calls) if call.name == "rename" and str(scene.paths.image) in call.files)
+    for case in sampled(pytestconfig, cases_of(calls), 4):
+        scene = Scene(tmp_path / str(case.position))
+        content = scene.change(1, 8)
+        scene.kill("sync", case)
+        recover(scene.backups, NAME)
+        assert scene.paths.image.exists() == (case.position > renamed), case
+        if scene.paths.image.exists():
+            assert scene.image() == content, case
+            scene.check_state()
+        scene.back_up()
+        scene.check_settled(content)
+
+
+def test_a_recovery_killed_anywhere_is_finished_by_the_next(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    def interrupted(directory: Path, case: Case) -> tuple[Scene, bytes]:
+        scene, _, new = later_scene(directory)
+        scene.kill("sync", case)
+        return scene, new
+
+    scene, _, _ = later_scene(tmp_path / "sync")
+    sync = scene.record("sync")
+    begun = cases_of(sync)[first_change_of(sync, scene.paths.image)]
+    scene, _ = interrupted(tmp_path / "recovery", begun)
+    calls = scene.record("recover")
+    chance = random.Random(pytestconfig.option.seed)
+    for case in sampled(pytestconfig, cases_of(calls), 3):
+        scene, new = interrupted(tmp_path / str(case.position), begun)
+        scene.kill("recover", case)
+        # And the one after it, so that a journal is found that was applied in part, twice. It has no more calls to
+        # make than the first one, so this one may also come to its end.
+        again = chance.choice(cases_of(calls))
+        assert scene.run("recover", again.injection).returncode in (KILLED, 0)
+        recover(scene.backups, NAME)
+        assert scene.image() == new, (case, again)
+        assert not scene.paths.journal.exists()
+        scene.check_state()
+        scene.back_up()
+        scene.check_settled(new)
+
+
+def test_killed_again_and_again_the_sync_gets_on(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """Each sync takes up what the one before it left, while the volume goes on changing."""
+    scene, old, new = later_scene(tmp_path / "scene")
+    chance = random.Random(pytestconfig.option.seed)
+    versions = [old, new]
+    for seed in range(3, 8):
+        call, occurrence = chance.choice((("write", 2), ("fsync", 1), ("pwrite64", 3), ("rename", 1), ("unlink", 2)))
+        scene.run("sync", killing(occurrence, call))
+        recover(scene.backups, NAME)
+        assert scene.image() in versions, (call, occurrence)
+        versions.append(scene.change(seed, 8 + seed))
+    scene.back_up()
+    scene.check_settled(versions[-1])
+
+
+# -- what is durable when
+
+
+class PowerCut:
+    """Walks through calls, keeping the files and directories that a power cut could still take back."""
+
+    def __init__(self, paths: dosvob.ImagePaths) -> None:
+        self.volatile: set[str] = set()
+        self._paths = paths
+        self._written: set[str] = set()
+        self._created = {str(path) for path in (paths.journal, paths.new_state, paths.partial)}
+
+    def follow(self, call: Call) -> None:
+        """What becomes volatile or durable by the call."""
+        if call.name in ("fsync", "fdatasync"):
+            self.volatile.discard(call.files[0])
+        elif call.name.startswith(("mkdir", "rename", "unlink")):
+            self.volatile.add(parent(call.files[-1]))
+        else:
+            self.volatile.add(call.files[0])
+            if call.files[0] in self._created - self._written:  # perhaps just now
+                self.volatile.add(parent(call.files[0]))
+            self._written.add(call.files[0])
+
+    def relies_on(self, call: Call) -> set[str]:
+        """What must be durable before the call is made."""
+        paths = self._paths
+        image, journal, metadata = str(paths.image), str(paths.journal), str(paths.metadata)
+        if call.name.startswith("rename"):  # something becomes the image or its state
+            return {call.files[0], image}
+        if call.name.startswith("unlink"):
+            return {image, str(paths.state), metadata} if call.files[0] == journal else set()
+        if call.commits:
+            return {journal, str(paths.new_state), metadata, str(paths.backups)}
+        return {journal, metadata} if call.files[0] == image else set()
+
+
+def parent(path: str) -> str:
+    """The directory of a file."""
+    return str(Path(path).parent)
+
+
+def check_durability(calls: list[Call], paths: dosvob.ImagePaths) -> None:
+    """Every step is durable before the next one relies on it, and all is in the end."""
+    power = PowerCut(paths)
+    changes = [call for call in calls if call.succeeded]
+    for number, call in enumerate(changes):
+        if call.name not in ("fsync", "fdatasync"):
+            assert not power.volatile & power.relies_on(call), (number, call)
+        power.follow(call)
+    assert not power.volatile
+    applied = [call.files == (str(paths.image),) and call.name != "fsync" for call in changes]
+    committed = [call.commits for call in changes]
+    assert True not in applied or committed.index(True) < applied.index(True)
+
+
+CALLS_WITH_MKDIR = f"{CHANGING_CALLS},?mkdir,mkdirat"
+
+
+def test_everything_is_durable_before_the_next_step_relies_on_it(tmp_path: Path) -> None:
+    scene, _, _ = later_scene(tmp_path / "later")
+    check_durability(scene.record("sync"), scene.paths)
+    first = Scene(tmp_path / "first")
+    first.change(1, 8)
+    check_durability(first.record("sync"), first.paths)
+
+
+def test_the_directory_of_the_journal_is_durable_when_an_image_is_adopted(tmp_path: Path) -> None:
+    scene = Scene(tmp_path / "scene")
+    scene.backups.mkdir()
+    scene.paths.image.write_bytes(scene.change(1, 8))
+    scene.change(2, 8)
+    trace = strace(scene.backups, NAME, "-o", str(scene.trace), calls=CALLS_WITH_MKDIR)
+    subprocess.run([*trace, *driver("sync", scene.backups, NAME, scene.device)], check=True, timeout=60)
+    calls = calls_in(scene.trace)
+    assert [call.files for call in calls if call.name == "mkdir" and call.succeeded] == [(str(scene.paths.metadata),)]
+    check_durability(calls, scene.paths)
+
+
+def test_an_interrupted_sync_that_was_recovered_is_durable_too(tmp_path: Path) -> None:
+    scene, _, _ = later_scene(tmp_path / "sync")
+    calls = scene.record("sync")
+    begun = cases_of(calls)[first_change_of(calls, scene.paths.image)]
+    scene, _, _ = later_scene(tmp_path / "recovery")
+    scene.kill("sync", begun)
+    recovery = scene.record("recover")
+    names = [(call.name, Path(call.files[-1]).name) for call in recovery]
+    synced, renamed = names.index(("fsync", NAME)), names.index(("rename", f"{NAME}.state"))
+    assert all(name != NAME or call == "fsync" for call, name in names[synced:])
+    assert synced < renamed < names.index(("unlink", f"{NAME}.journal"))
+    assert names[renamed + 1] == names[-1] == ("fsync", ".dosvob")
+
+
+# -- the whole script
+
+
+class WholeScript:
+    """The whole script with the simulated account; the volume's content is one of two that are kept to compare."""
+
+    def __init__(self, home: Home, volume: Volume) -> None:
+        self.home = home
+        self.volume = volume
+        self.trace = home.directory / "trace"
+        self.paths = dosvob.ImagePaths(home.backups, NAME)
+        self.old, self.new = home.directory / "old", home.directory / "new"
+        scatter(volume.path, 1, 1 << 30)
+        copy(volume.path, self.old)
+        scatter(volume.path, 2, 1 << 30)
+        copy(volume.path, self.new)
+
+    def put(self, content: Path) -> None:
+        """The volume's content becomes this one."""
+        copy(content, self.volume.path)
+
+    def run(self, *options: str, expect: int) -> list[Call]:
+        """Run the script under strace."""
+        wrapper = strace(self.home.backups, NAME, "-o", str(self.trace), *options)
+        self.home.run("--backups", str(self.home.backups), wrapper=wrapper, expect=expect)
+        return calls_in(self.trace)
+
+    def start_without_the_cloud(self, case: Case) -> None:
+        """One of the two ways in which the next start finds no network."""
+        if case.position % 2:
+            self.home.run("verify", expect=None)  # it does not know an image that has no state yet
+        else:
+            self.home.run(expect=1, constants=OFFLINE_RUN, DIGITALOCEAN_API_URL=NOWHERE)
+
+    def check_settled(self) -> None:
+        """The next run succeeds and leaves nothing, here or there."""
+        assert self.home.simulator.alive(), "it was killed before it created anything"
+        self.home.run()
+        assert same(self.paths.image, self.volume.path)
+        assert not self.home.simulator.alive()
+        assert {path.name for path in self.home.backups.rglob(f"{NAME}*")} == {NAME, f"{NAME}.state"}
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a sparse file."""
+    subprocess.run(["cp", "--sparse=always", source, target], check=True)
+
+
+def test_the_whole_script_killed_in_a_later_sync(home: Home, pytestconfig: pytest.Config) -> None:
+    script = WholeScript(home, home.simulator.add_volume(NAME))
+    script.put(script.old)
+    home.run()
+    script.put(script.new)
+    calls = script.run(expect=0)
+    check_durability(calls, script.paths)
+    assert sum(call.commits for call in calls) == 1
+    # A write too many would be one that does not come when the answers come in another order: the driver does those.
+    for case in sampled(pytestconfig, [case for case in cases_of(calls) if case.call != "write"], 1):
+        script.put(script.old)
+        home.run()
+        script.put(script.new)
+        committed = any(call.commits for call in script.run(case.injection, expect=KILLED))
+        script.start_without_the_cloud(case)
+        assert same(script.paths.image, script.new if committed else script.old), case
+        script.check_settled()
+
+
+def test_the_whole_script_killed_in_a_first_sync(home: Home, pytestconfig: pytest.Config) -> None:
+    script = WholeScript(home, home.simulator.add_volume(NAME))
+    calls = script.run(expect=0)
+    check_durability(calls, script.paths)
+    renamed = next(n for n, call in enumerate(calls) if call.name == "rename" and str(script.paths.image) in call.files)
+    for case in sampled(pytestconfig, cases_of(calls), 1):
+        for path in files_of(home.backups, NAME):
+            if path.is_file():
+                path.unlink()
+        script.run(case.injection, expect=KILLED)
+        script.start_without_the_cloud(case)
+        assert script.paths.image.exists() == (case.position > renamed), case
+        assert not script.paths.image.exists() or same(script.paths.image, script.new), case
+        script.check_settled()

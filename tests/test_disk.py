@@ -1,0 +1,662 @@
+"""What the local disk can do: be full, read-only, failing; lose, change or swap what is on it. The image survives.
+
+The local part runs here with the real agent as a local process, on real file systems; each matter is also met once by
+the whole script.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import MIB, Home, same, sampled, write_at
+from crash_support import (
+    COMMIT_RECORD,
+    PAGE,
+    back_up,
+    calls_in,
+    leave_committed,
+    recover,
+    run_driver,
+    scatter,
+    snapshot_of,
+    strace,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulator import Volume
+from simulator.storage import LoopDevice
+
+import dosvob
+
+NAME = "data"
+CHUNKS = 10
+
+
+class Disk:
+    """A volume (a file) and a directory for its backup: the volume has changed and grown since it was backed up."""
+
+    def __init__(self, directory: Path, backups: Path | None = None) -> None:
+        self.device = directory / "device"
+        self.backups = backups or directory / "backups"
+        self.paths = dosvob.ImagePaths(self.backups, NAME)
+        scatter(self.device, 1, (CHUNKS - 2) * MIB)
+        self.old = self.device.read_bytes()
+
+    def begin(self) -> None:
+        """Back up for the first time, and change the volume."""
+        self.back_up()
+        scatter(self.device, 2, CHUNKS * MIB)
+        self.new = self.device.read_bytes()
+
+    def back_up(self, *, reread: bool = False) -> tuple[dosvob.Tally, list[str]]:
+        """Back up; returns what was done and the warnings."""
+        warnings: list[str] = []
+        return back_up(self.backups, NAME, self.device, warn=warnings.append, reread=reread), warnings
+
+    def image(self) -> bytes:
+        """The content of the image."""
+        return self.paths.image.read_bytes()
+
+    def check_settled(self) -> None:
+        """A backup succeeds, and then the image is the volume."""
+        self.back_up()
+        assert self.image() == self.device.read_bytes()
+        assert dosvob.verify_image(self.paths, lambda size: None) == []
+        assert not self.paths.journal.exists()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    """A backup of an older state of the volume."""
+    made = Disk(tmp_path)
+    made.begin()
+    return made
+
+
+def one_clear_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of error that the script wrote besides warnings."""
+    assert "Traceback" not in done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 1, done.stderr
+    return errors[0]
+
+
+# -- a full disk
+
+
+class Tmpfs:
+    """A file system of a size that can be changed, in bytes; for `free` more than is used now."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=755", "dosvob-test", path], check=True)
+
+    def leave_free(self, free: int) -> None:
+        """Only so much can be written from now on."""
+        room = os.statvfs(self.path)
+        used = (room.f_blocks - room.f_bfree) * room.f_frsize
+        # tmpfs takes a size of 0 for "no limit"
+        subprocess.run(["mount", "-o", f"remount,size={max(used + free, PAGE)}", self.path], check=True)
+
+    def unmount(self) -> None:
+        """Take it away."""
+        subprocess.run(["umount", "--lazy", self.path], check=True)
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Tmpfs]:
+    """A small file system."""
+    made = Tmpfs(tmp_path / "tmpfs")
+    yield made
+    made.unmount()
+
+
+def test_a_disk_that_is_full_at_any_stage_of_a_later_sync(
+    tmp_path: Path, tmpfs: Tmpfs, pytestconfig: pytest.Config
+) -> None:
+    stages = set()
+    # From nothing to what journal and grown image take together; the steps around the journal's size are always taken.
+    sizes = [0, *sampled(pytestconfig, range(PAGE, 6 * MIB, 128 << 10), 6), 3 * MIB, 3 * MIB + 200 * PAGE]
+    for number, free in enumerate(sizes):
+        disk = Disk(tmp_path, tmpfs.path / str(number))
+        tmpfs.leave_free(64 * MIB)
+        disk.begin()
+        tmpfs.leave_free(free)
+        stages.add(fill(disk))
+        tmpfs.leave_free(64 * MIB)
+        assert dosvob.recover_all(disk.backups, dosvob.Reporter(quiet=True)) == set()
+        assert disk.image() in (disk.old, disk.new), free
+        disk.check_settled()
+        shutil.rmtree(disk.backups)
+    assert {"journal", "image"} <= stages
+
+
+def fill(disk: Disk) -> str:
+    """Back up to a disk that may be full: at which stage it was."""
+    problem: list[str] = []
+    try:
+        disk.back_up()
+    except (OSError, dosvob.DosvobError) as full:
+        problem.append(str(full))
+    if not problem:
+        return "none"
+    assert "No space left" in problem[0]
+    if not disk.paths.journal.exists():
+        assert disk.image() == disk.old
+        return "begin"
+    with disk.paths.journal.open("rb") as file:
+        is_committed = dosvob.JournalFile(disk.paths.journal, file).ends_with_commit
+    assert is_committed or disk.image() == disk.old
+    return "image" if is_committed else "journal"
+
+
+def test_a_disk_that_is_full_in_a_first_sync(tmp_path: Path, tmpfs: Tmpfs) -> None:
+    for number, free in enumerate((0, PAGE, 16 * PAGE, MIB, 2 * MIB)):
+        disk = Disk(tmp_path, tmpfs.path / str(number))
+        tmpfs.leave_free(free)
+        with pytest.raises((OSError, dosvob.DosvobError)):
+            disk.back_up()
+        assert not disk.paths.image.exists()
+        tmpfs.leave_free(64 * MIB)
+        disk.check_settled()
+        shutil.rmtree(disk.backups)
+
+
+def test_the_script_on_a_full_disk_backs_up_the_other_volume(home: Home, tmpfs: Tmpfs) -> None:
+    small, big = home.simulator.add_volume("a-small"), home.simulator.add_volume("big")
+    write_at(small.path, 5 * MIB, b"small")
+    with big.path.open("r+b") as file:
+        file.write(os.urandom(4 * MIB))
+    backups = ("--backups", str(tmpfs.path))
+    tmpfs.leave_free(2 * MIB)
+    done = home.run(*backups, expect=1)
+    error = one_clear_error(done)
+    assert "big" in error
+    assert "No space left on device" in error
+    assert "make room" in error
+    assert same(tmpfs.path / "a-small", small.path)
+    assert not (tmpfs.path / "big").exists()
+    assert home.simulator.alive() == []
+    tmpfs.leave_free(64 * MIB)
+    home.run(*backups)
+    assert same(tmpfs.path / "big", big.path)
+
+
+# -- read-only
+
+
+@pytest.fixture
+def read_only() -> Iterator[Callable[[Path], None]]:
+    """Makes a file or directory read-only, also for root, by mounting it on itself."""
+    mounted: list[Path] = []
+
+    def make(path: Path) -> None:
+        subprocess.run(["mount", "--bind", path, path], check=True)
+        mounted.append(path)
+        subprocess.run(["mount", "-o", "remount,ro,bind", path], check=True)
+
+    yield make
+    for path in mounted:
+        subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def test_a_read_only_directory_is_told_before_anything_is_created(
+    home: Home, read_only: Callable[[Path], None]
+) -> None:
+    home.simulator.add_volume(NAME)
+    home.backups.mkdir()
+    read_only(home.backups)
+    done = home.run(expect=2)
+    assert f"cannot write to {home.backups.name}" in one_clear_error(done)
+    assert "Read-only file system" in done.stderr
+    assert not [request for request in home.simulator.requests if request.method == "POST"]
+
+
+def test_a_read_only_image_is_told_and_completed_once_it_can_be(
+    home: Home, read_only: Callable[[Path], None]
+) -> None:
+    volume, other = home.simulator.add_volume(NAME), home.simulator.add_volume("other")
+    home.run()
+    write_at(volume.path, 3 * MIB, b"new")
+    write_at(other.path, 3 * MIB, b"new too")
+    kept = home.image(NAME).stat()
+    read_only(home.image(NAME))
+    error = one_clear_error(home.run(expect=1))
+    assert "Read-only file system" in error
+    assert NAME in error
+    assert (home.image(NAME).stat().st_mtime_ns, same(home.image("other"), other.path)) == (kept.st_mtime_ns, True)
+    assert "journal is kept" in one_clear_error(home.run("verify", expect=1))
+    subprocess.run(["umount", home.image(NAME)], check=True)
+    subprocess.run(["mount", "--bind", home.image(NAME), home.image(NAME)], check=True)  # for the fixture to undo
+    assert "completed from its journal" in home.run("verify").stdout
+    assert same(home.image(NAME), volume.path)
+
+
+# -- a failing disk
+
+
+def test_an_io_error_at_any_call_leaves_the_old_or_the_new_image(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    def scene(name: str) -> Disk:
+        (tmp_path / name).mkdir()
+        made = Disk(tmp_path / name)
+        made.begin()
+        return made
+
+    def run(disk: Disk, *options: str) -> subprocess.CompletedProcess[str]:
+        wrapper = strace(disk.backups, NAME, "-o", str(disk.device) + ".trace", *options)
+        return run_driver("sync", disk.backups, NAME, disk.device, wrapper=wrapper)
+
+    whole = scene("whole")
+    assert run(whole).returncode == 0
+    seen: dict[str, int] = {}
+    cases = []
+    for call in calls_in(Path(str(whole.device) + ".trace")):
+        seen[call.name] = seen.get(call.name, 0) + 1
+        cases.append((call.name, seen[call.name]))
+    # In how many writes the journal gets to the disk depends a little on what comes first.
+    cases = [case for case in cases if case[0] != "write" or case[1] < seen["write"] - 1]
+    for name, occurrence in sampled(pytestconfig, cases, 6):
+        disk = scene(f"{name}-{occurrence}")
+        done = run(disk, f"--inject={name}:error=EIO:when={occurrence}")
+        assert done.returncode == 1, (name, occurrence, done)
+        assert "Input/output error" in done.stderr
+        assert "Traceback" not in done.stderr
+        recover(disk.backups, NAME)
+        assert disk.image() in (disk.old, disk.new), (name, occurrence)
+        disk.check_settled()
+
+
+def test_a_file_system_without_holes_gets_zeros(disk: Disk) -> None:
+    trace = strace(disk.backups, NAME, "-o", "/dev/null", "--inject=fallocate:error=EOPNOTSUPP")
+    done = run_driver("sync", disk.backups, NAME, disk.device, wrapper=trace)
+    assert done.returncode == 0, done.stderr
+    assert disk.image() == disk.new
+
+
+# -- a damaged journal
+
+
+def flipped(content: bytes, position: int, bit: int) -> bytes:
+    """The content with one bit changed."""
+    changed = bytearray(content)
+    changed[position] ^= 1 << bit
+    return bytes(changed)
+
+
+def check_set_aside(disk: Disk, journal: bytes, what: object) -> None:
+    """The journal is refused as a whole: set aside as it is, with the image untouched."""
+    before = dosvob.Identity.of(disk.paths.image)
+    disk.paths.journal.write_bytes(journal)
+    with pytest.raises(dosvob.DosvobError, match="set aside") as raised:
+        recover(disk.backups, NAME)
+    assert len(str(raised.value)) < 600
+    assert dosvob.Identity.of(disk.paths.image) == before, what
+    assert not disk.paths.journal.exists(), what
+    (aside,) = disk.paths.metadata.glob("*.damaged-*")
+    assert aside.read_bytes() == journal
+    aside.unlink()
+
+
+def test_a_committed_journal_with_a_flipped_bit_is_never_applied(disk: Disk, pytestconfig: pytest.Config) -> None:
+    leave_committed(disk.backups, NAME, disk.device)
+    journal = disk.paths.journal.read_bytes()
+    chance = random.Random(pytestconfig.option.seed)
+    # Not in the mark itself: with an image that was not touched yet, it is as if the power went just before it.
+    end = len(journal) - COMMIT_RECORD
+    positions = [0, 1, 9, 17, 40, end - 1, *sampled(pytestconfig, range(0, end, 4001), 60)]
+    for position in positions:
+        bit = chance.randrange(8)
+        check_set_aside(disk, flipped(journal, position, bit), (position, bit))
+    assert disk.image() == disk.old
+    disk.check_settled()
+
+
+def test_a_committed_journal_with_something_behind_it_is_never_applied(disk: Disk) -> None:
+    leave_committed(disk.backups, NAME, disk.device)
+    check_set_aside(disk, disk.paths.journal.read_bytes() + b"x", "")
+    assert disk.image() == disk.old
+
+
+def test_a_journal_of_any_length_is_applied_as_a_whole_or_not_at_all(disk: Disk, pytestconfig: pytest.Config) -> None:
+    leave_committed(disk.backups, NAME, disk.device)
+    journal = disk.paths.journal.read_bytes()
+    head = dosvob.RECORD_SIZE + 150
+    lengths = [0, 1, 10, head, *(len(journal) - COMMIT_RECORD + by for by in (-1, 0, 1)), len(journal) - 1]
+    for length in (*lengths, *sampled(pytestconfig, range(0, len(journal), 5003), 40)):
+        disk.paths.journal.write_bytes(journal[:length])
+        with contextlib.suppress(dosvob.DosvobError):  # if not even its beginning can be read, it is set aside
+            assert not recover(disk.backups, NAME)  # otherwise kept: the good part of an interrupted sync
+        assert disk.image() == disk.old, length
+    disk.check_settled()
+
+
+def test_a_journal_cut_short_after_it_was_applied_in_part_is_told(disk: Disk) -> None:
+    leave_committed(disk.backups, NAME, disk.device)
+    write_at(disk.paths.image, 0, disk.new[:PAGE])
+    check_set_aside(disk, disk.paths.journal.read_bytes()[:-1], "")
+    disk.check_settled()
+
+
+def test_the_good_part_of_a_journal_is_used_again(disk: Disk) -> None:
+    leave_committed(disk.backups, NAME, disk.device)
+    journal = disk.paths.journal.read_bytes()
+    disk.paths.journal.write_bytes(journal[: len(journal) - COMMIT_RECORD - 1])
+    changed = sum(record.length for record in all_records(disk, journal))
+    assert disk.back_up()[0].changed < changed / 2
+    assert disk.image() == disk.new
+
+
+def all_records(disk: Disk, journal: bytes) -> list[dosvob.Record]:
+    """The records of a journal."""
+    path = disk.backups.parent / "journal"
+    path.write_bytes(journal)
+    with path.open("rb") as file:
+        return list(dosvob.JournalFile(path, file).records())
+
+
+def test_records_read_from_a_damaged_journal_were_all_written(disk: Disk, pytestconfig: pytest.Config) -> None:
+    leave_committed(disk.backups, NAME, disk.device)
+    journal = disk.paths.journal.read_bytes()
+    written = all_records(disk, journal)
+    assert len(written) > 10
+    for position in sampled(pytestconfig, range(0, len(journal), 3001), 40):
+        for damaged in (flipped(journal, position, position % 8), journal[:position] + journal[position + 1 :]):
+            found = all_records(disk, damaged)
+            assert found == written[: len(found)]
+            assert len(found) < len(written) or position > written[-1].position
+
+
+@settings(deadline=None, database=None, print_blob=True)
+@given(st.binary(max_size=2000), st.booleans())
+def test_arbitrary_bytes_are_no_journal(junk: bytes, is_tail: bool) -> None:
+    """Alone, or behind a good beginning, of which they are no part."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "journal")
+        identity = dosvob.Identity(0, 0, 0)
+        if is_tail:
+            journal = dosvob.Journal.begin(path, dosvob.Snapshot("id", NAME, "fra1", MIB, ""), identity)
+            journal.append(dosvob.DATA, PAGE, b"written")
+            journal.close()
+        with path.open("ab") as file:
+            file.write(junk)
+        with path.open("rb") as file:
+            found = dosvob.JournalFile(path, file)
+            assert [record.data for record in found.records()] == [b"written"] * is_tail
+            assert not found.is_sound()
+            assert not found.ends_with_commit
+
+
+def test_the_journal_of_another_volume_is_not_applied(disk: Disk) -> None:
+    leave_committed(disk.backups, NAME, disk.device)
+    other = dosvob.ImagePaths(disk.backups, "other")
+    other.image.write_bytes(disk.old)
+    shutil.copy2(disk.paths.journal, other.journal)
+    with pytest.raises(dosvob.DosvobError, match="does not belong"):
+        recover(disk.backups, "other")
+    assert other.image.read_bytes() == disk.old
+
+
+def test_a_journal_of_a_newer_version_is_kept_and_told(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patches:
+        patches.setattr(dosvob, "JOURNAL_VERSION", 2)
+        snapshot = snapshot_of(disk.device, NAME)
+        journal = dosvob.Journal.begin(disk.paths.journal, snapshot, dosvob.Identity.of(disk.paths.image))
+        journal.append(dosvob.DATA, 0, b"newer")
+        journal.commit(snapshot)
+        journal.close()
+    kept = disk.paths.journal.read_bytes()
+    with pytest.raises(dosvob.DosvobError, match="newer dosvob"):
+        recover(disk.backups, NAME)
+    assert disk.image() == disk.old
+    assert disk.paths.journal.read_bytes() == kept
+
+
+# -- a damaged state
+
+
+def test_a_damaged_state_is_told_and_the_image_is_left_as_it_is(disk: Disk, pytestconfig: pytest.Config) -> None:
+    state = disk.paths.state.read_bytes()
+    damage = [flipped(state, position, 3) for position in (0, 20, 300, 4000, 4095, 4096, len(state) - 1)]
+    damage += [flipped(state, position, 5) for position in sampled(pytestconfig, range(0, len(state), 61), 10)]
+    damage += [state[:length] for length in (0, 1, 100, 4095, 4096, len(state) - 1)] + [state + b"x"]
+    for content in damage:
+        disk.paths.state.write_bytes(content)
+        with pytest.raises(dosvob.DosvobError, match="is damaged") as raised:
+            disk.back_up()
+        assert str(disk.paths.state) in str(raised.value)
+        assert disk.image() == disk.old
+        assert disk.paths.state.read_bytes() == content
+        with pytest.raises(dosvob.DosvobError, match="is damaged"):
+            dosvob.verify_image(disk.paths, lambda size: None)
+    disk.paths.state.unlink()  # as the message says
+    disk.check_settled()
+
+
+def test_a_state_of_a_newer_version_is_kept_and_told(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = disk.paths.load_state()
+    assert state is not None
+    with monkeypatch.context() as patches:
+        patches.setattr(dosvob, "STATE_VERSION", 2)
+        write_at(disk.paths.state, 0, state.pack())
+    kept = disk.paths.state.read_bytes()
+    with pytest.raises(dosvob.DosvobError, match="newer dosvob"):
+        disk.back_up()
+    assert disk.image() == disk.old
+    assert disk.paths.state.read_bytes() == kept
+
+
+def test_the_image_of_another_volume_of_that_name_is_set_aside(disk: Disk) -> None:
+    warnings: list[str] = []
+    back_up(disk.backups, NAME, disk.device, volume_id="volume-2", warn=warnings.append)
+    (aside,) = disk.backups.glob(f"{NAME}.set-aside-*")
+    assert aside.read_bytes() == disk.old
+    assert str(aside) in warnings[0]
+    assert disk.image() == disk.new
+    state = disk.paths.load_state()
+    assert state is not None
+    assert state.snapshot.volume_id == "volume-2"
+
+
+# -- the same, met by the whole script
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Trouble with the files of one volume: how it comes about, what is told, and what the user does about it.
+
+    `cause` returns the words to put before the command.
+    """
+
+    cause: Callable[[Home, Volume], tuple[str, ...]]
+    told: tuple[str, ...]
+    cure: Callable[[dosvob.ImagePaths], None] = lambda paths: None
+
+
+def failing_journal(home: Home, volume: Volume) -> tuple[str, ...]:
+    """The disk fails when the journal is made durable."""
+    journal = str(home.backups / ".dosvob" / f"{NAME}.journal")
+    return ("strace", "-o", "/dev/null", "-P", journal, "-e", "trace=fsync", "--inject=fsync:error=EIO")
+
+
+def damaged_journal(home: Home, volume: Volume) -> tuple[str, ...]:
+    """There is a committed journal, which has decayed."""
+    paths = dosvob.ImagePaths(home.backups, NAME)
+    snapshot = dosvob.Snapshot(volume.id, NAME, "fra1", 1 << 30, "")
+    journal = dosvob.Journal.begin(paths.journal, snapshot, dosvob.Identity.of(paths.image))
+    journal.append(dosvob.DATA, 0, b"a part that decays")
+    journal.commit(snapshot)
+    journal.close()
+    write_at(paths.journal, journal.start + dosvob.RECORD_SIZE, b"decay")
+    return ()
+
+
+def damaged_state(home: Home, volume: Volume) -> tuple[str, ...]:
+    """The state has decayed."""
+    write_at(home.backups / ".dosvob" / f"{NAME}.state", 5000, b"decay")
+    return ()
+
+
+TROUBLES = [
+    Trouble(failing_journal, ("Input/output error", "the disk may be failing")),
+    Trouble(damaged_journal, (f"the journal of {NAME} is damaged", "set aside as")),
+    Trouble(damaged_state, (f"{NAME}.state is damaged", "Delete that file"), lambda paths: paths.state.unlink()),
+]
+
+
+def test_the_script_tells_its_trouble_with_one_volume_and_backs_up_the_other(
+    home: Home, pytestconfig: pytest.Config
+) -> None:
+    volume, other = home.simulator.add_volume(NAME), home.simulator.add_volume("other")
+    paths = dosvob.ImagePaths(home.backups, NAME)
+    home.run()
+    for number, trouble in enumerate(sampled(pytestconfig, TROUBLES, 2), start=1):
+        for changed in (volume, other):
+            write_at(changed.path, number * MIB, b"new")
+        before = dosvob.Identity.of(paths.image)
+        wrapper = trouble.cause(home, volume)
+        error = one_clear_error(home.run("--backups", str(home.backups), wrapper=wrapper, expect=1))
+        assert all(words in error for words in (NAME, *trouble.told)), error
+        assert dosvob.Identity.of(paths.image) == before
+        assert same(home.image("other"), other.path)
+        assert home.simulator.alive() == []
+        trouble.cure(paths)
+        home.run()
+        assert same(paths.image, volume.path)
+
+
+# -- an image that changed behind our back
+
+
+def decay(image: Path, offset: int) -> None:
+    """Flip a bit as a disk does: no time and no size tells of it."""
+    status = image.stat()
+    with image.open("rb") as file:
+        file.seek(offset)
+        byte = file.read(1)
+    write_at(image, offset, bytes([byte[0] ^ 4]))
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("chunk", [0, 4, CHUNKS - 1])
+def test_a_flipped_bit_is_found_within_eight_backups(disk: Disk, chunk: int) -> None:
+    disk.back_up()
+    write_at(disk.device, chunk * MIB, os.urandom(2 * PAGE))  # so that it is not a hole, where nothing can decay
+    disk.back_up()
+    decay(disk.paths.image, chunk * MIB + 5000)
+    assert dosvob.verify_image(disk.paths, lambda size: None) == [(chunk * MIB, (chunk + 1) * MIB)]
+    found = [disk.back_up()[0].decayed for _ in range(dosvob.REREAD_PARTS)]
+    assert sorted(found) == [[]] * (dosvob.REREAD_PARTS - 1) + [[chunk * MIB]]
+    assert disk.image() == disk.device.read_bytes()
+
+
+def test_a_flipped_bit_is_found_at_once_when_all_is_read_again(disk: Disk) -> None:
+    disk.back_up()
+    write_at(disk.device, 3 * MIB, b"so that it is not a hole")
+    disk.back_up()
+    decay(disk.paths.image, 3 * MIB + 5)
+    assert disk.back_up(reread=True)[0].decayed == [3 * MIB]
+    assert disk.image() == disk.device.read_bytes()
+
+
+def test_the_script_finds_a_flipped_bit_names_it_and_mends_it(home: Home) -> None:
+    volume = home.simulator.add_volume(NAME)
+    write_at(volume.path, 700 * MIB + 5000, os.urandom(3 * MIB))
+    home.run()
+    decay(home.image(NAME), 701 * MIB + 9)
+    done = home.run("verify", expect=1)
+    assert f"bytes {701 * MIB} to {702 * MIB - 1}" in one_clear_error(done)
+    done = home.run("--reread")
+    assert f"in the MiB at byte {701 * MIB}" in done.stderr
+    assert same(home.image(NAME), volume.path)
+    assert "sound" in home.run("verify").stdout
+
+
+def test_the_script_finds_what_was_written_through_a_loop_mount(home: Home, tmp_path: Path) -> None:
+    volume = home.simulator.add_volume(NAME)
+    subprocess.run(["mkfs.ext4", "-q", "-F", volume.path], check=True)
+    home.run()
+    there = tmp_path / "mounted"
+    there.mkdir()
+    with contextlib.closing(LoopDevice(home.image(NAME))) as loop:
+        subprocess.run(["mount", loop.path, there], check=True)
+        try:
+            (there / "written").write_bytes(os.urandom(MIB))
+        finally:
+            subprocess.run(["umount", there], check=True)
+    assert not same(home.image(NAME), volume.path)
+    assert "differs from its snapshot" in home.run("verify", expect=1).stderr
+    done = home.run()
+    assert "had changed on this disk" in done.stderr
+    assert same(home.image(NAME), volume.path)
+
+
+# -- who may read it, and where it may be
+
+
+def test_images_and_states_are_for_their_owner_only(home: Home) -> None:
+    volume = home.simulator.add_volume(NAME)
+    write_at(volume.path, 0, b"secret")
+    home.run(wrapper=("sh", "-c", 'umask 0; exec "$@"', "sh"))
+    write_at(volume.path, 0, b"SECRET")
+    trace = home.directory / "trace"
+    paths = dosvob.ImagePaths(home.backups, NAME)
+    wrapper = (*strace(home.backups, NAME, "-o", str(trace), "--inject=ftruncate:signal=KILL:when=2"),)
+    home.run("--backups", str(home.backups), wrapper=(*wrapper, "sh", "-c", 'umask 0; exec "$@"', "sh"), expect=None)
+    assert paths.journal.exists()
+    for path in (paths.image, paths.state, paths.new_state, paths.journal):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    home.run()
+    assert stat.S_IMODE(paths.image.stat().st_mode) == 0o600
+    assert stat.S_IMODE(paths.state.stat().st_mode) == 0o600
+
+
+HOSTILE = (
+    *("", ".", "..", "../x", "/etc/passwd", "a/b", "a\0b", "a\n", "-", "-rf", "Data", "dätä", "a" * 65, "a" * 300),
+    *("data.partial", "data.state", ".dosvob", ".dosvob/lock", "*", "\x1b[2J", "a b", "data\u202e"),
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_a_hostile_name_is_no_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(dosvob.DosvobError, match="not a name that a volume can have"):
+        dosvob.ImagePaths(tmp_path, name)
+
+
+def test_names_that_only_look_dangerous_are_apart_from_each_other(tmp_path: Path) -> None:
+    names = ("lock", "data", "data-partial", "state", "journal", "a", "a" * 64)
+    files = [path for name in names for path in vars(dosvob.ImagePaths(tmp_path, name)).values()]
+    found = [path for path in files if isinstance(path, Path) and path not in (tmp_path, tmp_path / ".dosvob")]
+    assert len(set(found)) == len(found) == 5 * len(names)
+    assert tmp_path / ".dosvob" / "lock" not in found
+
+
+def test_the_script_does_not_leave_the_directory_for_a_hostile_name(home: Home) -> None:
+    good = home.simulator.add_volume("good")
+    home.simulator.add_volume("lock")
+    write_at(good.path, 0, b"good")
+    for number, name in enumerate(HOSTILE):
+        home.simulator.add_volume(f"hostile-{number}").name = name
+    before = outside(home)
+    done = home.run(expect=1)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.count("is not a name that a volume can have") == len(HOSTILE)
+    assert "\x1b" not in done.stdout + done.stderr
+    assert outside(home) == before
+    assert {path.name for path in home.backups.iterdir()} == {"good", "lock", ".dosvob"}
+    assert same(home.image("good"), good.path)
+
+
+def outside(home: Home) -> set[Path]:
+    """What there is beside the backups directory."""
+    return {*home.directory.parent.iterdir(), *home.directory.iterdir()} - {home.backups}

@@ -1,0 +1,466 @@
+"""Trouble with the API: whatever a call answers, the run completes or says why not, and nothing stays behind."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Home, sampled
+from simulator import FOREVER, Behaviour, Fault, RequestRecord, Simulator
+from simulator.faults import ActionKind, CallKind, DropletKind
+from trouble_support import (
+    FAST,
+    QUICK,
+    PausingPython,
+    account,
+    add_volume,
+    assert_backed_up,
+    assert_nothing_left,
+    run,
+    small_volumes,
+    start,
+    until,
+)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_volumes(monkeypatch)
+
+
+@pytest.fixture
+def behaviour(request: pytest.FixtureRequest) -> Behaviour:
+    """A fast account, with the changes that `behaving` gives."""
+    return replace(FAST, **getattr(request, "param", {}))
+
+
+def behaving(**changes: Any) -> pytest.MarkDecorator:
+    """Change the behaviour of a test's account."""
+    return pytest.mark.parametrize("behaviour", [changes], indirect=True, ids=["changed"])
+
+
+# -- every call, every fault
+
+
+@dataclass(frozen=True)
+class Call:
+    """The `nth` call of this method to paths like this one, in a run."""
+
+    method: str
+    path: str
+    nth: int
+
+    @property
+    def is_poll(self) -> bool:
+        """Whether it asks for the state of one thing, as often as it takes."""
+        return self.method == "GET" and "\\d" in self.path
+
+
+def calls_of(requests: list[RequestRecord]) -> list[Call]:
+    """The calls of a run, such that those of another run can be told by them."""
+    seen: dict[tuple[str, str], int] = {}
+    calls = []
+    for record in requests:
+        path = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "[0-9a-f-]{36}", record.path)
+        path = "^" + re.sub(r"/\d+(?=/|$)", r"/\\d+", path) + "$"
+        nth = seen[record.method, path] = seen.get((record.method, path), 0) + 1
+        calls.append(Call(record.method, path, nth))
+    return calls
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> list[Call]:
+    """The calls of a run in which nothing goes wrong."""
+    directory = tmp_path_factory.mktemp("recorded")
+    with pytest.MonkeyPatch.context() as monkeypatch, account(directory / "account") as (sim, home):
+        small_volumes(monkeypatch)
+        volumes = [add_volume(sim, "data"), add_volume(sim, "other")]
+        run(home)
+        assert_backed_up(home, *volumes)
+        assert_nothing_left(sim)
+        found = calls_of(sim.requests)
+    assert len(found) > 30
+    return found
+
+
+FAULTS = {
+    "5xx-before": Fault("error", status=503),
+    "5xx-after": Fault("error", status=500, effect=True),
+    "lost-before": Fault("lost", effect=False),
+    "lost-after": Fault("lost"),
+    "missing": Fault("missing", seconds=0.4),
+    "too-many": Fault("rate-limit", seconds=1),
+    "too-many-until": Fault("rate-limit-reset", seconds=1),
+    "malformed": Fault("malformed"),
+    "html": Fault("html", effect=True),
+    "html-5xx": Fault("html", status=502),
+}
+
+
+def test_any_call_goes_wrong_once(pytestconfig: pytest.Config, tmp_path: Path, calls: list[Call]) -> None:
+    problems = []
+    cases = [(fault, call) for fault in FAULTS for call in calls]
+    for fault, call in sampled(pytestconfig, cases, 8):
+        directory = tmp_path / f"{fault}-{cases.index((fault, call))}"
+        try:
+            run_with_fault(directory, replace(FAULTS[fault], method=call.method, path=call.path, nth=call.nth), call)
+        except (AssertionError, pytest.fail.Exception) as problem:
+            problems.append(f"{fault} at {call}: {problem}")
+    assert not problems, "\n\n".join(problems)
+
+
+def run_with_fault(directory: Path, fault: Fault, call: Call) -> None:
+    """One run with the fault; then one without, which is as any other."""
+    with account(directory) as (sim, home):
+        volumes = [add_volume(sim, "data"), add_volume(sim, "other")]
+        sim.faults.add(fault)
+        done = run(home, expect=None)
+        assert sim.faults.fired or call.is_poll
+        assert_nothing_left(sim)
+        if done.returncode == 0:
+            assert_backed_up(home, *volumes)
+        else:  # what may pass is to be overcome
+            assert fault.kind == "missing", done.stderr
+
+
+LAGGING = replace(FAST, fresh_seconds=0.3, list_lag_seconds=0.4)
+UNANSWERED: tuple[CallKind, ...] = ("lost", "html", "error")
+CREATIONS = ("account/keys", "droplets", "volumes/.*/snapshots", "volumes")
+
+
+def test_answer_is_lost_and_lists_lag(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """What was created by a call whose answer was lost is found when a list shows it, and not created twice."""
+    faults = [
+        Fault(kind, method="POST", path=f"^/v2/{path}$", effect=True) for kind in UNANSWERED for path in CREATIONS
+    ]
+    for number, fault in enumerate(sampled(pytestconfig, faults, 3)):
+        with account(tmp_path / str(number), LAGGING) as (sim, home):
+            volume = add_volume(sim, "data")
+            sim.faults.add(fault)
+            run(home, constants={"LIST_LAG": 3})
+            assert sim.faults.fired
+            assert_backed_up(home, volume)
+            assert_nothing_left(sim)
+            created = sorted(item.kind for item in sim.ever if not item.decoy)
+            assert created == ["droplet", "key", "snapshot", "tag", "volume"], fault
+
+
+def test_api_is_down_for_good(home: Home, sim: Simulator) -> None:
+    add_volume(sim, "data")
+    sim.faults.add(Fault("error", status=503, times=FOREVER))
+    done = run(home, expect=1, constants={"RETRY_LIMIT": 0.5})
+    assert "HTTP 503" in done.stderr
+    assert "https://status.digitalocean.com" in done.stderr
+    assert_nothing_left(sim)
+
+
+def test_a_list_that_fails_does_not_keep_the_rest_from_being_removed(home: Home, sim: Simulator) -> None:
+    """The lists of the teardown fail for ever: what is known is deleted, and that more may be there is said."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("error", method="GET", path="^/v2/droplets$", nth=2, times=FOREVER))
+    done = run(home, expect=1, constants={"RETRY_LIMIT": 0.3, "REMOVE_LIMIT": 1})
+    assert_nothing_left(sim)
+    assert_backed_up(home, volume)
+    assert re.search(r"there may be something LEFT BEHIND.*droplet dosvob-ephemeral-\w+-\*", done.stderr)
+    first = next(record.number for record in sim.requests if record.method == "DELETE" and "droplets" in record.path)
+    assert first < min(number for number, _ in sim.faults.fired)  # a list that takes its time costs no droplet's time
+
+
+# -- actions and droplets
+
+
+def test_attach_fails(home: Home, sim: Simulator) -> None:
+    """The volume fails, the other one is backed up."""
+    add_volume(sim, "data")
+    other = add_volume(sim, "other")
+    sim.faults.add(Fault("action-errored"))
+    done = run(home, expect=1)
+    assert re.search(r"error: data: the attach of \S+ failed on DigitalOcean's side", done.stderr)
+    assert_backed_up(home, other)
+    assert not home.image("data").exists()
+    assert_nothing_left(sim)
+
+
+def test_attach_never_ends(home: Home, sim: Simulator) -> None:
+    """The droplet takes no other event then, so all volumes fail; deleting it works."""
+    add_volume(sim, "data")
+    add_volume(sim, "other")
+    sim.faults.add(Fault("action-stuck"))
+    done = run(home, expect=1, constants={"ACTION_LIMIT": 0.5, "BUSY_LIMIT": 1})
+    assert "did not end within" in done.stderr
+    assert "error: other: " in done.stderr
+    assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize("kind", ["action-errored", "action-stuck"])
+def test_detach_fails(home: Home, sim: Simulator, kind: ActionKind) -> None:
+    """What has been backed up is; the teardown removes the clone."""
+    first, last = add_volume(sim, "data"), add_volume(sim, "other")
+    sim.faults.add(Fault(kind, nth=3))  # the first two are attaches
+    run(home, constants={"ACTION_LIMIT": 0.5})
+    assert sim.faults.fired
+    assert_backed_up(home, first, last)
+    assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize(
+    ("kind", "constants", "message"),
+    [
+        ("never-active", {"ACTIVE_LIMIT": 0.5}, "was not active, with an address, within"),
+        ("no-address", {"ACTIVE_LIMIT": 0.5}, "was not active, with an address, within"),
+        ("ssh-refused", {"SSH_LIMIT": 0.5}, "no connection to the droplet at 10.78"),
+    ],
+)
+def test_droplet_is_not_to_be_had(
+    home: Home, sim: Simulator, kind: DropletKind, constants: dict[str, float], message: str
+) -> None:
+    add_volume(sim, "data")
+    add_volume(sim, "other")
+    sim.faults.add(Fault(kind))
+    done = run(home, expect=1, constants=constants)
+    assert message in done.stderr
+    assert len(re.findall(r"(data|other) .* FAILED", done.stdout)) == 2
+    assert_nothing_left(sim)
+
+
+def test_droplet_dies_during_the_sync(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    """It is noticed, and given up after some attempts; what had arrived is kept for the next run."""
+    volume = add_volume(sim, "data", size=12 << 20)
+    pausing = PausingPython(tmp_path, 6 << 20)
+    sim.faults.add(pausing.fault)
+    running = start(home, constants={"STALL_LIMIT": 1, "RECONNECT_LIMIT": 0.3, "SSH_TIMEOUT": 0.5, "ATTEMPTS": 2})
+    pausing.wait()
+    sim.droplets[0].kill()
+    assert running.end() == 1
+    assert "error: data: no connection to the droplet" in running.output
+    assert_nothing_left(sim)
+    assert home.image("data.partial").exists()
+    sim.faults.clear()
+    run(home)
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+# -- the account's limits
+
+
+LIMITS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"volume_limit": 2}, "capacity limit exceeded"),
+    ({"capacity_gib": 2}, "capacity limit exceeded"),
+    ({"snapshot_limit": 0}, "snapshot limit exceeded"),
+    ({"snapshots_per_volume": 0}, "snapshot limit exceeded"),
+    ({"droplet_limit": 0}, "exceed your droplet limit"),
+    ({"sold_out": frozenset({"s-1vcpu-512mb-10gb", "s-1vcpu-1gb"})}, "Size is not available in this region"),
+)
+
+
+def test_limit_of_the_account(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """DigitalOcean's words are quoted, with the request id for its support, and the page where limits are."""
+    for limit, message in sampled(pytestconfig, LIMITS, 3):
+        with account(tmp_path / "-".join(limit), replace(FAST, **limit)) as (sim, home):
+            add_volume(sim, "data")
+            add_volume(sim, "other")
+            done = run(home, expect=1)
+            assert re.search(rf'"[^"]*{message}[^"]*" \(HTTP 4\d\d, request [0-9a-f-]{{36}}\)', done.stderr)
+            assert "https://cloud.digitalocean.com/account/team/limits" in done.stderr
+            assert_nothing_left(sim)
+
+
+@behaving(sold_out=frozenset({"s-1vcpu-512mb-10gb"}))
+def test_next_size_is_tried(home: Home, sim: Simulator) -> None:
+    volume = add_volume(sim, "data")
+    assert "trying the next size" in run(home).stdout
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+# -- the token
+
+UNUSED = ("account:read", "actions:read", "tag:read", "snapshot:create")
+SCOPES = (
+    *("droplet:create", "droplet:read", "block_storage:create", "block_storage:read", "block_storage_action:create"),
+    *("block_storage_action:read", "block_storage_snapshot:create", "snapshot:read", "ssh_key:create", "ssh_key:read"),
+    *("tag:create", "regions:read", "sizes:read", "image:read"),
+)
+DELETING = {  # what is left behind without the scope, how much of it at most, and where to remove it
+    "droplet:delete": ({"droplet", "volume"}, "/droplets"),
+    "block_storage:delete": ({"volume"}, "/volumes"),
+    "snapshot:delete": ({"snapshot"}, "/images/snapshots/volumes"),
+    "ssh_key:delete": ({"key"}, "/account/security"),
+}
+
+
+def test_scopes_that_are_not_needed(home: Home, sim: Simulator) -> None:
+    volume = add_volume(sim, "data")
+    sim.token_lacks(*UNUSED)
+    run(home)
+    assert_backed_up(home, volume)
+
+
+def test_token_lacks_a_scope(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """The message names the call that was refused and the scope that it needs."""
+    for scope in sampled(pytestconfig, SCOPES, 3):
+        with account(tmp_path / scope.replace(":", "-")) as (sim, home):
+            add_volume(sim, "data")
+            sim.token_lacks(scope)
+            done = run(home, expect=1)
+            lines = [line for line in done.stderr.splitlines() if "the token lacks a scope" in line]
+            assert any(re.search(rf"refused (GET|POST) /v2/.* needs .*\b{scope}\b", line) for line in lines), done
+            assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize("scope", DELETING)
+def test_token_must_not_delete(home: Home, sim: Simulator, scope: str) -> None:
+    """What is left is named with id, cost and address; with a better token, sweep removes it."""
+    add_volume(sim, "data")
+    sim.token_lacks(scope)
+    done = run(home, expect=1, constants={"BUSY_LIMIT": 1})
+    kinds, page = DELETING[scope]
+    assert {item.kind for item in sim.alive()} == kinds
+    assert_named(sim, done.stderr)
+    assert f"https://cloud.digitalocean.com{page}" in done.stderr
+    assert re.search(rf"refused DELETE /v2/.* needs .*\b{scope}\b", done.stderr)
+    sim.token_lacks()
+    assert "nothing of dosvob's is left" in run(home, "sweep").stdout
+    assert_nothing_left(sim)
+
+
+def assert_named(sim: Simulator, errors: str) -> None:
+    """Each thing that is left has a line of its own, with its id, and its cost if it is billed."""
+    for item in sim.alive():
+        lines = [line for line in errors.splitlines() if f"(id {item.id}" in line and "LEFT BEHIND" in line]
+        assert len(lines) == 1, (item, errors)
+        assert ("a month)" in lines[0]) == item.billed
+        assert ("and billed until you remove it" in lines[0]) == item.billed
+        assert "https://cloud.digitalocean.com/" in lines[0]
+
+
+def test_token_is_revoked_in_the_middle(home: Home, sim: Simulator) -> None:
+    add_volume(sim, "data")
+    sim.faults.add(Fault("never-active"))
+    running = start(home)
+    until(lambda: {item.kind for item in sim.alive()} == {"key", "droplet", "volume"})
+    sim.revoke_token()
+    assert running.end() == 1
+    assert_explained_by_token(running.output)
+    assert_named(sim, running.output)
+    sim.revoke_token(False)
+    run(home, "sweep")
+    assert_nothing_left(sim)
+
+
+def test_token_is_revoked_after_a_lost_answer(home: Home, sim: Simulator) -> None:
+    """Whether the droplet exists nobody can tell then; that it may is said."""
+    sim.faults.add(Fault("lost", method="POST", path="^/v2/droplets$"))
+    sim.faults.add(Fault("error", method="GET", path="^/v2/droplets$", nth=2, times=FOREVER))
+    add_volume(sim, "data")
+    running = start(home)
+    until(lambda: sim.droplets)
+    sim.revoke_token()
+    sim.faults.clear()
+    assert running.end() == 1
+    assert re.search(r"there may be something LEFT BEHIND.*droplet dosvob-ephemeral-\w+-", running.output)
+    sim.revoke_token(False)
+    run(home, "sweep")
+    assert_nothing_left(sim)
+
+
+def assert_explained_by_token(output: str) -> None:
+    assert "The token is wrong, expired or revoked" in output
+    assert "Traceback" not in output
+
+
+# -- rate limits
+
+
+def test_rate_limit_is_waited_for_visibly(home: Home, sim: Simulator) -> None:
+    """The 429 says how long; a burst of them hits any call."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("rate-limit", nth=5, times=3, seconds=1), Fault("rate-limit-reset", nth=20, seconds=1))
+    assert "rate limit is reached: waiting 1 s" in run(home).stdout
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [{"requests_per_minute": 20}, {"key_lists_per_minute": 2}],
+    indirect=True,
+    ids=["requests", "lists-of-keys"],
+)
+def test_limits_of_a_minute(pytestconfig: pytest.Config, home: Home, sim: Simulator) -> None:
+    if not pytestconfig.option.exhaustive:
+        pytest.skip("takes minutes: with --all only")
+    volume = add_volume(sim, "data")
+    done = home.run(constants=QUICK, timeout=400)
+    assert "rate limit is reached: waiting" in done.stdout
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+@behaving(key_lists_per_minute=10)
+def test_keys_are_listed_seldom(home: Home, sim: Simulator) -> None:
+    """Ten lists of keys a minute are enough for a run that removes what another one left, and whose teardown waits."""
+    sim.add_key("dosvob-ephemeral-00000000-key")
+    add_volume(sim, "data")
+    assert "rate limit" not in run(home).stdout
+    assert_nothing_left(sim)
+
+
+# -- another host
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """A host that the token must never reach."""
+
+    seen: list[str]
+
+    def do_GET(self) -> None:
+        """Remember the request."""
+        self.seen.append(f"{self.command} {self.path} {self.headers}")
+        self.send_response(200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_POST = do_DELETE = do_GET  # noqa: N815
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[tuple[str, list[str]]]:
+    """The address of another host, and the requests that it got."""
+    seen: list[str] = []
+    handler = type("Handler", (Elsewhere,), {"seen": seen})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", seen
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/v2/droplets"), ("POST", "/v2/droplets"), ("DELETE", "/v2/droplets/.*")]
+)
+def test_redirect_is_not_followed(
+    home: Home, sim: Simulator, elsewhere: tuple[str, list[str]], method: str, path: str
+) -> None:
+    url, seen = elsewhere
+    add_volume(sim, "data")
+    sim.faults.add(Fault("redirect", method=method, path=f"^{path}$", text=f"{url}/v2/droplets"))
+    done = run(home, expect=None)
+    assert sim.faults.fired
+    assert seen == []
+    assert_nothing_left(sim)
+    assert (done.returncode == 0) == (method == "DELETE")
+    if done.returncode:
+        assert "It redirects, and your token goes nowhere else" in done.stderr

@@ -1,0 +1,315 @@
+"""However a run ends, nothing of it stays in the account: signals at any moment, crashes, and what resists removal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import Home, sampled
+from simulator import FOREVER, Behaviour, Fault, Simulator
+from trouble_support import (
+    FAST,
+    PATIENCE,
+    QUICK,
+    PausingPython,
+    Running,
+    account,
+    add_volume,
+    assert_backed_up,
+    assert_nothing_left,
+    run,
+    small_volumes,
+    start,
+    until,
+)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CALLS = 42  # about as many as a run with two volumes makes; a run that has made fewer has ended, which is fine
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_volumes(monkeypatch)
+
+
+@pytest.fixture
+def behaviour() -> Behaviour:
+    return FAST
+
+
+def after_call(running: Running, sim: Simulator, number: int) -> None:
+    """Wait until the run has made so many calls, or has ended."""
+    until(lambda: len(sim.requests) >= number or running.process.poll() is not None)
+
+
+# -- signals
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_after_any_call(pytestconfig: pytest.Config, tmp_path: Path, number: signal.Signals) -> None:
+    moments = list(range(1, CALLS + 1))
+    turn = SIGNALS.index(number) * CALLS // len(SIGNALS)  # so that a sample is another one for each signal
+    for moment in sampled(pytestconfig, moments[turn:] + moments[:turn], 1):
+        with account(tmp_path / str(moment)) as (sim, home):
+            add_volume(sim, "data")
+            add_volume(sim, "other")
+            running = start(home)
+            after_call(running, sim, moment)
+            running.signal(number)
+            code = running.end()
+            assert_nothing_left(sim)
+            assert "Traceback" not in running.output
+            assert "error: " not in running.output
+            if "this run cost" in running.output:  # it had just ended, or its work was done
+                assert code in (0, 128 + number, -number)
+            else:
+                assert code == 128 + number, (moment, running.output)
+                assert f"{number.name}: stopping, and removing what was created" in running.output
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_during_the_sync(home: Home, sim: Simulator, tmp_path: Path, number: signal.Signals) -> None:
+    add_volume(sim, "data", size=12 << 20)
+    pausing = PausingPython(tmp_path, 6 << 20)
+    sim.faults.add(pausing.fault)
+    running = start(home)
+    pausing.wait()
+    running.signal(number)
+    assert running.end() == 128 + number
+    assert_nothing_left(sim)
+    assert home.image("data.partial").exists()
+
+
+def test_second_signal_does_not_stop_the_teardown(pytestconfig: pytest.Config, home: Home, sim: Simulator) -> None:
+    """It says what is still being done."""
+    add_volume(sim, "data")
+    sim.faults.add(Fault("never-active"))
+    undeletable = Fault("error", method="DELETE", path="^/v2/droplets/", status=409, times=FOREVER)
+    sim.faults.add(undeletable)
+    running = start(home)
+    until(lambda: sim.droplets)
+    running.signal(signal.SIGINT)
+    until(lambda: any(fault is undeletable for _, fault in sim.faults.fired))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        said = running.output.count("still at work")
+        running.signal(number)
+        until(lambda said=said: running.output.count("still at work") > said)  # type: ignore[misc]
+    assert running.process.poll() is None
+    assert "still at work: removing " in running.output
+    sim.faults.clear()
+    assert running.end() == 128 + signal.SIGINT
+    assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize("how", ["run", "sweep"])
+def test_killed_after_any_call(pytestconfig: pytest.Config, tmp_path: Path, how: str) -> None:
+    """The next run removes what is left, and so does a sweep."""
+    moments = list(range(8, CALLS + 1))
+    turn = len(moments) // 2 if how == "run" else 0
+    for moment in sampled(pytestconfig, moments[turn:] + moments[:turn], 1):
+        with account(tmp_path / str(moment)) as (sim, home):
+            volumes = [add_volume(sim, "data"), add_volume(sim, "other")]
+            running = start(home)
+            after_call(running, sim, moment)
+            running.signal(signal.SIGKILL)
+            running.end()
+            left = sim.alive()
+            done = run(home, *([how] if how == "sweep" else []))
+            for item in left:
+                assert f"left over from an earlier run: {'SSH key' if item.kind == 'key' else item.kind}" in done.stdout
+            assert_nothing_left(sim)
+            if how == "run":
+                assert_backed_up(home, *volumes)
+
+
+def test_nothing_of_the_users_is_swept(home: Home, sim: Simulator) -> None:
+    """Only what has dosvob's tag or prefix is."""
+    volume = sim.add_volume("dosvob-data")
+    volumes = [volume, sim.add_volume("ephemeral"), sim.add_volume("elsewhere", "nyc1")]
+    kept = [
+        *volumes,
+        sim.add_snapshot(volume, "dosvob"),
+        sim.add_droplet("web", tags=["dosvob"]),
+        sim.add_key("laptop"),
+    ]
+    stale = [
+        sim.add_volume("dosvob-ephemeral-12345678-0"),
+        sim.add_volume("tagged", tags=["dosvob-ephemeral"]),
+        sim.add_volume("dosvob-ephemeral-12345678-1", "nyc1"),
+        sim.add_snapshot(volume, "dosvob-ephemeral-12345678-0"),
+        sim.add_droplet("dosvob-ephemeral-12345678-droplet"),
+        sim.add_key("dosvob-ephemeral-12345678-key"),
+    ]
+    dry = run(home, "sweep", "--dry-run")
+    assert all(item.deleted is None for item in stale)
+    assert all(f"(id {item.id}" in dry.stdout for item in stale)
+    run(home, "sweep")
+    assert all(item.deleted for item in stale)
+    assert not any(item.deleted for item in kept)
+
+
+# -- what resists
+
+
+def test_volume_stays_attached_for_a_while(tmp_path: Path) -> None:
+    """It cannot be deleted for some seconds after its droplet; the teardown waits for that."""
+    with account(tmp_path / "account", replace(FAST, release_seconds=4)) as (sim, home):
+        volume = add_volume(sim, "data")
+        run(home)
+        refusals = [record for record in sim.requests if record.method == "DELETE" and record.status == 409]
+        assert len(refusals) > 1
+        assert_backed_up(home, volume)
+        assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize(("path", "kind"), [("volumes", "volume"), ("droplets", "droplet"), ("account/keys", "key")])
+def test_what_cannot_be_removed_is_named(home: Home, sim: Simulator, path: str, kind: str) -> None:
+    """With its id, what it costs, where to remove it; the next run removes it."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("error", method="DELETE", path=f"^/v2/{path}/", status=409, times=FOREVER))
+    done = run(home, expect=1, constants={"REMOVE_LIMIT": 1.5})
+    assert_backed_up(home, volume)
+    left = [item for item in sim.alive() if item.kind == kind]
+    assert len(left) == 1
+    lines = [line for line in done.stderr.splitlines() if f"(id {left[0].id}" in line]
+    assert len(lines) == 1
+    assert "LEFT BEHIND" in lines[0]
+    assert "https://cloud.digitalocean.com/" in lines[0]
+    assert "python dosvob.py sweep" in lines[0]
+    assert ("a month)" in lines[0]) == (kind != "key")
+    sim.faults.clear()
+    run(home)
+    assert_nothing_left(sim)
+
+
+def test_next_run_fails_while_something_is_left(home: Home, sim: Simulator) -> None:
+    """Volumes are backed up nevertheless."""
+    volume = add_volume(sim, "data")
+    stuck = sim.add_volume("dosvob-ephemeral-12345678-0")
+    sim.faults.add(Fault("error", method="DELETE", path=f"^/v2/volumes/{stuck.id}", status=409, times=FOREVER))
+    done = run(home, expect=1, constants={"REMOVE_LIMIT": 0.5})
+    assert (
+        f"LEFT BEHIND, and billed until you remove it: volume {stuck.name} (id {stuck.id}, $0.10 a month)"
+        in done.stderr
+    )
+    assert_backed_up(home, volume)
+
+
+# -- two runs
+
+
+def test_second_run_in_a_directory_ends_at_once(home: Home, sim: Simulator) -> None:
+    volume = add_volume(sim, "data")
+    never = Fault("never-active")
+    sim.faults.add(never)
+    first = start(home)
+    until(lambda: sim.droplets)
+    for arguments in ([], ["sweep"], ["verify"]):
+        before = sorted(path.name for path in home.backups.rglob("*"))
+        done = home.run(*arguments, expect=2, DIGITALOCEAN_API_URL="http://127.0.0.1:1")  # not one call is made
+        assert "another dosvob is at work in backups" in done.stderr
+        assert sorted(path.name for path in home.backups.rglob("*")) == before
+    assert sim.droplets
+    assert first.process.poll() is None
+    first.signal(signal.SIGTERM)
+    assert first.end() == 128 + signal.SIGTERM
+    assert_nothing_left(sim)
+    sim.faults.clear()
+    run(home)
+    assert_backed_up(home, volume)
+
+
+def test_droplet_of_another_machine_is_told_of_first(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    """The other machine's run fails, says so, and leaves nothing."""
+    add_volume(sim, "data")
+    elsewhere = Home(tmp_path / "elsewhere", sim)
+    sim.faults.add(Fault("never-active"))
+    other = start(elsewhere, constants={"ACTIVE_LIMIT": 5})
+    until(lambda: sim.droplets)
+    droplet = sim.droplets[0]
+    done = run(home)
+    assert f"(id {droplet.id}" in done.stderr
+    assert "was created only 0 minutes ago: if another machine is backing up with this account" in done.stderr
+    assert other.end() == 1
+    assert "Traceback" not in other.output
+    assert_nothing_left(sim)
+
+
+def test_old_droplet_is_swept_without_a_warning(home: Home, sim: Simulator) -> None:
+    droplet = sim.add_droplet("dosvob-ephemeral-12345678-droplet", tags=["dosvob-ephemeral"])
+    droplet.created = time.time() - 3600
+    assert run(home, "sweep").stderr == ""
+    assert droplet.deleted
+
+
+# -- nobody listens
+
+
+@pytest.mark.parametrize("closed", ["stdout", "both"])
+def test_output_is_closed_in_the_middle(home: Home, sim: Simulator, closed: str) -> None:
+    """As with `| head -1`: the backup and the teardown go on, and the exit code is the usual one."""
+    volume = add_volume(sim, "data")
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        home.command("--verbose", constants=QUICK),
+        cwd=home.directory,
+        env=home.environment(),
+        stdout=write,
+        stderr=write if closed == "both" else subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert os.read(read, 1)
+    os.close(read)
+    errors = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 0, errors
+    assert closed == "both" or errors == ""
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_output_is_closed_from_the_beginning(home: Home, sim: Simulator, closed: str) -> None:
+    """Nothing that is opened later, an image least of all, takes the place of what is closed and gets messages."""
+    volume = add_volume(sim, "data")
+    home.run(constants=QUICK, wrapper=("sh", "-c", f'exec "$@" {closed}', "sh"))
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+def test_terminal_vanishes(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    """The window of the terminal is closed: SIGHUP, and nobody to write to."""
+    add_volume(sim, "data", size=12 << 20)
+    pausing = PausingPython(tmp_path, 6 << 20)
+    sim.faults.add(pausing.fault)
+    pid, terminal = pty.fork()
+    if pid == 0:  # the child, whose terminal it is
+        os.chdir(home.directory)
+        command = home.command(constants=QUICK)
+        os.execve(command[0], command, home.environment())
+    reader = threading.Thread(target=drain, args=(os.dup(terminal),), daemon=True)
+    reader.start()
+    pausing.wait()
+    os.close(terminal)
+    reader.join(PATIENCE)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert_nothing_left(sim)
+
+
+def drain(terminal: int) -> None:
+    """Read what a terminal shows, a while, then close it."""
+    try:
+        while b"scanned" not in os.read(terminal, 65536):
+            pass
+    except OSError:
+        pass
+    finally:
+        os.close(terminal)
