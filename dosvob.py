@@ -3193,9 +3193,12 @@ def dry_run(api: Api, config: Config, arguments: argparse.Namespace, report: Rep
     plan = plan_droplet(api, config)
     size, price = plan.sizes[0]
     for volume in select_volumes(list_volumes(api), config, arguments.names, report):
-        paths = ImagePaths(arguments.backups, volume.name)
-        how = "changes only" if paths.image.exists() else "all of it, for the first time"
-        report.say(f"would back up {volume.name}, {volume.size_gib} GiB, to {paths.image}: {how}")
+        if not VOLUME_NAME.fullmatch(volume.name):
+            report.say(f"would not back up {volume.name!r}: that is not a name that a volume can have")
+            continue
+        image = ImagePaths(arguments.backups, volume.name).image
+        how = "changes only" if image.exists() else "all of it, for the first time"
+        report.say(f"would back up {volume.name}, {volume.size_gib} GiB, to {image}: {how}")
     report.say(f"would do so over a droplet {size} with {plan.image} in {plan.region}, at ${price:.5f} an hour")
     return EXIT_OK
 

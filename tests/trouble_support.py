@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import random
@@ -137,6 +138,7 @@ class Running:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.lines: list[str] = []
+        atexit.register(process.kill)  # a test that fails may leave it at work
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
