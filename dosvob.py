@@ -1144,7 +1144,7 @@ BATCH_SECONDS = 0.05  # after which a smaller batch will do
 QUEUED_FRAMES = 8
 HEARTBEAT = 5.0  # seconds
 KEPT_MEMORY = 32 << 20  # bytes; the most that glibc takes as M_MMAP_THRESHOLD
-SAMPLE = 32 << 10  # bytes that are compressed to see whether it pays
+SAMPLE = 8 << 10  # bytes that are compressed to see whether it pays
 DEVICE_LIMIT = 60.0  # seconds for the device to appear after its attach action completed
 AGENT_MAGIC = b"dosvob agent 1\n"
 FRAME = ">BII"
@@ -1163,14 +1163,20 @@ from typing import BinaryIO
 """
 
 
-def page_digests(chunk: bytes | bytearray | memoryview) -> bytes:
+def page_digests(chunk: bytes) -> bytes:
     """The SHA-256 of each page of a chunk, one after another.
 
     A chunk's digest is made of these, so that pages can be compared and checked without hashing anything twice.
     """
-    whole = bytes(chunk)  # no copy if it is bytes; slices of bytes compare fast, those of a memoryview do not
-    pages = [whole[start : start + PAGE] for start in range(0, len(whole), PAGE)]
-    return b"".join([ZERO_PAGE_DIGEST if page == ZERO_PAGE else hashlib.sha256(page).digest() for page in pages])
+    view = memoryview(chunk)
+    return b"".join(
+        [
+            ZERO_PAGE_DIGEST
+            if chunk.startswith(ZERO_PAGE, start)
+            else hashlib.sha256(view[start : start + PAGE]).digest()
+            for start in range(0, len(chunk), PAGE)
+        ]
+    )
 
 
 def chunk_digest(pages: bytes | bytearray) -> bytes:
@@ -1216,6 +1222,8 @@ class Agent:
     def run(self) -> None:
         """Serve until told to end; the process ends with it."""
         keep_freed_memory()
+        if stat.S_ISFIFO(os.fstat(self.output).st_mode):  # a chunk at a time instead of 64 KiB to sshd
+            fcntl.fcntl(self.output, fcntl.F_SETPIPE_SZ, CHUNK)
         for work in (self.scan, self.obey):
             threading.Thread(target=self.guarded, args=(work,), daemon=True).start()
         self.write_frames()
@@ -1242,7 +1250,7 @@ class Agent:
             view = memoryview(frame)
             while view:
                 view = view[os.write(self.output, view) :]
-            if len(frame) > SAMPLE:
+            if len(frame) > CHUNK // 8:  # a small one may only have filled a buffer
                 rate = len(frame) / max(time.monotonic() - start, 1e-6)
                 self.drain_rate = rate if self.drain_rate == float("inf") else 0.8 * self.drain_rate + 0.2 * rate
 
@@ -1993,10 +2001,10 @@ class Update:
 
     def local_pages(self, index: int) -> bytes:
         """The digests of the pages of a local chunk, as the journal would make it."""
-        chunk = bytearray(os.pread(self._fd, CHUNK, index * CHUNK).ljust(CHUNK, b"\0"))
+        chunk = os.pread(self._fd, CHUNK, index * CHUNK).ljust(CHUNK, b"\0")
         for record in self._journal_records(index):
             start = record.offset % CHUNK
-            chunk[start : start + record.length] = record.data or bytes(record.length)
+            chunk = chunk[:start] + (record.data or bytes(record.length)) + chunk[start + record.length :]
         return page_digests(chunk)
 
     def _journaled(self, index: int) -> bool:
@@ -2023,7 +2031,7 @@ class Update:
             self._new_state.append(done)
             self.settled += 1
 
-    def store(self, index: int, digest: bytes, wanted: int, included: int, data: bytes | memoryview) -> None:
+    def store(self, index: int, digest: bytes, wanted: int, included: int, data: bytes) -> None:
         """Change the wanted pages of a chunk to the data, which has the included ones; the others become zeros."""
         if self._journal is not None:  # a chunk's last records must stand alone, so what it had before comes first
             for record in self._journal_records(index):
@@ -2168,35 +2176,46 @@ class Frame:
 
     kind: int
     index: int
-    payload: memoryview
+    payload: bytes
 
 
 class FrameParser:
-    """Cuts received bytes into frames; a length that a frame of its kind cannot have is refused before it is read."""
+    """Cuts received bytes into frames; a length that a frame of its kind cannot have is refused before it is read.
+
+    What has come of a frame is kept in pieces and joined once: each byte is copied once.
+    """
 
     HEADER = struct.calcsize(FRAME)
+    MOST_PIECES = 1024  # so that bytes that come one by one do not take a hundred times their size
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._needed = self.HEADER  # bytes until the next step can be taken
+        self._pieces: list[bytes | memoryview] = []
+        self._missing = self.HEADER  # bytes of the part that comes: a header, or a payload
+        self._header: tuple[int, int] | None = None  # kind and index of the frame whose payload comes
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """The frames that are complete with this data."""
-        buffer = self._buffer
-        buffer += data
-        start = 0
-        while len(buffer) - start >= self._needed:
-            kind, index, length = struct.unpack_from(FRAME, buffer, start)
-            if length > MOST_PAYLOAD.get(kind, -1):
-                raise BadAgent(f"the droplet sent something that is not a frame: {bytes(buffer[start : start + 60])!r}")
-            self._needed = self.HEADER + length
-            if len(buffer) - start >= self._needed:
-                with memoryview(buffer) as view:
-                    payload = bytes(view[start + self.HEADER : start + self._needed])
-                start += self._needed
-                self._needed = self.HEADER
-                yield Frame(kind, index, memoryview(payload))
-        del buffer[:start]
+        view = memoryview(data)
+        while len(view) >= self._missing:
+            part = b"".join((*self._pieces, view[: self._missing]))
+            view = view[self._missing :]
+            self._pieces.clear()
+            if self._header is None:
+                self._begin(part, view)
+            else:
+                kind, index = self._header
+                self._header, self._missing = None, self.HEADER
+                yield Frame(kind, index, part)
+        self._missing -= len(view)
+        self._pieces.append(view)
+        if len(self._pieces) > self.MOST_PIECES:
+            self._pieces = [b"".join(self._pieces)]
+
+    def _begin(self, header: bytes, rest: memoryview) -> None:
+        kind, index, length = struct.unpack(FRAME, header)
+        if length > MOST_PAYLOAD.get(kind, -1):
+            raise BadAgent(f"the droplet sent something that is not a frame: {header + bytes(rest[:60])!r}")
+        self._header, self._missing = (kind, index), length
 
 
 @dataclass
@@ -2263,16 +2282,16 @@ class Sync:
     def _on_hello(self, frame: Frame) -> None:
         size = self._update.chunks * CHUNK
         if frame.payload != AGENT_MAGIC + struct.pack(">Q", size):
-            raise BadAgent(f"the device on the droplet is not one of {size // GIB} GiB: {bytes(frame.payload)!r}")
+            raise BadAgent(f"the device on the droplet is not one of {size // GIB} GiB: {frame.payload!r}")
         self._greeted = True
 
     def _on_failed(self, frame: Frame) -> None:
-        raise BadAgent(f"the droplet cannot go on: {bytes(frame.payload).decode(errors='replace')}")
+        raise BadAgent(f"the droplet cannot go on: {frame.payload.decode(errors='replace')}")
 
     def _on_digest(self, frame: Frame) -> None:
         if frame.index != self._next or len(frame.payload) != DIGEST_SIZE or len(self._pending) > WINDOW:
             raise BadAgent(f"the droplet announced chunk {frame.index} when {self._next} was due")
-        self._announced(frame.index, bytes(frame.payload))
+        self._announced(frame.index, frame.payload)
 
     def _on_zeros(self, frame: Frame) -> None:
         (count,) = struct.unpack(">I", frame.payload) if len(frame.payload) == 4 else (0,)
@@ -2306,7 +2325,7 @@ class Sync:
         if pending is None or pending.local or len(frame.payload) != PAGES * SHORT_SIZE:
             raise BadAgent(f"the droplet sent page digests of chunk {frame.index} that nobody asked for")
         pending.local = local = self._update.local_pages(frame.index)
-        theirs = bytes(frame.payload)
+        theirs = frame.payload
         differing = 0
         for page in range(PAGES):
             start = page * DIGEST_SIZE
@@ -2357,9 +2376,9 @@ class Sync:
             self._commands.clear()
 
 
-def unpacked(frame: Frame, size: int) -> bytes | memoryview:
+def unpacked(frame: Frame, size: int) -> bytes:
     """The pages in a data frame, which must be `size` bytes; never more is unpacked than that."""
-    data: bytes | memoryview = frame.payload[PAGES // 8 :]
+    data = frame.payload[PAGES // 8 :]
     if frame.kind == PACKED:
         decompressor = zlib.decompressobj()
         try:
@@ -2371,7 +2390,7 @@ def unpacked(frame: Frame, size: int) -> bytes | memoryview:
     return data
 
 
-def merged_digest(local: bytes, wanted: int, included: int, data: bytes | memoryview) -> bytes:
+def merged_digest(local: bytes, wanted: int, included: int, data: bytes) -> bytes:
     """The digest of a chunk whose wanted pages become the data (the included ones) and zeros (the others)."""
     digests = [local[start : start + DIGEST_SIZE] for start in range(0, len(local), DIGEST_SIZE)]
     fetched = page_digests(data)

@@ -432,7 +432,7 @@ def main() -> None:
     parser.add_argument("--links", default=",".join(LINKS), help=f"which of them; default: {','.join(LINKS)}")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=Path("/var/tmp/dosvob-bench"))
-    parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench/table.md"))
+    parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench.md"))
     parser.add_argument("--memory", action="store_true", help="only the memory over 1, 4 and 16 GiB")
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)

@@ -577,7 +577,7 @@ def test_the_script_finds_a_flipped_bit_names_it_and_mends_it(home: Home) -> Non
     done = home.run("verify", expect=1)
     assert f"bytes {701 * MIB} to {702 * MIB - 1}" in one_clear_error(done)
     done = home.run("--reread")
-    assert f"in the MiB at byte {701 * MIB}" in done.stderr
+    assert f"the MiB at byte {701 * MIB})" in done.stderr
     assert same(home.image(NAME), volume.path)
     assert "sound" in home.run("verify").stdout
 
