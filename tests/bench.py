@@ -150,7 +150,8 @@ class Link:
 @contextlib.contextmanager
 def emulated(name: str, script: Path, directory: Path) -> Iterator[Link]:
     """A link made by a script that is called `up RTT_MS DOWN_MBIT UP_MBIT`, and `down`."""
-    environment = {**os.environ, "CC": os.environ.get("CC", "bbr"), "BENCH": str(directory), "SSHD_EXTRA": "SetEnv PATH=/usr/bin:/bin"}
+    settings = {"CC": os.environ.get("CC", "bbr"), "BENCH": str(directory), "SSHD_EXTRA": "SetEnv PATH=/usr/bin:/bin"}
+    environment = {**os.environ, **settings}
     subprocess.run([script, "up", *map(str, LINKS[name])], env=environment, check=True, stdout=subprocess.DEVNULL)
     there = ("ip", "netns", "exec", "droplet")
     for command in dosvob.USER_DATA_COMMANDS:  # as cloud-init does it on a droplet

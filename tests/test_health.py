@@ -276,7 +276,7 @@ def test_health_looks_at_each_volume(home: Home, sim: Simulator) -> None:
     record_snapshot_time(home, "logs", hours_ago(10))
     assert re.search(r"(10:00|9:59) h old", offline(home, "health", "--max-age", "10.5", expect=0).stdout)
     done = offline(home, "health", "--max-age", "9.5", expect=1)
-    assert "logs: its last complete backup is 10:00 h old, more than 9.5 h" in done.stderr
+    assert re.search(r"logs: its last complete backup is (10:00|9:59) h old, more than 9.5 h", done.stderr)
     assert "data: its last complete backup is" in done.stdout
     offline(home, "health", "data", "--max-age", "9.5", expect=0)
     wanted = home.backups / ".dosvob" / "wanted.json"
