@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import fcntl
 import hashlib
+import re
 import shutil
 import signal
 import subprocess
