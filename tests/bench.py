@@ -32,6 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import paramiko
+from simulator import Behaviour, Simulator
 
 import dosvob
 
@@ -394,8 +395,9 @@ def table(rows: dict[str, Row], links: dict[str, Link], data: Data) -> str:
 
 
 def memory_table(link: Link, directory: Path) -> str:
-    """Peak memory over volumes of several sizes, which must be the same."""
+    """Peak memory over volumes of several sizes; ends the benchmark if it is not the same, or more than the goal."""
     lines = ["| volume | memory here (MB) | on the droplet (MB) |", "|---|---|---|"]
+    runs = []
     for gib in (1, 4, 16):
         source = directory / f"sparse-{gib}"
         with source.open("wb") as file:
@@ -404,10 +406,45 @@ def memory_table(link: Link, directory: Path) -> str:
                 file.seek(part * (gib * GIB // 256))
                 file.write(os.urandom(MIB))
         shutil.rmtree(directory / "backups", ignore_errors=True)
-        done = sync_once(link, source, directory / "backups", gib * GIB)
-        lines.append(f"| {gib} GiB | {done.memory / 1e6:.0f} | {done.agent_memory / 1e6:.0f} |")
+        runs.append(sync_once(link, source, directory / "backups", gib * GIB))
+        lines.append(f"| {gib} GiB | {runs[-1].memory / 1e6:.0f} | {runs[-1].agent_memory / 1e6:.0f} |")
         source.unlink()
+    here, there = [run.memory for run in runs], [run.agent_memory for run in runs]
+    if max(here) > 160e6 or max(there) > 200e6 or max(here) > 1.25 * min(here) or max(there) > 1.25 * min(there):
+        sys.exit("\n".join((*lines, "memory grows with the volume, or is more than it should be")))
     return "\n".join(lines)
+
+
+def control_plane(directory: Path) -> str:
+    """How much longer than its syncs a run over 8 volumes takes, with delays as DigitalOcean has them."""
+    with Simulator(directory / "cloud", behaviour=Behaviour.realistic()) as simulator:
+        for number in range(8):
+            volume = simulator.add_volume(f"volume-{number}", size_gib=16)
+            with volume.path.open("r+b") as file:
+                file.write(os.urandom(64 * MIB))
+        (directory / "conf.json").write_text(json.dumps({"do_token": simulator.token, "region": "fra1"}))
+        (directory / "conf.json").chmod(0o600)
+        shutil.rmtree(directory / "backups", ignore_errors=True)
+        start = time.monotonic()
+        script = subprocess.Popen(
+            [sys.executable, dosvob.__file__, "--verbose"],
+            cwd=directory,
+            env={**os.environ, **simulator.environment()},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert script.stdout is not None
+        moments = [(time.monotonic() - start, line) for line in script.stdout]
+        if script.wait():
+            sys.exit("the run failed: " + "".join(line for _, line in moments))
+    up = next(moment for moment, line in moments if "is up at" in line)
+    begun = [moment for moment, line in moments if "syncing its snapshot" in line]
+    ended = [moment for moment, line in moments if ": backed up" in line]
+    syncing = sum(end - begin for begin, end in zip(begun, ended, strict=True))
+    return (
+        f"8 volumes of 16 GiB: SSH after {up:.1f} s; syncs {syncing:.1f} s; first attach {begun[0] - up:.1f} s; "
+        f"between the syncs {ended[-1] - begun[0] - syncing:.1f} s; teardown {moments[-1][0] - ended[-1]:.1f} s"
+    )
 
 
 def machine() -> str:
@@ -435,11 +472,14 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("/var/tmp/dosvob-bench"))
     parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench.md"))
     parser.add_argument("--memory", action="store_true", help="only the memory over 1, 4 and 16 GiB")
+    parser.add_argument("--control-plane", action="store_true", help="only a run over 8 volumes of a simulated account")
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
     keys = arguments.directory / "keys"
     keys.mkdir(exist_ok=True)
-    if arguments.memory:
+    if arguments.control_plane:
+        result = control_plane(arguments.directory)
+    elif arguments.memory:
         with loopback("L0", keys) as link:
             result = memory_table(link, arguments.directory)
     else:
