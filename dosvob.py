@@ -1217,7 +1217,8 @@ class Agent:
         self.held: dict[int, tuple[bytes, bytes]] = {}  # chunks and their page digests, by index
         self.room = threading.Condition()
         self.frames: queue.Queue[bytes] = queue.Queue(QUEUED_FRAMES)
-        self.drain_rate = float("inf")  # bytes per second that the link takes
+        self.written = 0.0  # bytes written of late, and the seconds that it took: what the link takes
+        self.writing = 0.0
 
     def run(self) -> None:
         """Serve until told to end; the process ends with it."""
@@ -1250,9 +1251,9 @@ class Agent:
             view = memoryview(frame)
             while view:
                 view = view[os.write(self.output, view) :]
-            if len(frame) > CHUNK // 8:  # a small one may only have filled a buffer
-                rate = len(frame) / max(time.monotonic() - start, 1e-6)
-                self.drain_rate = rate if self.drain_rate == float("inf") else 0.8 * self.drain_rate + 0.2 * rate
+            # Sums that fade, and not a mean of rates: what only fills a buffer is written in no time.
+            self.written = 0.9 * self.written + len(frame)
+            self.writing = 0.9 * self.writing + time.monotonic() - start
 
     def scan(self) -> None:
         """Announce all chunks in order, holding those that may be asked for."""
@@ -1384,8 +1385,8 @@ class Agent:
         sample = memoryview(data)[:SAMPLE]
         start = time.monotonic()
         saved = 1 - len(zlib.compress(sample, 1)) / len(sample)
-        rate = len(sample) / max(time.monotonic() - start, 1e-6)
-        return saved > 0.1 and rate > self.drain_rate
+        seconds = time.monotonic() - start
+        return saved > 0.1 and len(sample) * self.writing > self.written * seconds
 
 
 # Taken as this file is loaded: by the time an agent is started, an update may have changed the file.
@@ -2413,7 +2414,7 @@ SSH_LIMIT = 300  # seconds after which a droplet that does not let us in is give
 SSH_TIMEOUT = 20  # seconds for one attempt to connect
 STALL_LIMIT = 30  # seconds of silence after which a connection is given up; the agent speaks every HEARTBEAT
 LINK_SPEED = 125_000_000  # bytes per second that the window is made for: 1 Gbit/s
-LEAST_WINDOW, MOST_WINDOW = 4 << 20, 32 << 20  # bytes under way; a larger window costs sshd much CPU, and us memory
+LEAST_WINDOW, MOST_WINDOW = 4 << 20, 16 << 20  # bytes under way; paramiko may hold several times as much in memory
 PACKET_SIZE = 256 << 10  # bytes; fewer packets, each of which costs paramiko some Python
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr")  # GCM is three times as fast
 ATTEMPTS = 5  # connections in a row that break without one more chunk settled
