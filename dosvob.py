@@ -1113,7 +1113,7 @@ class Ephemeral:
 #
 # The frames and commands. Frames (agent to here) are FRAME (kind, index, length of the payload), then the payload:
 #   HELLO    AGENT_MAGIC, the device's size in bytes (8 bytes)       the first frame
-#   DIGEST   a chunk's digest                                        the agent holds the chunk, at most WINDOW of them
+#   DIGEST   a chunk's digest                                        at most WINDOW are announced and not done with
 #   ZEROS    a count (4 bytes)                                       so many chunks from the index on are all zeros
 #   SHORT    the first SHORT bytes of each page digest               in answer to COMPARE
 #   RAW      a bitmap of the pages that follow, then the pages       in answer to SEND; pages that were asked for and
@@ -1123,11 +1123,12 @@ class Ephemeral:
 # Digests come in the order of the chunks, without gaps; answers in the order of the commands.
 # Commands (from here to the agent) are COMMAND (kind, index, count, bitmap), all of one length:
 #   DROP     forget `count` chunks from the index on                 COMPARE   send the chunk's SHORT
-#   SEND     send the pages in the bitmap, forget the chunk          BYE       end
+#   SEND     send the pages in the bitmap, forget the chunk
+# The agent ends when no more commands can come.
 #
-# Why nothing can stand still: commands are few and small (at most WINDOW are outstanding, less than a pipe holds), and
-# a thread of its own takes them, so whoever sends one never waits for the agent; so the reader here always goes on
-# reading, and the agent's writing always goes on.
+# Why nothing can stand still: a thread of the agent's own takes the commands, which are few and small, as they come, so
+# whoever sends one never waits for the agent; so the reader here always goes on reading, and the agent's writing always
+# goes on.
 
 CHUNK = 1 << 20  # bytes
 PAGE = 4096  # bytes
@@ -1136,7 +1137,8 @@ ZERO_PAGE = bytes(PAGE)
 ZERO_PAGE_DIGEST = hashlib.sha256(ZERO_PAGE).digest()
 DIGEST_SIZE = 32  # bytes
 SHORT_SIZE = 4  # bytes; enough to tell pages apart, since the chunk's digest is checked in the end
-WINDOW = 72  # chunks that the agent holds at most; a droplet has 512 MiB, and comparing takes two round trips
+WINDOW = 1024  # chunks that the scan is ahead of what is done with: it goes on while a large change crosses the link
+HELD = 64  # chunks that the agent keeps of these, others are read again; a droplet has 512 MiB
 READ_AHEAD = 8  # chunks; a volume is latency-bound, one read at a time does not reach its speed
 READERS = 4
 BATCH = 16  # digests to a write: fewer packets
@@ -1150,9 +1152,9 @@ AGENT_MAGIC = b"dosvob agent 1\n"
 FRAME = ">BII"
 COMMAND = ">BII32s"
 HELLO, DIGEST, ZEROS, SHORT, RAW, PACKED, ALIVE, FAILED = range(1, 9)
-DROP, COMPARE, SEND, BYE = range(1, 5)
+DROP, COMPARE, SEND = range(1, 4)
 AGENT_CONSTANTS = (
-    *("CHUNK", "PAGE", "ZERO_PAGE_DIGEST", "DIGEST_SIZE", "SHORT_SIZE", "WINDOW", "READ_AHEAD", "READERS", "BATCH"),
+    *("CHUNK", "PAGE", "ZERO_PAGE_DIGEST", "DIGEST_SIZE", "SHORT_SIZE", "HELD", "READ_AHEAD", "READERS", "BATCH"),
     *("BATCH_SECONDS", "QUEUED_FRAMES", "HEARTBEAT", "KEPT_MEMORY", "SAMPLE", "DEVICE_LIMIT", "AGENT_MAGIC", "FRAME"),
     *("COMMAND", "HELLO", "DIGEST", "ZEROS", "SHORT", "RAW", "PACKED", "ALIVE", "FAILED", "DROP", "COMPARE", "SEND"),
 )
@@ -1202,20 +1204,23 @@ def zeros_frame(end: int, count: int) -> bytes:
 
 
 class Agent:
-    """Serves one device to one reader; `first` is the chunk to begin with.
+    """Serves one device to one reader, from the chunk `first` on, at most `window` chunks ahead of what is done with.
 
-    Four sorts of threads: readers that read ahead, a scanner that hashes, one that obeys commands, and the main thread,
-    which writes.
+    Five sorts of threads: readers that read ahead, a scanner that hashes, one that takes commands, one that answers
+    them, and the main thread, which writes.
     """
 
-    def __init__(self, device: str, first: int, commands: BinaryIO, output: int) -> None:
+    def __init__(self, device: str, first: int, window: int, commands: BinaryIO, output: int) -> None:
         self.device = device
         self.first = first
+        self.window = window
         self.commands = commands
         self.output = output
         self.fd = -1
-        self.held: dict[int, tuple[bytes, bytes]] = {}  # chunks and their page digests, by index
+        self.announced: dict[int, bytes] = {}  # the page digests of chunks that are not done with, by index
+        self.held: dict[int, bytes] = {}  # those of these chunks that need not be read again
         self.room = threading.Condition()
+        self.requests: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()  # kind, index and bitmap
         self.frames: queue.Queue[bytes] = queue.Queue(QUEUED_FRAMES)
         self.written = 0.0  # bytes written of late, and the seconds that it took: what the link takes
         self.writing = 0.0
@@ -1225,7 +1230,7 @@ class Agent:
         keep_freed_memory()
         if stat.S_ISFIFO(os.fstat(self.output).st_mode):  # a chunk at a time instead of 64 KiB to sshd
             fcntl.fcntl(self.output, fcntl.F_SETPIPE_SZ, CHUNK)
-        for work in (self.scan, self.obey):
+        for work in (self.scan, self.take_commands, self.answer_requests):
             threading.Thread(target=self.guarded, args=(work,), daemon=True).start()
         self.write_frames()
 
@@ -1268,18 +1273,20 @@ class Agent:
             else:
                 pages = page_digests(chunk)
                 with self.room:
-                    self.held[index] = (chunk, pages)
+                    self.announced[index] = pages
+                    if len(self.held) < HELD:
+                        self.held[index] = chunk
                 announcement = struct.pack(FRAME, DIGEST, index, DIGEST_SIZE) + chunk_digest(pages)
                 batch += [zeros_frame(index, zeros), announcement]
                 zeros = 0
             is_due = index + 1 == chunks or time.monotonic() - flushed > BATCH_SECONDS
-            if is_due or len(batch) >= 2 * BATCH or len(self.held) >= WINDOW:
+            if is_due or len(batch) >= 2 * BATCH or len(self.announced) >= self.window:
                 self.frames.put(b"".join((*batch, zeros_frame(index + 1, zeros))))
                 batch.clear()
                 zeros = 0
                 flushed = time.monotonic()
             with self.room:
-                self.room.wait_for(lambda: len(self.held) < WINDOW)
+                self.room.wait_for(lambda: len(self.announced) < self.window)
 
     def read_chunks(self, chunks: int) -> Iterator[tuple[int, bytes]]:
         """All chunks from the first on, read ahead by several threads."""
@@ -1329,42 +1336,53 @@ class Agent:
                 if fields[2] in numbers or fields[fields.index("-") + 2] == device:
                     raise OSError(f"{self.device} is mounted at {fields[4]} on the droplet")
 
-    def obey(self) -> None:
-        """Carry out commands until told to end, or until there is nobody to give them."""
+    def take_commands(self) -> None:
+        """Take commands until there is nobody to give them; the process ends with that."""
         size = struct.calcsize(COMMAND)
         while len(command := self.commands.read(size)) == size:
             kind, index, count, bitmap = struct.unpack(COMMAND, command)
-            if kind == DROP:
+            if kind == DROP:  # at once: the scan may be waiting for it, and an answer for the link
                 self.forget(index, count)
-            elif kind == COMPARE:
-                pages = self.recall(index)[1]
-                shorts = [pages[start : start + SHORT_SIZE] for start in range(0, len(pages), DIGEST_SIZE)]
-                self.put(SHORT, index, b"".join(shorts))
-            elif kind == SEND:
-                self.send_pages(index, int.from_bytes(bitmap, "little"))
-                self.forget(index, 1)
             else:
-                break
+                self.requests.put((kind, index, int.from_bytes(bitmap, "little")))
         os._exit(0)
 
     def forget(self, index: int, count: int) -> None:
         """Make room for other chunks."""
         with self.room:
             for dropped in range(index, index + count):
+                self.announced.pop(dropped, None)
                 self.held.pop(dropped, None)
             self.room.notify()
 
-    def recall(self, index: int) -> tuple[bytes, bytes]:
-        """A chunk and its page digests; read again if it is no longer held."""
-        held = self.held.get(index)
-        if held is None:
-            chunk = self.read(index)
-            held = (chunk, page_digests(chunk))
-        return held
+    def answer_requests(self) -> None:
+        """Answer all commands that want it."""
+        while True:
+            self.answer(*self.requests.get())
+
+    def answer(self, kind: int, index: int, bitmap: int) -> None:
+        """Answer a command."""
+        if kind == COMPARE:
+            pages = self.pages_of(index)
+            shorts = [pages[start : start + SHORT_SIZE] for start in range(0, len(pages), DIGEST_SIZE)]
+            self.put(SHORT, index, b"".join(shorts))
+        elif kind == SEND:
+            self.send_pages(index, bitmap)
+            self.forget(index, 1)
+        else:
+            raise ValueError(f"there is no command {kind}")
+
+    def chunk_of(self, index: int) -> bytes:
+        """A chunk, which is read again unless it is held."""
+        return self.held.get(index) or self.read(index)
+
+    def pages_of(self, index: int) -> bytes:
+        """The digests of a chunk's pages."""
+        return self.announced.get(index) or page_digests(self.chunk_of(index))
 
     def send_pages(self, index: int, wanted: int) -> None:
         """Send the wanted pages, save those that are zeros."""
-        chunk, digests = self.recall(index)
+        chunk, digests = self.chunk_of(index), self.pages_of(index)
         pages = []
         for page in range(len(chunk) // PAGE):
             if wanted >> page & 1 and digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] != ZERO_PAGE_DIGEST:
@@ -1393,10 +1411,10 @@ class Agent:
 AGENT_PARTS = [inspect.getsource(part) for part in (page_digests, chunk_digest, zeros_frame, keep_freed_memory, Agent)]
 
 
-def agent_source(device: str, first: int) -> bytes:
+def agent_source(device: str, first: int, window: int) -> bytes:
     """The agent's program."""
     constants = "".join(f"{name} = {globals()[name]!r}\n" for name in AGENT_CONSTANTS) + "ZERO_PAGE = bytes(PAGE)\n"
-    start = f"Agent({device!r}, {first}, sys.stdin.buffer, 1).run()\n"
+    start = f"Agent({device!r}, {first}, {window}, sys.stdin.buffer, 1).run()\n"
     return "\n\n".join((AGENT_IMPORTS, constants, *AGENT_PARTS, start)).encode()
 
 
@@ -1879,6 +1897,7 @@ class Update:
 
     def __init__(self, paths: ImagePaths, snapshot: Snapshot, warn: Callable[[str], None], *, reread: bool) -> None:
         self.chunks = snapshot.size // CHUNK
+        self.is_first: bool  # whether there is no image yet
         self.settled = 0  # chunks from the first on that are done
         self.tally = Tally()
         self._paths = paths
@@ -1893,13 +1912,13 @@ class Update:
     def _open(self, warn: Callable[[str], None], reread: bool) -> None:
         paths = self._paths
         state = self._fit_for_use(paths.load_state(), warn)
-        self._is_first = not paths.image.exists()
-        if self._is_first:
+        self.is_first = not paths.image.exists()
+        if self.is_first:
             paths.state.unlink(missing_ok=True)
             paths.journal.unlink(missing_ok=True)
             state = None
-        self._fd = create_private(paths.partial) if self._is_first else os.open(paths.image, os.O_RDONLY | os.O_CLOEXEC)
-        if self._is_first:
+        self._fd = create_private(paths.partial) if self.is_first else os.open(paths.image, os.O_RDONLY | os.O_CLOEXEC)
+        if self.is_first:
             os.ftruncate(self._fd, self._snapshot.size)
         else:
             self._open_journal()
@@ -2261,9 +2280,6 @@ class Sync:
                     settled, deadline = self._update.settled, time.monotonic() + PROGRESS_LIMIT
                 elif time.monotonic() > deadline:
                     raise ConnectionLost(f"the droplet says that it lives, but sent nothing for {PROGRESS_LIMIT} s")
-        # The agent ends only now: a stream that ends while the keys are renewed loses data.
-        self._command(BYE, 0)
-        self._flush()
 
     def _handle(self, frame: Frame) -> None:
         handlers = {
@@ -2412,6 +2428,8 @@ def merged_digest(local: bytes, wanted: int, included: int, data: bytes) -> byte
 SSH_PORT = 22
 SSH_LIMIT = 300  # seconds after which a droplet that does not let us in is given up
 SSH_TIMEOUT = 20  # seconds for one attempt to connect
+KEEPALIVE = 60  # seconds; a router forgets a connection that is idle, as it is while the next clone is waited for
+RECONNECT_LIMIT = 60  # seconds until a droplet that was up must let us in again
 STALL_LIMIT = 30  # seconds of silence after which a connection is given up; the agent speaks every HEARTBEAT
 LINK_SPEED = 125_000_000  # bytes per second that the window is made for: 1 Gbit/s
 LEAST_WINDOW, MOST_WINDOW = 4 << 20, 16 << 20  # bytes under way; paramiko may hold several times as much in memory
@@ -2481,13 +2499,9 @@ class Connection:
     transport: paramiko.Transport
     window: int
 
-    def close(self) -> None:
-        """Close it, and with it whatever runs at its other end."""
-        self.transport.close()
-
 
 class AgentStream:
-    """A running agent at the other end of an SSH connection. To be closed."""
+    """A running agent at the other end of an SSH connection. To be closed, by which the agent ends."""
 
     def __init__(self, connection: Connection, program: bytes, cancellation: Cancellation) -> None:
         self.received = 0  # bytes
@@ -2499,7 +2513,7 @@ class AgentStream:
             self._channel.settimeout(Cancellation.NAP)
             self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'")
         except (paramiko.SSHException, OSError, EOFError) as problem:
-            raise ConnectionLost(f"the agent could not be started: {problem}") from problem
+            raise self._lost(f"the agent could not be started: {problem}") from problem
         self.send(program)
 
     def send(self, data: bytes) -> None:
@@ -2525,9 +2539,14 @@ class AgentStream:
                 return transfer()
             except TimeoutError:
                 if time.monotonic() > end or not self._connection.transport.is_active():
-                    raise ConnectionLost(f"the connection to the droplet was silent for {STALL_LIMIT} s") from None
+                    raise self._lost(f"the connection to the droplet was silent for {STALL_LIMIT} s") from None
             except (OSError, EOFError, paramiko.SSHException) as problem:
-                raise ConnectionLost(f"the connection to the droplet broke: {problem}") from problem
+                raise self._lost(f"the connection to the droplet broke: {problem}") from problem
+
+    def _lost(self, what: str) -> ConnectionLost:
+        """The error for a connection that is not to be used any more."""
+        self._connection.transport.close()
+        return ConnectionLost(what)
 
     def _last_words(self) -> str:
         """What the droplet's shell or Python wrote as an error."""
@@ -2539,8 +2558,9 @@ class AgentStream:
         return f": {lines[-1][:200]}" if lines else ""
 
     def close(self) -> None:
-        """Close the connection; the agent ends with it."""
-        self._connection.close()
+        """End the agent. It never ends by itself: paramiko stands still if a channel ends while keys are renewed."""
+        with contextlib.suppress(paramiko.SSHException, OSError, EOFError):  # the connection is gone, and the agent too
+            self._channel.close()
 
 
 class ReadAheadSocket(socket.socket):
@@ -2578,6 +2598,7 @@ def connect(address: str, keys: RunKeys) -> Connection:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     transport = paramiko.Transport(sock, default_window_size=window, default_max_packet_size=PACKET_SIZE)
     transport.banner_timeout = transport.auth_timeout = SSH_TIMEOUT
+    transport.set_keepalive(KEEPALIVE)
     options = transport.get_security_options()
     options.ciphers = CIPHERS
     options.key_types = (keys.host.get_name(),)
@@ -2612,24 +2633,54 @@ def connect_when_up(address: str, keys: RunKeys, cancellation: Cancellation, lim
         pause = min(pause * 1.3, 1.0)
 
 
+class Link:
+    """The way to the droplet's agents: one connection, made anew when it has broken. To be closed."""
+
+    def __init__(self, address: str, keys: RunKeys, cancellation: Cancellation) -> None:
+        self._address = address
+        self._keys = keys
+        self._cancellation = cancellation
+        self._connection: Connection | None = None
+
+    def open(self, limit: float) -> Connection:
+        """The connection that there is, or a new one within `limit` seconds; raises ConnectionLost."""
+        if self._connection is None or not self._connection.transport.is_active():
+            self.close()
+            self._connection = connect_when_up(self._address, self._keys, self._cancellation, limit)
+        return self._connection
+
+    def start_agent(self, program: bytes) -> AgentStream:
+        """An agent with this program; raises ConnectionLost."""
+        return AgentStream(self.open(RECONNECT_LIMIT), program, self._cancellation)
+
+    def close(self) -> None:
+        """Close the connection, and with it whatever runs at its other end."""
+        if self._connection is not None:
+            self._connection.transport.close()
+            self._connection = None
+
+
 def device_path(volume_name: str) -> str:
     """Where a droplet has an attached volume: https://docs.digitalocean.com/products/volumes/how-to/mount/"""
     return f"/dev/disk/by-id/scsi-0DO_Volume_{volume_name}"
 
 
 def sync_device(
-    connect_to_agent: Callable[[int], AgentStream], update: Update, report: Reporter, progress: Callable[[int], None]
+    start_agent: Callable[[int, int], AgentStream], update: Update, report: Reporter, progress: Callable[[int], None]
 ) -> int:
     """Sync over as many connections as it takes; returns the bytes received.
 
-    `connect_to_agent` starts an agent from a chunk on. A new connection goes on from the first chunk not settled.
+    `start_agent` starts an agent with its first chunk and its window. After a connection that broke another one goes on
+    from the first chunk that is not settled.
     """
+    # Of a first sync all is fetched, so nothing is gained by a scan far ahead, and chunks would be read twice.
+    window = HELD if update.is_first else WINDOW
     received = 0
     failures = 0
     while True:
         settled = update.settled
         try:
-            stream = connect_to_agent(settled)
+            stream = start_agent(settled, window)
         except ConnectionLost as problem:
             failures += 1
             if failures >= ATTEMPTS:
@@ -2863,7 +2914,6 @@ def result_table(results: Iterable[Result]) -> str:
 # What the user can ask for: a backup, a dry run, a sweep, a verification. Puts the chapters above together.
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
-RECONNECT_LIMIT = 60  # seconds
 
 
 def select_volumes(volumes: Iterable[Volume], config: Config, names: Iterable[str], report: Reporter) -> list[Volume]:
@@ -2965,6 +3015,14 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """The droplet, and the way to its agents."""
+
+    droplet: Droplet
+    link: Link
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A clone that is attached, and when its snapshot was taken."""
 
@@ -3003,9 +3061,9 @@ class Backup:
 
     def _run(self, ephemeral: Ephemeral, volumes: list[Volume]) -> None:
         pool = concurrent.futures.ThreadPoolExecutor
-        with pool(1) as droplets, pool(1) as ahead, pool(1) as behind:
+        with contextlib.ExitStack() as links, pool(1) as droplets, pool(1) as ahead, pool(1) as behind:
             try:
-                droplet = droplets.submit(self._make_droplet, ephemeral)
+                droplet = droplets.submit(self._make_droplet, ephemeral, links)
                 turns = [Turn(volume, number) for number, volume in enumerate(volumes) if self._is_acceptable(volume)]
                 self._take_turns(collections.deque(turns), ephemeral, droplet, ahead, behind)
             finally:
@@ -3023,7 +3081,7 @@ class Backup:
         self,
         turns: collections.deque[Turn],
         ephemeral: Ephemeral,
-        droplet: concurrent.futures.Future[Droplet],
+        reached: concurrent.futures.Future[Reached],
         ahead: concurrent.futures.Executor,
         behind: concurrent.futures.Executor,
     ) -> None:
@@ -3031,7 +3089,7 @@ class Backup:
 
         def start() -> tuple[Turn, concurrent.futures.Future[Prepared]] | None:
             turn = turns.popleft() if turns else None
-            return (turn, ahead.submit(self._prepare, turn, ephemeral, droplet)) if turn else None
+            return (turn, ahead.submit(self._prepare, turn, ephemeral, reached)) if turn else None
 
         upcoming = start()
         while upcoming is not None:
@@ -3040,9 +3098,9 @@ class Backup:
             upcoming = start()
             if prepared is None:
                 continue
-            self._sync(turn.volume, prepared, droplet.result())
+            self._sync(turn.volume, prepared, reached.result().link)
             if upcoming is not None:  # the last clone goes with the droplet
-                behind.submit(self._release, prepared.clone, ephemeral, droplet.result())
+                behind.submit(self._release, prepared.clone, ephemeral, reached.result().droplet)
 
     def _prepared(
         self, turn: Turn, future: concurrent.futures.Future[Prepared], turns: collections.deque[Turn]
@@ -3085,28 +3143,27 @@ class Backup:
 
     # In the background
 
-    def _make_droplet(self, ephemeral: Ephemeral) -> Droplet:
-        """Create the droplet and wait until it lets us in."""
+    def _make_droplet(self, ephemeral: Ephemeral, links: contextlib.ExitStack) -> Reached:
+        """Create the droplet and wait until it lets us in; `links` closes what is opened."""
         try:
             key = ephemeral.upload_key(self._keys.public)
             droplet = ephemeral.create_droplet(self._plan, key, self._keys.user_data())
-            connect_when_up(droplet.address, self._keys, self._cancellation, SSH_LIMIT).close()
+            link = links.enter_context(contextlib.closing(Link(droplet.address, self._keys, self._cancellation)))
+            link.open(SSH_LIMIT)
         except (Interrupted, NoDroplet):
             raise
         except DosvobError as problem:
             raise NoDroplet(f"no volume can be backed up, for want of a droplet: {problem}") from problem
         self._report.say(f"the droplet {droplet.name} is up at {droplet.address}")
-        return droplet
+        return Reached(droplet, link)
 
-    def _prepare(
-        self, turn: Turn, ephemeral: Ephemeral, droplet: concurrent.futures.Future[Droplet]
-    ) -> Prepared:
+    def _prepare(self, turn: Turn, ephemeral: Ephemeral, reached: concurrent.futures.Future[Reached]) -> Prepared:
         """Make the volume's clone and attach it."""
         self._cancellation.sleep(turn.not_before - time.monotonic())
-        if droplet.done():
-            droplet.result()  # a clone would be of no use without it
+        if reached.done():
+            reached.result()  # a clone would be of no use without a droplet
         clone, taken_at = ephemeral.make_clone(turn.volume, turn.number)
-        ephemeral.attach(clone, droplet.result())
+        ephemeral.attach(clone, reached.result().droplet)
         return Prepared(clone, taken_at)
 
     def _release(self, clone: Volume, ephemeral: Ephemeral, droplet: Droplet) -> None:
@@ -3119,11 +3176,11 @@ class Backup:
 
     # In the foreground
 
-    def _sync(self, volume: Volume, prepared: Prepared, droplet: Droplet) -> None:
+    def _sync(self, volume: Volume, prepared: Prepared, link: Link) -> None:
         start = time.monotonic()
         self._report.current = f"backing up {volume.name}"
         try:
-            result = self._sync_image(volume, prepared, droplet)
+            result = self._sync_image(volume, prepared, link)
         except Interrupted:
             raise
         except DosvobError as problem:
@@ -3138,23 +3195,17 @@ class Backup:
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
 
-    def _sync_image(self, volume: Volume, prepared: Prepared, droplet: Droplet) -> Result:
+    def _sync_image(self, volume: Volume, prepared: Prepared, link: Link) -> Result:
         paths = ImagePaths(self._backups, volume.name)
         snapshot = Snapshot(volume.id, volume.name, volume.region, prepared.clone.size, prepared.taken_at)
+        device = device_path(prepared.clone.name)
 
-        def connect_to_agent(first: int) -> AgentStream:
-            connection = connect_when_up(droplet.address, self._keys, self._cancellation, RECONNECT_LIMIT)
-            try:
-                return AgentStream(
-                    connection, agent_source(device_path(prepared.clone.name), first), self._cancellation
-                )
-            except BaseException:
-                connection.close()
-                raise
+        def start_agent(first: int, window: int) -> AgentStream:
+            return link.start_agent(agent_source(device, first, window))
 
         self._report.detail(f"{volume.name}: syncing its snapshot of {prepared.taken_at}")
         with contextlib.closing(Update(paths, snapshot, self._report.warn, reread=self._reread)) as update:
-            received = sync_device(connect_to_agent, update, self._report, Progress(self._report, volume.name, update))
+            received = sync_device(start_agent, update, self._report, Progress(self._report, volume.name, update))
             update.finish(self._report.warn)
         self._tell_decay(volume.name, update.tally)
         return Result(volume.name, snapshot.size, update.tally.changed, received)

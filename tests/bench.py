@@ -280,16 +280,17 @@ def sync_here(link: Link, source: Path, backups: Path, size: int) -> None:
     paths.metadata.mkdir(parents=True, exist_ok=True)
     snapshot = dosvob.Snapshot("id", "bench", "fra1", size, "2026-01-01T00:00:00Z")
 
-    def connect_to_agent(first: int) -> dosvob.AgentStream:
-        connection = dosvob.connect(link.address, keys)
-        return dosvob.AgentStream(connection, dosvob.agent_source(str(source), first), cancellation)
+    def start_agent(first: int, window: int) -> dosvob.AgentStream:
+        return way.start_agent(dosvob.agent_source(str(source), first, window))
 
     read_before = bytes_read()
-    start = time.monotonic()
-    with contextlib.closing(dosvob.Update(paths, snapshot, report.warn, reread=False)) as update:
-        received = dosvob.sync_device(connect_to_agent, update, report, lambda received: None)
-        update.finish(report.warn)
-    seconds = time.monotonic() - start
+    with contextlib.closing(dosvob.Link(link.address, keys, cancellation)) as way:
+        way.open(60)  # as a run does it while the clone is being made
+        start = time.monotonic()
+        with contextlib.closing(dosvob.Update(paths, snapshot, report.warn, reread=False)) as update:
+            received = dosvob.sync_device(start_agent, update, report, lambda received: None)
+            update.finish(report.warn)
+        seconds = time.monotonic() - start
     memory = peak_memory(Path("/proc/self"))
     print(json.dumps({"seconds": seconds, "received": received, "memory": memory, "read": bytes_read() - read_before}))
 

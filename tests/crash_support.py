@@ -51,6 +51,7 @@ class AgentProcess:
         self,
         device: Path,
         first: int,
+        window: int,
         *,
         most: int = 1 << 20,
         cut: int | None = None,
@@ -60,7 +61,7 @@ class AgentProcess:
         self.received = 0
         self._most = most
         self._cut = cut
-        program = edit(dosvob.agent_source(str(device), first))
+        program = edit(dosvob.agent_source(str(device), first, window))
         bootstrap = f"import sys; exec(sys.stdin.buffer.read({len(program)}))"
         command = [sys.executable, "-I", "-c", bootstrap]
         self._process = subprocess.Popen(
@@ -113,19 +114,19 @@ def back_up(
     *,
     volume_id: str = "volume-1",
     reread: bool = False,
-    connect: Callable[[int], Any] | None = None,
+    connect: Callable[[int, int], Any] | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dosvob.Tally:
-    """What a run of the script does locally: lock, recovery, sync, finish. `connect` gives a stream from a chunk on."""
+    """What a run of the script does locally: lock, recovery, sync, finish; `connect` takes first chunk and window."""
     report = dosvob.Reporter(quiet=True)
-    stream_to = connect or (lambda first: AgentProcess(device, first))
+    stream_to = connect or (lambda first, window: AgentProcess(device, first, window))
     with dosvob.locked(backups):
         recover(backups, name)
         snapshot = snapshot_of(device, name, volume_id)
         paths = dosvob.ImagePaths(backups, name)
         with contextlib.closing(dosvob.Update(paths, snapshot, warn, reread=reread)) as update:
             dosvob.sync_device(
-                cast("Callable[[int], dosvob.AgentStream]", stream_to), update, report, lambda received: None
+                cast("Callable[[int, int], dosvob.AgentStream]", stream_to), update, report, lambda received: None
             )
             update.finish(warn)
     return update.tally

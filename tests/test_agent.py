@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from conftest import MIB, Home, same, sampled, write_at
@@ -33,7 +34,6 @@ import dosvob
 from dosvob import (
     AGENT_MAGIC,
     ALIVE,
-    BYE,
     CHUNK,
     COMMAND,
     COMPARE,
@@ -58,6 +58,7 @@ PATIENCE = 90.0  # seconds after which what stands still is taken to stand still
 ALL = b"\xff" * (PAGES // 8)
 NONE = bytes(PAGES // 8)
 COMMAND_SIZE = struct.calcsize(COMMAND)
+T = TypeVar("T")
 TOLERATED = [HealthCheck.too_slow, HealthCheck.data_too_large]
 fuzz = settings(deadline=None, database=None, print_blob=True, suppress_health_check=TOLERATED)
 
@@ -457,7 +458,7 @@ def check_fuzzed(target: Target, stream: dosvob.Stream, announced: list[bytes]) 
 
 commands = st.builds(
     lambda kind, index, count, bitmap: struct.pack(COMMAND, kind, index, count, bitmap),
-    st.sampled_from((0, DROP, COMPARE, SEND, BYE, 77)),
+    st.sampled_from((0, DROP, COMPARE, SEND, 77)),
     st.one_of(st.integers(0, 3), st.integers(0, 0xFFFFFFFF)),
     st.integers(0, 1000),
     st.binary(min_size=PAGES // 8, max_size=PAGES // 8),
@@ -478,28 +479,34 @@ def test_the_agent_answers_commands_or_says_that_it_cannot(given_commands: list[
         device = Path(directory, "device")
         device.write_bytes(THEIRS + bytes(CHUNK))
         patches.setattr(os, "_exit", end)
-        agent = dosvob.Agent(str(device), 0, io.BytesIO(b"".join(given_commands)), -1)
+        agent = dosvob.Agent(str(device), 0, 1, io.BytesIO(b"".join(given_commands)), -1)
         agent.frames = queue.Queue()
         with device.open("rb") as file:
             agent.fd = file.fileno()
             with contextlib.suppress(Ended):
-                agent.guarded(agent.obey)
-    answers = list(dosvob.FrameParser().feed(b"".join(drained(agent.frames))))
+                agent.take_commands()
+
+            def answer_all() -> None:
+                for request in drained(agent.requests):
+                    agent.answer(*request)
+
+            agent.guarded(answer_all)
+    answers = [answer for frame in drained(agent.frames) for answer in dosvob.FrameParser().feed(frame)]
     assert {answer.kind for answer in answers} <= {SHORT, RAW, PACKED, FAILED}
     assert FAILED not in {answer.kind for answer in answers[:-1]}
 
 
-def drained(frames: queue.Queue[bytes]) -> Iterator[bytes]:
+def drained(items: queue.Queue[T] | queue.SimpleQueue[T]) -> Iterator[T]:
     """All that is in a queue."""
-    while not frames.empty():
-        yield frames.get()
+    while not items.empty():
+        yield items.get()
 
 
 # -- nothing stands still
 
 
 NARROW = 4096  # bytes; no pipe holds less
-TIGHT = {"WINDOW": 1, "READ_AHEAD": 1, "QUEUED_FRAMES": 1, "READERS": 1, "BATCH": 1, "READ_AHEAD_LOCAL": 1}
+TIGHT = {"WINDOW": 1, "HELD": 1, "READ_AHEAD": 1, "QUEUED_FRAMES": 1, "READERS": 1, "BATCH": 1, "READ_AHEAD_LOCAL": 1}
 
 
 def in_time(streams: list[AgentProcess], work: Callable[[], object]) -> None:
@@ -524,8 +531,8 @@ def back_up_tightly(directory: Path, *, most: int = 1 << 20, edit: Callable[[byt
     device, backups = directory / "device", directory / "backups"
     streams: list[AgentProcess] = []
 
-    def connect(first: int) -> AgentProcess:
-        streams.append(AgentProcess(device, first, most=most, edit=edit, pipe=NARROW))
+    def connect(first: int, window: int) -> AgentProcess:
+        streams.append(AgentProcess(device, first, window, most=most, edit=edit, pipe=NARROW))
         return streams[-1]
 
     for seed in (1, 2):
@@ -535,7 +542,7 @@ def back_up_tightly(directory: Path, *, most: int = 1 << 20, edit: Callable[[byt
     assert len(streams) == 2, "a connection was lost: something stood still"
 
 
-@pytest.mark.parametrize("tight", [{}, TIGHT, *({name: value} for name, value in TIGHT.items())], ids=str)
+@pytest.mark.parametrize("tight", [{}, TIGHT, *({name: value, "HELD": 1} for name, value in TIGHT.items())], ids=str)
 def test_no_deadlock_with_tight_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tight: dict[str, int]) -> None:
     for name, value in tight.items():
         monkeypatch.setattr(dosvob, name, value)
@@ -552,8 +559,8 @@ def test_no_deadlock_with_one_byte_at_a_time(tmp_path: Path, monkeypatch: pytest
         for offset in (0, MIB, MIB + 5 * PAGE, 3 * MIB):
             file.seek(offset)
             file.write(os.urandom(100))
-    stream = AgentProcess(device, 0, most=1, pipe=NARROW)
-    in_time([stream], lambda: back_up(backups, NAME, device, connect=lambda first: stream))
+    stream = AgentProcess(device, 0, dosvob.WINDOW, most=1, pipe=NARROW)
+    in_time([stream], lambda: back_up(backups, NAME, device, connect=lambda first, window: stream))
     assert (backups / NAME).read_bytes() == device.read_bytes()
 
 
@@ -578,8 +585,10 @@ def test_no_deadlock_with_a_slow_agent(tmp_path: Path) -> None:
     back_up_tightly(tmp_path, edit=edit)
 
 
-def test_nothing_stands_still_with_all_chunks_different(tmp_path: Path) -> None:
-    """More chunks than the agent holds, each of which is compared and sent."""
+def test_nothing_stands_still_with_all_chunks_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More chunks than the scan may be ahead, and than the agent holds, each of which is compared and sent."""
+    monkeypatch.setattr(dosvob, "WINDOW", 72)
+    monkeypatch.setattr(dosvob, "HELD", 20)
     device, backups = tmp_path / "device", tmp_path / "backups"
     chunks = dosvob.WINDOW + 20
     device.write_bytes(os.urandom(PAGE) * (chunks * PAGES))
@@ -588,8 +597,8 @@ def test_nothing_stands_still_with_all_chunks_different(tmp_path: Path) -> None:
         for index in range(chunks):
             file.seek(index * CHUNK + index * PAGE)
             file.write(b"changed")
-    stream = AgentProcess(device, 0, most=3000, pipe=NARROW)
-    in_time([stream], lambda: back_up(backups, NAME, device, connect=lambda first: stream))
+    stream = AgentProcess(device, 0, dosvob.WINDOW, most=3000, pipe=NARROW)
+    in_time([stream], lambda: back_up(backups, NAME, device, connect=lambda first, window: stream))
     assert same(backups / NAME, device)
     assert stream.received < chunks * (PAGE + PAGES * SHORT_SIZE + 200)
 
@@ -655,8 +664,8 @@ def test_a_sync_makes_the_image_the_volume(
         device, backups = Path(directory, "device"), Path(directory, "backups")
         left = list(cuts)
 
-        def connect(first: int) -> AgentProcess:
-            return AgentProcess(device, first, cut=left.pop() if left else None)
+        def connect(first: int, window: int) -> AgentProcess:
+            return AgentProcess(device, first, window, cut=left.pop() if left else None)
 
         for number, content in enumerate(contents(chunks * CHUNK, layers)):
             device.write_bytes(content + bytes(growth * CHUNK * (number > 0)))
