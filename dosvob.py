@@ -123,6 +123,24 @@ class Cancellation:
             self.check()
 
 
+def within(limit: float, work: Callable[[], T]) -> T:
+    """What the work returns, or raises; TimeoutError if that takes more than `limit` seconds, and it goes on unheeded.
+
+    For network calls, whose own limits are between two bytes: a name that is looked up, or an answer that trickles in,
+    would take any time.
+    """
+    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as problem:  # noqa: BLE001 - whatever it is, it is raised where it is waited for
+            outcome.set_exception(problem)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result(limit)
+
+
 def utc_now() -> datetime.datetime:
     """The time now, in UTC, with whole seconds."""
     return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
@@ -251,10 +269,14 @@ def is_private(url: str) -> bool:
 
 PAGE_SIZE = 200  # the API's maximum
 CALL_TIMEOUT = (10, 60)  # seconds to connect, and between bytes of the answer
+CALL_LIMIT = 120  # seconds for all of a call
 RETRY_LIMIT = 300  # seconds for which a call that fails with 5xx, or without an answer, is repeated
+TEARDOWN_RETRY_LIMIT = 10  # the same in a teardown, which comes back to what failed after it has tried the rest
 FIRST_BACKOFF, MAX_BACKOFF = 0.5, 30  # seconds between repetitions, doubling
 LIST_LAG = 6  # seconds after which a list is taken to show what was created: lists have been seen to lag behind
 RATE_LIMIT_WAIT = 15  # seconds to wait after a 429 that does not say how long
+RATE_LIMIT_PATIENCE = 7200  # seconds for which a call that meets 429 is repeated: the longest limit is by the hour
+MOST_PAGES = 1000  # of a list, which holds 25 droplets or 100 volumes for most accounts
 LIMITS_PAGE = "https://cloud.digitalocean.com/account/team/limits"
 TOKENS_PAGE = "https://cloud.digitalocean.com/account/api/tokens"
 
@@ -284,7 +306,7 @@ class ApiError(DosvobError):
     def __init__(self, call: str, status: int, answer: Json, wait: float | None = None) -> None:
         self.status = status
         self.wait = wait
-        said = str(answer.get("message") or answer.get("id") or "no message")[:300]
+        said = str(answer.get("message") or answer.get("id") or "no message")
         request = f", request {answer['request_id']}" if answer.get("request_id") else ""
         super().__init__(f'DigitalOcean refused {call}: "{said}" (HTTP {status}{request}).{advice(call, status)}')
 
@@ -343,15 +365,18 @@ class Api:
         detail: Callable[[str], None],
     ) -> None:
         self._url = url
+        self._token = token
         self._cancellation = cancellation
         self._say = say
         self._detail = detail
-        self._auth = TokenAuth(token)
+        self._retry_limit = RETRY_LIMIT
         self._sessions = threading.local()  # requests does not promise that a session can be shared by threads
 
     def to_the_end(self) -> Api:
-        """The same API for a teardown, which no signal stops."""
-        return Api(self._url, self._auth._token, Cancellation(), self._say, self._detail)
+        """The same API for a teardown: no signal stops it, and no single call holds it up for long."""
+        api = Api(self._url, self._token, Cancellation(), self._say, self._detail)
+        api._retry_limit = TEARDOWN_RETRY_LIMIT
+        return api
 
     def sleep(self, seconds: float) -> None:
         """Sleep, unless a stop is requested."""
@@ -374,28 +399,29 @@ class Api:
     def list(self, path: str, key: str, **params: str | int) -> list[Json]:
         """All items of a list, from all its pages."""
         items: list[Json] = []
-        for page in itertools.count(1):
+        for page in range(1, MOST_PAGES + 1):
             answer = self.get(path, **params, per_page=PAGE_SIZE, page=page)
             found = answer.get(key)
             if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
                 raise DosvobError(f'DigitalOcean answered GET {path} without a list of "{key}": try again later')
             items += found
-            if not found or not ((answer.get("links") or {}).get("pages") or {}).get("next"):
+            if not found or not next_page(answer):
                 return items
-        raise AssertionError("unreachable")
+        raise DosvobError(f"DigitalOcean's answers to GET {path} have no end: try again later")
 
     def post(self, path: str, body: Json, *, defer: bool = False) -> Json:
         """POST, once that is let through; with `defer`, a 429 is the caller's to handle.
 
         A lost answer is `NoAnswer`, and it is the caller's to find out what became of it.
         """
+        start = time.monotonic()
         while True:
             try:
                 return self._once("POST", path, body=body)
             except ApiError as problem:
                 if problem.status != 429 or defer:
                     raise
-                self._pause(problem, 0, 0)
+                self._pause(problem, 0, start)
 
     def create(self, path: str, key: str, body: Json, find: Callable[[], Json | None], *, defer: bool = False) -> Json:
         """POST until there is an answer, and return its `key`.
@@ -404,7 +430,7 @@ class Api:
         trusted to show it, before it is posted again. With `defer`, a 429 is the caller's to handle. An `ApiError`
         means that the thing does not exist, `NoAnswer` that it may.
         """
-        give_up = time.monotonic() + RETRY_LIMIT
+        start = time.monotonic()
         may_exist = False
         for backoff in backoffs():
             try:
@@ -418,7 +444,7 @@ class Api:
                     return found
                 if is_refused:  # the name may be taken by what no list shows yet
                     raise NoAnswer(str(problem)) from problem
-                self._pause(problem, backoff, give_up)
+                self._pause(problem, backoff, start)
         raise AssertionError("unreachable")
 
     def _look_for(self, find: Callable[[], Json | None]) -> Json | None:
@@ -431,40 +457,47 @@ class Api:
         return found
 
     def _patiently(self, method: str, path: str, params: Json | None = None) -> Json:
-        give_up = time.monotonic() + RETRY_LIMIT
+        start = time.monotonic()
         for backoff in backoffs():
             try:
                 return self._once(method, path, params=params)
             except (ApiError, NoAnswer) as problem:
                 if isinstance(problem, ApiError) and not problem.transient:
                     raise
-                self._pause(problem, backoff, give_up)
+                self._pause(problem, backoff, start)
         raise AssertionError("unreachable")
 
-    def _pause(self, problem: ApiError | NoAnswer, backoff: float, give_up: float) -> None:
-        """Wait before a repetition, visibly; raise the problem if it has gone on for too long."""
-        if isinstance(problem, ApiError) and problem.status == 429:
+    def _pause(self, problem: ApiError | NoAnswer, backoff: float, start: float) -> None:
+        """Wait before a repetition, visibly; raise the problem if that has gone on for too long since `start`."""
+        is_limited = isinstance(problem, ApiError) and problem.status == 429
+        wait = backoff
+        if isinstance(problem, ApiError) and is_limited:
             wait = RATE_LIMIT_WAIT if problem.wait is None else problem.wait
-            self._say(f"DigitalOcean's rate limit is reached: waiting {wait:.0f} s, as told")
-        else:
-            wait = backoff
-            if time.monotonic() + wait > give_up:
-                raise problem
-            self._say(f"{problem}; trying again in {wait:.0f} s")
+        if time.monotonic() + wait > start + (RATE_LIMIT_PATIENCE if is_limited else self._retry_limit):
+            raise problem
+        what = "DigitalOcean's rate limit is reached" if is_limited else str(problem)
+        self._say(f"{what}; trying again in {wait:.0f} s")
         self.sleep(wait)
 
     def _once(self, method: str, path: str, body: Json | None = None, params: Json | None = None) -> Json:
         call = f"{method} {path}"
         self._cancellation.check()
+        session = self._session()
         try:
-            response = self._session().request(
-                method,
-                self._url + path,
-                json=body,
-                params=params,
-                timeout=CALL_TIMEOUT,
-                allow_redirects=False,  # the token is for this host alone
+            response = within(
+                CALL_LIMIT,
+                lambda: session.request(
+                    method,
+                    self._url + path,
+                    json=body,
+                    params=params,
+                    timeout=CALL_TIMEOUT,
+                    allow_redirects=False,  # the token is for this host alone
+                ),
             )
+        except TimeoutError:
+            del self._sessions.session  # the call that goes on has it
+            raise NoAnswer(f"{call}: no complete answer from {self._url} within {CALL_LIMIT} s") from None
         except requests.RequestException as problem:
             if isinstance(innermost(problem), ssl.SSLCertVerificationError):
                 raise DosvobError(f"{self._url} has no certificate to be trusted: {root_cause(problem)}") from None
@@ -488,7 +521,7 @@ class Api:
         session: requests.Session | None = getattr(self._sessions, "session", None)
         if session is None:
             session = self._sessions.session = requests.Session()
-            session.auth = self._auth
+            session.auth = TokenAuth(self._token)
             session.headers["User-Agent"] = f"dosvob/{VERSION}"
         return session
 
@@ -512,14 +545,25 @@ def backoffs() -> Iterator[float]:
 
 
 def wait_told(response: requests.Response) -> float | None:
-    """The seconds to wait that a 429 tells: `retry-after` (burst limit), or `ratelimit-reset` (hourly limit)."""
+    """The seconds to wait that a 429 tells: `retry-after` (burst limit), or `ratelimit-reset` (hourly limit).
+
+    From a second to an hour, whatever it tells.
+    """
     headers = response.headers
     with contextlib.suppress(KeyError, ValueError):
-        return min(max(float(headers["retry-after"]), 0.0), 3600.0)
+        return min(max(1.0, float(headers["retry-after"])), 3600.0)
     with contextlib.suppress(KeyError, ValueError):
         if int(headers.get("ratelimit-remaining", 0)) == 0:
-            return min(max(float(headers["ratelimit-reset"]) - time.time(), 1.0), 3600.0)
+            return min(max(1.0, float(headers["ratelimit-reset"]) - time.time()), 3600.0)
     return None
+
+
+def next_page(answer: Json) -> bool:
+    """Whether a list has more pages; the fields that say so may be missing, empty or null."""
+    try:
+        return bool(((answer.get("links") or {}).get("pages") or {}).get("next"))
+    except AttributeError:
+        raise DosvobError("DigitalOcean's list does not say whether it has more pages: try again later") from None
 
 
 def required(item: Json, key: str, kind: type[T]) -> T:
@@ -698,6 +742,7 @@ def remove_all(
     `created`, with the times of that, is deleted before anything is listed, and even if no list can be had.
     """
     start = time.monotonic()
+    fewest = sys.maxsize
     unseen = dict(created or {})
     for attempt in itertools.count(0 if unseen else 1):
         listed, left = list_each(api, run_prefix, kinds) if attempt else ([], {})
@@ -705,9 +750,11 @@ def remove_all(
         left |= delete_each(api, sorted(found, key=lambda resource: ALL_KINDS.index(resource.kind)), unseen, note)
         if attempt and not left:
             return {}
-        refused = sum(isinstance(problem, ApiError) and problem.status in (401, 403) for problem in left.values())
-        limit = BUSY_LIMIT if refused else REMOVE_LIMIT  # what hangs on something that may not be removed stays too
-        if refused == len(left) or time.monotonic() - start > limit:
+        if attempt and len(left) < fewest:  # it gets on
+            start, fewest = time.monotonic(), len(left)
+        refused = [resource.kind for resource, problem in left.items() if is_forbidden(problem)]
+        limit = BUSY_LIMIT if DROPLET in refused else REMOVE_LIMIT  # what is attached to it stays too
+        if len(refused) == len(left) or (attempt and time.monotonic() - start > limit):
             return {resource: str(problem or "it is still listed") for resource, problem in left.items()}
         if attempt:  # only what was there is listed again: DigitalOcean answers ten lists of keys a minute, and no more
             kinds = [kind for kind in ALL_KINDS if any(resource.kind == kind for resource in left)]
@@ -715,30 +762,35 @@ def remove_all(
     raise AssertionError("unreachable")
 
 
+def is_forbidden(problem: Exception | None) -> bool:
+    """Whether the token may not do it, now or later."""
+    return isinstance(problem, ApiError) and problem.status in (401, 403)
+
+
 def list_each(
     api: Api, run_prefix: str, kinds: Iterable[str]
-) -> tuple[list[Resource], dict[Resource, DosvobError | None]]:
+) -> tuple[list[Resource], dict[Resource, Exception | None]]:
     """As `list_ephemeral`; of a kind that cannot be listed something unknown may be there, which is returned apart."""
     listed: list[Resource] = []
-    unknown: dict[Resource, DosvobError | None] = {}
+    unknown: dict[Resource, Exception | None] = {}
     for kind in kinds:
         try:
             listed += list_ephemeral(api, run_prefix, [kind])
         except Interrupted:
             raise
-        except DosvobError as problem:
+        except Exception as problem:  # noqa: BLE001 - no answer is so odd that the rest must stay for it
             unknown[Resource(kind, UNKNOWN, f"{run_prefix or PREFIX}*")] = problem
     return listed, unknown
 
 
 def delete_each(
     api: Api, found: Iterable[Resource], unseen: dict[Resource, float], note: Callable[[str], None]
-) -> dict[Resource, DosvobError | None]:
+) -> dict[Resource, Exception | None]:
     """Ask for the deletion of each; returns what went wrong with it, None if nothing did and it may just take a while.
 
     What is surely gone is taken out of `unseen`.
     """
-    problems: dict[Resource, DosvobError | None] = dict.fromkeys(found)
+    problems: dict[Resource, Exception | None] = dict.fromkeys(found)
     for resource in problems:
         note(f"removing {resource}")
         try:
@@ -746,7 +798,7 @@ def delete_each(
                 unseen.pop(resource, None)
         except Interrupted:
             raise
-        except DosvobError as problem:
+        except Exception as problem:  # noqa: BLE001 - as above
             problems[resource] = problem
     return problems
 
@@ -756,20 +808,18 @@ def is_old(created: float) -> bool:
     return time.monotonic() - created > LIST_LAG
 
 
-def sweep(api: Api, report: Reporter) -> bool:
-    """Remove what earlier runs left behind; return whether nothing is left."""
+def sweep(api: Api, report: Reporter) -> None:
+    """Remove what earlier runs left behind, and report what stays."""
     found = list_ephemeral(api)
     for resource in found:
-        if resource.kind == DROPLET and 0 <= age(resource.created_at) < ALIVE_AGE:
+        if resource.kind == DROPLET and (seconds := age(resource.created_at)) < ALIVE_AGE:
             report.warn(
-                f"{resource} was created only {age(resource.created_at) / 60:.0f} minutes ago: if another machine is "
-                "backing up with this account right now, its run will fail; one account wants one dosvob"
+                f"{resource} was created only {max(seconds, 0) / 60:.0f} minutes ago: if another machine is backing up "
+                "with this account right now, its run will fail; one account wants one dosvob"
             )
     for resource in found:
         report.say(f"left over from an earlier run: {resource}")
-    left = remove_all(api, "", report.detail) if found else {}
-    report_left(report, left)
-    return not left
+    report_left(report, remove_all(api, "", report.detail) if found else {})
 
 
 def age(created_at: str) -> float:
@@ -782,6 +832,7 @@ def age(created_at: str) -> float:
 
 def report_left(report: Reporter, left: Mapping[Resource, str]) -> None:
     """Say loudly what could not be removed."""
+    report.has_left |= bool(left)
     for resource, reason in left.items():
         what = "there may be something " if resource.id == UNKNOWN else ""
         billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
@@ -872,13 +923,13 @@ class Ephemeral:
 
     def __init__(self, api: Api, report: Reporter) -> None:
         self.prefix = f"{PREFIX}{secrets.token_hex(4)}-"
-        self.left: dict[Resource, str] = {}
         self._api = api
         self._report = report
         self._lock = threading.Lock()
         self._created: dict[Resource, float] = {}
         self._removed: dict[Resource, float] = {}
         self._unsettled: dict[str, str] = {}  # kinds by name of what may or may not exist
+        self._in_doubt: set[str] = set()  # kinds of which something was asked for that may exist twice, or show late
         self._events = threading.Lock()  # a droplet takes one attach or detach at a time
 
     def __enter__(self) -> Ephemeral:
@@ -999,6 +1050,7 @@ class Ephemeral:
         name = body["name"]
 
         def find() -> Json | None:
+            self._in_doubt.add(kind)
             items = self._api.list(listed.path, listed.key, **listed.params)
             return next((item for item in items if item.get("name") == name), None)
 
@@ -1011,6 +1063,10 @@ class Ephemeral:
         except ApiError as problem:
             if not problem.transient or problem.status == 429:
                 self._settle(name)  # it was refused, so it does not exist
+            raise
+        except Interrupted:
+            if kind not in self._in_doubt:
+                self._settle(name)  # it was not even asked for
             raise
         resource = Resource.parse(kind, item)
         self._settle(name, resource)
@@ -1088,22 +1144,32 @@ class Ephemeral:
 
     def _tear_down(self, api: Api) -> None:
         """Remove everything of this run, and look again that nothing is left."""
-        self._report.say("removing the droplet and all else that was created")
+        existing = ", ".join(map(str, self._existing()))
+        self._report.say(f"removing {existing or 'what may have been created'}")
         try:
-            self.left = remove_all(api, self.prefix, self._report.doing, self._existing())
-            if self._unsettled:  # what was asked for and not answered may show late
-                api.sleep(LIST_LAG)
-                kinds = [kind for kind in ALL_KINDS if kind in self._unsettled.values()]
-                self.left |= remove_all(api, self.prefix, self._report.doing, kinds=kinds)
+            left = remove_all(api, self.prefix, self._report.doing, self._existing())
+            if self._unsettled or self._in_doubt:
+                left |= self._remove_late(api)
         except Exception as problem:  # noqa: BLE001 - even after a bug in here: tell what there may be
             self._report.detail(traceback.format_exc())
             unsettled = [Resource(kind, UNKNOWN, name) for name, kind in self._unsettled.items()]
-            self.left = dict.fromkeys([*self._existing(), *unsettled], str(problem))
+            left = dict.fromkeys([*self._existing(), *unsettled], str(problem))
         with self._lock:
             for resource in self._created:
-                if resource not in self.left:
+                if resource not in left:
                     self._removed.setdefault(resource, time.monotonic())
-        report_left(self._report, self.left)
+        report_left(self._report, left)
+
+    def _remove_late(self, api: Api) -> dict[Resource, str]:
+        """Remove what was asked for without an answer, once lists can be trusted to show it; returns what may stay."""
+        api.sleep(LIST_LAG)
+        kinds = [kind for kind in ALL_KINDS if kind in self._in_doubt or kind in self._unsettled.values()]
+        seen = {resource.name for resource in list_each(api, self.prefix, kinds)[0]}
+        left = remove_all(api, self.prefix, self._report.doing, kinds=kinds)
+        for name, kind in self._unsettled.items():
+            if name not in seen:
+                left[Resource(kind, UNKNOWN, name)] = "It was asked for, DigitalOcean did not say yes or no"
+        return left
 
 
 # ── The agent ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2705,6 +2771,9 @@ def sync_device(
 
 LOG_INTERVAL = 60  # seconds between a log's lines about the same sync
 LIVE_INTERVAL = 0.2  # seconds between updates of a terminal's live line
+LINE_LIMIT = 10_000  # characters; an answer of the API that is quoted may have any length
+MOST_QUEUED = 10_000  # lines that wait for a terminal or a pipe that takes nothing more; later ones are lost
+STUCK_LIMIT = 5  # seconds for which it is waited for at the end
 PING_LIMIT = 5  # seconds that a ping may take
 PING_BODY = 10_000  # bytes, from the end; a service may keep no more of it
 
@@ -2727,18 +2796,32 @@ def human_time(seconds: float) -> str:
 
 
 class Reporter:
-    """Writes to the user, from any thread. `secret` never gets out, and nothing that could steer a terminal does."""
+    """Writes to the user, from any thread. `secret` never gets out, and nothing that could steer a terminal does.
+
+    A thread of its own does the writing: a terminal that was stopped with ^S, or a pipe that nobody reads, must not
+    keep a run, and its teardown least of all, from its work.
+    """
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False, secret: str = "") -> None:
         self.verbose = verbose
         self.quiet = quiet
         self.secret = secret
         self.current = ""  # what is going on, for whoever asks with a second signal
+        self.has_left = False  # whether something could not be removed from the account
         self.summary: list[str] = []  # what somebody who was not there must know: warnings, errors, results
         self._lock = threading.Lock()
         self._live = ""
         self._is_terminal = sys.stdout.isatty()
         self._lined_at = 0.0 if self._is_terminal else time.monotonic()
+        self._queue: queue.SimpleQueue[tuple[Any, str] | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write_queued, daemon=True)
+        self._writer.start()
+
+    def close(self) -> bool:
+        """Let what is queued be written; returns whether it could be."""
+        self._queue.put(None)
+        self._writer.join(STUCK_LIMIT)
+        return not self._writer.is_alive()
 
     def say(self, text: str) -> None:
         """Something happened."""
@@ -2791,9 +2874,16 @@ class Reporter:
                 self._live = ""
                 self._put(sys.stdout, "\r\x1b[2K")
 
-    def _write(self, stream: Any, text: str) -> None:
+    def interject(self, text: str) -> None:
+        """Tell something from a signal handler, which may have interrupted whoever holds the lock."""
+        self._put(sys.stderr, self._lines(sys.stderr, text))
+
+    def _lines(self, stream: Any, text: str) -> str:
         stamp = "" if stream.isatty() else f"{utc_now().isoformat()} "
-        lines = "".join(f"{stamp}{line}\n" for line in self.clean(text).splitlines())
+        return "".join(f"{stamp}{line}\n" for line in self.clean(text).splitlines())
+
+    def _write(self, stream: Any, text: str) -> None:
+        lines = self._lines(stream, text)
         with self._lock:
             self._put(stream, f"\r\x1b[2K{lines}{self._live}" if self._live else lines)
 
@@ -2801,13 +2891,19 @@ class Reporter:
         """The text without the secret and without what could steer a terminal."""
         if self.secret:
             text = text.replace(self.secret, "***")
-        return "".join(char if char.isprintable() or char == "\n" else "�" for char in text)
+        text = "".join(char if char.isprintable() or char == "\n" else "�" for char in text)
+        return "\n".join(line[:LINE_LIMIT] for line in text.split("\n"))
 
     def _put(self, stream: Any, text: str) -> None:
-        # A terminal that was closed, or a pipe that nobody reads, must not keep the teardown from its work.
-        with contextlib.suppress(OSError, ValueError):
-            stream.write(text)
-            stream.flush()
+        if self._queue.qsize() < MOST_QUEUED:
+            self._queue.put((stream, text))
+
+    def _write_queued(self) -> None:
+        while (item := self._queue.get()) is not None:
+            stream, text = item
+            with contextlib.suppress(OSError, ValueError):  # a terminal that was closed is no reason to end
+                stream.write(text)
+                stream.flush()
 
 
 class Monitor:
@@ -2838,12 +2934,9 @@ class Monitor:
         parts = urllib.parse.urlsplit(self._url)
         url = parts._replace(path=parts.path.rstrip("/") + event).geturl()
         content = self._report.clean(body).encode(errors="replace")[-PING_BODY:]
-        outcome: queue.SimpleQueue[str] = queue.SimpleQueue()
-        # In a thread of its own: looking up a name, or an answer that trickles in, has no limit otherwise.
-        threading.Thread(target=lambda: outcome.put(post_ping(url, content)), daemon=True).start()
         try:
-            problem = outcome.get(timeout=PING_LIMIT)
-        except queue.Empty:
+            problem = within(PING_LIMIT, lambda: post_ping(url, content))
+        except TimeoutError:
             problem = f"no answer within {PING_LIMIT} s"
         if problem:
             self._report.warn(f"the ping to {parts.hostname} failed: {problem}; the backup is not affected")
@@ -3010,7 +3103,7 @@ class Turn:
     def later(self, wait: float) -> Turn:
         """The same after a snapshot that came too soon."""
         now = time.monotonic()
-        give_up = now + SNAPSHOT_INTERVAL if self.give_up == float("inf") else self.give_up
+        give_up = now + max(SNAPSHOT_INTERVAL, wait + 60) if self.give_up == float("inf") else self.give_up
         return dataclasses.replace(self, not_before=now + wait, give_up=give_up)
 
 
@@ -3045,8 +3138,8 @@ class Backup:
         self._keys = RunKeys.generate()
         self._results: dict[str, Result] = {}
 
-    def run(self, volumes: list[Volume]) -> tuple[list[Result], bool]:
-        """Back up all volumes; returns the results in their order, and whether nothing is left behind."""
+    def run(self, volumes: list[Volume]) -> list[Result]:
+        """Back up all volumes; returns the results in their order."""
         names = ", ".join(volume.name for volume in volumes)
         self._report.say(f"backing up {names}, over a droplet {self._plan.sizes[0][0]} with {self._plan.image}")
         ephemeral = Ephemeral(self._api, self._report)
@@ -3057,7 +3150,7 @@ class Backup:
                 self._report.end_progress()
         self._report.conclude(result_table(self._results[volume.name] for volume in volumes))
         self._report.conclude(f"this run cost about ${ephemeral.cost():.5f}")
-        return [self._results[volume.name] for volume in volumes], not ephemeral.left
+        return [self._results[volume.name] for volume in volumes]
 
     def _run(self, ephemeral: Ephemeral, volumes: list[Volume]) -> None:
         pool = concurrent.futures.ThreadPoolExecutor
@@ -3138,7 +3231,7 @@ class Backup:
 
     def _fail(self, volume: Volume, problem: str) -> None:
         self._report.end_progress()
-        self._report.error(problem if problem.startswith(volume.name) else f"{volume.name}: {problem}")
+        self._report.error(problem if problem.startswith(f"{volume.name}: ") else f"{volume.name}: {problem}")
         self._results[volume.name] = Result(volume.name, volume.size, error=problem)
 
     # In the background
@@ -3248,16 +3341,17 @@ def back_up_all(
 ) -> int:
     """A backup, once the lock is held; returns the exit code."""
     damaged = recover_all(arguments.backups, report)
-    is_clean = sweep(api, report)
+    sweep(api, report)
     plan = plan_droplet(api, config)
     volumes = select_volumes(list_volumes(api), config, arguments.names, report)
     if not arguments.names:
         record_wanted(arguments.backups, (volume.name for volume in volumes), report)
     fit = [volume for volume in volumes if volume.name not in damaged]
     backup = Backup(api, plan, arguments.backups, report, cancellation, reread=arguments.reread)
-    results, nothing_left = backup.run(fit) if fit else ([], True)
-    failed = any(result.error for result in results)
-    return EXIT_FAILED if failed or damaged or not nothing_left or not is_clean else EXIT_OK
+    results = backup.run(fit) if fit else []
+    if not report.has_left:
+        sweep(api.to_the_end(), report)  # a list may have shown late what was there before this run
+    return EXIT_FAILED if report.has_left or damaged or any(result.error for result in results) else EXIT_OK
 
 
 def dry_run(api: Api, config: Config, arguments: argparse.Namespace, report: Reporter) -> int:
@@ -3289,11 +3383,14 @@ def sweep_only(arguments: argparse.Namespace, report: Reporter, cancellation: Ca
             report.say(f"would remove {resource}")
         return EXIT_OK
     with locked(arguments.backups):
-        recovered = recover_all(arguments.backups, report)
-        is_clean = sweep(api, report)
-    if is_clean:
+        damaged = recover_all(arguments.backups, report)
+        sweep(api, report)
+        if not report.has_left:
+            api.sleep(LIST_LAG)  # what was created a moment ago may not have been listed yet
+            sweep(api, report)
+    if not report.has_left:
         report.say("nothing of dosvob's is left in the account")
-    return EXIT_OK if is_clean and not recovered else EXIT_FAILED
+    return EXIT_FAILED if report.has_left or damaged else EXIT_OK
 
 
 def verify(arguments: argparse.Namespace, report: Reporter, cancellation: Cancellation) -> int:
@@ -3487,16 +3584,12 @@ class Signals:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.number:
-            self._tell(f"still at work: {self._report.current or 'stopping'}; please wait, or billed resources stay\n")
+            doing = self._report.current or "stopping"
+            self._report.interject(f"still at work: {doing}; please wait, or billed resources stay")
             return
         self.number = number
         self._cancellation.request()
-        self._tell(f"{signal.Signals(number).name}: stopping, and removing what was created\n")
-
-    def _tell(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # not through the reporter: its lock may be held by what was interrupted
-            stamp = "" if os.isatty(2) else f"{utc_now().isoformat()} "
-            os.write(2, f"{stamp}{text}".encode())
+        self._report.interject(f"{signal.Signals(number).name}: stopping, and removing what was created")
 
 
 def open_standard_streams() -> None:
@@ -3506,6 +3599,9 @@ def open_standard_streams() -> None:
     os.close(fd)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - open as long as the program runs
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to lose the line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -3516,22 +3612,32 @@ def main(arguments: list[str] | None = None) -> int:
     report = Reporter(quiet=parsed.quiet, verbose=parsed.verbose)
     cancellation = Cancellation()
     signals = Signals(cancellation, report)
-    try:
-        code = COMMANDS.get(parsed.command, back_up)(parsed, report, cancellation)
-    except Interrupted:
+    code = run_command(parsed, report, cancellation)
+    if signals.number:
+        code = 128 + signals.number
+    if report.has_left:
         code = EXIT_FAILED
+    if not report.close():
+        os._exit(code)  # Python would wait for what cannot be written
+    return code
+
+
+def run_command(parsed: argparse.Namespace, report: Reporter, cancellation: Cancellation) -> int:
+    """Do what was asked for; returns the exit code, and raises nothing."""
+    try:
+        return COMMANDS.get(parsed.command, back_up)(parsed, report, cancellation)
+    except Interrupted:
+        return EXIT_FAILED
     except UsageError as problem:
         report.error(str(problem))
-        code = EXIT_USAGE
+        return EXIT_USAGE
     except DosvobError as problem:
         report.error(str(problem))
         report.detail(traceback.format_exc())
-        code = EXIT_FAILED
     except Exception as problem:  # noqa: BLE001 - a bug, or a disk that fails where nobody expects it: still one clear line
         report.error(f"unexpected {type(problem).__name__}: {problem}; run again with --verbose to see where")
         report.detail(traceback.format_exc())
-        code = EXIT_FAILED
-    return 128 + signals.number if signals.number else code
+    return EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -383,7 +383,7 @@ def test_rate_limit_is_waited_for_visibly(home: Home, sim: Simulator) -> None:
     """The 429 says how long; a burst of them hits any call."""
     volume = add_volume(sim, "data")
     sim.faults.add(Fault("rate-limit", nth=5, times=3, seconds=1), Fault("rate-limit-reset", nth=20, seconds=1))
-    assert "rate limit is reached: waiting 1 s" in run(home).stdout
+    assert "rate limit is reached; trying again in 1 s" in run(home).stdout
     assert_backed_up(home, volume)
     assert_nothing_left(sim)
 
