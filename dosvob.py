@@ -57,7 +57,6 @@ import time
 import traceback
 import urllib.parse
 import zlib
-from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -1509,6 +1508,8 @@ READ_AHEAD_LOCAL = 8  # chunks
 ZERO_PAGES = ZERO_PAGE_DIGEST * PAGES
 ZERO_DIGEST = chunk_digest(ZERO_PAGES)
 ALL_PAGES = (1 << PAGES) - 1
+LIBC = ctypes.CDLL(None, use_errno=True)
+FALLOCATE = getattr(LIBC, "fallocate64", None) or getattr(LIBC, "fallocate", None)  # Python has only posix_fallocate
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # fallocate(2)
 VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")  # what DigitalOcean allows; as a file name it is harmless
 
@@ -1537,6 +1538,13 @@ class Snapshot:
     region: str
     size: int
     taken_at: str
+
+    def mark(self) -> bytes:
+        """For a journal's commit mark: always COMMIT_SIZE bytes; raises DosvobError if that is not enough."""
+        mark = json.dumps(dataclasses.asdict(self)).encode().ljust(COMMIT_SIZE)
+        if len(mark) > COMMIT_SIZE:
+            raise DosvobError(f"{self.name[:64]}: what DigitalOcean says of it is longer than is possible")
+        return mark
 
 
 @dataclass(frozen=True)
@@ -1622,6 +1630,12 @@ class ImagePaths:
         return aside
 
 
+def names_with_state(backups: Path) -> set[str]:
+    """The volumes that have a state file; those of images that were set aside are not named as volumes are."""
+    names = {path.name.removesuffix(".state") for path in (backups / ".dosvob").glob("*.state")}
+    return {name for name in names if VOLUME_NAME.fullmatch(name)}
+
+
 def load_state(path: Path) -> State | None:
     """Read and verify a state file; None if there is none."""
     try:
@@ -1653,6 +1667,26 @@ def create_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
+def forget_cached(fd: int) -> None:
+    """Have the next reads of a file come from the disk.
+
+    After a write error, which may have been told to a process that has ended, the kernel goes on showing what never got
+    there: https://wiki.postgresql.org/wiki/Fsync_Errors
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_chunk(fd: int, index: int) -> bytes | None:
+    """A chunk of an image, with zeros beyond the image's end; None if the disk cannot read it."""
+    try:
+        return os.pread(fd, CHUNK, index * CHUNK).ljust(CHUNK, b"\0")
+    except OSError as problem:
+        if problem.errno != errno.EIO:
+            raise
+        return None
+
+
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Write at an offset, all of it."""
     view = memoryview(data)
@@ -1664,10 +1698,9 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Make a range of a file zeros, as a hole where the file system has them."""
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # Python has only posix_fallocate
-    if fallocate is not None:
+    if FALLOCATE is not None:
         mode = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
-        if fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
+        if FALLOCATE(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
             return
         number = ctypes.get_errno()
         if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
@@ -1752,8 +1785,7 @@ class Journal:
 
     def commit(self, snapshot: Snapshot) -> None:
         """Write the commit mark, durably: from now on the image is what the journal makes of it."""
-        mark = json.dumps(dataclasses.asdict(snapshot)).encode().ljust(COMMIT_SIZE)
-        self.append(COMMIT, self._file.tell(), mark)
+        self.append(COMMIT, self._file.tell(), snapshot.mark())
         self.make_durable()
 
     def close(self) -> None:
@@ -1838,6 +1870,9 @@ def recover(paths: ImagePaths, warn: Callable[[str], None]) -> bool:
     except FileNotFoundError:
         return False
     with file:
+        if not paths.image.exists():  # what it would have changed is gone, so it is of no use
+            paths.journal.unlink()
+            return False
         journal = JournalFile(paths.journal, file)
         if journal.is_sound() and is_of_image(paths, journal, warn):
             apply_journal(paths, journal)
@@ -1854,7 +1889,7 @@ def recover(paths: ImagePaths, warn: Callable[[str], None]) -> bool:
 def is_of_image(paths: ImagePaths, journal: JournalFile, warn: Callable[[str], None]) -> bool:
     """Whether a journal may be applied to the image that is there."""
     assert journal.head is not None
-    if journal.head.name != paths.name or not paths.image.exists():
+    if journal.head.name != paths.name:
         return False
     if Identity.of(paths.image).inode != journal.head.base.inode:
         warn(f"{paths.image} is another file than when its journal was begun; the next sync compares all of it")
@@ -1864,8 +1899,9 @@ def is_of_image(paths: ImagePaths, journal: JournalFile, warn: Callable[[str], N
 def is_reusable(paths: ImagePaths, journal: JournalFile) -> bool:
     """Whether a journal without a commit mark is what a crash left in the middle of a sync."""
     if journal.head is None:  # torn before anything of worth was in it, or not a journal
-        return not any(paths.journal.read_bytes()[: MOST_DATA[BEGIN]])
-    if journal.ends_with_commit or journal.head.name != paths.name or not paths.image.exists():
+        with paths.journal.open("rb") as file:
+            return not any(file.read(MOST_DATA[BEGIN]))
+    if journal.ends_with_commit or journal.head.name != paths.name:
         return False
     return Identity.of(paths.image) == journal.head.base
 
@@ -1876,6 +1912,7 @@ def apply_journal(paths: ImagePaths, journal: JournalFile) -> None:
     assert journal.snapshot is not None
     fd = os.open(paths.image, os.O_RDWR | os.O_CLOEXEC)
     try:
+        was_untouched = Identity.of(fd) == journal.head.base  # else the next sync reads all of it
         os.ftruncate(fd, journal.snapshot.size)
         for record in journal.records():
             if record.kind == HOLE:
@@ -1883,7 +1920,7 @@ def apply_journal(paths: ImagePaths, journal: JournalFile) -> None:
             else:
                 write_all(fd, record.data, record.offset)
         os.fsync(fd)
-        identity = Identity.of(fd)
+        identity = Identity.of(fd) if was_untouched else None
     finally:
         os.close(fd)
     adopt_new_state(paths, journal.head, identity)
@@ -1891,15 +1928,14 @@ def apply_journal(paths: ImagePaths, journal: JournalFile) -> None:
     sync_directory(paths.metadata)
 
 
-def adopt_new_state(paths: ImagePaths, head: JournalHead, identity: Identity) -> None:
-    """Make the state that belongs to an applied journal the image's state, with the image's identity as it is now."""
+def adopt_new_state(paths: ImagePaths, head: JournalHead, identity: Identity | None) -> None:
+    """Make the state that belongs to an applied journal the image's state, with this identity of the image."""
     for path in (paths.new_state, paths.state):  # the second if a crash came after the rename
         with contextlib.suppress(DosvobError):  # a damaged one is as good as none: the image is compared in full
             if (state := load_state(path)) is not None and state.journal == head.id:
-                trusted = identity if identity.inode == head.base.inode else None
                 fd = create_private(path)
                 try:
-                    write_all(fd, dataclasses.replace(state, identity=trusted).pack(), 0)
+                    write_all(fd, dataclasses.replace(state, identity=identity).pack(), 0)
                     os.fsync(fd)
                 finally:
                     os.close(fd)
@@ -1964,13 +2000,16 @@ class Update:
     def __init__(self, paths: ImagePaths, snapshot: Snapshot, warn: Callable[[str], None], *, reread: bool) -> None:
         self.chunks = snapshot.size // CHUNK
         self.is_first: bool  # whether there is no image yet
+        snapshot.mark()  # it must be possible in the end
         self.settled = 0  # chunks from the first on that are done
         self.tally = Tally()
         self._paths = paths
         self._snapshot = snapshot
         self._digests: dict[int, bytes] = {}  # of chunks that are done, beyond `settled`
-        self._resumed: array[int] | None = None  # position in the journal per chunk, 0 for none
+        self._resumed: dict[int, int] = {}  # of a journal that was taken up: where each chunk's last records begin
+        self._decayed: set[int] = set()  # chunks that had changed on the local disk, and are not done
         self._journal: Journal | None = None
+        self._is_committed = False
         self._known: BinaryIO | None = None
         self._hole_until = 0
         self._open(warn, reread)
@@ -1985,6 +2024,7 @@ class Update:
             state = None
         self._fd = create_private(paths.partial) if self.is_first else os.open(paths.image, os.O_RDONLY | os.O_CLOEXEC)
         if self.is_first:
+            forget_cached(self._fd)
             os.ftruncate(self._fd, self._snapshot.size)
         else:
             self._open_journal()
@@ -1998,7 +2038,14 @@ class Update:
     def _fit_for_use(self, state: State | None, warn: Callable[[str], None]) -> State | None:
         """The state, if it is this volume's; the image of another volume is set aside."""
         paths = self._paths
+        if paths.image.is_symlink() and not paths.image.exists():
+            raise DosvobError(f"{paths.image} leads to {paths.image.readlink()}, which is not there: is it mounted?")
         other = state is not None and state.snapshot.volume_id != self._snapshot.volume_id
+        if state is not None and not other and state.snapshot.size > self._snapshot.size:
+            raise DosvobError(
+                f"{paths.name}: DigitalOcean says that it has shrunk to {human_size(self._snapshot.size)}, which no "
+                f"volume does; {paths.image} was left as it is: try again later"
+            )
         if paths.image.exists() and (other or paths.image.stat().st_size > self._snapshot.size):
             aside = paths.set_aside(paths.image, "set-aside")
             warn(
@@ -2024,7 +2071,6 @@ class Update:
 
     def _take_up(self, old: JournalFile, head: JournalHead) -> None:
         """Continue a journal: note where each chunk's last records begin."""
-        self._resumed = array("Q", bytes(8 * self.chunks))
         previous = -1
         for record in old.records():
             index = record.offset // CHUNK
@@ -2039,6 +2085,7 @@ class Update:
     def local_digests(self) -> Generator[bytes, None, None]:
         """The digests of the local chunks in order, from `settled` on; those that must be read are read ahead."""
         self._hole_until = 0
+        self._decayed.clear()
         if self._known is not None:
             self._known.seek(STATE_HEADER + self.settled * DIGEST_SIZE)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -2058,19 +2105,20 @@ class Update:
 
     def _known_digest(self, index: int, recorded: bytes | None) -> bytes | None:
         """The chunk's digest if it is known without reading the chunk."""
-        if self._journaled(index):
+        if index in self._resumed:
             return None
         if self._is_hole(index):
             if recorded not in (None, ZERO_DIGEST):
-                self.tally.add_decayed(index)
+                self._decayed.add(index)
             return ZERO_DIGEST
         in_turn = index * REREAD_PARTS // self.chunks == self._part
         return recorded if self._trusted and not in_turn else None
 
     def _read_digest(self, index: int, recorded: bytes | None) -> bytes:
-        digest = chunk_digest(self.local_pages(index))
-        if recorded is not None and digest != recorded and not self._journaled(index):
-            self.tally.add_decayed(index)
+        pages = self.local_pages(index)
+        digest = chunk_digest(pages) if pages else b""
+        if pages and recorded is not None and digest != recorded and index not in self._resumed:
+            self._decayed.add(index)
         return digest
 
     def _is_hole(self, index: int) -> bool:
@@ -2086,19 +2134,24 @@ class Update:
         return start + CHUNK <= self._hole_until
 
     def local_pages(self, index: int) -> bytes:
-        """The digests of the pages of a local chunk, as the journal would make it."""
-        chunk = os.pread(self._fd, CHUNK, index * CHUNK).ljust(CHUNK, b"\0")
+        """The digests of the pages of a local chunk, as the journal would make it; empty if the disk cannot read it."""
+        chunk = self._local_chunk(index)
+        return b"" if chunk is None else page_digests(chunk)
+
+    def _local_chunk(self, index: int) -> bytes | None:
+        """A local chunk, as the journal would make it; None if the disk cannot read it."""
+        chunk = read_chunk(self._fd, index)
+        if chunk is None:
+            self._decayed.add(index)
+            return None
         for record in self._journal_records(index):
             start = record.offset % CHUNK
             chunk = chunk[:start] + (record.data or bytes(record.length)) + chunk[start + record.length :]
-        return page_digests(chunk)
-
-    def _journaled(self, index: int) -> bool:
-        return self._resumed is not None and self._resumed[index] > 0
+        return chunk
 
     def _journal_records(self, index: int) -> list[Record]:
         """The chunk's records in a journal that was taken up."""
-        if self._resumed is None or not self._journaled(index):
+        if index not in self._resumed:
             return []
         with self._paths.journal.open("rb", buffering=128 << 10) as file:
             records = JournalFile(self._paths.journal, file).records(self._resumed[index])
@@ -2113,15 +2166,20 @@ class Update:
     def keep(self, index: int, digest: bytes) -> None:
         """The chunk is as it should be."""
         self._digests[index] = digest
+        if index in self._decayed:
+            self._decayed.remove(index)
+            self.tally.add_decayed(index)
         while (done := self._digests.pop(self.settled, None)) is not None:
             self._new_state.append(done)
             self.settled += 1
 
     def store(self, index: int, digest: bytes, wanted: int, included: int, data: bytes) -> None:
         """Change the wanted pages of a chunk to the data, which has the included ones; the others become zeros."""
-        if self._journal is not None:  # a chunk's last records must stand alone, so what it had before comes first
-            for record in self._journal_records(index):
-                self._journal.append(record.kind, record.offset, record.data, record.length)
+        self.tally.changed += wanted.bit_count() * PAGE
+        if index in self._resumed and wanted != ALL_PAGES:
+            data = self._merged(index, wanted, included, data)  # for a chunk's last records must stand alone
+            wanted, included = ALL_PAGES, nonzero_pages(data)
+            data = b"".join(data[page * PAGE : (page + 1) * PAGE] for page in range(PAGES) if included >> page & 1)
         position = 0
         for first, count, is_data in page_runs(wanted, included):
             offset, length = index * CHUNK + first * PAGE, count * PAGE
@@ -2130,8 +2188,17 @@ class Update:
                 position += length
             else:
                 self._store_hole(offset, length)
-            self.tally.changed += length
         self.keep(index, digest)
+
+    def _merged(self, index: int, wanted: int, included: int, data: bytes) -> bytes:
+        """A local chunk as the data makes it."""
+        chunk = bytearray(self._local_chunk(index) or bytes(CHUNK))
+        position = 0
+        for first, count, is_data in page_runs(wanted, included):
+            start, length = first * PAGE, count * PAGE
+            chunk[start : start + length] = data[position : position + length] if is_data else bytes(length)
+            position += length * is_data
+        return bytes(chunk)
 
     def _store_data(self, offset: int, data: memoryview) -> None:
         if self._journal is not None:
@@ -2153,7 +2220,9 @@ class Update:
         if self._journal is None:
             self._finish_first()
         elif self._journal.is_empty and Identity.of(self._fd).size == self._snapshot.size:
-            self._new_state.finish(self._snapshot, self._part, "", Identity.of(self._fd))
+            identity = Identity.of(self._fd)
+            was_untouched = identity == self._journal.head.base  # since this sync began to read it
+            self._new_state.finish(self._snapshot, self._part, "", identity if was_untouched else None)
             self._journal.close()
             self._paths.journal.unlink()
             self._install_state()
@@ -2162,7 +2231,9 @@ class Update:
             self._new_state.finish(self._snapshot, self._part, self._journal.head.id, None)
             sync_directory(self._paths.metadata)
             self._journal.commit(self._snapshot)
-            recover(self._paths, warn)
+            self._is_committed = True
+            if not recover(self._paths, warn):
+                raise DosvobError(f"{self._paths.journal} has gone before it could be applied: who removed it?")
 
     def _finish_first(self) -> None:
         os.fsync(self._fd)
@@ -2178,6 +2249,11 @@ class Update:
         self._paths.new_state.rename(self._paths.state)
         sync_directory(self._paths.metadata)
 
+    def give_room(self) -> None:
+        """Remove the journal of a sync that cannot go on for want of room, so that the other volumes can."""
+        if self._journal is not None and not self._is_committed:
+            self._paths.journal.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Close the files. What was not finished is left for the next sync to take up."""
         for file in (self._journal, self._new_state, self._known):
@@ -2189,6 +2265,11 @@ class Update:
 def settled_value(value: concurrent.futures.Future[bytes] | bytes) -> bytes:
     """The value, waited for if it is still to come."""
     return value if isinstance(value, bytes) else value.result()
+
+
+def nonzero_pages(chunk: bytes) -> int:
+    """A bitmap of the pages of a chunk that are not all zeros."""
+    return sum(1 << page for page in range(PAGES) if not chunk.startswith(ZERO_PAGE, page * PAGE))
 
 
 def page_runs(wanted: int, included: int) -> Iterator[tuple[int, int, bool]]:
@@ -2208,13 +2289,11 @@ def verify_image(paths: ImagePaths, progress: Callable[[int], None]) -> list[tup
     if state is None:
         return None
     damaged: list[tuple[int, int]] = []
-    zero_chunk = bytes(CHUNK)
     with paths.image.open("rb", buffering=0) as image, paths.state.open("rb") as digests:
         digests.seek(STATE_HEADER)
         for start in range(0, state.snapshot.size, CHUNK):
-            chunk = os.pread(image.fileno(), CHUNK, start).ljust(CHUNK, b"\0")
-            digest = ZERO_DIGEST if chunk == zero_chunk else chunk_digest(page_digests(chunk))
-            if digest != digests.read(DIGEST_SIZE):
+            chunk, recorded = read_chunk(image.fileno(), start // CHUNK), digests.read(DIGEST_SIZE)
+            if chunk is None or chunk_digest(page_digests(chunk)) != recorded:
                 first = damaged.pop()[0] if damaged and damaged[-1][1] == start else start
                 damaged.append((first, start + CHUNK))
             progress(CHUNK)
@@ -2225,6 +2304,7 @@ def verify_image(paths: ImagePaths, progress: Callable[[int], None]) -> list[tup
 # The local end of the conversation with the agent: compares, asks, checks, stores. Knows neither SSH nor the API, and
 # trusts nothing that comes in: what does not fit the conversation ends it.
 
+MOST_AHEAD = 1 << 18  # chunks whose digests are kept while one before them is still to come; no droplet reads as fast
 PROGRESS_LIMIT = 600  # seconds in which at least one chunk must be settled
 MOST_PAYLOAD = {  # bytes, by kind of frame
     HELLO: len(AGENT_MAGIC) + 8,
@@ -2372,14 +2452,18 @@ class Sync:
         raise BadAgent(f"the droplet cannot go on: {frame.payload.decode(errors='replace')}")
 
     def _on_digest(self, frame: Frame) -> None:
-        if frame.index != self._next or len(frame.payload) != DIGEST_SIZE or len(self._pending) > WINDOW:
+        if frame.index != self._next or len(frame.payload) != DIGEST_SIZE:
             raise BadAgent(f"the droplet announced chunk {frame.index} when {self._next} was due")
+        if len(self._pending) > 2 * WINDOW:  # it may have forgotten so many that are asked for once more
+            raise BadAgent(f"the droplet announced {len(self._pending)} chunks and does not send them")
         self._announced(frame.index, frame.payload)
 
     def _on_zeros(self, frame: Frame) -> None:
         (count,) = struct.unpack(">I", frame.payload) if len(frame.payload) == 4 else (0,)
         if frame.index != self._next or not 0 < count <= self._update.chunks - self._next:
             raise BadAgent(f"the droplet announced {count} chunks of zeros from {frame.index}, {self._next} was due")
+        if self._pending and self._next + count - self._update.settled > MOST_AHEAD:
+            raise BadAgent(f"the droplet announced {count} chunks of zeros and does not send others")
         for index in range(frame.index, frame.index + count):
             self._announced(index, ZERO_DIGEST)
 
@@ -2396,7 +2480,7 @@ class Sync:
             self._drop(index)
         elif digest == ZERO_DIGEST:
             self._update.store(index, digest, ALL_PAGES, 0, b"")
-        elif local == ZERO_DIGEST:
+        elif local in (ZERO_DIGEST, b""):  # nothing there, or nothing that can be read
             self._pending[index] = Pending(digest, ZERO_PAGES)
             self._ask(index, ALL_PAGES)
         else:
@@ -2407,10 +2491,11 @@ class Sync:
         pending = self._pending.get(frame.index)
         if pending is None or pending.local or len(frame.payload) != PAGES * SHORT_SIZE:
             raise BadAgent(f"the droplet sent page digests of chunk {frame.index} that nobody asked for")
-        pending.local = local = self._update.local_pages(frame.index)
+        local = self._update.local_pages(frame.index)
+        pending.local = local or ZERO_PAGES
         theirs = frame.payload
         differing = 0
-        for page in range(PAGES):
+        for page in range(PAGES):  # all of them, if there is nothing that can be read
             start = page * DIGEST_SIZE
             if local[start : start + SHORT_SIZE] != theirs[page * SHORT_SIZE : (page + 1) * SHORT_SIZE]:
                 differing |= 1 << page
@@ -2566,6 +2651,17 @@ class Connection:
     window: int
 
 
+@contextlib.contextmanager
+def closing_after(limit: float, transport: paramiko.Transport) -> Iterator[None]:
+    """Close the transport if the block takes more than `limit` seconds, with which the block fails."""
+    timer = threading.Timer(limit, transport.close)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class AgentStream:
     """A running agent at the other end of an SSH connection. To be closed, by which the agent ends."""
 
@@ -2577,7 +2673,8 @@ class AgentStream:
         try:
             self._channel = connection.transport.open_session(connection.window, PACKET_SIZE, SSH_TIMEOUT)
             self._channel.settimeout(Cancellation.NAP)
-            self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'")
+            with closing_after(SSH_TIMEOUT, connection.transport):  # paramiko waits for the answer without a limit
+                self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'")
         except (paramiko.SSHException, OSError, EOFError) as problem:
             raise self._lost(f"the agent could not be started: {problem}") from problem
         self.send(program)
@@ -3066,6 +3163,8 @@ def recover_all(backups: Path, report: Reporter) -> set[str]:
     for journal in sorted((backups / ".dosvob").glob("*.journal")):
         name = journal.name.removesuffix(".journal")
         try:
+            with journal.open("rb") as file:
+                forget_cached(file.fileno())
             if recover(ImagePaths(backups, name), report.warn):
                 report.say(f"{name}: an interrupted backup was completed from its journal")
         except DosvobError as problem:
@@ -3298,8 +3397,14 @@ class Backup:
 
         self._report.detail(f"{volume.name}: syncing its snapshot of {prepared.taken_at}")
         with contextlib.closing(Update(paths, snapshot, self._report.warn, reread=self._reread)) as update:
-            received = sync_device(start_agent, update, self._report, Progress(self._report, volume.name, update))
-            update.finish(self._report.warn)
+            progress = Progress(self._report, volume.name, update)
+            try:
+                received = sync_device(start_agent, update, self._report, progress)
+                update.finish(self._report.warn)
+            except OSError as problem:
+                if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                    update.give_room()
+                raise
         self._tell_decay(volume.name, update.tally)
         return Result(volume.name, snapshot.size, update.tally.changed, received)
 
@@ -3307,8 +3412,9 @@ class Backup:
         if tally.decayed_bytes:
             places = ", ".join(map(str, tally.decayed))
             self._report.warn(
-                f"{name}: {human_size(tally.decayed_bytes)} of the image had changed on this disk by itself "
-                f"(the MiB at byte {places}); the volume's content was put back. Nobody wrote to it? Look at the disk"
+                f"{name}: {human_size(tally.decayed_bytes)} of the image had changed on this disk by itself, or could "
+                f"not be read (the MiB at byte {places}); the volume's content was put back. Nobody wrote to it? Look "
+                "at the disk"
             )
 
 
@@ -3400,9 +3506,9 @@ def verify(arguments: argparse.Namespace, report: Reporter, cancellation: Cancel
         raise UsageError(f"there is no {backups}: say where the images are with --backups")
     with locked(backups):
         failed = bool(recover_all(backups, report))
-        known = {path.name.removesuffix(".state") for path in (backups / ".dosvob").glob("*.state")}
+        known = names_with_state(backups)
         present = {path.name for path in backups.iterdir() if VOLUME_NAME.fullmatch(path.name) and path.is_file()}
-        names = arguments.names or sorted(name for name in known | present if VOLUME_NAME.fullmatch(name))
+        names = arguments.names or sorted(known | present)
         for name in names:
             if name not in known | present:
                 raise UsageError(f"there is no image of {name} in {backups}")
@@ -3450,8 +3556,7 @@ def health(
         raise UsageError(f"there is no {backups}: say where the images are with --backups")
     try:
         wanted = recorded_wanted(backups)
-        known = {path.name.removesuffix(".state") for path in (backups / ".dosvob").glob("*.state")}
-        names = arguments.names or sorted(wanted | known)
+        names = arguments.names or sorted(wanted | names_with_state(backups))
         if not names:
             raise DosvobError(f"there is no backup in {backups} yet")
         fresh = [is_fresh(backups, name, arguments.max_age, wanted, report) for name in names]

@@ -110,7 +110,7 @@ def test_only_changes_are_fetched(sim: Simulator, home: Home) -> None:
     changed = 3 * MIB + 64 * PAGE
     assert changed <= moved["data"] < changed + 96 * KIB  # 1 KiB of page digests for each chunk that differs
     assert MIB <= moved["grown"] < MIB + 16 * KIB
-    assert was_occupied - occupied(home.image("data")) >= 4 * MIB
+    assert was_occupied - occupied(home.image("data")) >= 4 * MIB - 64 * KIB  # the file system keeps books of its own
 
 
 def test_file_system(sim: Simulator, home: Home, tmp_path: Path) -> None:
