@@ -615,7 +615,7 @@ def wait_until(api: Api, limit: float, probe: Callable[[], T | None]) -> T | Non
         if time.monotonic() > end:
             return None
         api.sleep(pause)
-        pause = min(pause * 1.3, 3.0)  # the API allows 250 requests a minute
+        pause = min(pause * 1.3, 1.0)  # two threads wait at a time at most, and the API allows 250 requests a minute
     return result
 
 
@@ -2582,8 +2582,8 @@ SSH_TIMEOUT = 20  # seconds for one attempt to connect
 KEEPALIVE = 60  # seconds; a router forgets a connection that is idle, as it is while the next clone is waited for
 RECONNECT_LIMIT = 60  # seconds until a droplet that was up must let us in again
 STALL_LIMIT = 30  # seconds of silence after which a connection is given up; the agent speaks every HEARTBEAT
-LINK_SPEED = 125_000_000  # bytes per second that the window is made for: 1 Gbit/s
-LEAST_WINDOW, MOST_WINDOW = 4 << 20, 16 << 20  # bytes under way; paramiko may hold several times as much in memory
+LEAST_WINDOW, MOST_WINDOW = 4 << 20, 32 << 20  # bytes under way: enough for 1 Gbit/s over 30 ms, and over 200 ms
+RECEIVE_SIZE = 4 << 20  # bytes taken at once: paramiko moves all the rest of what has come, each time
 PACKET_SIZE = 256 << 10  # bytes; fewer packets, each of which costs paramiko some Python
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr")  # GCM is three times as fast
 ATTEMPTS = 5  # connections in a row that break without one more chunk settled
@@ -2645,10 +2645,10 @@ class RunKeys:
 
 @dataclass(frozen=True)
 class Connection:
-    """An authenticated connection, and the window (bytes) that suits its round trip."""
+    """An authenticated connection, and its round trip in seconds."""
 
     transport: paramiko.Transport
-    window: int
+    round_trip: float
 
 
 @contextlib.contextmanager
@@ -2667,11 +2667,13 @@ class AgentStream:
 
     def __init__(self, connection: Connection, program: bytes, cancellation: Cancellation) -> None:
         self.received = 0  # bytes
+        self._window = LEAST_WINDOW  # bytes that may be under way
+        self._measured = (0, time.monotonic())  # bytes received at the last look at how fast they come, and its time
         self._connection = connection
         self._cancellation = cancellation
         bootstrap = f"import sys; exec(sys.stdin.buffer.read({len(program)}))"
         try:
-            self._channel = connection.transport.open_session(connection.window, PACKET_SIZE, SSH_TIMEOUT)
+            self._channel = connection.transport.open_session(self._window, PACKET_SIZE, SSH_TIMEOUT)
             self._channel.settimeout(Cancellation.NAP)
             with closing_after(SSH_TIMEOUT, connection.transport):  # paramiko waits for the answer without a limit
                 self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'")
@@ -2687,12 +2689,30 @@ class AgentStream:
             view = view[sent:]
 
     def receive(self) -> bytes:
-        """What has come in, as much of it as there is: paramiko moves all of its buffer at each call."""
-        data = self._patiently(lambda: self._channel.recv(self._connection.window))
+        """What has come in."""
+        data = self._patiently(lambda: self._channel.recv(RECEIVE_SIZE))
         if not data:
             raise ConnectionLost(f"the connection to the droplet ended{self._last_words()}")
         self.received += len(data)
+        self._widen()
         return data
+
+    def _widen(self) -> None:
+        """Let twice as much be under way as arrives in a round trip, as it takes to keep a long link full.
+
+        Not more from the start: sshd keeps what the link does not take yet in a buffer that it copies again and again
+        while that grows, which for 32 MiB takes seconds.
+        """
+        received, since = self._measured
+        seconds = time.monotonic() - since
+        if seconds < self._connection.round_trip:
+            return
+        self._measured = (self.received, time.monotonic())
+        wanted = min(int(2 * (self.received - received) / seconds * self._connection.round_trip), MOST_WINDOW)
+        if wanted > self._window and hasattr(self._channel, "in_window_sofar"):
+            # What paramiko announces with the next bytes that are taken; it has no call for a window that grows.
+            self._channel.in_window_sofar += wanted - self._window
+            self._window = wanted
 
     def _patiently(self, transfer: Callable[[], T]) -> T:
         end = time.monotonic() + STALL_LIMIT
@@ -2756,10 +2776,9 @@ def connect(address: str, keys: RunKeys) -> Connection:
     except OSError as problem:
         raise ConnectionLost(f"no connection to the droplet at {address}: {problem}") from problem
     round_trip = time.monotonic() - start
-    window = min(max(int(2 * round_trip * LINK_SPEED), LEAST_WINDOW), MOST_WINDOW)
     # Without it each window adjustment waits for an acknowledgement: half the speed.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    transport = paramiko.Transport(sock, default_window_size=window, default_max_packet_size=PACKET_SIZE)
+    transport = paramiko.Transport(sock, default_window_size=LEAST_WINDOW, default_max_packet_size=PACKET_SIZE)
     transport.banner_timeout = transport.auth_timeout = SSH_TIMEOUT
     transport.set_keepalive(KEEPALIVE)
     options = transport.get_security_options()
@@ -2779,7 +2798,7 @@ def connect(address: str, keys: RunKeys) -> Connection:
     except HostKeyMismatch:
         transport.close()
         raise
-    return Connection(transport, window)
+    return Connection(transport, round_trip)
 
 
 def connect_when_up(address: str, keys: RunKeys, cancellation: Cancellation, limit: float) -> Connection:
@@ -3104,6 +3123,7 @@ def result_table(results: Iterable[Result]) -> str:
 # What the user can ask for: a backup, a dry run, a sweep, a verification. Puts the chapters above together.
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+RELEASE_DELAY = 60  # seconds at most for which a clone that was synced stays so that another one is attached first
 
 
 def select_volumes(volumes: Iterable[Volume], config: Config, names: Iterable[str], report: Reporter) -> list[Volume]:
@@ -3284,15 +3304,17 @@ class Backup:
             return (turn, ahead.submit(self._prepare, turn, ephemeral, reached)) if turn else None
 
         upcoming = start()
+        last: Prepared | None = None
         while upcoming is not None:
             turn, future = upcoming
             prepared = self._prepared(turn, future, turns)
             upcoming = start()
             if prepared is None:
                 continue
+            if last is not None and upcoming is not None:  # the last clones go with the droplet
+                behind.submit(self._release, last.clone, ephemeral, reached.result().droplet, upcoming[1])
             self._sync(turn.volume, prepared, reached.result().link)
-            if upcoming is not None:  # the last clone goes with the droplet
-                behind.submit(self._release, prepared.clone, ephemeral, reached.result().droplet)
+            last = prepared
 
     def _prepared(
         self, turn: Turn, future: concurrent.futures.Future[Prepared], turns: collections.deque[Turn]
@@ -3358,7 +3380,11 @@ class Backup:
         ephemeral.attach(clone, reached.result().droplet)
         return Prepared(clone, taken_at)
 
-    def _release(self, clone: Volume, ephemeral: Ephemeral, droplet: Droplet) -> None:
+    def _release(
+        self, clone: Volume, ephemeral: Ephemeral, droplet: Droplet, upcoming: concurrent.futures.Future[Prepared]
+    ) -> None:
+        """Detach the clone and delete it, after the next one's attachment: that one is waited for first."""
+        concurrent.futures.wait([upcoming], timeout=RELEASE_DELAY)
         try:
             ephemeral.release(clone, droplet)
         except Interrupted:

@@ -258,9 +258,10 @@ def test_many_volumes_one_ahead_at_most(sim: Simulator, home: Home, pytestconfig
 
     clones = [item for item in sim.ever if isinstance(item, Volume) and not item.decoy]
     assert len(clones) == len(volumes)
-    # One is synced, the next one is prepared, the last one is detached and deleted: never more than these.
+    # One is synced, the next one is prepared, the last one is detached and deleted, which the one before it may have to
+    # wait for where syncs are as short as here: never more than these.
     at_once = [sum(lives_at(clone, other.created) for clone in clones) for other in clones]
-    assert 2 <= max(at_once) <= 3
+    assert 2 <= max(at_once) <= 4
     assert len([item for item in sim.ever if item.kind == "droplet"]) == 1
     snapshots = [item for item in sim.ever if item.kind == "snapshot"]
     assert max(sum(lives_at(item, other.created) for item in snapshots) for other in snapshots) == 1
