@@ -155,9 +155,10 @@ def emulated(name: str, script: Path, directory: Path) -> Iterator[Link]:
     environment = {**os.environ, **settings}
     subprocess.run([script, "up", *map(str, LINKS[name])], env=environment, check=True, stdout=subprocess.DEVNULL)
     there = ("ip", "netns", "exec", "droplet")
-    for command in dosvob.USER_DATA_COMMANDS:  # as cloud-init does it on a droplet
-        if "sysctl" in command:
-            subprocess.run([*there, "sh", "-c", command], check=False, stdout=subprocess.DEVNULL)
+    first_packets = f"ip route change $(ip route show 10.77.0.0/30) initcwnd {dosvob.FIRST_PACKETS}"
+    for command in (*dosvob.USER_DATA_COMMANDS, first_packets):  # as cloud-init does it on a droplet
+        if "tcp_wmem" in command or command == first_packets:
+            subprocess.run([*there, "sh", "-c", command], check=True, stdout=subprocess.DEVNULL)
     try:
         yield Link(name, "10.77.0.2", 22, directory, there)
     finally:
