@@ -1869,9 +1869,6 @@ def recover(paths: ImagePaths, warn: Callable[[str], None]) -> bool:
     except FileNotFoundError:
         return False
     with file:
-        if not paths.image.exists():  # what it would have changed is gone, so it is of no use
-            paths.journal.unlink()
-            return False
         journal = JournalFile(paths.journal, file)
         if journal.is_sound() and is_of_image(paths, journal, warn):
             apply_journal(paths, journal)
@@ -1888,7 +1885,7 @@ def recover(paths: ImagePaths, warn: Callable[[str], None]) -> bool:
 def is_of_image(paths: ImagePaths, journal: JournalFile, warn: Callable[[str], None]) -> bool:
     """Whether a journal may be applied to the image that is there."""
     assert journal.head is not None
-    if journal.head.name != paths.name:
+    if journal.head.name != paths.name or not paths.image.exists():
         return False
     if Identity.of(paths.image).inode != journal.head.base.inode:
         warn(f"{paths.image} is another file than when its journal was begun; the next sync compares all of it")
@@ -1902,7 +1899,7 @@ def is_reusable(paths: ImagePaths, journal: JournalFile) -> bool:
             return not any(file.read(MOST_DATA[BEGIN]))
     if journal.ends_with_commit or journal.head.name != paths.name:
         return False
-    return Identity.of(paths.image) == journal.head.base
+    return not paths.image.exists() or Identity.of(paths.image) == journal.head.base  # without one it is of no use
 
 
 def apply_journal(paths: ImagePaths, journal: JournalFile) -> None:
@@ -3279,9 +3276,9 @@ class Backup:
         pool = concurrent.futures.ThreadPoolExecutor
         with contextlib.ExitStack() as links, pool(1) as droplets, pool(1) as ahead, pool(1) as behind:
             try:
-                droplet = droplets.submit(self._make_droplet, ephemeral, links)
+                reached = droplets.submit(self._make_droplet, ephemeral, links)
                 turns = [Turn(volume, number) for number, volume in enumerate(volumes) if self._is_acceptable(volume)]
-                self._take_turns(collections.deque(turns), ephemeral, droplet, ahead, behind)
+                self._take_turns(collections.deque(turns), ephemeral, reached, ahead, behind)
             finally:
                 self._cancellation.request()  # what goes on in the background is of no use any more
 
