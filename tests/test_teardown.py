@@ -31,7 +31,7 @@ from trouble_support import (
 )
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-CALLS = 42  # about as many as a run with two volumes makes; a run that has made fewer has ended, which is fine
+CALLS = 60  # about as many as a run with three volumes makes; a run that has made fewer has ended, which is fine
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +58,8 @@ def test_signal_after_any_call(pytestconfig: pytest.Config, tmp_path: Path, numb
     turn = SIGNALS.index(number) * CALLS // len(SIGNALS)  # so that a sample is another one for each signal
     for moment in sampled(pytestconfig, moments[turn:] + moments[:turn], 1):
         with account(tmp_path / str(moment)) as (sim, home):
-            add_volume(sim, "data")
-            add_volume(sim, "other")
+            for name in ("data", "more", "other"):
+                add_volume(sim, name)
             running = start(home)
             after_call(running, sim, moment)
             running.signal(number)
@@ -115,7 +115,7 @@ def test_killed_after_any_call(pytestconfig: pytest.Config, tmp_path: Path, how:
     turn = len(moments) // 2 if how == "run" else 0
     for moment in sampled(pytestconfig, moments[turn:] + moments[:turn], 1):
         with account(tmp_path / str(moment)) as (sim, home):
-            volumes = [add_volume(sim, "data"), add_volume(sim, "other")]
+            volumes = [add_volume(sim, name) for name in ("data", "more", "other")]
             running = start(home)
             after_call(running, sim, moment)
             running.signal(signal.SIGKILL)
