@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from trouble_support import (
     account,
     add_volume,
     assert_backed_up,
+    assert_named,
     assert_nothing_left,
     run,
     small_volumes,
@@ -161,12 +164,95 @@ def test_answer_is_lost_and_lists_lag(pytestconfig: pytest.Config, tmp_path: Pat
             assert created == ["droplet", "key", "snapshot", "tag", "volume"], fault
 
 
+UNIQUE = {  # what may exist once only, so that it is not created again while no list shows it
+    "account/keys": "key",
+    "volumes": "volume",
+    "volumes/.*/snapshots": "snapshot",  # one in ten minutes
+}
+
+
+@behaving(list_lag_seconds=1000, snapshot_interval=600)
+@pytest.mark.parametrize("path", UNIQUE)
+def test_answer_is_lost_and_no_list_shows_what_was_created(home: Home, sim: Simulator, path: str) -> None:
+    """Longer than lists are known to lag: it cannot be found, so that it may be there is said, by its name."""
+    add_volume(sim, "data")
+    sim.faults.add(Fault("lost", method="POST", path=f"^/v2/{path}$"))
+    done = run(home, expect=1, constants={"LIST_LAG": 0.3})
+    (left,) = sim.alive()
+    assert left.kind == UNIQUE[path]
+    (line,) = [line for line in done.stderr.splitlines() if "LEFT BEHIND" in line]
+    assert "there may be something LEFT BEHIND" in line
+    assert f" {left.name} " in line
+    assert "python dosvob.py sweep" in line
+    left.listed = 0
+    run(home, "sweep")
+    assert_nothing_left(sim)
+
+
+@behaving(list_lag_seconds=1000)
+def test_answer_is_lost_and_a_list_shows_the_droplet_at_the_end(home: Home, sim: Simulator) -> None:
+    """There are two by then; the late one is removed as part of the run, too."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("lost", method="POST", path="^/v2/droplets$"))
+    running = start(home, constants={"LIST_LAG": 1})
+    until(lambda: any(item.kind == "volume" and item.deleted and not item.decoy for item in sim.ever))
+    late, _ = [item for item in sim.ever if item.kind == "droplet"]
+    assert not late.deleted
+    late.listed = 0
+    assert running.end() == 0
+    assert "warning" not in running.output
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+def test_signal_before_anything_went_out(home: Home, sim: Simulator) -> None:
+    """What was asked for and refused, or not asked for at all, cannot be left behind."""
+    add_volume(sim, "data")
+    sim.faults.add(Fault("rate-limit", method="POST", path="^/v2/(volumes|account/keys)$", seconds=60, times=FOREVER))
+    running = start(home)
+    until(lambda: running.output.count("trying again in 60 s") == 2)
+    running.signal(signal.SIGTERM)
+    assert running.end() == 128 + signal.SIGTERM
+    assert "error: " not in running.output
+    assert_nothing_left(sim)
+
+
 def test_api_is_down_for_good(home: Home, sim: Simulator) -> None:
     add_volume(sim, "data")
     sim.faults.add(Fault("error", status=503, times=FOREVER))
     done = run(home, expect=1, constants={"RETRY_LIMIT": 0.5})
     assert "HTTP 503" in done.stderr
     assert "https://status.digitalocean.com" in done.stderr
+    assert_nothing_left(sim)
+
+
+def test_an_answer_that_trickles_for_ever(home: Home, sim: Simulator) -> None:
+    """Each byte comes in time, the answer never does: the call ends, is repeated for a while, and then the run ends."""
+    add_volume(sim, "data")
+    sim.faults.add(Fault("trickle", method="GET", path=r"^/v2/droplets/\d+$", times=FOREVER, seconds=0.1))
+    done = run(home, expect=1, constants={"CALL_LIMIT": 0.5, "RETRY_LIMIT": 1})
+    assert re.search(r"error: the droplet could not be had: GET /v2/droplets/\d+: no complete answer", done.stderr)
+    assert_nothing_left(sim)
+
+
+def test_an_answer_to_a_creation_trickles_for_ever(home: Home, sim: Simulator) -> None:
+    """What was created is found in the list."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("trickle", method="POST", path="^/v2/volumes$", seconds=0.1))
+    run(home, constants={"CALL_LIMIT": 0.5})
+    assert len([record for record in sim.requests if (record.method, record.path) == ("POST", "/v2/volumes")]) == 1
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+def test_a_list_without_an_end(home: Home, sim: Simulator) -> None:
+    """Each page says that there is a next one, and has something on it."""
+    add_volume(sim, "data")
+    endless = {"regions": [{"slug": "fra1"}], "links": {"pages": {"next": f"{sim.url}/v2/regions?page=2"}}}
+    sim.faults.add(Fault("odd", path="^/v2/regions$", text=json.dumps(endless), times=FOREVER))
+    done = run(home, expect=1, constants={"MOST_PAGES": 3})
+    assert "error: DigitalOcean's answers to GET /v2/regions have no end" in done.stderr
+    assert [record.query["page"] for record in sim.requests if record.path == "/v2/regions"] == ["1", "2", "3"]
     assert_nothing_left(sim)
 
 
@@ -195,6 +281,13 @@ def test_attach_fails(home: Home, sim: Simulator) -> None:
     assert_backed_up(home, other)
     assert not home.image("data").exists()
     assert_nothing_left(sim)
+
+
+def test_attach_fails_for_a_volume_whose_name_begins_the_message(home: Home, sim: Simulator) -> None:
+    """A message that begins with "the" is not about the volume called so, unless it is said."""
+    add_volume(sim, "the")
+    sim.faults.add(Fault("action-errored"))
+    assert re.search(r"error: the: the attach of \S+ failed", run(home, expect=1).stderr)
 
 
 def test_attach_never_ends(home: Home, sim: Simulator) -> None:
@@ -341,16 +434,6 @@ def test_token_must_not_delete(home: Home, sim: Simulator, scope: str) -> None:
     assert_nothing_left(sim)
 
 
-def assert_named(sim: Simulator, errors: str) -> None:
-    """Each thing that is left has a line of its own, with its id, and its cost if it is billed."""
-    for item in sim.alive():
-        lines = [line for line in errors.splitlines() if f"(id {item.id}" in line and "LEFT BEHIND" in line]
-        assert len(lines) == 1, (item, errors)
-        assert ("a month)" in lines[0]) == item.billed
-        assert ("and billed until you remove it" in lines[0]) == item.billed
-        assert "https://cloud.digitalocean.com/" in lines[0]
-
-
 def test_token_is_revoked_in_the_middle(home: Home, sim: Simulator) -> None:
     add_volume(sim, "data")
     sim.faults.add(Fault("never-active"))
@@ -398,6 +481,30 @@ def test_rate_limit_is_waited_for_visibly(home: Home, sim: Simulator) -> None:
     assert_nothing_left(sim)
 
 
+def test_rate_limit_that_tells_no_time_worth_waiting(home: Home, sim: Simulator) -> None:
+    """A second is waited for each time, and no more requests are made than that."""
+    volume = add_volume(sim, "data")
+    told = {"/v2/regions": "0", "/v2/sizes": "-5", "/v2/images": "nan", f"/v2/volumes/{volume.id}/snapshots": "0"}
+    sim.faults.add(*(Fault("rate-limit", path=f"^{path}$", text=text) for path, text in told.items()))
+    output = run(home).stdout
+    assert output.count("rate limit is reached; trying again in 1 s") == 3
+    assert output.count("trying again in 1 s, after the other volumes") == 1
+    for path in told:
+        assert [record.status // 100 for record in sim.requests if record.path == path] == [4, 2]
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+def test_snapshot_meets_the_hourly_limit(home: Home, sim: Simulator) -> None:
+    """Which lasts longer than the ten minutes between two snapshots: it is waited for all the same."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("rate-limit-reset", method="POST", path="^/v2/volumes/.*/snapshots$", seconds=2))
+    done = run(home, constants={"SNAPSHOT_INTERVAL": 0.1})
+    assert "after the other volumes" in done.stdout
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
 @pytest.mark.parametrize(
     "behaviour",
     [{"requests_per_minute": 20}, {"key_lists_per_minute": 2}],
@@ -409,7 +516,7 @@ def test_limits_of_a_minute(pytestconfig: pytest.Config, home: Home, sim: Simula
         pytest.skip("takes minutes: with --all only")
     volume = add_volume(sim, "data")
     done = home.run(constants=QUICK, timeout=400)
-    assert "rate limit is reached; trying again in" in done.stdout
+    assert "rate limit is reached; trying again in " in done.stdout
     assert_backed_up(home, volume)
     assert_nothing_left(sim)
 

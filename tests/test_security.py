@@ -87,6 +87,22 @@ def test_token_is_not_told(home: Home, sim: Simulator, tmp_path: Path, private: 
     assert_token_is_nowhere(home, sim, done.stdout + done.stderr, tmp_path)
 
 
+def test_token_at_any_place_of_a_long_message_is_not_told(home: Home, sim: Simulator) -> None:
+    """Not a part of it either, wherever the message may be cut."""
+    add_volume(sim, "data")
+    places = (0, 230, 290, 299, 300, 9_900, 9_930)
+    for number, place in enumerate(places, start=1):
+        echo = "-" * place + sim.token + "-" * 400
+        sim.faults.add(Fault("error", method="GET", path="^/v2/regions$", status=500, text=echo, nth=number))
+    echo = "-" * 290 + sim.token
+    sim.faults.add(Fault("error", method="POST", path="^/v2/account/keys$", status=422, text=echo))
+    done = run(home, "--verbose", expect=1)
+    assert done.stdout.count("***") >= len(places)
+    assert "***" in done.stderr
+    for first in range(len(sim.token) - 11):
+        assert sim.token[first : first + 12] not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("constant", ["READ_AHEAD_LOCAL", "SNAPSHOT_PRICE", "ACTION_LIMIT"])
 def test_token_is_not_told_by_a_crash(home: Home, sim: Simulator, tmp_path: Path, constant: str) -> None:
     """A bug anywhere: one line without --verbose, a traceback with it, and all is removed."""

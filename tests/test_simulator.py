@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -424,6 +425,22 @@ def test_lagging_and_limited(simulator: Simulator) -> None:
 # -- faults
 
 
+def test_an_answer_that_trickles(simulator: Simulator) -> None:
+    """Each byte comes well within a time limit, and the call takes effect."""
+    key = simulator.add_key("mine")
+    simulator.faults.add(Fault("trickle", seconds=0.002))
+    address = urllib.parse.urlsplit(simulator.url)
+    with socket.create_connection((address.hostname, address.port), timeout=PATIENCE) as connection:
+        request = f"DELETE /v2/account/keys/{key.id} HTTP/1.1\r\nAuthorization: Bearer {simulator.token}\r\n\r\n"
+        connection.sendall(request.encode())
+        received = b""
+        while len(received) < 500:
+            received += connection.recv(500)
+    assert received.startswith(b"HTTP/1.1 204 ")
+    assert received.endswith(b"x" * 100)
+    assert key.deleted
+
+
 def test_faults_of_calls(simulator: Simulator) -> None:
     api = client(simulator)
     get = {"Authorization": f"Bearer {simulator.token}"}
@@ -455,6 +472,12 @@ def test_faults_of_calls(simulator: Simulator) -> None:
     assert "retry-after" not in reset.headers
     assert int(reset.headers["ratelimit-reset"]) > time.time() + 50
     assert missing.status_code == 404
+    odd = Fault("odd", path="/volumes$", text='{"links": 1, "volumes": {"size_gigabytes": "one"}}')
+    simulator.faults.add(odd, Fault("rate-limit", path="account$", text="-5"))
+    answer = requests.get(f"{simulator.url}/v2/volumes", headers=get, timeout=5).json()
+    assert (answer["links"], answer["volumes"][0]["size_gigabytes"]) == (1, "one")
+    assert answer["volumes"][0]["name"] == "orphan"
+    assert requests.get(account, headers=get, timeout=5).headers["retry-after"] == "-5"
     simulator.faults.add(Fault("error", call=len(simulator.requests) + 2))
     assert [requests.get(account, headers=get, timeout=5).status_code for _ in range(3)] == [200, 500, 200]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import pty
 import signal
@@ -10,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Home, sampled
@@ -23,6 +26,7 @@ from trouble_support import (
     account,
     add_volume,
     assert_backed_up,
+    assert_named,
     assert_nothing_left,
     run,
     small_volumes,
@@ -189,6 +193,89 @@ def test_what_cannot_be_removed_is_named(home: Home, sim: Simulator, path: str, 
     assert_nothing_left(sim)
 
 
+def test_droplet_whose_deletion_meets_a_rate_limit_without_an_end(home: Home, sim: Simulator) -> None:
+    """It is waited for with an end: the rest is removed, but for what is attached to the droplet."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("rate-limit", method="DELETE", path="^/v2/droplets/", seconds=1, times=FOREVER))
+    done = run(home, expect=1, constants={"RATE_LIMIT_PATIENCE": 1.5, "REMOVE_LIMIT": 0.5})
+    assert_backed_up(home, volume)
+    assert {item.kind for item in sim.alive()} == {"droplet", "volume"}
+    assert_named(sim, done.stderr)
+
+
+def test_signal_while_the_droplet_cannot_be_deleted(home: Home, sim: Simulator) -> None:
+    """That something is left is more than that there was a signal: the exit code says so."""
+    add_volume(sim, "data")
+    sim.faults.add(Fault("never-active"))
+    sim.faults.add(Fault("error", method="DELETE", path="^/v2/droplets/", status=409, times=FOREVER))
+    running = start(home, constants={"REMOVE_LIMIT": 0.5})
+    until(lambda: sim.droplets)
+    running.signal(signal.SIGTERM)
+    assert running.end() == 1
+    assert [item.kind for item in sim.alive()] == ["droplet"]
+    assert_named(sim, running.output)
+
+
+OUTAGES = {"503": Fault("error", status=503), "before": Fault("lost", effect=False), "after": Fault("lost")}
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_outage_in_the_first_round_of_the_teardown(home: Home, sim: Simulator, outage: str) -> None:
+    """However long that round took, there is another one; and what was deleted without an answer is not missed."""
+    volume = add_volume(sim, "data")
+    ours = "^/v2/(droplets|volumes|account/keys)/"
+    sim.faults.add(replace(OUTAGES[outage], method="DELETE", path=ours, times=FOREVER))
+    running = start(home, constants={"TEARDOWN_RETRY_LIMIT": 1, "REMOVE_LIMIT": 1.2})
+    until(lambda: any(record.method == "DELETE" and "keys" in record.path for record in sim.requests))  # the last one
+    sim.faults.clear()
+    assert running.end() == 0, running.output
+    assert "error: " not in running.output
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+def test_answers_to_deletions_trickle_for_ever(home: Home, sim: Simulator) -> None:
+    """One of each kind: none keeps the others waiting for long, or from being asked for again."""
+    volume = add_volume(sim, "data")
+    for path in ("droplets", "volumes", "account/keys"):
+        sim.faults.add(Fault("trickle", method="DELETE", path=f"^/v2/{path}/", effect=path == "droplets", seconds=0.1))
+    run(home, constants={"CALL_LIMIT": 0.5, "TEARDOWN_RETRY_LIMIT": 0.3})
+    assert len(sim.faults.fired) == 3
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+ODD: tuple[dict[str, Any], ...] = ({"links": ["x"]}, {"volumes": {"size_gigabytes": "one"}}, {"volumes": {"tags": 7}})
+
+
+@pytest.mark.parametrize("fields", ODD, ids=str)
+def test_odd_answer_in_the_teardown(home: Home, sim: Simulator, fields: dict[str, Any]) -> None:
+    """The list is asked for again, and all the rest is removed in the meantime."""
+    volume = add_volume(sim, "data")
+    odd = Fault("odd", method="GET", path="^/v2/volumes$", nth=3, text=json.dumps(fields))
+    sim.faults.add(odd)  # the first two lists are those of the sweep and of what to back up
+    run(home)
+    deleted = next(record.number for record in sim.requests if record.method == "DELETE" and "droplets" in record.path)
+    assert [number > deleted for number, _ in sim.faults.fired] == [True]
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize("how", ["run", "sweep"])
+def test_killed_after_creations_that_lists_show_late(tmp_path: Path, how: str) -> None:
+    """What is started at once sees nothing of them at first, and removes them all the same."""
+    with account(tmp_path / "account", replace(FAST, list_lag_seconds=1.5)) as (sim, home):
+        add_volume(sim, "data")
+        running = start(home)
+        until(lambda: any(item.kind == "volume" and not item.decoy for item in sim.ever))
+        running.signal(signal.SIGKILL)
+        running.end()
+        assert len(sim.alive()) >= 2
+        sim.faults.add(Fault("delay", method="POST", path="^/v2/account/keys$", seconds=1.5))  # a run takes its time
+        run(home, *([how] if how == "sweep" else []), constants={"LIST_LAG": 2})
+        assert_nothing_left(sim)
+
+
 def test_next_run_fails_while_something_is_left(home: Home, sim: Simulator) -> None:
     """Volumes are backed up nevertheless."""
     volume = add_volume(sim, "data")
@@ -200,6 +287,17 @@ def test_next_run_fails_while_something_is_left(home: Home, sim: Simulator) -> N
         in done.stderr
     )
     assert_backed_up(home, volume)
+
+
+def test_usage_error_while_something_is_left(home: Home, sim: Simulator) -> None:
+    """That is worse than a configuration that is wrong."""
+    add_volume(sim, "data")
+    home.configure(include=["old"])
+    stuck = sim.add_volume("dosvob-ephemeral-12345678-0")
+    sim.faults.add(Fault("error", method="DELETE", path="^/v2/volumes/", status=409, times=FOREVER))
+    done = run(home, expect=1, constants={"REMOVE_LIMIT": 0.5})
+    assert f"LEFT BEHIND, and billed until you remove it: volume {stuck.name} (id {stuck.id}" in done.stderr
+    assert '"old"' in done.stderr
 
 
 # -- two runs
@@ -242,6 +340,14 @@ def test_droplet_of_another_machine_is_told_of_first(home: Home, sim: Simulator,
     assert_nothing_left(sim)
 
 
+def test_droplet_of_a_machine_whose_clock_is_ahead(home: Home, sim: Simulator) -> None:
+    """It was created in what is the future here."""
+    droplet = sim.add_droplet("dosvob-ephemeral-12345678-droplet", tags=["dosvob-ephemeral"])
+    droplet.created = time.time() + 60
+    assert "was created only 0 minutes ago: if another machine" in run(home, "sweep").stderr
+    assert droplet.deleted
+
+
 def test_old_droplet_is_swept_without_a_warning(home: Home, sim: Simulator) -> None:
     droplet = sim.add_droplet("dosvob-ephemeral-12345678-droplet", tags=["dosvob-ephemeral"])
     droplet.created = time.time() - 3600
@@ -272,6 +378,37 @@ def test_output_is_closed_in_the_middle(home: Home, sim: Simulator, closed: str)
     assert process.returncode == 0, errors
     assert closed == "both" or errors == ""
     assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+def full_pipe() -> tuple[int, int]:
+    """A pipe that nobody reads, with no room for another byte: its ends for reading and writing."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(write, b"x"):
+            pass
+    os.set_blocking(write, True)
+    return read, write
+
+
+def test_output_is_not_read(home: Home, sim: Simulator) -> None:
+    """As with `| less`, or after ^S: nothing waits for it, the teardown and the end least of all."""
+    add_volume(sim, "data")
+    sim.faults.add(Fault("never-active"))
+    read, write = full_pipe()
+    process = subprocess.Popen(
+        home.command("--verbose", constants={**QUICK, "STUCK_LIMIT": 0.5}),
+        cwd=home.directory,
+        env=home.environment(),
+        stdout=write,
+        stderr=write,
+    )
+    os.close(write)
+    until(lambda: sim.droplets or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+    os.close(read)
     assert_nothing_left(sim)
 
 

@@ -73,6 +73,18 @@ def test_config_and_backups_may_be_elsewhere(sim: Simulator, home: Home, tmp_pat
     assert "data: sound" in home.run("verify", "--backups", str(backups)).stdout
 
 
+def test_a_terminal_of_few_characters(sim: Simulator, home: Home) -> None:
+    """What it cannot show is replaced; no line is lost."""
+    sim.add_volume("data")
+    lines, shown = (
+        [line.partition(" ")[2] for line in done.stdout.splitlines()]  # without the time
+        for encoding in ("utf-8", "ascii")
+        for done in [home.run("--verbose", "--dry-run", PYTHONIOENCODING=encoding)]
+    )
+    assert any(not line.isascii() for line in lines)
+    assert shown == [line.encode("ascii", errors="replace").decode() for line in lines]
+
+
 @pytest.mark.parametrize("variable", ["DIGITALOCEAN_ACCESS_TOKEN", "DIGITALOCEAN_TOKEN"])
 def test_the_token_may_be_in_the_environment(sim: Simulator, home: Home, variable: str) -> None:
     sim.add_volume("data")

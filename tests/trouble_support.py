@@ -93,6 +93,16 @@ def assert_nothing_left(sim: Simulator) -> None:
     assert all(item.deleted for item in sim.ever if not item.decoy and item.kind != "tag")
 
 
+def assert_named(sim: Simulator, errors: str) -> None:
+    """Each thing that is left has a line of its own, with its id, and its cost if it is billed."""
+    for item in sim.alive():
+        lines = [line for line in errors.splitlines() if f"(id {item.id}" in line and "LEFT BEHIND" in line]
+        assert len(lines) == 1, (item, errors)
+        assert ("a month)" in lines[0]) == item.billed
+        assert ("and billed until you remove it" in lines[0]) == item.billed
+        assert "https://cloud.digitalocean.com/" in lines[0]
+
+
 def assert_backed_up(home: Home, *volumes: Volume) -> None:
     """The images are what the volumes are."""
     for volume in volumes:

@@ -14,9 +14,11 @@ CallKind = Literal[
     "error",  # an error of status `status` (default 500); nothing has happened unless `effect`
     "lost",  # the call takes effect, the connection closes without an answer
     "missing",  # 404, `times` times or for `seconds` from the first time on
-    "rate-limit",  # 429 with `retry-after: seconds`
+    "rate-limit",  # 429 with `retry-after: seconds`, or whatever `text` is
     "rate-limit-reset",  # 429 with `ratelimit-reset` alone, `seconds` from now
     "malformed",  # the call takes effect, the answer's JSON is cut in the middle
+    "odd",  # the call takes effect, the answer has the fields of the JSON `text`; `{"a": {…}}`: all items of the list a
+    "trickle",  # the call takes effect, the answer comes byte by byte, `seconds` apart, and never ends
     "html",  # a page of HTML with status `status` (default 200)
     "redirect",  # 302 to `text`, by default another host
     "delay",  # the answer comes `seconds` later
@@ -40,7 +42,7 @@ Kind = Literal[CallKind, ActionKind, DropletKind]
 
 _CREATES_DROPLETS: frozenset[str] = frozenset(("sold-out", *get_args(DropletKind)))
 _STARTS_ACTIONS: frozenset[str] = frozenset(get_args(ActionKind))
-_AFTER_EFFECT: frozenset[str] = frozenset(("lost", "malformed"))
+_AFTER_EFFECT: frozenset[str] = frozenset(("lost", "malformed", "odd", "trickle"))
 
 
 @dataclass(frozen=True)

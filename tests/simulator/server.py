@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import socket
@@ -11,12 +12,13 @@ import threading
 import time
 import uuid
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from .behaviour import Behaviour
+from .catalogue import Json
 from .cloud import Refusal, not_found
 from .contract import Contract
 from .faults import Fault, Faults
@@ -101,10 +103,12 @@ class Front:
         if spoiling and not spoiling.takes_effect:
             return _faulty(spoiling, record), spoiling
         answer = self._regular(record, authorization, base_url, faults)
-        if spoiling and spoiling.kind not in ("lost", "malformed"):
-            return _faulty(spoiling, record), spoiling
         if not spoiling:
             self.contract.check(record.method, record.path, record.query, record.body, answer.status, answer.body)
+        elif spoiling.kind == "odd":
+            answer = replace(answer, body=_odd(answer.body or {}, json.loads(spoiling.text)))
+        elif spoiling.kind not in _SPOILED_ON_THE_WAY:
+            answer = _faulty(spoiling, record)
         return answer, spoiling
 
     def _regular(self, record: RequestRecord, authorization: str, base_url: str, faults: list[Fault]) -> Answer:
@@ -155,7 +159,8 @@ class Front:
         }
 
 
-_SPOILERS = frozenset(("error", "lost", "missing", "rate-limit", "rate-limit-reset", "malformed", "html", "redirect"))
+_SPOILED_ON_THE_WAY = frozenset(("lost", "malformed", "trickle"))
+_SPOILERS = _SPOILED_ON_THE_WAY | {"error", "missing", "rate-limit", "rate-limit-reset", "html", "odd", "redirect"}
 
 
 def _too_many(headers: dict[str, str]) -> Refusal:
@@ -172,7 +177,7 @@ def _faulty(fault: Fault, record: RequestRecord) -> Answer:
     if fault.kind == "missing":
         return _refused(not_found())
     if fault.kind == "rate-limit":
-        return _refused(_too_many({"retry-after": str(math.ceil(fault.seconds))}))
+        return _refused(_too_many({"retry-after": fault.text or str(math.ceil(fault.seconds))}))
     if fault.kind == "rate-limit-reset":
         reset = str(math.ceil(time.time() + fault.seconds))
         return _refused(_too_many({"ratelimit-remaining": "0", "ratelimit-reset": reset}))
@@ -184,6 +189,15 @@ def _faulty(fault: Fault, record: RequestRecord) -> Answer:
     status = fault.status or 500
     message = fault.text or "Unexpected server-side error"
     return _refused(Refusal(status, "server_error" if status >= 500 else "error", message))
+
+
+def _odd(body: Json, fields: Json) -> Json:
+    """A body with other fields, or items with other fields in its lists."""
+    changed = dict(body)
+    for name, value in fields.items():
+        is_for_items = isinstance(value, dict) and isinstance(body.get(name), list)
+        changed[name] = [{**item, **value} for item in body[name]] if is_for_items else value
+    return changed
 
 
 class _Connection(BaseHTTPRequestHandler):
@@ -225,6 +239,9 @@ class _Connection(BaseHTTPRequestHandler):
         if fault and fault.kind == "lost":
             self.close_connection = True
             return
+        if fault and fault.kind == "trickle":
+            self._trickle(answer, fault.seconds)
+            return
         record.status, record.answer = answer.status, answer.body
         self._send(answer, fault)
 
@@ -244,6 +261,16 @@ class _Connection(BaseHTTPRequestHandler):
             self.send_header("content-length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    def _trickle(self, answer: Answer, seconds: float) -> None:
+        """Send an answer whose header never ends, until the client goes away."""
+        self.close_connection = True
+        self.send_response(answer.status)
+        self.flush_headers()
+        for byte in itertools.chain(b"x-trickle: ", itertools.repeat(ord("x"))):
+            self.wfile.write(bytes([byte]))
+            self.wfile.flush()
+            time.sleep(seconds)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = _serve  # noqa: N815
 
