@@ -368,6 +368,7 @@ class Api:
         self._say = say
         self._detail = detail
         self._retry_limit = RETRY_LIMIT
+        self._limited_since: float | None = None  # the first of the 429s that no other answer has come after
         self._sessions = threading.local()  # requests does not promise that a session can be shared by threads
 
     def to_the_end(self) -> Api:
@@ -471,7 +472,10 @@ class Api:
         wait = backoff
         if isinstance(problem, ApiError) and is_limited:
             wait = RATE_LIMIT_WAIT if problem.wait is None else problem.wait
-        if time.monotonic() + wait > start + (RATE_LIMIT_PATIENCE if is_limited else self._retry_limit):
+        limit = start + self._retry_limit
+        if is_limited:  # of an account, so all calls share the patience
+            limit = min(start, self._limited_since or start) + RATE_LIMIT_PATIENCE
+        if time.monotonic() + wait > limit:
             raise problem
         what = "DigitalOcean's rate limit is reached" if is_limited else str(problem)
         self._say(f"{what}; trying again in {wait:.0f} s")
@@ -501,6 +505,7 @@ class Api:
                 raise DosvobError(f"{self._url} has no certificate to be trusted: {root_cause(problem)}") from None
             raise NoAnswer(f"{call}: no answer from {self._url}: {root_cause(problem)}") from problem
         self._detail(f"{call} → {response.status_code}")
+        self._limited_since = (self._limited_since or time.monotonic()) if response.status_code == 429 else None
         return self._answer(call, response)
 
     def _answer(self, call: str, response: requests.Response) -> Json:
@@ -820,6 +825,15 @@ def sweep(api: Api, report: Reporter) -> None:
     report_left(report, remove_all(api, "", report.detail) if found else {})
 
 
+def sweep_again(api: Api, report: Reporter, not_before: float) -> None:
+    """Remove what was there before this run and was listed late; that this cannot be seen is no failure of the run."""
+    try:
+        api.sleep(not_before - time.monotonic())
+        sweep(api, report)
+    except Exception as problem:  # noqa: BLE001 - all of this run's own is removed, however odd the answer is
+        report.warn(f"it could not be looked for once more what earlier runs may have left: {problem}")
+
+
 def age(created_at: str) -> float:
     """Seconds since an RFC 3339 time; infinite if it is none."""
     try:
@@ -927,7 +941,7 @@ class Ephemeral:
         self._created: dict[Resource, float] = {}
         self._removed: dict[Resource, float] = {}
         self._unsettled: dict[str, str] = {}  # kinds by name of what may or may not exist
-        self._in_doubt: set[str] = set()  # kinds of which something was asked for that may exist twice, or show late
+        self._in_doubt: dict[str, str] = {}  # kinds by name of what may exist twice, or show late
         self._events = threading.Lock()  # a droplet takes one attach or detach at a time
 
     def __enter__(self) -> Ephemeral:
@@ -1048,7 +1062,7 @@ class Ephemeral:
         name = body["name"]
 
         def find() -> Json | None:
-            self._in_doubt.add(kind)
+            self._in_doubt[name] = kind
             items = self._api.list(listed.path, listed.key, **listed.params)
             return next((item for item in items if item.get("name") == name), None)
 
@@ -1063,7 +1077,7 @@ class Ephemeral:
                 self._settle(name)  # it was refused, so it does not exist
             raise
         except Interrupted:
-            if kind not in self._in_doubt:
+            if name not in self._in_doubt:
                 self._settle(name)  # it was not even asked for
             raise
         resource = Resource.parse(kind, item)
@@ -1161,7 +1175,8 @@ class Ephemeral:
     def _remove_late(self, api: Api) -> dict[Resource, str]:
         """Remove what was asked for without an answer, once lists can be trusted to show it; returns what may stay."""
         api.sleep(LIST_LAG)
-        kinds = [kind for kind in ALL_KINDS if kind in self._in_doubt or kind in self._unsettled.values()]
+        doubtful = {*self._in_doubt.values(), *self._unsettled.values()}
+        kinds = [kind for kind in ALL_KINDS if kind in doubtful]
         seen = {resource.name for resource in list_each(api, self.prefix, kinds)[0]}
         left = remove_all(api, self.prefix, self._report.doing, kinds=kinds)
         for name, kind in self._unsettled.items():
@@ -2912,10 +2927,37 @@ def human_time(seconds: float) -> str:
     return f"{whole // 60}:{whole % 60:02} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02} h"
 
 
+class Writer:
+    """Writes to one place, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Any, str] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
+
+    def put(self, stream: Any, text: str) -> None:
+        """Write this when what was put before has been written; never waits."""
+        if self._queue.qsize() < MOST_QUEUED:
+            self._queue.put((stream, text))
+
+    def close(self) -> bool:
+        """Let what is queued be written; returns whether it could be."""
+        self._queue.put(None)
+        self._thread.join(STUCK_LIMIT)
+        return not self._thread.is_alive()
+
+    def _write(self) -> None:
+        while (item := self._queue.get()) is not None:
+            stream, text = item
+            with contextlib.suppress(OSError, ValueError):  # a terminal that was closed is no reason to end
+                stream.write(text)
+                stream.flush()
+
+
 class Reporter:
     """Writes to the user, from any thread. `secret` never gets out, and nothing that could steer a terminal does.
 
-    A thread of its own does the writing: a terminal that was stopped with ^S, or a pipe that nobody reads, must not
+    Threads of their own do the writing: a terminal that was stopped with ^S, or a pipe that nobody reads, must not
     keep a run, and its teardown least of all, from its work.
     """
 
@@ -2930,15 +2972,13 @@ class Reporter:
         self._live = ""
         self._is_terminal = sys.stdout.isatty()
         self._lined_at = 0.0 if self._is_terminal else time.monotonic()
-        self._queue: queue.SimpleQueue[tuple[Any, str] | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write_queued, daemon=True)
-        self._writer.start()
+        self._output = Writer()
+        self._errors = self._output if os.path.sameopenfile(1, 2) else Writer()  # in one place they keep their order
 
     def close(self) -> bool:
         """Let what is queued be written; returns whether it could be."""
-        self._queue.put(None)
-        self._writer.join(STUCK_LIMIT)
-        return not self._writer.is_alive()
+        closed = [writer.close() for writer in {self._output, self._errors}]
+        return all(closed)
 
     def say(self, text: str) -> None:
         """Something happened."""
@@ -3012,15 +3052,7 @@ class Reporter:
         return "\n".join(line[:LINE_LIMIT] for line in text.split("\n"))
 
     def _put(self, stream: Any, text: str) -> None:
-        if self._queue.qsize() < MOST_QUEUED:
-            self._queue.put((stream, text))
-
-    def _write_queued(self) -> None:
-        while (item := self._queue.get()) is not None:
-            stream, text = item
-            with contextlib.suppress(OSError, ValueError):  # a terminal that was closed is no reason to end
-                stream.write(text)
-                stream.flush()
+        (self._errors if stream is sys.stderr else self._output).put(stream, text)
 
 
 class Monitor:
@@ -3472,6 +3504,7 @@ def back_up_all(
 ) -> int:
     """A backup, once the lock is held; returns the exit code."""
     damaged = recover_all(arguments.backups, report)
+    start = time.monotonic()
     sweep(api, report)
     plan = plan_droplet(api, config)
     volumes = select_volumes(list_volumes(api), config, arguments.names, report)
@@ -3481,7 +3514,7 @@ def back_up_all(
     backup = Backup(api, plan, arguments.backups, report, cancellation, reread=arguments.reread)
     results = backup.run(fit) if fit else []
     if not report.has_left:
-        sweep(api.to_the_end(), report)  # a list may have shown late what was there before this run
+        sweep_again(api.to_the_end(), report, start + LIST_LAG)
     return EXIT_FAILED if report.has_left or damaged or any(result.error for result in results) else EXIT_OK
 
 

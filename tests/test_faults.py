@@ -217,6 +217,21 @@ def test_signal_before_anything_went_out(home: Home, sim: Simulator) -> None:
     assert_nothing_left(sim)
 
 
+def test_signal_before_a_creation_of_a_kind_that_was_in_doubt_before(home: Home, sim: Simulator) -> None:
+    """That an earlier clone's answer was lost says nothing of one that was not asked for."""
+    add_volume(sim, "data")
+    add_volume(sim, "other")
+    snapshots = "^/v2/volumes/.*/snapshots$"
+    sim.faults.add(Fault("lost", method="POST", path="^/v2/volumes$"))
+    sim.faults.add(Fault("delay", method="POST", path=snapshots, nth=2, seconds=1.5))
+    running = start(home)
+    until(lambda: sum(record.method == "POST" and "snapshots" in record.path for record in sim.requests) == 2)
+    running.signal(signal.SIGTERM)
+    assert running.end() == 128 + signal.SIGTERM, running.output
+    assert "error: " not in running.output
+    assert_nothing_left(sim)
+
+
 def test_api_is_down_for_good(home: Home, sim: Simulator) -> None:
     add_volume(sim, "data")
     sim.faults.add(Fault("error", status=503, times=FOREVER))

@@ -245,6 +245,19 @@ def test_answers_to_deletions_trickle_for_ever(home: Home, sim: Simulator) -> No
     assert_nothing_left(sim)
 
 
+def test_rate_limit_of_all_calls_without_an_end(home: Home, sim: Simulator) -> None:
+    """It is waited for as long as for one call, not for each call, in each round, anew."""
+    add_volume(sim, "data")
+    first = Fault("rate-limit", method="DELETE", path="^/v2/droplets/", seconds=1)
+    sim.faults.add(first)
+    running = start(home, constants={"RATE_LIMIT_PATIENCE": 2.5, "REMOVE_LIMIT": 0.5})
+    until(lambda: sim.faults.fired)
+    sim.faults.add(replace(first, method="", path="", times=FOREVER))
+    assert running.end() == 1
+    assert running.output.count("trying again in 1 s") <= 2
+    assert_named(sim, running.output)
+
+
 ODD: tuple[dict[str, Any], ...] = ({"links": ["x"]}, {"volumes": {"size_gigabytes": "one"}}, {"volumes": {"tags": 7}})
 
 
@@ -259,6 +272,37 @@ def test_odd_answer_in_the_teardown(home: Home, sim: Simulator, fields: dict[str
     assert [number > deleted for number, _ in sim.faults.fired] == [True]
     assert_backed_up(home, volume)
     assert_nothing_left(sim)
+
+
+LAST_LISTS = {"odd": Fault("odd", text='{"volumes": {"tags": 7}}'), "503": Fault("error", status=503, times=FOREVER)}
+
+
+@pytest.mark.parametrize("how", LAST_LISTS)
+def test_last_look_goes_wrong(home: Home, sim: Simulator, how: str) -> None:
+    """All is backed up and removed by then; that it could not be looked for more is no failure."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("delay", method="DELETE", path="^/v2/account/keys/", seconds=0.5))
+    running = start(home, constants={"TEARDOWN_RETRY_LIMIT": 0.5})
+    until(lambda: any(record.method == "DELETE" and "keys" in record.path for record in sim.requests))
+    nth = 3  # the teardown has two, one that shows the volume, and one that does not
+    sim.faults.add(replace(LAST_LISTS[how], method="GET", path="^/v2/volumes$", nth=nth))
+    assert running.end() == 0, running.output
+    assert sim.faults.fired
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+def test_killed_after_creations_and_the_next_run_fails_at_once(tmp_path: Path) -> None:
+    """Before the lists show what was created: it is waited for."""
+    with account(tmp_path / "account", replace(FAST, list_lag_seconds=2)) as (sim, home):
+        add_volume(sim, "data")
+        running = start(home)
+        until(lambda: any(item.kind == "volume" and not item.decoy for item in sim.ever))
+        running.signal(signal.SIGKILL)
+        running.end()
+        sim.faults.add(Fault("error", method="POST", path="^/v2/(account/keys|.*snapshots)$", status=403, times=2))
+        run(home, expect=1, constants={"LIST_LAG": 3})
+        assert_nothing_left(sim)
 
 
 @pytest.mark.parametrize("how", ["run", "sweep"])
@@ -410,6 +454,29 @@ def test_output_is_not_read(home: Home, sim: Simulator) -> None:
     assert process.wait(PATIENCE) == 128 + signal.SIGTERM
     os.close(read)
     assert_nothing_left(sim)
+
+
+def test_errors_are_read_and_output_is_not(home: Home, sim: Simulator) -> None:
+    """As with `| less`: what is left behind is named on the terminal."""
+    add_volume(sim, "data")
+    sim.faults.add(Fault("never-active"))
+    sim.faults.add(Fault("error", method="DELETE", path="^/v2/droplets/", status=409, times=FOREVER))
+    read, write = full_pipe()
+    process = subprocess.Popen(
+        home.command("--verbose", constants={**QUICK, "STUCK_LIMIT": 0.5, "REMOVE_LIMIT": 0.5}),
+        cwd=home.directory,
+        env=home.environment(),
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    until(lambda: sim.droplets or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=PATIENCE)[1]
+    os.close(read)
+    assert process.returncode == 1
+    assert_named(sim, errors)
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
