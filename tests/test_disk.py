@@ -193,6 +193,93 @@ def test_the_script_on_a_full_disk_backs_up_the_other_volume(home: Home, tmpfs: 
     assert same(tmpfs.path / "big", big.path)
 
 
+def test_a_later_volume_is_backed_up_although_the_changes_of_the_first_do_not_fit(home: Home, tmpfs: Tmpfs) -> None:
+    big, small = home.simulator.add_volume("a-big"), home.simulator.add_volume("b-small")
+    backups = ("--backups", str(tmpfs.path))
+    home.run(*backups)
+    write_at(big.path, 0, os.urandom(12 * MIB))
+    write_at(small.path, 5 * MIB, b"small")
+    tmpfs.leave_free(8 * MIB)
+    error = one_clear_error(home.run(*backups, expect=1))
+    assert "a-big" in error
+    assert "No space left on device" in error
+    assert same(tmpfs.path / "b-small", small.path)
+    tmpfs.leave_free(64 * MIB)
+    home.run(*backups)
+    assert same(tmpfs.path / "a-big", big.path)
+
+
+class FailingDisk:
+    """A mounted ext4 file system on a disk that fails to write more than it has room for.
+
+    It is made of a loop device over a file on a tmpfs that is smaller than the file.
+    """
+
+    SIZE = 64 * MIB
+
+    def __init__(self, tmpfs: Tmpfs, path: Path) -> None:
+        self.path = path
+        self._tmpfs = tmpfs
+        content = tmpfs.path / "disk"
+        with content.open("xb") as file:
+            file.truncate(self.SIZE)
+        options = ["-O", "^has_journal", "-E", "lazy_itable_init=0,nodiscard"]
+        subprocess.run(["mkfs.ext4", "-q", "-F", *options, content], check=True)
+        self._loop = LoopDevice(content)
+        path.mkdir()
+        self._mount()
+        with (path / "filling").open("xb") as file:  # what the file system writes about files is not to fail
+            os.posix_fallocate(file.fileno(), 0, self.SIZE // 2)
+        (path / "filling").unlink()
+        self.forget()
+
+    def _mount(self) -> None:
+        subprocess.run(["mount", "-o", "errors=continue", self._loop.path, self.path], check=True)
+
+    def leave_free(self, free: int) -> None:
+        """Only so much can be written from now on, besides where something is already."""
+        os.sync()
+        self._tmpfs.leave_free(free)
+
+    def forget(self) -> None:
+        """Unmount and mount it: what is not on the disk is gone."""
+        subprocess.run(["umount", self.path], check=True)
+        self._mount()
+
+    def close(self) -> None:
+        """Take it away."""
+        subprocess.run(["umount", "--lazy", self.path], check=True)
+        self._loop.close()
+
+
+@pytest.fixture
+def failing(tmpfs: Tmpfs, tmp_path: Path) -> Iterator[FailingDisk]:
+    """A disk that can fail to write."""
+    made = FailingDisk(tmpfs, tmp_path / "failing")
+    yield made
+    made.close()
+
+
+def test_what_a_failing_disk_only_pretended_to_have_written_is_written_again(
+    tmp_path: Path, failing: FailingDisk
+) -> None:
+    """After a write error the cache shows what the disk does not have."""
+    disk = Disk(tmp_path, failing.path / "backups")
+    disk.device.write_bytes(os.urandom(CHUNKS * MIB))
+    failing.leave_free(3 * MIB)
+    with pytest.raises(OSError, match="Input/output error|No space left"):
+        disk.back_up()
+    assert not disk.paths.image.exists()
+    failing.leave_free(64 * MIB)
+    for _ in ("the image", "the state", "their directory"):  # for each it may still be told what could not be written
+        with contextlib.suppress(OSError):
+            disk.back_up()
+    disk.back_up()
+    failing.forget()
+    assert disk.image() == disk.device.read_bytes()
+    disk.check_settled()
+
+
 # -- read-only
 
 
