@@ -7,6 +7,7 @@ the whole script.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import MIB, Home, same, sampled, write_at
+from conftest import MIB, Home, data_places, same, sampled, write_at
 from crash_support import (
     COMMIT_RECORD,
     PAGE,
@@ -37,6 +38,7 @@ from simulator import Volume
 from simulator.storage import LoopDevice
 
 import dosvob
+from dosvob import GIB, PAGES
 
 NAME = "data"
 CHUNKS = 10
@@ -369,6 +371,99 @@ def test_a_file_system_without_holes_gets_zeros(disk: Disk) -> None:
     done = run_driver("sync", disk.backups, NAME, disk.device, wrapper=trace)
     assert done.returncode == 0, done.stderr
     assert disk.image() == disk.new
+
+
+class BadMebibyte:
+    """A MiB of the image that the disk cannot read; what is written to it, or made a hole, can be read again."""
+
+    def __init__(self, disk: Disk, chunk: int, patches: pytest.MonkeyPatch) -> None:
+        self.pages = set(range(chunk * PAGES, (chunk + 1) * PAGES))
+        self._inode = disk.paths.image.stat().st_ino
+        pread, write_all, punch_hole = os.pread, dosvob.write_all, dosvob.punch_hole
+
+        def read(fd: int, length: int, offset: int) -> bytes:
+            if self._is_image(fd) and self.pages.intersection(pages_of(offset, length)):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return pread(fd, length, offset)
+
+        def write(fd: int, data: bytes | memoryview, offset: int) -> None:
+            write_all(fd, data, offset)
+            self._mend(fd, offset, len(data))
+
+        def punch(fd: int, offset: int, length: int) -> None:
+            punch_hole(fd, offset, length)
+            self._mend(fd, offset, length)
+
+        patches.setattr(os, "pread", read)
+        patches.setattr(dosvob, "write_all", write)
+        patches.setattr(dosvob, "punch_hole", punch)
+
+    def _is_image(self, fd: int) -> bool:
+        return os.fstat(fd).st_ino == self._inode
+
+    def _mend(self, fd: int, offset: int, length: int) -> None:
+        if self._is_image(fd):
+            self.pages.difference_update(pages_of(offset, length))
+
+
+def pages_of(offset: int, length: int) -> range:
+    """The numbers of the pages of a part of a file."""
+    return range(offset // PAGE, (offset + length - 1) // PAGE + 1)
+
+
+@pytest.mark.parametrize("becomes", ["what it was", "another page", "zeros", "noise"])
+@pytest.mark.parametrize("reread", [True, False])
+def test_a_mebibyte_that_the_disk_cannot_read_is_fetched_and_written_again(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, becomes: str, reread: bool
+) -> None:
+    chunk = 5
+    write_at(disk.device, chunk * MIB, os.urandom(PAGES // 2 * PAGE) + bytes(PAGES // 2 * PAGE))
+    disk.back_up()
+    bad = BadMebibyte(disk, chunk, monkeypatch)
+    assert dosvob.verify_image(disk.paths, lambda size: None) == [(chunk * MIB, (chunk + 1) * MIB)]
+    change = {"what it was": b"", "another page": os.urandom(PAGE), "zeros": bytes(MIB), "noise": os.urandom(MIB)}
+    write_at(disk.device, chunk * MIB, change[becomes])
+    decayed = [disk.back_up(reread=reread)[0].decayed for _ in range(1 if reread else dosvob.REREAD_PARTS)]
+    is_noticed = reread or becomes != "zeros"  # without reading it is known that it must become zeros
+    assert [places for places in decayed if places] == [[chunk * MIB]] * is_noticed
+    assert not bad.pages
+    assert disk.image() == disk.device.read_bytes()
+    assert dosvob.verify_image(disk.paths, lambda size: None) == []
+
+
+def reading_fails(image: Path, chunk: int) -> tuple[str, ...]:
+    """The words before a command that reads an image MiB by MiB: the disk cannot read one of them."""
+    trace = ("strace", "-f", "--seccomp-bpf", "-o", "/dev/null", "-P", str(image), "-e", "trace=pread64")
+    return (*trace, f"--inject=pread64:error=EIO:when={chunk + 1}")
+
+
+def test_the_script_names_what_the_disk_cannot_read_and_fetches_it(home: Home) -> None:
+    volume = home.simulator.add_volume(NAME)
+    write_at(volume.path, 700 * MIB, os.urandom(MIB))
+    home.run()
+    image = home.image(NAME)
+    done = home.run("verify", wrapper=reading_fails(image, 700), expect=1)
+    assert f"bytes {700 * MIB} to {701 * MIB - 1}" in one_clear_error(done)
+    inode = image.stat().st_ino
+    done = home.run("--reread", wrapper=reading_fails(image, 0))  # this one does not read holes
+    assert "could not be read" in done.stderr
+    assert f"the MiB at byte {700 * MIB})" in done.stderr
+    assert "1.0 MiB had changed" in done.stdout  # so it was written again
+    assert image.stat().st_ino == inode
+    assert same(image, volume.path)
+
+
+def test_a_hole_beyond_4_gib_is_made_there_and_nowhere_else(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    places = (MIB, 4 * GIB + MIB, 5 * GIB, 5 * GIB + MIB)
+    with path.open("x+b") as file:
+        file.truncate(6 * GIB)
+        for place in places:
+            os.pwrite(file.fileno(), b"x" * MIB, place)
+        dosvob.punch_hole(file.fileno(), 5 * GIB, MIB)
+        assert data_places(path) == {place // MIB for place in places if place != 5 * GIB}
+        assert os.pread(file.fileno(), MIB, 5 * GIB) == bytes(MIB)
+        assert os.fstat(file.fileno()).st_size == 6 * GIB
 
 
 # -- a damaged journal
