@@ -17,12 +17,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import MIB, Home, data_places, same, sampled, write_at
 from crash_support import (
     COMMIT_RECORD,
     PAGE,
+    AgentProcess,
     back_up,
     calls_in,
     leave_committed,
@@ -42,6 +44,7 @@ from dosvob import GIB, PAGES
 
 NAME = "data"
 CHUNKS = 10
+KIB = 1 << 10
 
 
 class Disk:
@@ -604,6 +607,136 @@ def test_a_journal_of_a_newer_version_is_kept_and_told(disk: Disk, monkeypatch: 
     assert disk.paths.journal.read_bytes() == kept
 
 
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_a_journal_whose_image_was_deleted_is_of_no_use_and_no_trouble(disk: Disk, is_committed: bool) -> None:
+    leave_committed(disk.backups, NAME, disk.device)
+    if not is_committed:
+        os.truncate(disk.paths.journal, disk.paths.journal.stat().st_size - COMMIT_RECORD)
+    disk.paths.image.unlink()
+    assert dosvob.recover_all(disk.backups, dosvob.Reporter(quiet=True)) == set()
+    tally, warnings = disk.back_up()
+    assert tally.changed
+    assert not warnings
+    disk.check_settled()
+
+
+def test_the_script_backs_up_afresh_when_the_image_of_an_interrupted_sync_was_deleted(home: Home) -> None:
+    volume = home.simulator.add_volume(NAME)
+    write_at(volume.path, 5 * MIB, b"old")
+    home.run()
+    paths = dosvob.ImagePaths(home.backups, NAME)
+    snapshot = dosvob.Snapshot(volume.id, NAME, "fra1", GIB, "")
+    journal = dosvob.Journal.begin(paths.journal, snapshot, dosvob.Identity.of(paths.image))
+    journal.append(dosvob.DATA, 0, b"what came until the crash")
+    journal.close()
+    paths.image.unlink()
+    done = home.run()
+    assert not done.stderr
+    assert same(paths.image, volume.path)
+    assert not paths.journal.exists()
+
+
+def test_a_journal_with_records_beyond_the_volumes_end_does_no_harm(disk: Disk) -> None:
+    """It was begun when the volume was said to be larger."""
+    leave_committed(disk.backups, NAME, disk.device)
+    os.truncate(disk.paths.journal, disk.paths.journal.stat().st_size - COMMIT_RECORD)
+    os.truncate(disk.device, (CHUNKS - 2) * MIB)
+    with contextlib.suppress(dosvob.DosvobError):  # nothing of it is applied
+        disk.back_up()
+    disk.check_settled()
+
+
+@pytest.mark.parametrize("junk", [b"", b"junk"], ids=["zeros", "junk"])
+def test_the_script_does_not_take_a_large_file_that_is_no_journal_into_memory(home: Home, junk: bytes) -> None:
+    """As a power cut may leave it."""
+    volume = home.simulator.add_volume(NAME)
+    home.run()
+    write_at(volume.path, 5 * MIB, b"new")
+    journal = home.backups / ".dosvob" / f"{NAME}.journal"
+    journal.write_bytes(junk)
+    os.truncate(journal, 4 * GIB)
+    limited = ("sh", "-c", f'ulimit -v {2 * GIB // KIB}; exec "$@"', "sh")
+    if junk:
+        error = one_clear_error(home.run("verify", wrapper=limited, expect=1))
+        assert f"the journal of {NAME} is damaged or does not belong to its image; it was set aside" in error
+    else:
+        assert "sound" in home.run("verify", wrapper=limited).stdout
+    assert not home.run(wrapper=limited).stderr
+    assert same(home.image(NAME), volume.path)
+    assert not journal.exists()
+
+
+def test_a_journal_that_is_taken_up_again_and_again_does_not_grow_by_what_it_has(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    """A few hot chunks are other ones whenever a sync is begun, and no sync is finished."""
+    monkeypatch.setattr(dosvob, "ATTEMPTS", 1)
+    chance = random.Random(pytestconfig.option.seed)
+    hot = 5
+    disk.back_up()
+    size = 0
+    for number in range(15):
+        whole = number % 5 == 1
+        for chunk in range(hot):
+            heat(disk, chunk, chance, whole=whole or chunk == hot - 1)
+        cut = chance.randrange(hot * MIB // 2, hot * MIB) if whole else chance.randrange(4 * KIB, MIB)
+        with pytest.raises(dosvob.ConnectionLost, match="cut"):
+            back_up(disk.backups, NAME, disk.device, connect=cut_connection(disk.device, cut))
+        grown = disk.paths.journal.stat().st_size - size
+        size += grown
+        assert grown <= hot * (MIB + PAGES * dosvob.RECORD_SIZE), number
+    disk.check_settled()
+
+
+def heat(disk: Disk, chunk: int, chance: random.Random, *, whole: bool) -> None:
+    """Change all of a chunk; or some of its pages, perhaps to zeros, or back to what they are in the image."""
+    if whole:
+        write_at(disk.device, chunk * MIB, chance.randbytes(MIB))
+        return
+    with disk.paths.image.open("rb") as image:
+        for page in chance.sample(range(0, PAGES, PAGES // 8), 4):
+            place = chunk * MIB + page * PAGE
+            was = os.pread(image.fileno(), PAGE, place)
+            write_at(disk.device, place, chance.choice((was, bytes(PAGE), chance.randbytes(PAGE))))
+
+
+def cut_connection(device: Path, cut: int, connections: int = 1, most: int = 4 * KIB) -> Callable[[int, int], Any]:
+    """For back_up: the first connections break after so many bytes."""
+    left = [cut] * connections
+    return lambda first, window: AgentProcess(device, first, window, most=most, cut=left.pop() if left else None)
+
+
+def test_a_journal_that_vanishes_during_the_sync_is_an_error(disk: Disk) -> None:
+    def connect(first: int, window: int) -> AgentProcess:
+        disk.paths.journal.unlink()
+        return AgentProcess(disk.device, first, window)
+
+    with pytest.raises(dosvob.DosvobError, match=r"data\.journal has gone"):
+        back_up(disk.backups, NAME, disk.device, connect=connect)
+    assert disk.image() == disk.old
+    disk.check_settled()
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_volume_that_does_not_fit_into_a_commit_mark_is_refused_before_anything_changes(
+    tmp_path: Path, is_first: bool
+) -> None:
+    disk = Disk(tmp_path)
+    if not is_first:
+        disk.begin()
+    before = all_identities(disk.backups)
+    with pytest.raises(dosvob.DosvobError, match="longer than is possible"):
+        back_up(disk.backups, NAME, disk.device, volume_id="v" * dosvob.COMMIT_SIZE)
+    assert all_identities(disk.backups) == before
+    disk.check_settled()
+
+
+def all_identities(directory: Path) -> dict[Path, dosvob.Identity]:
+    """What there is in a directory, but for the lock."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != "lock"]
+    return {path: dosvob.Identity.of(path) for path in files}
+
+
 # -- a damaged state
 
 
@@ -781,6 +914,101 @@ def test_the_script_finds_what_was_written_through_a_loop_mount(home: Home, tmp_
     done = home.run()
     assert "had changed on this disk" in done.stderr
     assert same(home.image(NAME), volume.path)
+
+
+@pytest.mark.parametrize("is_changed", [True, False], ids=["with journal", "without"])
+def test_what_is_written_to_the_image_during_a_sync_is_found_by_the_next(disk: Disk, is_changed: bool) -> None:
+    disk.back_up()
+    if is_changed:
+        write_at(disk.device, 3 * MIB, b"changed")
+    place = rewritten(disk, 6)
+
+    def connect(first: int, window: int) -> AgentProcess:
+        write_at(disk.paths.image, place, b"by somebody")
+        return AgentProcess(disk.device, first, window)
+
+    back_up(disk.backups, NAME, disk.device, connect=connect)
+    check_found_and_mended(disk, place)
+
+
+@pytest.mark.parametrize("is_applied_in_part", [True, False])
+def test_what_is_written_to_the_image_between_a_crash_and_its_recovery_is_found(
+    disk: Disk, is_applied_in_part: bool
+) -> None:
+    disk.back_up()
+    place = rewritten(disk, 6)
+    write_at(disk.device, 3 * MIB, b"changed")
+    leave_committed(disk.backups, NAME, disk.device)
+    if is_applied_in_part:
+        write_at(disk.paths.image, 3 * MIB, b"chan")
+    write_at(disk.paths.image, place, b"by somebody")
+    assert recover(disk.backups, NAME)
+    check_found_and_mended(disk, place)
+
+
+def rewritten(disk: Disk, chunk: int) -> int:
+    """Where that chunk is, with some data in the image that the next sync does not read again in its turn."""
+    write_at(disk.device, chunk * MIB, os.urandom(PAGE))
+    disk.back_up()
+    state = disk.paths.load_state()
+    assert state is not None
+    for _ in range((chunk * dosvob.REREAD_PARTS // CHUNKS - state.reread) % dosvob.REREAD_PARTS):
+        disk.back_up()
+    return chunk * MIB + PAGE
+
+
+def check_found_and_mended(disk: Disk, place: int) -> None:
+    """The very next sync finds that the image differs there, and mends it."""
+    assert disk.image() != disk.device.read_bytes()
+    assert disk.back_up()[0].decayed == [place // MIB * MIB]
+    disk.check_settled()
+
+
+def test_a_chunk_that_decayed_is_told_once_however_often_the_connection_breaks(disk: Disk) -> None:
+    disk.back_up()
+    decay(disk.paths.image, (CHUNKS - 1) * MIB)
+    write_at(disk.device, (CHUNKS - 1) * MIB, os.urandom(PAGE))
+    connect = cut_connection(disk.device, 300, connections=3, most=60)
+    tally = back_up(disk.backups, NAME, disk.device, reread=True, connect=connect)
+    assert (tally.decayed, tally.decayed_bytes) == ([(CHUNKS - 1) * MIB], MIB)
+    disk.check_settled()
+
+
+# -- what is said of the volume, or stands in its place
+
+
+def test_a_volume_that_is_said_to_have_shrunk_leaves_all_as_it_is(disk: Disk) -> None:
+    disk.back_up()
+    before = all_identities(disk.backups)
+    os.truncate(disk.device, (CHUNKS - 1) * MIB)
+    with pytest.raises(dosvob.DosvobError, match="has shrunk to 9.0 MiB, which no volume does"):
+        disk.back_up()
+    assert all_identities(disk.backups) == before
+    os.truncate(disk.device, CHUNKS * MIB)
+    disk.check_settled()
+
+
+def test_the_script_leaves_a_link_alone_whose_disk_is_not_mounted(home: Home, tmp_path: Path) -> None:
+    volume = home.simulator.add_volume(NAME)
+    home.run()
+    mounted, unmounted = tmp_path / "mounted", tmp_path / "unmounted"
+    mounted.mkdir()
+    image = home.image(NAME)
+    image.rename(mounted / NAME)
+    image.symlink_to(mounted / NAME)
+    mounted.rename(unmounted)
+    state = home.backups / ".dosvob" / f"{NAME}.state"
+    before = state.read_bytes()
+    write_at(volume.path, 5 * MIB, b"new")
+    error = one_clear_error(home.run(expect=1))
+    assert f"{NAME} leads to {mounted / NAME}, which is not there" in error
+    assert image.readlink() == mounted / NAME
+    assert state.read_bytes() == before
+    assert not list(home.backups.glob(f"{NAME}.*"))
+    unmounted.rename(mounted)
+    assert not home.run().stderr
+    assert image.is_symlink()
+    assert same(mounted / NAME, volume.path)
 
 
 # -- who may read it, and where it may be
