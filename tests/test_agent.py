@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,11 +82,12 @@ def digest_of(chunk: bytes) -> bytes:
 class Script:
     """A stream that has been written beforehand; it ends with ConnectionLost, or repeats `forever` for long."""
 
-    def __init__(self, data: bytes, forever: bytes = b"") -> None:
+    def __init__(self, *data: bytes, forever: bytes = b"") -> None:
         self.received = 0
+        self.pieces = 0
         self.sent = bytearray()
         self._end = time.monotonic() + PATIENCE
-        self._data = itertools.chain([data] if data else [], itertools.repeat(forever) if forever else [])
+        self._data = itertools.chain(filter(None, data), itertools.repeat(forever) if forever else [])
 
     def send(self, data: bytes) -> None:
         """Nobody listens."""
@@ -93,6 +95,7 @@ class Script:
 
     def receive(self) -> bytes:
         """The next piece."""
+        self.pieces += 1
         data = next(self._data, b"")
         if data and time.monotonic() < self._end:
             return data
@@ -203,8 +206,33 @@ def test_a_droplet_that_does_nothing_but_live_is_given_up(
 ) -> None:
     monkeypatch.setattr(dosvob, "PROGRESS_LIMIT", 0.2)
     with pytest.raises(dosvob.ConnectionLost, match="says that it lives"):
-        target.sync(Script(OURS_DIFFERS, forever))
+        target.sync(Script(OURS_DIFFERS, forever=forever))
     target.check_untouched()
+
+
+def test_a_droplet_that_keeps_a_chunk_back_and_announces_without_end_is_refused(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it announces meanwhile is kept in memory."""
+    monkeypatch.setattr(dosvob, "MOST_AHEAD", 1000)
+    with target.device.open("r+b") as file:
+        file.truncate(100_000 * CHUNK)
+    said = [hello(100_000), frame(DIGEST, 0, digest_of(THEIRS))]
+    said += [frame(ZEROS, index, struct.pack(">I", 1)) for index in range(1, 100_000)]
+    stream = Script(*said)
+    with pytest.raises(dosvob.BadAgent, match="does not send others"):
+        target.sync(stream)
+    assert stream.pieces <= 2 + 1000
+    target.check_untouched()
+
+
+def test_zeros_without_end_are_no_lie_if_nothing_is_kept_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dosvob, "MOST_AHEAD", 4)
+    device, backups = tmp_path / "device", tmp_path / "backups"
+    device.write_bytes(bytes(100 * CHUNK) + THEIRS)
+    for _ in ("a first sync", "a later one"):
+        back_up(backups, NAME, device)
+        assert same(backups / NAME, device)
 
 
 def test_a_wrong_page_is_asked_for_again_once_and_the_true_one_taken(target: Target) -> None:
@@ -577,12 +605,8 @@ def test_no_deadlock_with_a_slow_local_disk(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_no_deadlock_with_a_slow_agent(tmp_path: Path) -> None:
-    def edit(program: bytes) -> bytes:
-        edited = program.replace(b"chunk = os.pread(", b"time.sleep(0.05); chunk = os.pread(")
-        assert edited != program
-        return edited
-
-    back_up_tightly(tmp_path, edit=edit)
+    read, slowly = b"chunk = os.pread(", b"time.sleep(0.05); chunk = os.pread("
+    back_up_tightly(tmp_path, edit=lambda program: edited(program, read, slowly))
 
 
 def test_nothing_stands_still_with_all_chunks_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -601,6 +625,87 @@ def test_nothing_stands_still_with_all_chunks_different(tmp_path: Path, monkeypa
     in_time([stream], lambda: back_up(backups, NAME, device, connect=lambda first, window: stream))
     assert same(backups / NAME, device)
     assert stream.received < chunks * (PAGE + PAGES * SHORT_SIZE + 200)
+
+
+COLLIDING = tuple(number.to_bytes(8, "little") * (PAGE // 8) for number in (40620, 118918))
+"""Two pages that differ, and are alike in their short digests."""
+
+
+def test_many_pages_that_collide_in_their_short_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each such chunk is sent twice, while the scan goes on."""
+    one, other = COLLIDING
+    assert one != other
+    assert dosvob.page_digests(one)[:SHORT_SIZE] == dosvob.page_digests(other)[:SHORT_SIZE]
+    monkeypatch.setattr(dosvob, "WINDOW", 8)
+    monkeypatch.setattr(dosvob, "HELD", 8)
+    device, backups = tmp_path / "device", tmp_path / "backups"
+    chunks = 5 * dosvob.WINDOW
+
+    def write(page: bytes) -> None:
+        device.write_bytes(b"".join(page + os.urandom(PAGE) + bytes(CHUNK - 2 * PAGE) for _ in range(chunks)))
+
+    write(one)
+    back_up(backups, NAME, device)
+    write(other)
+    stream = AgentProcess(device, 0, dosvob.WINDOW, most=4096)
+    in_time([stream], lambda: back_up(backups, NAME, device, connect=lambda first, window: stream))
+    assert same(backups / NAME, device)
+    assert stream.received > 2 * chunks * PAGE  # the random pages
+
+
+def test_chunks_that_the_agent_does_not_hold_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dosvob, "WINDOW", 8)
+    monkeypatch.setattr(dosvob, "HELD", 2)
+    monkeypatch.setattr(dosvob, "BATCH_SECONDS", 3600)  # so that more are announced than held before any is asked for
+    device, backups, reads = tmp_path / "device", tmp_path / "backups", tmp_path / "reads"
+    chunks = 30
+    device.write_bytes(os.urandom(PAGE) * (chunks * PAGES))
+    back_up(backups, NAME, device)
+    scatter(device, 1, chunks * MIB)
+    for chunk in range(0, chunks, 3):
+        write_at(device, chunk * MIB + chunk * PAGE, os.urandom(PAGE))
+
+    def edit(program: bytes) -> bytes:
+        noted = f"open({str(reads)!r}, 'a').write(f'{{index}}\\n'); chunk = os.pread(".encode()
+        return edited(program, b"chunk = os.pread(", noted)
+
+    stream = AgentProcess(device, 0, dosvob.WINDOW, pipe=NARROW, edit=edit)
+    in_time([stream], lambda: back_up(backups, NAME, device, connect=lambda first, window: stream))
+    assert same(backups / NAME, device)
+    times = Counter(map(int, reads.read_text().split()))
+    assert set(times) == set(range(chunks))
+    assert max(times.values()) == 2
+
+
+def test_chunks_are_dropped_while_an_answer_waits(tmp_path: Path) -> None:
+    """The scan goes on, whatever the link is busy with: here the answers never come."""
+    window = 4
+    device = tmp_path / "device"
+    device.write_bytes(os.urandom(PAGE) * (4 * window * PAGES))
+    answer = b"self.answer(*self.requests.get())"
+    stream = AgentProcess(device, 0, window, edit=lambda program: edited(program, answer, b"time.sleep(3600)"))
+    parser = dosvob.FrameParser()
+
+    def announced(count: int) -> list[int]:
+        found: list[int] = []
+        while len(found) < count:
+            found += [item.index for item in parser.feed(stream.receive()) if item.kind == DIGEST]
+        return found
+
+    def talk() -> None:
+        assert announced(window) == list(range(window))
+        stream.send(struct.pack(COMMAND, SEND, 0, 1, ALL))
+        stream.send(struct.pack(COMMAND, DROP, 1, window - 1, NONE))
+        assert announced(window - 1) == list(range(window, 2 * window - 1))
+
+    with contextlib.closing(stream):
+        in_time([stream], talk)
+
+
+def edited(program: bytes, old: bytes, new: bytes) -> bytes:
+    """The agent's program with a change."""
+    assert program.count(old) == 1
+    return program.replace(old, new)
 
 
 # -- any image becomes any other

@@ -272,7 +272,7 @@ def test_what_a_failing_disk_only_pretended_to_have_written_is_written_again(
     disk = Disk(tmp_path, failing.path / "backups")
     disk.device.write_bytes(os.urandom(CHUNKS * MIB))
     failing.leave_free(3 * MIB)
-    with pytest.raises(OSError, match="Input/output error|No space left"):
+    with pytest.raises(OSError, match=r"Input/output error|No space left"):
         disk.back_up()
     assert not disk.paths.image.exists()
     failing.leave_free(64 * MIB)
@@ -981,7 +981,7 @@ def test_a_volume_that_is_said_to_have_shrunk_leaves_all_as_it_is(disk: Disk) ->
     disk.back_up()
     before = all_identities(disk.backups)
     os.truncate(disk.device, (CHUNKS - 1) * MIB)
-    with pytest.raises(dosvob.DosvobError, match="has shrunk to 9.0 MiB, which no volume does"):
+    with pytest.raises(dosvob.DosvobError, match=r"has shrunk to 9.* MiB, which no volume does"):
         disk.back_up()
     assert all_identities(disk.backups) == before
     os.truncate(disk.device, CHUNKS * MIB)
