@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +118,62 @@ def test_what_had_arrived_is_not_fetched_again(home: Home, sim: Simulator, tmp_p
     assert bytes_sent(sim) - arrived < (SIZE - 5 * MIB) * OVERHEAD
 
 
+# -- the start of an agent
+
+
+IMPATIENT = {"SSH_TIMEOUT": 2}
+
+
+def test_agent_that_is_never_started_is_asked_for_on_another_connection(
+    home: Home, sim: Simulator, tmp_path: Path
+) -> None:
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("ssh-deaf", times_on_droplet=2))
+    done = run(home, constants=IMPATIENT)
+    assert done.stderr.count("the agent could not be started") == done.stderr.count("connecting again") == 2
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+    assert logins(tmp_path) == 3
+
+
+def test_agent_that_is_never_started_on_any_connection_is_given_up(home: Home, sim: Simulator) -> None:
+    add_volume(sim, "data")
+    sim.faults.add(Fault("ssh-deaf", times_on_droplet=FOREVER))
+    done = run(home, expect=1, constants={**IMPATIENT, "ATTEMPTS": 2})
+    assert "error: data: the agent could not be started" in done.stderr
+    assert_nothing_left(sim)
+
+
+def test_signal_while_an_agent_is_being_started(home: Home, sim: Simulator) -> None:
+    add_volume(sim, "data")
+    sim.faults.add(Fault("ssh-deaf", times_on_droplet=FOREVER))
+    running = start(home, constants=IMPATIENT)
+    running.wait_for("the agent could not be started")
+    running.signal(signal.SIGTERM)
+    assert running.end() == 128 + signal.SIGTERM
+    assert_nothing_left(sim)
+
+
+def test_one_connection_serves_all_volumes(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    volumes = [add_volume(sim, name) for name in ("data", "logs", "mail")]
+    run(home)
+    assert_backed_up(home, *volumes)
+    assert logins(tmp_path) == 1
+
+
+def logins(directory: Path) -> int:
+    """How often somebody has logged in to a droplet, by the logs of sshd."""
+    return "".join(path.read_text() for path in sshd_logs(directory)).count("Accepted publickey for root ")
+
+
+def sshd_logs(directory: Path) -> list[Path]:
+    """What sshd has written on the droplets of the simulator that is in a directory."""
+    return list(directory.glob("cloud/*/droplet-*.log"))
+
+
+# -- the beginning
+
+
 def test_ssh_comes_late(tmp_path: Path) -> None:
     """The droplet is active before it has an address, and has one before it takes connections."""
     late = replace(FAST, boot_seconds=0.5, address_seconds=0.5, ssh_seconds=1.5)
@@ -154,7 +211,7 @@ def assert_refused(errors: str, sim: Simulator, directory: Path) -> None:
     """It was said, nobody logged in or tried to, and nothing is left."""
     assert "does not have the host key of the droplet that was created" in errors
     assert "Traceback" not in errors
-    logs = "".join(path.read_text() for path in directory.glob("cloud/*/droplet-*.log"))
+    logs = "".join(path.read_text() for path in sshd_logs(directory))
     assert "Server listening" in logs  # it is sshd's own log, in which a login would stand
     assert "root" not in logs
     assert "Accepted" not in logs

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -524,6 +525,23 @@ def test_faults_of_connections(simulator: Simulator) -> None:
         connect(public_address(api, wrong), keys)
     with connect(public_address(api, lying), keys) as ssh:
         assert run(ssh, "python3 -c 1") == b"-c 1\n"
+
+
+def test_a_droplet_that_opens_a_channel_and_hears_nothing_more(simulator: Simulator) -> None:
+    api, keys = client(simulator), Keys.fresh()
+    simulator.faults.add(Fault("ssh-deaf"))
+    address = public_address(api, create_droplet(api, keys))
+    with connect(address, keys) as ssh:
+        transport = ssh.get_transport()
+        assert transport is not None
+        channel = transport.open_session(timeout=PATIENCE)
+        closing = threading.Timer(0.5, transport.close)
+        closing.start()
+        with pytest.raises(paramiko.SSHException):
+            channel.exec_command("echo heard")
+        assert not closing.is_alive()
+    with connect(address, keys) as ssh:
+        assert run(ssh, "echo heard") == b"heard\n"
 
 
 def test_droplets_that_fall_silent_or_die(simulator: Simulator) -> None:

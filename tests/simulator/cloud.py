@@ -370,12 +370,14 @@ class Cloud:
     def _boot(self, droplet: Droplet, public_keys: list[str], faults: Sequence[Fault]) -> Machine:
         by_kind = {fault.kind: fault for fault in faults}
         cut, stall, python = by_kind.get("ssh-cut"), by_kind.get("ssh-stalled"), by_kind.get("python")
+        deaf = by_kind.get("ssh-deaf")
         options = MachineOptions(
             own_host_key="wrong-host-key" not in by_kind,
             cut_after=cut.bytes if cut else 0,
             cut_connections=cut.times_on_droplet if cut else 0,
             stall_after=stall.bytes if stall else 0,
             stall_connections=stall.times_on_droplet if stall else 0,
+            deaf_connections=deaf.times_on_droplet if deaf else 0,
             python=python.text if python else "",
         )
         log = self._files / f"droplet-{droplet.id}.log"

@@ -36,6 +36,7 @@ DropletKind = Literal[
     "dies",  # ... loses its power `seconds` after it became active
     "ssh-cut",  # ... cuts its first `times_on_droplet` connections after `bytes` sent
     "ssh-stalled",  # ... drops all packets once one of its first `times_on_droplet` connections has sent `bytes`
+    "ssh-deaf",  # ... opens a channel on each of its first `times_on_droplet` connections and hears nothing after that
     "python",  # ... has the command `text` as its python3
 ]
 Kind = Literal[CallKind, ActionKind, DropletKind]
@@ -72,7 +73,7 @@ class Fault:
     size: str = ""
     """For "sold-out": this size only."""
     times_on_droplet: int = 1
-    """For "ssh-cut": how many connections of the droplet are cut."""
+    """For the faults of SSH: how many connections of the droplet they befall."""
 
     def matches(self, method: str, path: str) -> bool:
         """Whether the fault is about this kind of call."""

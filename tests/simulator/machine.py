@@ -82,8 +82,15 @@ class MachineOptions:
     stall_after: int = 0
     """The machine falls silent when a connection has sent so many bytes; 0 for never."""
     stall_connections: int = 1
+    deaf_connections: int = 0
+    """So many connections are not heard any more once a channel is open."""
     python: str = ""
     """A command to be run as `python3`."""
+
+    @property
+    def has_relay(self) -> bool:
+        """Whether its connections go through a relay."""
+        return bool(self.cut_after or self.stall_after or self.deaf_connections)
 
 
 class Machine:
@@ -155,7 +162,7 @@ class Machine:
             with contextlib.suppress(OSError):
                 self._process.stdin.write(b"ssh\n")
                 self._process.stdin.flush()
-            if self._options.cut_after or self._options.stall_after:
+            if self._options.has_relay:
                 self._relay = self._start_relay()
 
     def plug(self, volume_name: str, backing: Path) -> None:
@@ -273,10 +280,9 @@ class Machine:
         return files
 
     def _sshd_config(self, host_keys: list[str]) -> str:
-        relayed = self._options.cut_after or self._options.stall_after
         path = f"{PRIVATE}/bin:{_PATH}" if self._options.python else _PATH
         lines = [
-            f"ListenAddress {'127.0.0.1' if relayed else self.address}",
+            f"ListenAddress {'127.0.0.1' if self._options.has_relay else self.address}",
             *(f"HostKey {PRIVATE}/{name}" for name in host_keys),
             f"AuthorizedKeysFile {PRIVATE}/authorized_keys",
             "StrictModes no",
@@ -289,14 +295,18 @@ class Machine:
             "PrintMotd no",
             "PrintLastLog no",
             f"SetEnv PATH={path} HOME=/root",
+            *(["Ciphers aes128-gcm@openssh.com"] if self._options.deaf_connections else []),  # the relay must count
             "Subsystem sftp internal-sftp",
         ]
         return "\n".join(lines) + "\n"
 
     def _start_relay(self) -> Relay:
-        if self._options.cut_after:
-            return Relay(self._init, self.address, self._options.cut_after, self._options.cut_connections, None)
-        return Relay(self._init, self.address, self._options.stall_after, self._options.stall_connections, self.stall)
+        options = self._options
+        if options.deaf_connections:
+            return Relay(self._init, self.address, 0, options.deaf_connections, None)
+        if options.cut_after:
+            return Relay(self._init, self.address, options.cut_after, options.cut_connections, None)
+        return Relay(self._init, self.address, options.stall_after, options.stall_connections, self.stall)
 
     # -- inside
 

@@ -82,8 +82,50 @@ def _dotted(host: int) -> str:
     return f"10.78.{host // 256}.{host % 256}"
 
 
+class UntilChannel:
+    """Tells how much of what a client sends may pass until it has opened a channel.
+
+    Of an encrypted packet AES-GCM leaves the length readable (RFC 5647). A client that logs in with a key at once sends
+    three: a request for the service, one to log in, and one for the channel, whose confirmation it awaits.
+    """
+
+    PACKETS = 3
+    _NEW_KEYS = 21
+    _TAG = 16
+
+    def __init__(self) -> None:
+        self._kept = bytearray()
+        self._greeted = False
+        self._encrypted = False
+        self._left = self.PACKETS
+
+    def passing(self, data: bytes) -> bytes:
+        """The packets that are complete with this data, and may pass."""
+        self._kept += data
+        passing = bytearray()
+        while self._left and (size := self._size()) and len(self._kept) >= size:
+            if self._encrypted:
+                self._left -= 1
+            elif self._greeted:
+                self._encrypted = self._kept[5] == self._NEW_KEYS
+            self._greeted = True
+            passing += self._kept[:size]
+            del self._kept[:size]
+        return bytes(passing)
+
+    def _size(self) -> int:
+        """Of the next packet; 0 if that is not known yet. The first one is a line of text."""
+        if not self._greeted:
+            return self._kept.find(b"\n") + 1
+        if len(self._kept) < 6:
+            return 0
+        return 4 + int.from_bytes(self._kept[:4], "big") + self._TAG * self._encrypted
+
+
 class Relay:
     """Forwards a droplet's SSH port to its sshd until a connection has sent so many bytes, then does `on_limit`.
+
+    With a limit of 0 it forwards everything, but nothing from the client once that has a channel.
 
     It runs in this process, on a thread that has entered the droplet's network namespace.
     """
@@ -159,8 +201,8 @@ class Relay:
         """Forward both directions until either ends or the limit is reached."""
         from_sshd, to_sshd = await asyncio.open_connection("127.0.0.1", 22, limit=_RELAY_STEP)
         try:
-            upstream = asyncio.ensure_future(self._forward(reader, to_sshd, None))
-            downstream = asyncio.ensure_future(self._forward(from_sshd, writer, self._limit if limited else None))
+            upstream = asyncio.ensure_future(self._forward_up(reader, to_sshd, limited))
+            downstream = asyncio.ensure_future(self._forward(from_sshd, writer, self._limit if limited else 0))
             try:
                 await asyncio.wait((upstream, downstream), return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -169,13 +211,23 @@ class Relay:
         finally:
             to_sshd.transport.abort()
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: int | None) -> None:
-        """Forward until the end, or so many bytes."""
+    async def _forward_up(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limited: bool) -> None:
+        """Forward what the client sends until the end."""
+        if not limited or self._limit:
+            await self._forward(reader, writer, 0)
+            return
+        until_channel = UntilChannel()
+        while chunk := await reader.read(_RELAY_STEP):
+            writer.write(until_channel.passing(chunk))
+            await writer.drain()
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: int) -> None:
+        """Forward until the end, or so many bytes, if the limit is not 0."""
         left = limit
-        while chunk := await reader.read(_RELAY_STEP if left is None else min(left, _RELAY_STEP)):
+        while chunk := await reader.read(min(left or _RELAY_STEP, _RELAY_STEP)):
             writer.write(chunk)
             await writer.drain()
-            if left is not None and (left := left - len(chunk)) <= 0:
+            if limit and (left := left - len(chunk)) <= 0:
                 await self._at_limit()
                 return
 
