@@ -317,6 +317,21 @@ def test_health_reminds_of_volumes_that_are_not_backed_up_any_more(home: Home, s
     home.run("health")
 
 
+def test_health_and_verify_do_not_take_an_image_that_was_set_aside_for_a_volume(home: Home, sim: Simulator) -> None:
+    old = sim.add_volume("data")
+    write_at(old.path, 0, b"old")
+    home.run()
+    sim.remove_volume(old)
+    write_at(sim.add_volume("data").path, 0, b"new")
+    home.run()
+    assert len(list(home.backups.glob("data.set-aside-*"))) == 1
+    for command, told in (("health", "data: its last complete backup is"), ("verify", "data: sound")):
+        done = home.run(command)
+        assert not done.stderr
+        assert len(done.stdout.splitlines()) == 1
+        assert told in done.stdout
+
+
 def test_health_without_any_backup(home: Home) -> None:
     assert "no backups" in offline(home, "health", expect=2).stderr
     home.backups.mkdir()
