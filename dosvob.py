@@ -1519,6 +1519,7 @@ STATE_HEADER = 4096  # bytes, the last 32 of which are a checksum of the others
 STATE_VERSION = JOURNAL_VERSION = 1
 REREAD_PARTS = 8  # every sync reads so great a part of the image again, in turn, to find what decayed on disk
 READ_AHEAD_LOCAL = 8  # chunks
+ROOM_FOR_OTHERS = GIB  # bytes that a first sync on a full disk leaves to the changes of other volumes
 ZERO_PAGES = ZERO_PAGE_DIGEST * PAGES
 ZERO_DIGEST = chunk_digest(ZERO_PAGES)
 ALL_PAGES = (1 << PAGES) - 1
@@ -1693,8 +1694,11 @@ def forget_cached(fd: int) -> None:
 
 def read_chunk(fd: int, index: int) -> bytes | None:
     """A chunk of an image, with zeros beyond the image's end; None if the disk cannot read it."""
-    try:
-        return os.pread(fd, CHUNK, index * CHUNK).ljust(CHUNK, b"\0")
+    chunk = b""
+    try:  # a read ends before what cannot be read, and only the next one fails
+        while len(chunk) < CHUNK and (part := os.pread(fd, CHUNK - len(chunk), index * CHUNK + len(chunk))):
+            chunk += part
+        return chunk.ljust(CHUNK, b"\0")
     except OSError as problem:
         if problem.errno != errno.EIO:
             raise
@@ -1884,6 +1888,7 @@ def recover(paths: ImagePaths, warn: Callable[[str], None]) -> bool:
     except FileNotFoundError:
         return False
     with file:
+        check_link(paths)
         journal = JournalFile(paths.journal, file)
         if journal.is_sound() and is_of_image(paths, journal, warn):
             apply_journal(paths, journal)
@@ -1895,6 +1900,12 @@ def recover(paths: ImagePaths, warn: Callable[[str], None]) -> bool:
         f"the journal of {paths.name} is damaged or does not belong to its image; it was set aside as {aside}, and "
         f"nothing of it was applied. The next run compares {paths.image} with the volume and mends it"
     )
+
+
+def check_link(paths: ImagePaths) -> None:
+    """Raise DosvobError if the image is a link that leads nowhere: what it led to will come back."""
+    if paths.image.is_symlink() and not paths.image.exists():
+        raise DosvobError(f"{paths.image} leads to {paths.image.readlink()}, which is not there: is it mounted?")
 
 
 def is_of_image(paths: ImagePaths, journal: JournalFile, warn: Callable[[str], None]) -> bool:
@@ -2049,8 +2060,7 @@ class Update:
     def _fit_for_use(self, state: State | None, warn: Callable[[str], None]) -> State | None:
         """The state, if it is this volume's; the image of another volume is set aside."""
         paths = self._paths
-        if paths.image.is_symlink() and not paths.image.exists():
-            raise DosvobError(f"{paths.image} leads to {paths.image.readlink()}, which is not there: is it mounted?")
+        check_link(paths)
         other = state is not None and state.snapshot.volume_id != self._snapshot.volume_id
         if state is not None and not other and state.snapshot.size > self._snapshot.size:
             raise DosvobError(
@@ -2203,7 +2213,10 @@ class Update:
 
     def _merged(self, index: int, wanted: int, included: int, data: bytes) -> bytes:
         """A local chunk as the data makes it."""
-        chunk = bytearray(self._local_chunk(index) or bytes(CHUNK))
+        local = self._local_chunk(index)
+        if local is None:  # though it could be read just now; the next sync fetches all of it
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self._paths.image))
+        chunk = bytearray(local)
         position = 0
         for first, count, is_data in page_runs(wanted, included):
             start, length = first * PAGE, count * PAGE
@@ -2261,9 +2274,21 @@ class Update:
         sync_directory(self._paths.metadata)
 
     def give_room(self) -> None:
-        """Remove the journal of a sync that cannot go on for want of room, so that the other volumes can."""
-        if self._journal is not None and not self._is_committed:
+        """Give up so much of a sync that cannot go on for want of room that the other volumes can.
+
+        That is a journal, or the end of a first sync: each run that fails fetches only that again.
+        """
+        if self._is_committed:
+            return
+        if self._journal is not None:
             self._paths.journal.unlink(missing_ok=True)
+            return
+        goal = os.fstat(self._fd).st_blocks * 512 - ROOM_FOR_OTHERS
+        with contextlib.suppress(OSError):  # a file system without holes has none to give
+            for index in reversed(range(min(self.settled + WINDOW, self.chunks))):
+                if os.fstat(self._fd).st_blocks * 512 <= goal:
+                    break
+                punch_hole(self._fd, index * CHUNK, CHUNK)
 
     def close(self) -> None:
         """Close the files. What was not finished is left for the next sync to take up."""
@@ -2864,6 +2889,7 @@ class Link:
 
     def start_agent(self, program: bytes) -> AgentStream:
         """An agent with this program; raises ConnectionLost."""
+        self._cancellation.check()
         return AgentStream(self.open(RECONNECT_LIMIT), program, self._cancellation)
 
     def close(self) -> None:
@@ -3247,8 +3273,8 @@ def recover_all(backups: Path, report: Reporter) -> set[str]:
 def disk_problem(problem: OSError, backups: Path) -> str:
     """What the local disk refused, for the user."""
     advice = {
-        errno.ENOSPC: "make room there, the next run goes on from here",
-        errno.EDQUOT: "make room there, the next run goes on from here",
+        errno.ENOSPC: "make room there and run again",
+        errno.EDQUOT: "make room there and run again",
         errno.EROFS: "mount it for writing",
         errno.EACCES: "it must belong to the user who runs dosvob",
         errno.EPERM: "it must belong to the user who runs dosvob",

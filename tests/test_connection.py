@@ -152,6 +152,8 @@ def test_signal_while_an_agent_is_being_started(home: Home, sim: Simulator) -> N
     running.signal(signal.SIGTERM)
     assert running.end() == 128 + signal.SIGTERM
     assert_nothing_left(sim)
+    assert running.output.count("connecting again") <= 2  # the one that was being made is not followed by others
+    assert "error: " not in running.output
 
 
 def test_one_connection_serves_all_volumes(home: Home, sim: Simulator, tmp_path: Path) -> None:

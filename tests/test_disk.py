@@ -14,7 +14,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,20 @@ def test_a_later_volume_is_backed_up_although_the_changes_of_the_first_do_not_fi
     error = one_clear_error(home.run(*backups, expect=1))
     assert "a-big" in error
     assert "No space left on device" in error
+    assert same(tmpfs.path / "b-small", small.path)
+    tmpfs.leave_free(64 * MIB)
+    home.run(*backups)
+    assert same(tmpfs.path / "a-big", big.path)
+
+
+def test_a_later_volume_is_backed_up_although_the_first_one_does_not_fit(home: Home, tmpfs: Tmpfs) -> None:
+    """Also when there are no images yet."""
+    big, small = home.simulator.add_volume("a-big"), home.simulator.add_volume("b-small")
+    write_at(big.path, 0, os.urandom(12 * MIB))
+    write_at(small.path, 5 * MIB, b"small")
+    backups = ("--backups", str(tmpfs.path))
+    tmpfs.leave_free(8 * MIB)
+    assert "a-big" in one_clear_error(home.run(*backups, expect=1))
     assert same(tmpfs.path / "b-small", small.path)
     tmpfs.leave_free(64 * MIB)
     home.run(*backups)
@@ -411,18 +425,22 @@ def test_a_file_system_without_holes_gets_zeros(disk: Disk) -> None:
     assert disk.image() == disk.new
 
 
-class BadMebibyte:
-    """A MiB of the image that the disk cannot read; what is written to it, or made a hole, can be read again."""
+class BadPages:
+    """Pages of the image that the disk cannot read; what is written to them, or made a hole, can be read again.
 
-    def __init__(self, disk: Disk, chunk: int, patches: pytest.MonkeyPatch) -> None:
-        self.pages = set(range(chunk * PAGES, (chunk + 1) * PAGES))
+    As the kernel does it, a read ends before them, and is an error only if it begins with one.
+    """
+
+    def __init__(self, disk: Disk, pages: Iterable[int], patches: pytest.MonkeyPatch) -> None:
+        self.pages = set(pages)
         self._inode = disk.paths.image.stat().st_ino
         pread, write_all, punch_hole = os.pread, dosvob.write_all, dosvob.punch_hole
 
         def read(fd: int, length: int, offset: int) -> bytes:
-            if self._is_image(fd) and self.pages.intersection(pages_of(offset, length)):
+            bad = self.pages.intersection(pages_of(offset, length)) if self._is_image(fd) else ()
+            if offset // PAGE in bad:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return pread(fd, length, offset)
+            return pread(fd, min(bad) * PAGE - offset if bad else length, offset)
 
         def write(fd: int, data: bytes | memoryview, offset: int) -> None:
             write_all(fd, data, offset)
@@ -457,7 +475,7 @@ def test_a_mebibyte_that_the_disk_cannot_read_is_fetched_and_written_again(
     chunk = 5
     write_at(disk.device, chunk * MIB, os.urandom(PAGES // 2 * PAGE) + bytes(PAGES // 2 * PAGE))
     disk.back_up()
-    bad = BadMebibyte(disk, chunk, monkeypatch)
+    bad = BadPages(disk, range(chunk * PAGES, (chunk + 1) * PAGES), monkeypatch)
     assert dosvob.verify_image(disk.paths, lambda size: None) == [(chunk * MIB, (chunk + 1) * MIB)]
     change = {"what it was": b"", "another page": os.urandom(PAGE), "zeros": bytes(MIB), "noise": os.urandom(MIB)}
     write_at(disk.device, chunk * MIB, change[becomes])
@@ -467,6 +485,22 @@ def test_a_mebibyte_that_the_disk_cannot_read_is_fetched_and_written_again(
     assert not bad.pages
     assert disk.image() == disk.device.read_bytes()
     assert dosvob.verify_image(disk.paths, lambda size: None) == []
+
+
+@pytest.mark.parametrize("becomes", ["what it was", "zeros"])
+def test_a_page_in_the_middle_that_the_disk_cannot_read_is_written_again(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, becomes: str
+) -> None:
+    page = 5 * PAGES + 7
+    write_at(disk.device, 5 * MIB, os.urandom(MIB))
+    disk.back_up()
+    bad = BadPages(disk, [page], monkeypatch)
+    assert dosvob.verify_image(disk.paths, lambda size: None) == [(5 * MIB, 6 * MIB)]
+    if becomes == "zeros":
+        write_at(disk.device, page * PAGE, bytes(PAGES // 2 * PAGE))
+    assert disk.back_up(reread=True)[0].decayed == [5 * MIB]
+    assert not bad.pages
+    assert disk.image() == disk.device.read_bytes()
 
 
 def reading_fails(image: Path, chunk: int) -> tuple[str, ...]:
@@ -643,12 +677,14 @@ def test_a_journal_of_a_newer_version_is_kept_and_told(disk: Disk, monkeypatch: 
 
 
 @pytest.mark.parametrize("is_committed", [True, False])
-def test_a_journal_whose_image_was_deleted_is_of_no_use_and_no_trouble(disk: Disk, is_committed: bool) -> None:
+def test_a_journal_whose_image_is_not_there_is_kept_if_it_may_be_needed(disk: Disk, is_committed: bool) -> None:
+    """An image that is in the middle of a change may have been moved elsewhere; before its change it is whole."""
     leave_committed(disk.backups, NAME, disk.device)
     if not is_committed:
         os.truncate(disk.paths.journal, disk.paths.journal.stat().st_size - COMMIT_RECORD)
     disk.paths.image.unlink()
-    assert dosvob.recover_all(disk.backups, dosvob.Reporter(quiet=True)) == set()
+    assert dosvob.recover_all(disk.backups, dosvob.Reporter(quiet=True)) == ({NAME} if is_committed else set())
+    assert len(list(disk.paths.metadata.glob("*.damaged-*"))) == is_committed
     tally, warnings = disk.back_up()
     assert tally.changed
     assert not warnings
@@ -733,6 +769,36 @@ def heat(disk: Disk, chunk: int, chance: random.Random, *, whole: bool) -> None:
             place = chunk * MIB + page * PAGE
             was = os.pread(image.fileno(), PAGE, place)
             write_at(disk.device, place, chance.choice((was, bytes(PAGE), chance.randbytes(PAGE))))
+
+
+def test_a_chunk_that_cannot_be_read_any_more_when_its_journal_is_continued_is_not_guessed(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_at(disk.device, 5 * MIB, os.urandom(MIB))
+    disk.back_up()
+    write_at(disk.device, 5 * MIB, os.urandom(PAGE))
+    leave_committed(disk.backups, NAME, disk.device)
+    os.truncate(disk.paths.journal, disk.paths.journal.stat().st_size - COMMIT_RECORD)
+    write_at(disk.device, 5 * MIB + PAGE, os.urandom(PAGE))
+    bad = BadPages(disk, [], monkeypatch)
+    local_pages = dosvob.Update.local_pages
+    reads: list[int] = []
+
+    def read_and_lose(update: dosvob.Update, index: int) -> bytes:
+        """Read it for its digest and for its pages; then the disk fails."""
+        pages = local_pages(update, index)
+        reads.extend([index] * (index == 5))
+        if len(reads) == 2:
+            bad.pages.update(range(5 * PAGES, 6 * PAGES))
+        return pages
+
+    monkeypatch.setattr(dosvob.Update, "local_pages", read_and_lose)
+    with contextlib.suppress(OSError, dosvob.DosvobError):
+        disk.back_up()
+    assert len(reads) >= 2
+    monkeypatch.undo()
+    assert dosvob.verify_image(disk.paths, lambda size: None) == []
+    disk.check_settled()
 
 
 def cut_connection(device: Path, cut: int, connections: int = 1, most: int = 4 * KIB) -> Callable[[int, int], Any]:
@@ -1044,6 +1110,29 @@ def test_the_script_leaves_a_link_alone_whose_disk_is_not_mounted(home: Home, tm
     assert not home.run().stderr
     assert image.is_symlink()
     assert same(mounted / NAME, volume.path)
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_a_journal_is_kept_while_the_disk_that_its_image_is_linked_to_is_not_mounted(
+    disk: Disk, is_committed: bool
+) -> None:
+    """The image may have been changed in part already."""
+    mounted, unmounted = disk.backups / "mounted", disk.backups / "unmounted"
+    mounted.mkdir()
+    disk.paths.image.rename(mounted / NAME)
+    disk.paths.image.symlink_to(mounted / NAME)
+    leave_committed(disk.backups, NAME, disk.device)
+    if is_committed:
+        write_at(disk.paths.image, 0, disk.new[: 3 * MIB])
+    else:
+        os.truncate(disk.paths.journal, disk.paths.journal.stat().st_size - COMMIT_RECORD)
+    mounted.rename(unmounted)
+    dosvob.recover_all(disk.backups, dosvob.Reporter(quiet=True))
+    assert disk.paths.journal.exists()
+    unmounted.rename(mounted)
+    assert recover(disk.backups, NAME) == is_committed
+    assert disk.image() == (disk.new if is_committed else disk.old)
+    disk.check_settled()
 
 
 # -- who may read it, and where it may be
