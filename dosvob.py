@@ -1156,8 +1156,8 @@ class Ephemeral:
 
     def _tear_down(self, api: Api) -> None:
         """Remove everything of this run, and look again that nothing is left."""
-        existing = ", ".join(map(str, self._existing()))
-        self._report.say(f"removing {existing or 'what may have been created'}")
+        existing = ", ".join(sorted(resource.kind for resource in self._existing())) or "what may have been created"
+        self._report.say(f"removing {existing}: all that is named {self.prefix}…")
         try:
             left = remove_all(api, self.prefix, self._report.doing, self._existing())
             if self._unsettled or self._in_doubt:
