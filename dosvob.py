@@ -372,7 +372,7 @@ class Api:
         self._sessions = threading.local()  # requests does not promise that a session can be shared by threads
 
     def to_the_end(self) -> Api:
-        """The same API for a teardown: no signal stops it, and no single call holds it up for long."""
+        """The same API for a teardown: no signal stops it, and no call holds it up for long, save by the rate limit."""
         api = Api(self._url, self._token, Cancellation(), self._say, self._detail)
         api._retry_limit = TEARDOWN_RETRY_LIMIT
         return api
@@ -738,17 +738,21 @@ def remove_all(
     note: Callable[[str], None],
     created: Mapping[Resource, float] | None = None,
     kinds: Iterable[str] = ALL_KINDS,
+    seen: set[str] | None = None,
 ) -> dict[Resource, str]:
     """Delete all ephemeral resources (of one run) until none is listed; return what stays, with the reason.
 
     A volume cannot be deleted for some seconds after its droplet's deletion was accepted: so it is tried again.
-    `created`, with the times of that, is deleted before anything is listed, and even if no list can be had.
+    `created`, with the times of that, is deleted before anything is listed, and even if no list can be had. The names
+    of what is listed are added to `seen`.
     """
     start = time.monotonic()
     fewest = sys.maxsize
     unseen = dict(created or {})
+    seen = set() if seen is None else seen
     for attempt in itertools.count(0 if unseen else 1):
         listed, left = list_each(api, run_prefix, kinds) if attempt else ([], {})
+        seen.update(resource.name for resource in listed)
         found = dict.fromkeys([*listed, *unseen])
         left |= delete_each(api, sorted(found, key=lambda resource: ALL_KINDS.index(resource.kind)), unseen, note)
         if attempt and not left:
@@ -1159,9 +1163,10 @@ class Ephemeral:
         existing = ", ".join(sorted(resource.kind for resource in self._existing())) or "what may have been created"
         self._report.say(f"removing {existing}: all that is named {self.prefix}…")
         try:
-            left = remove_all(api, self.prefix, self._report.doing, self._existing())
+            seen: set[str] = set()
+            left = remove_all(api, self.prefix, self._report.doing, self._existing(), seen=seen)
             if self._unsettled or self._in_doubt:
-                left |= self._remove_late(api)
+                left |= self._remove_late(api, seen)
         except Exception as problem:  # noqa: BLE001 - even after a bug in here: tell what there may be
             self._report.detail(traceback.format_exc())
             unsettled = [Resource(kind, UNKNOWN, name) for name, kind in self._unsettled.items()]
@@ -1172,13 +1177,15 @@ class Ephemeral:
                     self._removed.setdefault(resource, time.monotonic())
         report_left(self._report, left)
 
-    def _remove_late(self, api: Api) -> dict[Resource, str]:
-        """Remove what was asked for without an answer, once lists can be trusted to show it; returns what may stay."""
+    def _remove_late(self, api: Api, seen: set[str]) -> dict[Resource, str]:
+        """Remove what was asked for without an answer, once lists can be trusted to show it; returns what may stay.
+
+        `seen` has the names of what was listed before.
+        """
         api.sleep(LIST_LAG)
         doubtful = {*self._in_doubt.values(), *self._unsettled.values()}
         kinds = [kind for kind in ALL_KINDS if kind in doubtful]
-        seen = {resource.name for resource in list_each(api, self.prefix, kinds)[0]}
-        left = remove_all(api, self.prefix, self._report.doing, kinds=kinds)
+        left = remove_all(api, self.prefix, self._report.doing, kinds=kinds, seen=seen)
         for name, kind in self._unsettled.items():
             if name not in seen:
                 left[Resource(kind, UNKNOWN, name)] = "It was asked for, DigitalOcean did not say yes or no"
@@ -1186,9 +1193,9 @@ class Ephemeral:
 
 
 # ── The agent ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The part that runs on the droplet: it reads the volume once, sends a digest for each chunk, and the pages that it is
-# asked for. Its source is sent over SSH and run by the droplet's own python3, so it uses the standard library alone,
-# and of this file only what `agent_source` names.
+# The part that runs on the droplet: it reads the volume once (what must be sent of a large change: twice), sends a
+# digest for each chunk, and the pages that it is asked for. Its source is sent over SSH and run by the droplet's own
+# python3, so it uses the standard library alone, and of this file only what `agent_source` names.
 #
 # The frames and commands. Frames (agent to here) are FRAME (kind, index, length of the payload), then the payload:
 #   HELLO    AGENT_MAGIC, the device's size in bytes (8 bytes)       the first frame
@@ -1714,17 +1721,24 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         offset += written
 
 
-def punch_hole(fd: int, offset: int, length: int) -> None:
+def make_zeros(fd: int, offset: int, length: int) -> None:
     """Make a range of a file zeros, as a hole where the file system has them."""
-    if FALLOCATE is not None:
-        mode = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
-        if FALLOCATE(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
-            return
-        number = ctypes.get_errno()
-        if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
-            raise OSError(number, os.strerror(number))
-    for start in range(offset, offset + length, CHUNK):
-        write_all(fd, bytes(min(CHUNK, offset + length - start)), start)
+    if not punch_hole(fd, offset, length):
+        for start in range(offset, offset + length, CHUNK):
+            write_all(fd, bytes(min(CHUNK, offset + length - start)), start)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> bool:
+    """Make a range of a file a hole; False if the file system or the C library has none."""
+    if FALLOCATE is None:
+        return False
+    mode = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+    if FALLOCATE(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
+        raise OSError(number, os.strerror(number))
+    return False
 
 
 # The journal: a sequence of records, each a header, then its data. They say (offset, length, data or a hole), and are
@@ -1938,7 +1952,7 @@ def apply_journal(paths: ImagePaths, journal: JournalFile) -> None:
         os.ftruncate(fd, journal.snapshot.size)
         for record in journal.records():
             if record.kind == HOLE:
-                punch_hole(fd, record.offset, record.length)
+                make_zeros(fd, record.offset, record.length)
             else:
                 write_all(fd, record.data, record.offset)
         os.fsync(fd)
@@ -2234,7 +2248,7 @@ class Update:
         if self._journal is not None:
             self._journal.append(HOLE, offset, length=length)
         else:
-            punch_hole(self._fd, offset, length)
+            make_zeros(self._fd, offset, length)
 
     # The end of it
 
@@ -2284,11 +2298,9 @@ class Update:
             self._paths.journal.unlink(missing_ok=True)
             return
         goal = os.fstat(self._fd).st_blocks * 512 - ROOM_FOR_OTHERS
-        with contextlib.suppress(OSError):  # a file system without holes has none to give
-            for index in reversed(range(min(self.settled + WINDOW, self.chunks))):
-                if os.fstat(self._fd).st_blocks * 512 <= goal:
-                    break
-                punch_hole(self._fd, index * CHUNK, CHUNK)
+        for index in reversed(range(min(self.settled + WINDOW, self.chunks))):
+            if os.fstat(self._fd).st_blocks * 512 <= goal or not punch_hole(self._fd, index * CHUNK, CHUNK):
+                break
 
     def close(self) -> None:
         """Close the files. What was not finished is left for the next sync to take up."""
@@ -2680,14 +2692,6 @@ class RunKeys:
         return "#cloud-config\n" + json.dumps(content)
 
 
-@dataclass(frozen=True)
-class Connection:
-    """An authenticated connection, and its round trip in seconds."""
-
-    transport: paramiko.Transport
-    round_trip: float
-
-
 @contextlib.contextmanager
 def closing_after(limit: float, transport: paramiko.Transport) -> Iterator[None]:
     """Close the transport if the block takes more than `limit` seconds, with which the block fails."""
@@ -2702,17 +2706,19 @@ def closing_after(limit: float, transport: paramiko.Transport) -> Iterator[None]
 class AgentStream:
     """A running agent at the other end of an SSH connection. To be closed, by which the agent ends."""
 
-    def __init__(self, connection: Connection, program: bytes, cancellation: Cancellation) -> None:
+    def __init__(self, transport: paramiko.Transport, program: bytes, cancellation: Cancellation) -> None:
         self.received = 0  # bytes
         self._window = LEAST_WINDOW  # bytes that may be under way
         self._measured = (0, time.monotonic())  # bytes received at the last look at how fast they come, and its time
-        self._connection = connection
+        self._transport = transport
         self._cancellation = cancellation
         bootstrap = f"import sys; exec(sys.stdin.buffer.read({len(program)}))"
         try:
-            self._channel = connection.transport.open_session(self._window, PACKET_SIZE, SSH_TIMEOUT)
+            start = time.monotonic()
+            self._channel = transport.open_session(self._window, PACKET_SIZE, SSH_TIMEOUT)
+            self._round_trip = time.monotonic() - start  # seconds
             self._channel.settimeout(Cancellation.NAP)
-            with closing_after(SSH_TIMEOUT, connection.transport):  # paramiko waits for the answer without a limit
+            with closing_after(SSH_TIMEOUT, transport):  # paramiko waits for the answer without a limit
                 self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'")
         except (paramiko.SSHException, OSError, EOFError) as problem:
             raise self._lost(f"the agent could not be started: {problem}") from problem
@@ -2742,10 +2748,10 @@ class AgentStream:
         """
         received, since = self._measured
         seconds = time.monotonic() - since
-        if seconds < self._connection.round_trip / 4:  # often enough to grow as fast as what arrives does
+        if seconds < self._round_trip / 4:  # often enough to grow as fast as what arrives does
             return
         self._measured = (self.received, time.monotonic())
-        wanted = min(int(2 * (self.received - received) / seconds * self._connection.round_trip), MOST_WINDOW)
+        wanted = min(int(2 * (self.received - received) / seconds * self._round_trip), MOST_WINDOW)
         if wanted > self._window and hasattr(self._channel, "in_window_sofar"):
             # What paramiko announces with the next bytes that are taken; it has no call for a window that grows.
             self._channel.in_window_sofar += wanted - self._window
@@ -2758,14 +2764,14 @@ class AgentStream:
             try:
                 return transfer()
             except TimeoutError:
-                if time.monotonic() > end or not self._connection.transport.is_active():
+                if time.monotonic() > end or not self._transport.is_active():
                     raise self._lost(f"the connection to the droplet was silent for {STALL_LIMIT} s") from None
             except (OSError, EOFError, paramiko.SSHException) as problem:
                 raise self._lost(f"the connection to the droplet broke: {problem}") from problem
 
     def _lost(self, what: str) -> ConnectionLost:
         """The error for a connection that is not to be used any more."""
-        self._connection.transport.close()
+        self._transport.close()
         return ConnectionLost(what)
 
     def _last_words(self) -> str:
@@ -2815,14 +2821,12 @@ class ReadAheadSocket(socket.socket):
         return data
 
 
-def connect(address: str, keys: RunKeys) -> Connection:
+def connect(address: str, keys: RunKeys) -> paramiko.Transport:
     """An authenticated connection; raises HostKeyMismatch, or ConnectionLost for what may pass."""
-    start = time.monotonic()
     try:
         sock = ReadAheadSocket(socket.create_connection((address, SSH_PORT), timeout=SSH_TIMEOUT))
     except OSError as problem:
         raise ConnectionLost(f"no connection to the droplet at {address}: {problem}") from problem
-    round_trip = time.monotonic() - start
     # Without it each window adjustment waits for an acknowledgement: half the speed.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     transport = paramiko.Transport(
@@ -2841,7 +2845,7 @@ def connect(address: str, keys: RunKeys) -> Connection:
     except BaseException:
         transport.close()
         raise
-    return Connection(transport, round_trip)
+    return transport
 
 
 def log_in(transport: paramiko.Transport, address: str, keys: RunKeys) -> None:
@@ -2857,7 +2861,7 @@ def log_in(transport: paramiko.Transport, address: str, keys: RunKeys) -> None:
         raise ConnectionLost(f"the droplet at {address} does not let us in: {problem}") from problem
 
 
-def connect_when_up(address: str, keys: RunKeys, cancellation: Cancellation, limit: float) -> Connection:
+def connect_when_up(address: str, keys: RunKeys, cancellation: Cancellation, limit: float) -> paramiko.Transport:
     """Connect to a droplet that may still be starting; raises the last ConnectionLost after `limit` seconds."""
     end = time.monotonic() + limit
     pause = 0.25
@@ -2878,14 +2882,14 @@ class Link:
         self._address = address
         self._keys = keys
         self._cancellation = cancellation
-        self._connection: Connection | None = None
+        self._transport: paramiko.Transport | None = None
 
-    def open(self, limit: float) -> Connection:
+    def open(self, limit: float) -> paramiko.Transport:
         """The connection that there is, or a new one within `limit` seconds; raises ConnectionLost."""
-        if self._connection is None or not self._connection.transport.is_active():
+        if self._transport is None or not self._transport.is_active():
             self.close()
-            self._connection = connect_when_up(self._address, self._keys, self._cancellation, limit)
-        return self._connection
+            self._transport = connect_when_up(self._address, self._keys, self._cancellation, limit)
+        return self._transport
 
     def start_agent(self, program: bytes) -> AgentStream:
         """An agent with this program; raises ConnectionLost."""
@@ -2894,9 +2898,9 @@ class Link:
 
     def close(self) -> None:
         """Close the connection, and with it whatever runs at its other end."""
-        if self._connection is not None:
-            self._connection.transport.close()
-            self._connection = None
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
 
 
 def device_path(volume_name: str) -> str:
@@ -3668,6 +3672,7 @@ def is_fresh(backups: Path, name: str, max_age: float, wanted: set[str], report:
     """Whether an image is there and its snapshot is at most `max_age` hours old, and say so."""
     try:
         paths = ImagePaths(backups, name)
+        check_link(paths)
         with paths.state.open("rb") as file:
             state = State.unpack(file.read(STATE_HEADER), paths.state)
     except FileNotFoundError:

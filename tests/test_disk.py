@@ -434,7 +434,7 @@ class BadPages:
     def __init__(self, disk: Disk, pages: Iterable[int], patches: pytest.MonkeyPatch) -> None:
         self.pages = set(pages)
         self._inode = disk.paths.image.stat().st_ino
-        pread, write_all, punch_hole = os.pread, dosvob.write_all, dosvob.punch_hole
+        pread, write_all, make_zeros = os.pread, dosvob.write_all, dosvob.make_zeros
 
         def read(fd: int, length: int, offset: int) -> bytes:
             bad = self.pages.intersection(pages_of(offset, length)) if self._is_image(fd) else ()
@@ -447,12 +447,12 @@ class BadPages:
             self._mend(fd, offset, len(data))
 
         def punch(fd: int, offset: int, length: int) -> None:
-            punch_hole(fd, offset, length)
+            make_zeros(fd, offset, length)
             self._mend(fd, offset, length)
 
         patches.setattr(os, "pread", read)
         patches.setattr(dosvob, "write_all", write)
-        patches.setattr(dosvob, "punch_hole", punch)
+        patches.setattr(dosvob, "make_zeros", punch)
 
     def _is_image(self, fd: int) -> bool:
         return os.fstat(fd).st_ino == self._inode
@@ -532,7 +532,7 @@ def test_a_hole_beyond_4_gib_is_made_there_and_nowhere_else(tmp_path: Path) -> N
         file.truncate(6 * GIB)
         for place in places:
             os.pwrite(file.fileno(), b"x" * MIB, place)
-        dosvob.punch_hole(file.fileno(), 5 * GIB, MIB)
+        dosvob.make_zeros(file.fileno(), 5 * GIB, MIB)
         assert data_places(path) == {place // MIB for place in places if place != 5 * GIB}
         assert os.pread(file.fileno(), MIB, 5 * GIB) == bytes(MIB)
         assert os.fstat(file.fileno()).st_size == 6 * GIB
@@ -1194,3 +1194,23 @@ def test_the_script_does_not_leave_the_directory_for_a_hostile_name(home: Home) 
 def outside(home: Home) -> set[Path]:
     """What there is beside the backups directory."""
     return {*home.directory.parent.iterdir(), *home.directory.iterdir()} - {home.backups}
+
+
+@pytest.mark.parametrize("has_holes", [True, False])
+def test_room_is_made_of_a_first_sync_only_where_that_gives_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_holes: bool
+) -> None:
+    """A file system without holes would only have zeros written over what was fetched."""
+    device = tmp_path / "device"
+    content = os.urandom(4 * MIB)
+    device.write_bytes(content)
+    paths = dosvob.ImagePaths(tmp_path, NAME)
+    paths.metadata.mkdir()
+    paths.partial.write_bytes(content)
+    if not has_holes:
+        monkeypatch.setattr(dosvob, "FALLOCATE", None)
+    monkeypatch.setattr(dosvob, "ROOM_FOR_OTHERS", 2 * MIB)
+    with contextlib.closing(dosvob.Update(paths, snapshot_of(device, NAME), print, reread=False)) as update:
+        update.give_room()
+    kept = 2 * MIB if has_holes else 4 * MIB
+    assert paths.partial.read_bytes() == content[:kept].ljust(4 * MIB, b"\0")

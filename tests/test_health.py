@@ -332,6 +332,16 @@ def test_health_and_verify_do_not_take_an_image_that_was_set_aside_for_a_volume(
         assert told in done.stdout
 
 
+def test_health_tells_of_an_image_whose_disk_is_not_mounted(home: Home, sim: Simulator) -> None:
+    sim.add_volume("data")
+    home.run()
+    image = home.image("data")
+    image.unlink()
+    image.symlink_to("elsewhere/data")
+    done = home.run("health", expect=1)
+    assert "data leads to elsewhere/data, which is not there: is it mounted?" in done.stderr
+
+
 def test_health_without_any_backup(home: Home) -> None:
     assert "no backups" in offline(home, "health", expect=2).stderr
     home.backups.mkdir()

@@ -517,3 +517,20 @@ def drain(terminal: int) -> None:
         pass
     finally:
         os.close(terminal)
+
+
+def test_signal_while_a_creation_without_an_answer_is_looked_for(home: Home, sim: Simulator) -> None:
+    """The teardown finds it, so there is no alarm."""
+    add_volume(sim, "data")
+    sim.faults.add(
+        Fault("lost", method="POST", path="^/v2/droplets$"),
+        Fault("error", method="GET", path="^/v2/droplets$", nth=2, times=FOREVER, status=503),  # not the sweep's
+    )
+    running = start(home)
+    running.wait_for("HTTP 503")
+    running.signal(signal.SIGTERM)
+    running.wait_for("stopping, and removing")
+    sim.faults.clear()
+    assert running.end() == 128 + signal.SIGTERM
+    assert "LEFT BEHIND" not in running.output
+    assert_nothing_left(sim)
