@@ -537,7 +537,7 @@ def test_a_droplet_that_opens_a_channel_and_hears_nothing_more(simulator: Simula
         channel = transport.open_session(timeout=PATIENCE)
         closing = threading.Timer(0.5, transport.close)
         closing.start()
-        with pytest.raises(paramiko.SSHException):
+        with pytest.raises((paramiko.SSHException, EOFError, OSError)):  # whichever notices first that it was closed
             channel.exec_command("echo heard")
         assert not closing.is_alive()
     with connect(address, keys) as ssh:
