@@ -3,45 +3,91 @@
 # requires-python = ">=3.11"
 # dependencies = ["requests>=2.32,<3", "paramiko>=5,<6"]
 # ///
-"""dosvob: back up DigitalOcean volumes into plain raw disk images on a local disk.
+"""dosvob: back up DigitalOcean volumes into plain raw disk images on a local disk, and bring them back.
 
-For every volume of a region it takes a snapshot, makes a clone of it, attaches the clone to a small throwaway droplet,
-and over SSH fetches only what differs from the local image `backups/NAME`; then it removes all that it created.
+snapshot → clone → droplet → agent: digests of every MiB → patches of what differs → journal → image and version
 
-What it promises:
+The words:
 
-- The image is at every moment one complete snapshot, or the journal beside it completes it at the next start.
-- Whatever it creates is named `dosvob-ephemeral-…`, is removed at the end of the run however that ends, and is named
-  loudly if it could not be removed.
+- Volume: what is backed up. Snapshot: its content at a moment. Clone: a throwaway volume made from the snapshot.
+- Image: the local file `backups/NAME`, byte for byte the last snapshot.
+- Chunk: 1 MiB of either, the unit of digests and of the conversation. Page: 4 KiB, the unit of change.
+- Patch: new contents for some pages of one chunk, with the digest that the chunk has afterwards.
+- Journal: the patches that a sync will apply to the image. Version: an older snapshot, kept as the patches that lead
+  back to it from the next newer one. State: what is known of an image: its snapshot and the digest of each chunk.
+- Home: one backups directory. Leftover: something that was created for a run, and that run has ended.
 
-What it does not promise: a history of versions (take snapshots of the backups directory for that), or consistency
-beyond that of a disk whose power was cut (which is what a snapshot of a volume in use is).
+A run, from `main` on, and where to read of it:
 
-The chapters, lower ones knowing nothing of higher ones: errors and cancellation, configuration, the DigitalOcean API,
-ephemeral resources, the agent, the image and its journal, the sync, the connection, reporting, commands, main.
+ 1. `Config.load` checks conf.json, `Home.locked` keeps other runs of this home out.
+ 2. `sweep` removes this home's leftovers; `finish_journals` completes what a crash left.
+ 3. `Backup.run` takes the volumes in turn. In the background `Hosts` makes a key and a droplet, and `_prepare` a
+    snapshot and a clone of the next volume (`Ephemeral.make_clone`), and attaches it.
+ 4. `Update` opens the volume's image; `sync_device` starts an `Agent` on the droplet, and talks with it by a `Sync`:
+    chunks whose digest is the image's are kept, of the others the pages that differ are fetched, as patches.
+ 5. `Update.finish` writes the version, commits the journal, and `Journal.apply` makes the image the new snapshot.
+ 6. `Versions.thin` drops the versions that `keep` does not ask for.
+ 7. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
+
+What it promises: the image is at every moment one complete snapshot, or the journal beside it completes it; a version
+that is listed restores to the very bytes that it had, or says which are damaged; all that is created is named
+`dosvob-ephemeral-HOME-RUN-…` and removed however the run ends, and named loudly if it could not be.
+
+What it does not promise: consistency beyond that of a disk whose power was cut, which a snapshot of a volume in use is.
+
+Lower chapters know nothing of higher ones: errors and waiting, configuration, the DigitalOcean API, ephemeral
+resources, the agent, patches and images, versions, the sync, the connection, reporting, the backup, commands, main.
 """
+# ruff: noqa: E402, UP031, UP036 - what the user lacks is told before it is imported, and in words of older Pythons
 
 from __future__ import annotations
 
-import argparse
+import sys
+
+
+def refuse_to_start(what: str, mend: str) -> None:
+    """End with exit code 2 and one line: what is missing, and the command that mends it."""
+    sys.stderr.write("dosvob: " + what + ": " + mend + "\n")
+    sys.exit(2)
+
+
+if sys.version_info < (3, 11):
+    refuse_to_start(
+        "it needs Python 3.11 or later, and %s is Python %d.%d" % (sys.executable, *sys.version_info[:2]),
+        "run it with a newer one, such as python3.12 dosvob.py, or in its container: docker-compose up -d --build",
+    )
+
+# agent: begin
+# isort: off
 import collections
 import concurrent.futures
-import contextlib
 import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import queue
+import stat
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, Protocol, TypeVar
+# isort: on
+
+# agent: end
+import argparse
+import array
+import contextlib
 import dataclasses
 import datetime
 import difflib
-import errno
-import fcntl
 import fnmatch
-import hashlib
-import inspect
 import io
 import itertools
 import json
 import logging
-import os
-import queue
 import random
 import re
 import secrets
@@ -49,22 +95,21 @@ import shutil
 import signal
 import socket
 import ssl
-import stat
-import struct
-import sys
-import threading
-import time
 import traceback
 import urllib.parse
-import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, BinaryIO, Protocol, TypeVar
+from types import FrameType
 
-import paramiko
-import requests
+try:
+    import paramiko
+    import requests
+except ImportError as missing:
+    refuse_to_start(
+        f"the Python package {missing.name or missing} is missing",
+        "python3 -m venv .venv && .venv/bin/pip install 'requests>=2.32,<3' 'paramiko>=5,<6' && "
+        ".venv/bin/python dosvob.py",
+    )
 
 VERSION = "1.0.0"
 GIB = 1 << 30
@@ -72,8 +117,8 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 
-# ── Errors and cancellation ──────────────────────────────────────────────────────────────────────────────────────────
-# One family of errors, each with a message fit for the user; and the way in which a signal reaches all threads.
+# ── Errors and waiting ───────────────────────────────────────────────────────────────────────────────────────────────
+# One family of errors, each with a message fit for the user; and one way to wait, which a signal ends.
 
 
 class DosvobError(Exception):
@@ -92,11 +137,11 @@ class Interrupted(DosvobError):
     """The run was asked to stop."""
 
 
-class Cancellation:
+class Stop:
     """Carries the wish to stop to every thread, which look for it wherever they wait.
 
     A signal handler must not raise (the exception could hit the teardown) nor take a lock (the interrupted code may
-    hold it), so `request` only sets an attribute, and waiting is done in short naps.
+    hold it; an Event has one), so `request` only sets an attribute, and waiting is done in short naps.
     """
 
     NAP = 0.1  # seconds; how late a wish to stop may be noticed
@@ -121,6 +166,25 @@ class Cancellation:
             time.sleep(min(left, self.NAP))
             self.check()
 
+    def wait_until(self, limit: float, probe: Callable[[], T | None]) -> T | None:
+        """Call `probe` until it returns something, at growing intervals; None after `limit` seconds."""
+        end = time.monotonic() + limit
+        for pause in pauses(0.25, 1.0):  # two threads wait at a time at most, and the API allows 250 requests a minute
+            if (result := probe()) is not None:
+                return result
+            if time.monotonic() > end:
+                return None
+            self.sleep(pause)
+        raise AssertionError("unreachable")
+
+
+def pauses(first: float, most: float, growth: float = 1.3) -> Iterator[float]:
+    """Seconds to wait before each repetition, growing up to a maximum, with jitter."""
+    pause = first
+    while True:
+        yield pause * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
+        pause = min(pause * growth, most)
+
 
 def within(limit: float, work: Callable[[], T]) -> T:
     """What the work returns, or raises; TimeoutError if that takes more than `limit` seconds, and it goes on unheeded.
@@ -140,19 +204,93 @@ def within(limit: float, work: Callable[[], T]) -> T:
     return outcome.result(limit)
 
 
+def root_cause(problem: BaseException) -> BaseException:
+    """The exception that an exception goes back to."""
+    while problem.__context__ is not None:
+        problem = problem.__context__
+    return problem
+
+
 def utc_now() -> datetime.datetime:
     """The time now, in UTC, with whole seconds."""
     return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 
 
+def parse_time(text: str) -> datetime.datetime | None:
+    """An RFC 3339 time, such as the API's; None if it is none."""
+    try:
+        return datetime.datetime.fromisoformat(text).astimezone(datetime.UTC)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def age(moment: str) -> float:
+    """Seconds since an RFC 3339 time; infinite if it is none."""
+    parsed = parse_time(moment)
+    return float("inf") if parsed is None else (utc_now() - parsed).total_seconds()
+
+
+def human_size(size: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def human_time(seconds: float) -> str:
+    """Seconds as 12 s, 3:05 min, 2:03 h or 5 days."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02} h" if whole < 72 * 3600 else f"{whole // 86400} days"
+
+
+def local_time(moment: datetime.datetime) -> str:
+    """A time as people here write it, with its offset."""
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+
+
 # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────────
 # Reads conf.json and the environment. Whatever is wrong there is told in terms of the file, before anything is begun.
 
-EXAMPLE_TOKEN = "dop_v1_PUT-YOUR-TOKEN-HERE"  # noqa: S105 - the placeholder in conf.json.example
-DEFAULT_API_URL = "https://api.digitalocean.com"
-TOKEN_VARIABLES = ("DIGITALOCEAN_ACCESS_TOKEN", "DIGITALOCEAN_TOKEN")  # those of doctl and of the Terraform provider
-API_URL_VARIABLE = "DIGITALOCEAN_API_URL"
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+@dataclass(frozen=True)
+class Keep:
+    """How many versions are kept; None for none, as before there were versions.
+
+    `last` beside the image; and the newest of each of the last `daily` days, `weekly` weeks and `monthly` months that
+    have one, in UTC, the image counting: what `restic forget` means by it. The default is that of conf.json.example.
+    """
+
+    last: int = 6
+    daily: int = 7
+    weekly: int = 4
+    monthly: int = 6
+
+    @property
+    def anything(self) -> bool:
+        """Whether any version is kept."""
+        return any(dataclasses.astuple(self))
+
+    def wanted(self, moments: Sequence[datetime.datetime]) -> list[bool]:
+        """Which versions to keep, given when they were taken, the newest first; the first of them is the image."""
+        wanted = [number <= self.last for number in range(len(moments))]
+        rules: list[tuple[int, Callable[[datetime.datetime], tuple[int, ...]]]] = [
+            (self.daily, lambda moment: (moment.year, moment.month, moment.day)),
+            (self.weekly, lambda moment: moment.isocalendar()[:2]),
+            (self.monthly, lambda moment: (moment.year, moment.month)),
+        ]
+        for count, period in rules:
+            periods: list[tuple[int, ...]] = []
+            for number, moment in enumerate(moments):
+                if len(periods) < count and period(moment) not in periods[-1:]:
+                    periods.append(period(moment))
+                    wanted[number] = True
+        return wanted
 
 
 @dataclass(frozen=True)
@@ -165,117 +303,132 @@ class Config:
     """
 
     token: str = field(repr=False)
+    token_from: str
     region: str
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    droplet_size: str | None = None
-    droplet_image: str | None = None
-    api_url: str = DEFAULT_API_URL
-    healthchecks: str | None = field(default=None, repr=False)
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    droplet_size: str | None
+    droplet_image: str | None
+    api_url: str
+    healthchecks: str | None = field(repr=False)
+    keep: Keep
 
+    PLACEHOLDER = "dop_v1_PUT-YOUR-TOKEN-HERE"  # in conf.json.example
+    TOKEN_VARIABLES = ("DIGITALOCEAN_ACCESS_TOKEN", "DIGITALOCEAN_TOKEN")  # doctl's and the Terraform provider's
+    URL_VARIABLE = "DIGITALOCEAN_API_URL"
+    TEXTS = ("do_token", "region", "droplet_size", "droplet_image", "healthchecks")
+    LISTS = ("include", "exclude")
 
-TEXT_KEYS = ("do_token", "region", "droplet_size", "droplet_image", "healthchecks")
-LIST_KEYS = ("include", "exclude")
-
-
-def load_config(path: Path, environment: Mapping[str, str], warn: Callable[[str], None]) -> Config:
-    """Read and check the configuration; raise UsageError with a message in terms of the file."""
-    content = read_json_object(path)
-    check_keys(path, content)
-    from_environment = next((environment[name] for name in TOKEN_VARIABLES if environment.get(name)), None)
-    token = from_environment or content.get("do_token") or ""
-    if not token or token == EXAMPLE_TOKEN:
-        raise UsageError(
-            f'{path}: "do_token" is still the placeholder or missing: make a token at '
-            "https://cloud.digitalocean.com/account/api/tokens and put it there"
+    @classmethod
+    def load(cls, path: Path, environment: Mapping[str, str], warn: Callable[[str], None]) -> Config:
+        """Read and check the configuration; raise UsageError with a message in terms of the file."""
+        content = cls._read(path)
+        cls._check_keys(path, content)
+        variable = next((name for name in cls.TOKEN_VARIABLES if environment.get(name)), None)
+        token = environment[variable] if variable else content.get("do_token", "")
+        if not token or token == cls.PLACEHOLDER:
+            raise UsageError(
+                f'{path}: "do_token" is still the placeholder or missing: make a token at {TOKENS_PAGE}, put it there'
+            )
+        if not re.fullmatch(r"[\x21-\x7e]+", token):
+            raise UsageError("the DigitalOcean token has a space, a line break or another character that no token has")
+        if not content.get("region"):
+            raise UsageError(f'{path}: "region" is missing: the region of your volumes, such as "fra1"')
+        if not variable and path.stat().st_mode & 0o077:
+            warn(f"{path} holds your token and others can read it: chmod 600 {path}")
+        url = environment.get(cls.URL_VARIABLE) or "https://api.digitalocean.com"
+        if not cls._is_private(url):
+            raise UsageError(f"{cls.URL_VARIABLE} is {url!r}: it must be an https:// address")
+        ping = content.get("healthchecks") or None
+        if ping and not cls._is_private(ping):
+            raise UsageError(
+                f'{path}: "healthchecks" must be an https:// address such as "https://hc-ping.com/YOUR-UUID"'
+            )
+        return cls(
+            token=token,
+            token_from=f"the environment variable {variable}" if variable else f'"do_token" in {path}',
+            region=content["region"],
+            include=tuple(content.get("include", ())),
+            exclude=tuple(content.get("exclude", ())),
+            droplet_size=content.get("droplet_size"),
+            droplet_image=content.get("droplet_image"),
+            api_url=url.rstrip("/").removesuffix("/v2"),
+            healthchecks=ping,
+            keep=cls._keep(path, content),
         )
-    if not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise UsageError("the DigitalOcean token has a space, a line break or another character that no token has")
-    if not content.get("region"):
-        raise UsageError(f'{path}: "region" is missing: the region of your volumes, such as "fra1"')
-    if from_environment is None and path.stat().st_mode & 0o077:
-        warn(f"{path} holds your token and others can read it: chmod 600 {path}")
-    return Config(
-        token=token,
-        region=content["region"],
-        include=tuple(content.get("include", ())),
-        exclude=tuple(content.get("exclude", ())),
-        droplet_size=content.get("droplet_size"),
-        droplet_image=content.get("droplet_image"),
-        api_url=checked_api_url(environment.get(API_URL_VARIABLE) or DEFAULT_API_URL),
-        healthchecks=checked_healthchecks(path, content.get("healthchecks")),
-    )
 
+    @classmethod
+    def _check_keys(cls, path: Path, content: Json) -> None:
+        """Every key is known and its value is of the right type."""
+        cls._check_known(path, "key", content, (*cls.TEXTS, *cls.LISTS, "keep"))
+        for key, value in content.items():
+            if key in cls.TEXTS and not isinstance(value, str):
+                raise UsageError(f'{path}: "{key}" must be a text in quotes')
+            if key in cls.LISTS and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+                raise UsageError(f'{path}: "{key}" must be a list of names in quotes, such as ["data", "db-*"]')
 
-def read_json_object(path: Path) -> Json:
-    """The JSON object in the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            f"there is no {path}: copy conf.json.example to {path} and put your token and region in it"
-        ) from None
-    except json.JSONDecodeError as problem:
-        raise UsageError(f"{path}: line {problem.lineno}, column {problem.colno}: not JSON: {problem.msg}") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UsageError(f"cannot read {path}: {problem}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: must hold an object, {{…}}, as conf.json.example does")
-    return content
+    @classmethod
+    def _keep(cls, path: Path, content: Json) -> Keep:
+        """How many versions are kept."""
+        wanted = content.get("keep")
+        if "keep" not in content:
+            return Keep()
+        if not isinstance(wanted, dict):
+            raise UsageError(f'{path}: "keep" must be an object such as {json.dumps(dataclasses.asdict(Keep()))}')
+        names = [item.name for item in dataclasses.fields(Keep)]
+        cls._check_known(path, 'key in "keep"', wanted, names)
+        for name, number in wanted.items():
+            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= 10_000:
+                raise UsageError(f'{path}: "{name}" in "keep" must be a whole number from 0 to 10000')
+        return Keep(**{name: wanted.get(name, 0) for name in names})
 
+    @staticmethod
+    def _check_known(path: Path, what: str, content: Json, known: Sequence[str]) -> None:
+        """Every key is one of the known ones."""
+        for key in content:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(known)}"
+                raise UsageError(f'{path}: unknown {what} "{key}": {hint}')
 
-def check_keys(path: Path, content: Json) -> None:
-    """Every key is known and its value is of the right type."""
-    known = (*TEXT_KEYS, *LIST_KEYS)
-    for key, value in content.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(known)}"
-            raise UsageError(f'{path}: unknown key "{key}": {hint}')
-        if key in TEXT_KEYS and not isinstance(value, str):
-            raise UsageError(f'{path}: "{key}" must be a text in quotes')
-        if key in LIST_KEYS and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-            raise UsageError(f'{path}: "{key}" must be a list of names in quotes, such as ["data", "db-*"]')
+    @staticmethod
+    def _read(path: Path) -> Json:
+        """The JSON object in the file."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UsageError(
+                f"there is no {path}: copy conf.json.example to {path} and put your token and region in it"
+            ) from None
+        except json.JSONDecodeError as problem:
+            raise UsageError(
+                f"{path}: line {problem.lineno}, column {problem.colno}: not JSON: {problem.msg}"
+            ) from None
+        except (OSError, UnicodeDecodeError) as problem:
+            raise UsageError(f"cannot read {path}: {problem}") from None
+        if not isinstance(content, dict):
+            raise UsageError(f"{path}: must hold an object, {{…}}, as conf.json.example does")
+        return content
 
-
-def checked_api_url(url: str) -> str:
-    """The endpoint without a trailing slash; the token must not travel in the clear, save on this very machine."""
-    if is_private(url):
-        return url.rstrip("/").removesuffix("/v2")
-    raise UsageError(f"{API_URL_VARIABLE} is {url!r}: it must be an https:// address such as {DEFAULT_API_URL}")
-
-
-def checked_healthchecks(path: Path, url: str | None) -> str | None:
-    """The address to ping; what is told there, and the address itself, must not travel in the clear either."""
-    if url and not is_private(url):
-        raise UsageError(f'{path}: "healthchecks" must be an https:// address such as "https://hc-ping.com/YOUR-UUID"')
-    return url or None
-
-
-def is_private(url: str) -> bool:
-    """Whether what is sent to an address stays secret on its way: by HTTPS, or within this very machine."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname if parts.port != 0 else None  # an impossible port is a ValueError only when it is read
-    except ValueError:
-        return False
-    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and host in LOOPBACK_HOSTS))
+    @staticmethod
+    def _is_private(url: str) -> bool:
+        """Whether what is sent to an address stays secret on its way: by HTTPS, or within this very machine."""
+        try:
+            parts = urllib.parse.urlsplit(url)
+            host = (
+                parts.hostname if parts.port != 0 else None
+            )  # an impossible port is a ValueError only when it is read
+        except ValueError:
+            return False
+        return bool(host) and (
+            parts.scheme == "https" or (parts.scheme == "http" and host in ("127.0.0.1", "localhost", "::1"))
+        )
 
 
 # ── The DigitalOcean API ─────────────────────────────────────────────────────────────────────────────────────────────
 # Calls that come back with an answer or with an error that says what to do. Knows how to page, when to wait, and what
 # is safe to repeat; knows nothing of backups. The reference: https://docs.digitalocean.com/reference/api/
 
-PAGE_SIZE = 200  # the API's maximum
-CALL_TIMEOUT = (10, 60)  # seconds to connect, and between bytes of the answer
-CALL_LIMIT = 120  # seconds for all of a call
-RETRY_LIMIT = 300  # seconds for which a call that fails with 5xx, or without an answer, is repeated
-TEARDOWN_RETRY_LIMIT = 10  # the same in a teardown, which comes back to what failed after it has tried the rest
-FIRST_BACKOFF, MAX_BACKOFF = 0.5, 30  # seconds between repetitions, doubling
-LIST_LAG = 6  # seconds after which a list is taken to show what was created: lists have been seen to lag behind
-RATE_LIMIT_WAIT = 15  # seconds to wait after a 429 that does not say how long
-RATE_LIMIT_PATIENCE = 7200  # seconds for which a call that meets 429 is repeated: the longest limit is by the hour
-MOST_PAGES = 1000  # of a list, which holds 25 droplets or 100 volumes for most accounts
 LIMITS_PAGE = "https://cloud.digitalocean.com/account/team/limits"
 TOKENS_PAGE = "https://cloud.digitalocean.com/account/api/tokens"
 
@@ -284,6 +437,7 @@ SCOPES = {
     "GET /v2/regions": "regions:read",
     "GET /v2/sizes": "sizes:read",
     "GET /v2/images": "image:read",
+    "GET /v2/actions": "actions:read",
     "GET /v2/account/keys": "ssh_key:read",
     "POST /v2/account/keys": "ssh_key:create",
     "DELETE /v2/account/keys": "ssh_key:delete",
@@ -299,40 +453,46 @@ SCOPES = {
 
 
 class ApiError(DosvobError):
-    """The API refused a call: carries the HTTP status and, for a 429, the seconds to wait (None: it did not say)."""
+    """A call failed. `status` is that of HTTP; None: no usable answer came. `wait`: seconds that a 429 asks for."""
 
-    def __init__(self, call: str, status: int, answer: Json, wait: float | None = None) -> None:
+    def __init__(self, status: int | None, text: str, wait: float | None = None) -> None:
         self.status = status
         self.wait = wait
-        said = str(answer.get("message") or answer.get("id") or "no message")
-        request = f", request {answer['request_id']}" if answer.get("request_id") else ""
-        super().__init__(f'DigitalOcean refused {call}: "{said}" (HTTP {status}{request}).{advice(call, status)}')
+        super().__init__(text)
 
     @property
-    def transient(self) -> bool:
+    def may_exist(self) -> bool:
+        """Whether the call may have taken effect all the same."""
+        return self.status is None or self.status >= 500 or self.status == 408
+
+    @property
+    def may_pass(self) -> bool:
         """Whether the same call may well succeed later."""
-        return self.status >= 500 or self.status in (408, 429)
+        return self.may_exist or self.status == 429
 
+    @staticmethod
+    def advice(call: str, status: int) -> str:
+        """What the user can do about a refused call, as a sentence after a space; or nothing."""
+        resource = next((key for key in sorted(SCOPES, key=len, reverse=True) if call.startswith(key)), "")
+        by_status = {
+            401: f" The token is wrong, expired or revoked: make a new one at {TOKENS_PAGE}",
+            403: f" If it speaks of a limit, have it raised at {LIMITS_PAGE}; otherwise the token lacks a scope, this "
+            f"call needs {SCOPES.get(resource, 'full access')}: {TOKENS_PAGE}",
+            404: " It is gone, or belongs to another account: look in the control panel",
+            409: " It is in use: dosvob tries again at its next run",
+            422: f" Something about the request does not suit DigitalOcean; limits are at {LIMITS_PAGE}",
+            429: " Too many requests: try again later",
+        }
+        if 300 <= status < 400:
+            return f" It redirects, and your token goes nowhere else: is {Config.URL_VARIABLE} right?"
+        return by_status.get(
+            status, " It is DigitalOcean's fault: see https://status.digitalocean.com" * (status >= 500)
+        )
 
-class NoAnswer(DosvobError):
-    """A call went out and no usable answer came back: it may or may not have taken effect."""
-
-
-def advice(call: str, status: int) -> str:
-    """What the user can do about a refused call, as a sentence after a space; or nothing."""
-    resource = next((key for key in sorted(SCOPES, key=len, reverse=True) if call.startswith(key)), "")
-    by_status = {
-        401: f" The token is wrong, expired or revoked: make a new one at {TOKENS_PAGE}",
-        403: f" If it speaks of a limit, have it raised at {LIMITS_PAGE}; otherwise the token lacks a scope, this "
-        f"call needs {SCOPES.get(resource, 'full access')}: {TOKENS_PAGE}",
-        404: " It is gone, or belongs to another account: look in the control panel",
-        409: " It is in use: dosvob tries again at its next run",
-        422: f" Something about the request does not suit DigitalOcean; limits are at {LIMITS_PAGE}",
-        429: " Too many requests: try again later",
-    }
-    if 300 <= status < 400:
-        return f" It redirects, and your token goes nowhere else: is {API_URL_VARIABLE} right?"
-    return by_status.get(status, " It is DigitalOcean's fault: see https://status.digitalocean.com" * (status >= 500))
+    @property
+    def is_forbidden(self) -> bool:
+        """Whether the token may not do it, now or later."""
+        return self.status in (401, 403)
 
 
 class TokenAuth(requests.auth.AuthBase):
@@ -348,225 +508,188 @@ class TokenAuth(requests.auth.AuthBase):
 
 
 class Api:
-    """The calls, each with the patience that suits it.
+    """The calls, each with the patience that suits it: `patience` is for how many seconds a failing one is repeated.
 
     `say` is told of every wait; `detail` of every call. A stop that is requested ends the waiting with `Interrupted`,
     never a call that is under way.
     """
 
+    PATIENCE = 300  # seconds
+    TEARDOWN_PATIENCE = 10  # seconds: a teardown comes back to what failed, after it has tried the rest
+    RATE_LIMIT_PATIENCE = 7200  # seconds for which a call that meets 429 is repeated: the longest limit is by the hour
+    RATE_LIMIT_WAIT = 15  # seconds to wait after a 429 that does not say how long
+    LONGEST_WAIT = 3600  # seconds; whatever a 429 asks for
+    CALL_TIMEOUT = (10, 60)  # seconds to connect, and between bytes of the answer
+    CALL_LIMIT = 120  # seconds for all of a call
+    FIRST_BACKOFF, MAX_BACKOFF = 0.5, 30  # seconds between repetitions, doubling
+    PAGE_SIZE = 200  # the API's maximum
+    MOST_PAGES = 1000  # of a list, which holds 25 droplets or 100 volumes for most accounts
+
     def __init__(
-        self,
-        url: str,
-        token: str,
-        cancellation: Cancellation,
-        say: Callable[[str], None],
-        detail: Callable[[str], None],
+        self, config: Config, stop: Stop, say: Callable[[str], None], detail: Callable[[str], None], patience: float
     ) -> None:
-        self._url = url
-        self._token = token
-        self._cancellation = cancellation
+        self.stop = stop
+        self._config = config
         self._say = say
         self._detail = detail
-        self._retry_limit = RETRY_LIMIT
+        self._patience = patience
+        self._is_token_known = False  # whether a call was let through
         self._limited_since: float | None = None  # the first of the 429s that no other answer has come after
         self._sessions = threading.local()  # requests does not promise that a session can be shared by threads
 
-    def to_the_end(self) -> Api:
-        """The same API for a teardown: no signal stops it, and no call holds it up for long, save by the rate limit."""
-        api = Api(self._url, self._token, Cancellation(), self._say, self._detail)
-        api._retry_limit = TEARDOWN_RETRY_LIMIT
-        return api
-
-    def sleep(self, seconds: float) -> None:
-        """Sleep, unless a stop is requested."""
-        self._cancellation.sleep(seconds)
+    def for_teardown(self) -> Api:
+        """The same API, which no signal stops, and no call holds up for long, save by the rate limit."""
+        return Api(self._config, Stop(), self._say, self._detail, self.TEARDOWN_PATIENCE)
 
     def get(self, path: str, **params: str | int) -> Json:
         """GET, repeated while it fails in a way that may pass."""
-        return self._patiently("GET", path, params)
+        return self._repeated("GET", path, params=params)
 
-    def delete(self, path: str) -> bool:
-        """DELETE, repeated likewise; False if it is gone already, or so fresh that it is not known yet."""
+    def get_fresh(self, path: str, key: str) -> Json | None:
+        """An item by its id; None if the API does not know it: not yet, or not any more."""
         try:
-            self._patiently("DELETE", path)
+            return required(self.get(path), key, dict)
         except ApiError as problem:
             if problem.status != 404:
                 raise
-            return False
-        return True
+            return None
+
+    def delete(self, path: str) -> None:
+        """DELETE, repeated likewise; that it is gone already is fine."""
+        try:
+            self._repeated("DELETE", path)
+        except ApiError as problem:
+            if problem.status != 404:
+                raise
 
     def list(self, path: str, key: str, **params: str | int) -> list[Json]:
         """All items of a list, from all its pages."""
         items: list[Json] = []
-        for page in range(1, MOST_PAGES + 1):
-            answer = self.get(path, **params, per_page=PAGE_SIZE, page=page)
+        for page in range(1, self.MOST_PAGES + 1):
+            answer = self.get(path, **params, per_page=self.PAGE_SIZE, page=page)
             found = answer.get(key)
             if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
                 raise DosvobError(f'DigitalOcean answered GET {path} without a list of "{key}": try again later')
             items += found
-            if not found or not next_page(answer):
+            if not found or not self._has_next_page(answer):
                 return items
         raise DosvobError(f"DigitalOcean's answers to GET {path} have no end: try again later")
 
-    def post(self, path: str, body: Json, *, defer: bool = False) -> Json:
-        """POST, once that is let through; with `defer`, a 429 is the caller's to handle.
+    def post(self, path: str, body: Json, *, limit_is_mine: bool = False) -> Json:
+        """POST, once that is let through; with `limit_is_mine`, a 429 is the caller's to handle.
 
-        A lost answer is `NoAnswer`, and it is the caller's to find out what became of it.
+        If it fails so that it may have taken effect, it is the caller's to find out whether it did.
         """
+        return self._repeated("POST", path, body=body, limit_is_mine=limit_is_mine)
+
+    def _repeated(
+        self,
+        method: str,
+        path: str,
+        body: Json | None = None,
+        params: Json | None = None,
+        *,
+        limit_is_mine: bool = False,
+    ) -> Json:
         start = time.monotonic()
-        while True:
+        for pause in pauses(self.FIRST_BACKOFF, self.MAX_BACKOFF, 2):
             try:
-                return self._once("POST", path, body=body)
+                return self._once(method, path, body, params)
             except ApiError as problem:
-                if problem.status != 429 or defer:
+                is_repeatable = problem.status == 429 and not limit_is_mine if method == "POST" else problem.may_pass
+                if not is_repeatable:
                     raise
-                self._pause(problem, 0, start)
-
-    def create(self, path: str, key: str, body: Json, find: Callable[[], Json | None], *, defer: bool = False) -> Json:
-        """POST until there is an answer, and return its `key`.
-
-        When none came, or a 5xx did, the thing may exist: `find` looks for it by its unique name, until a list can be
-        trusted to show it, before it is posted again. With `defer`, a 429 is the caller's to handle. An `ApiError`
-        means that the thing does not exist, `NoAnswer` that it may.
-        """
-        start = time.monotonic()
-        may_exist = False
-        for backoff in backoffs():
-            try:
-                return required(self.post(path, body, defer=defer), key, dict)
-            except (ApiError, NoAnswer) as problem:
-                is_refused = isinstance(problem, ApiError) and (not problem.transient or problem.status == 429)
-                if is_refused and not may_exist:
-                    raise
-                may_exist = True
-                if (found := self._look_for(find)) is not None:
-                    return found
-                if is_refused:  # the name may be taken by what no list shows yet
-                    raise NoAnswer(str(problem)) from problem
-                self._pause(problem, backoff, start)
+                self.pause(problem, pause, start)
         raise AssertionError("unreachable")
 
-    def _look_for(self, find: Callable[[], Json | None]) -> Json | None:
-        end = time.monotonic() + LIST_LAG
-        try:
-            while (found := find()) is None and time.monotonic() < end:
-                self.sleep(LIST_LAG / 3)
-        except ApiError as problem:  # it is the list that was refused
-            raise NoAnswer(str(problem)) from problem
-        return found
-
-    def _patiently(self, method: str, path: str, params: Json | None = None) -> Json:
-        start = time.monotonic()
-        for backoff in backoffs():
-            try:
-                return self._once(method, path, params=params)
-            except (ApiError, NoAnswer) as problem:
-                if isinstance(problem, ApiError) and not problem.transient:
-                    raise
-                self._pause(problem, backoff, start)
-        raise AssertionError("unreachable")
-
-    def _pause(self, problem: ApiError | NoAnswer, backoff: float, start: float) -> None:
+    def pause(self, problem: ApiError, pause: float, start: float) -> None:
         """Wait before a repetition, visibly; raise the problem if that has gone on for too long since `start`."""
-        is_limited = isinstance(problem, ApiError) and problem.status == 429
-        wait = backoff
-        if isinstance(problem, ApiError) and is_limited:
-            wait = RATE_LIMIT_WAIT if problem.wait is None else problem.wait
-        limit = start + self._retry_limit
-        if is_limited:  # of an account, so all calls share the patience
-            limit = min(start, self._limited_since or start) + RATE_LIMIT_PATIENCE
-        if time.monotonic() + wait > limit:
+        limit, what = start + self._patience, str(problem)
+        if problem.status == 429:  # of an account, so all calls share the patience
+            limit = min(start, self._limited_since or start) + self.RATE_LIMIT_PATIENCE
+            pause = self.RATE_LIMIT_WAIT if problem.wait is None else problem.wait
+            what = "DigitalOcean's rate limit is reached"
+        if time.monotonic() + pause > limit:
             raise problem
-        what = "DigitalOcean's rate limit is reached" if is_limited else str(problem)
-        self._say(f"{what}; trying again in {wait:.0f} s")
-        self.sleep(wait)
+        self._say(f"{what}; trying again in {pause:.0f} s")
+        self.stop.sleep(pause)
 
-    def _once(self, method: str, path: str, body: Json | None = None, params: Json | None = None) -> Json:
-        call = f"{method} {path}"
-        self._cancellation.check()
+    def _once(self, method: str, path: str, body: Json | None, params: Json | None) -> Json:
+        call, url = f"{method} {path}", self._config.api_url
+        limit = min(self.CALL_LIMIT, max(self._patience, self.TEARDOWN_PATIENCE))
+        self.stop.check()
         session = self._session()
         try:
             response = within(
-                CALL_LIMIT,
+                limit,
                 lambda: session.request(
                     method,
-                    self._url + path,
+                    url + path,
                     json=body,
                     params=params,
-                    timeout=CALL_TIMEOUT,
+                    timeout=self.CALL_TIMEOUT,
                     allow_redirects=False,  # the token is for this host alone
                 ),
             )
         except TimeoutError:
             del self._sessions.session  # the call that goes on has it
-            raise NoAnswer(f"{call}: no complete answer from {self._url} within {CALL_LIMIT} s") from None
+            raise ApiError(None, f"{call}: no complete answer from {url} within {limit:.0f} s") from None
         except requests.RequestException as problem:
-            if isinstance(innermost(problem), ssl.SSLCertVerificationError):
-                raise DosvobError(f"{self._url} has no certificate to be trusted: {root_cause(problem)}") from None
-            raise NoAnswer(f"{call}: no answer from {self._url}: {root_cause(problem)}") from problem
+            cause = root_cause(problem)
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                raise DosvobError(f"{url} has no certificate to be trusted: {cause}") from None
+            raise ApiError(None, f"{call}: no answer from {url}: {cause or type(cause).__name__}") from problem
         self._detail(f"{call} → {response.status_code}")
         self._limited_since = (self._limited_since or time.monotonic()) if response.status_code == 429 else None
         return self._answer(call, response)
 
     def _answer(self, call: str, response: requests.Response) -> Json:
+        status = response.status_code
         try:
             answer = response.json() if response.content else {}
         except ValueError:
             answer = None
-        if response.status_code >= 300:
-            answer = answer if isinstance(answer, dict) else {"message": f"not JSON, {len(response.content)} bytes"}
-            raise ApiError(call, response.status_code, answer, wait_told(response))
+        if status == 401 and not self._is_token_known:
+            raise UsageError(
+                f"DigitalOcean does not accept the token in {self._config.token_from} (HTTP 401): it is wrong, "
+                f"expired or revoked; make a new one at {TOKENS_PAGE}"
+            )
+        if status >= 300:
+            told = answer if isinstance(answer, dict) else {"message": f"not JSON, {len(response.content)} bytes"}
+            said = str(told.get("message") or told.get("id") or "no message")
+            request = f", request {told['request_id']}" if told.get("request_id") else ""
+            text = f'DigitalOcean refused {call}: "{said}" (HTTP {status}{request}).{ApiError.advice(call, status)}'
+            raise ApiError(status, text, self._wait_told(response))
+        self._is_token_known = True
         if not isinstance(answer, dict):
-            raise NoAnswer(f"{call}: the answer is not a JSON object")
+            raise ApiError(None, f"{call}: the answer is not a JSON object")
         return answer
+
+    def _wait_told(self, response: requests.Response) -> float | None:
+        """The seconds to wait that a 429 tells: `retry-after` (burst limit), or `ratelimit-reset` (hourly limit)."""
+        headers = response.headers
+        with contextlib.suppress(KeyError, ValueError):
+            return min(max(1.0, float(headers["retry-after"])), self.LONGEST_WAIT)
+        with contextlib.suppress(KeyError, ValueError):
+            if int(headers.get("ratelimit-remaining", 0)) == 0:
+                return min(max(1.0, float(headers["ratelimit-reset"]) - time.time()), self.LONGEST_WAIT)
+        return None
+
+    @staticmethod
+    def _has_next_page(answer: Json) -> bool:
+        """Whether a list has more pages; the fields that say so may be missing, empty or null."""
+        try:
+            return bool(((answer.get("links") or {}).get("pages") or {}).get("next"))
+        except AttributeError:
+            raise DosvobError("DigitalOcean's list does not say whether it has more pages: try again later") from None
 
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._sessions, "session", None)
         if session is None:
             session = self._sessions.session = requests.Session()
-            session.auth = TokenAuth(self._token)
+            session.auth = TokenAuth(self._config.token)
             session.headers["User-Agent"] = f"dosvob/{VERSION}"
         return session
-
-
-def innermost(problem: BaseException) -> BaseException:
-    """The exception that an exception goes back to."""
-    while problem.__context__ is not None:
-        problem = problem.__context__
-    return problem
-
-
-def root_cause(problem: BaseException) -> str:
-    """The innermost reason of an exception, in its own words."""
-    return str(innermost(problem)) or type(innermost(problem)).__name__
-
-
-def backoffs() -> Iterator[float]:
-    """Seconds to wait before each repetition, doubling up to a maximum, with jitter."""
-    for doubling in itertools.count():
-        yield min(FIRST_BACKOFF * 2 ** min(doubling, 16), MAX_BACKOFF) * random.uniform(0.8, 1.2)  # noqa: S311
-
-
-def wait_told(response: requests.Response) -> float | None:
-    """The seconds to wait that a 429 tells: `retry-after` (burst limit), or `ratelimit-reset` (hourly limit).
-
-    From a second to an hour, whatever it tells.
-    """
-    headers = response.headers
-    with contextlib.suppress(KeyError, ValueError):
-        return min(max(1.0, float(headers["retry-after"])), 3600.0)
-    with contextlib.suppress(KeyError, ValueError):
-        if int(headers.get("ratelimit-remaining", 0)) == 0:
-            return min(max(1.0, float(headers["ratelimit-reset"]) - time.time()), 3600.0)
-    return None
-
-
-def next_page(answer: Json) -> bool:
-    """Whether a list has more pages; the fields that say so may be missing, empty or null."""
-    try:
-        return bool(((answer.get("links") or {}).get("pages") or {}).get("next"))
-    except AttributeError:
-        raise DosvobError("DigitalOcean's list does not say whether it has more pages: try again later") from None
 
 
 def required(item: Json, key: str, kind: type[T]) -> T:
@@ -600,82 +723,64 @@ class Volume:
             tags=tuple(item.get("tags") or ()),
         )
 
-    @property
-    def size_gib(self) -> int:
-        """The size in GiB, which is how the API counts."""
-        return self.size // GIB
-
-
-def list_volumes(api: Api) -> list[Volume]:
-    """All volumes of the account, in all regions."""
-    return [Volume.parse(item) for item in api.list("/v2/volumes", "volumes")]
-
-
-def wait_until(api: Api, limit: float, probe: Callable[[], T | None]) -> T | None:
-    """Call `probe` until it returns something, at growing intervals; None after `limit` seconds."""
-    end = time.monotonic() + limit
-    pause = 0.25
-    while (result := probe()) is None:
-        if time.monotonic() > end:
-            return None
-        api.sleep(pause)
-        pause = min(pause * 1.3, 1.0)  # two threads wait at a time at most, and the API allows 250 requests a minute
-    return result
-
-
 
 # ── Ephemeral resources ──────────────────────────────────────────────────────────────────────────────────────────────
-# What a run creates and must remove: key, droplet, snapshots, clones. Everything is recognised by its name or its tag,
-# so that what an earlier run left behind, or an answer that was lost, is found as well.
+# What a run creates and must remove: key, droplet, snapshots, clones. Whose they are is in the name, which is
+# `dosvob-ephemeral-HOME-RUN-…`; so what an earlier run left behind, or an answer that was lost, is found as well.
 
 TAG = "dosvob-ephemeral"
-PREFIX = TAG + "-"
-DEFAULT_SIZES = ("s-1vcpu-512mb-10gb", "s-1vcpu-1gb")  # the two smallest; the first is not in all regions
-ACTION_LIMIT = 600  # seconds that an attach or detach may take
-BUSY_LIMIT = 120  # seconds for which a droplet may be busy with another event
-ACTIVE_LIMIT = 600  # seconds until a new droplet must be active and have an address
-FRESH_LIMIT = 60  # seconds for which something freshly created may answer 404
-REMOVE_LIMIT = 600  # seconds after which removing a leftover is given up: a volume stays attached for a while
-ALIVE_AGE = 15 * 60  # seconds; a younger ephemeral droplet may belong to a run on another machine
-SNAPSHOT_INTERVAL = 660  # seconds; DigitalOcean takes one snapshot of a volume per 10 minutes
-SNAPSHOT_RETRY = 20  # seconds between attempts when a snapshot came too soon and the answer does not say more
+LIST_LAG = 6  # seconds after which a list is taken to show what was created: lists have been seen to lag behind
+BUSY_LIMIT = 120  # seconds for which a droplet may be busy with another event, or a volume with its droplet
 HOURS_PER_MONTH = 730
-VOLUME_PRICE = 0.10 / HOURS_PER_MONTH  # dollars per GiB and hour; the API does not tell these two:
-SNAPSHOT_PRICE = 0.06 / HOURS_PER_MONTH  # https://docs.digitalocean.com/products/volumes/details/pricing/
-CONTROL_PANEL = "https://cloud.digitalocean.com"
 UNKNOWN = "unknown"  # the id of what may be there, and cannot be listed
 
 
 class SnapshotTooSoon(DosvobError):
-    """The volume's previous snapshot is less than ten minutes old; `wait` seconds may do."""
+    """The volume's previous snapshot is less than ten minutes old; `wait`: the seconds that DigitalOcean tells."""
 
-    def __init__(self, volume: Volume, wait: float) -> None:
+    def __init__(self, wait: float | None) -> None:
         self.wait = wait
-        super().__init__(f"{volume.name}: DigitalOcean takes one snapshot of a volume per 10 minutes")
+        super().__init__("DigitalOcean takes one snapshot of a volume per 10 minutes")
 
 
 class NoDroplet(DosvobError):
     """The droplet could not be had, so no volume can be backed up."""
 
 
-DROPLET, VOLUME, SNAPSHOT, KEY = ALL_KINDS = ("droplet", "volume", "snapshot", "SSH key")  # as removing them works
+class DropletLost(DosvobError):
+    """The droplet is gone, or did not come up: another one may do."""
 
 
 @dataclass(frozen=True)
-class ListOf:
-    """Where the API lists a kind of resource, and where the control panel shows it."""
+class Kind:
+    """A kind of resource: where the API lists it, where the control panel shows it, and what it costs.
+
+    `gib_hour` is its price in dollars per GiB and hour, `least` what it costs at least, `step` the seconds to which its
+    time is rounded up. Droplets: by the second, at least $0.01 (DigitalOcean's answer at
+    https://www.digitalocean.com/community/questions/how-billing-works-for-1-hour). Volumes: by the hour
+    (https://docs.digitalocean.com/products/volumes/details/pricing/). Snapshots: at least $0.01, however short
+    (https://docs.digitalocean.com/products/images/snapshots/details/pricing/).
+    """
 
     path: str
     key: str
     panel: str
     params: Mapping[str, str] = field(default_factory=dict)
+    gib_hour: float = 0.0
+    least: float = 0.0
+    step: float = 1.0
 
 
-LISTS: Mapping[str, ListOf] = {
-    DROPLET: ListOf("/v2/droplets", "droplets", "/droplets"),
-    VOLUME: ListOf("/v2/volumes", "volumes", "/volumes"),
-    SNAPSHOT: ListOf("/v2/snapshots", "snapshots", "/images/snapshots/volumes", {"resource_type": "volume"}),
-    KEY: ListOf("/v2/account/keys", "ssh_keys", "/account/security"),
+DROPLET, VOLUME, SNAPSHOT, KEY = "droplet", "volume", "snapshot", "SSH key"
+KINDS: Mapping[str, Kind] = {  # in the order in which removing them works
+    DROPLET: Kind("/v2/droplets", "droplets", "/droplets", least=0.01),
+    VOLUME: Kind("/v2/volumes", "volumes", "/volumes", gib_hour=0.10 / HOURS_PER_MONTH, step=3600),
+    SNAPSHOT: Kind(
+        *("/v2/snapshots", "snapshots", "/images/snapshots/volumes", {"resource_type": "volume"}),
+        gib_hour=0.06 / HOURS_PER_MONTH,
+        least=0.01,
+    ),
+    KEY: Kind("/v2/account/keys", "ssh_keys", "/account/security"),
 }
 
 
@@ -689,14 +794,7 @@ class Resource:
     hourly: float = field(default=0.0, compare=False)
     created_at: str = field(default="", compare=False)
 
-    @property
-    def path(self) -> str:
-        """Where the API has it."""
-        return f"{LISTS[self.kind].path}/{urllib.parse.quote(self.id, safe='')}"
-
-    def __str__(self) -> str:
-        cost = f", ${self.hourly * HOURS_PER_MONTH:.2f} a month" if self.hourly else ""
-        return f"{self.kind} {self.name} (id {self.id}{cost})"
+    NAME = re.compile(rf"{TAG}-([0-9a-f]{{8}})-[0-9a-f]{{8}}-")
 
     @classmethod
     def parse(cls, kind: str, item: Json) -> Resource:
@@ -704,158 +802,139 @@ class Resource:
         identifier = item.get("id")
         if not isinstance(identifier, (str, int)):
             raise DosvobError(f"DigitalOcean listed a {kind} without an id: try again later")
-        hourly = {
-            DROPLET: float((item.get("size") or {}).get("price_hourly") or 0),
-            VOLUME: float(item.get("size_gigabytes") or 0) * VOLUME_PRICE,
-            SNAPSHOT: float(item.get("size_gigabytes") or 0) * SNAPSHOT_PRICE,
-        }
-        return cls(kind, str(identifier), str(item.get("name")), hourly.get(kind, 0.0), str(item.get("created_at", "")))
+        droplet_price = (item.get("size") or {}).get("price_hourly") if kind == DROPLET else 0
+        hourly = float(droplet_price or 0) + float(item.get("size_gigabytes") or 0) * KINDS[kind].gib_hour
+        return cls(kind, str(identifier), str(item.get("name")), hourly, str(item.get("created_at", "")))
+
+    @staticmethod
+    def is_ephemeral(item: Json) -> bool:
+        """Whether dosvob made it: tags on volumes have been seen not to stick, so the name's prefix will do as well."""
+        return str(item.get("name")).startswith(TAG + "-") or TAG in (item.get("tags") or ())
+
+    @classmethod
+    def list(cls, api: Api, kinds: Iterable[str] = KINDS) -> list[Resource]:
+        """All ephemeral resources of these kinds in the account, of whatever home."""
+        items = [(kind, item) for kind in kinds
+                 for item in api.list(KINDS[kind].path, KINDS[kind].key, **KINDS[kind].params)]  # fmt: skip
+        return [cls.parse(kind, item) for kind, item in items if cls.is_ephemeral(item)]
+
+    @property
+    def home(self) -> str:
+        """The home that it belongs to; empty for what older versions, or the original dosvob, have left."""
+        match = self.NAME.match(self.name)
+        return match[1] if match else ""
+
+    @property
+    def path(self) -> str:
+        """Where the API has it."""
+        return f"{KINDS[self.kind].path}/{urllib.parse.quote(self.id, safe='')}"
+
+    def cost(self, seconds: float) -> float:
+        """Dollars for so long."""
+        kind = KINDS[self.kind]
+        steps = -(-seconds // kind.step)
+        return max(kind.least, self.hourly * steps * kind.step / 3600)
+
+    def __str__(self) -> str:
+        cost = f", ${self.hourly * HOURS_PER_MONTH:.2f} a month" if self.hourly else ""
+        return f"{self.kind} {self.name} (id {self.id}{cost})"
 
 
-def is_ephemeral(name: str, tags: Iterable[str]) -> bool:
-    """Whether dosvob made it: tags on volumes have been seen not to stick, so the name's prefix will do as well."""
-    return name.startswith(PREFIX) or TAG in tags
+class Removal:
+    """Deletes what is known to have been created, then what is listed, until nothing of ours is listed any more.
 
-
-def list_ephemeral(api: Api, run_prefix: str = "", kinds: Iterable[str] = ALL_KINDS) -> list[Resource]:
-    """All ephemeral resources of the account, or those of one run, in the order in which removing them works."""
-
-    def ours(item: Json) -> bool:
-        name = str(item.get("name"))
-        return name.startswith(run_prefix) if run_prefix else is_ephemeral(name, item.get("tags") or ())
-
-    return [
-        Resource.parse(kind, item)
-        for kind in kinds
-        for item in api.list(LISTS[kind].path, LISTS[kind].key, **LISTS[kind].params)
-        if ours(item)
-    ]
-
-
-def remove_all(
-    api: Api,
-    run_prefix: str,
-    note: Callable[[str], None],
-    created: Mapping[Resource, float] | None = None,
-    kinds: Iterable[str] = ALL_KINDS,
-    seen: set[str] | None = None,
-) -> dict[Resource, str]:
-    """Delete all ephemeral resources (of one run) until none is listed; return what stays, with the reason.
-
-    A volume cannot be deleted for some seconds after its droplet's deletion was accepted: so it is tried again.
-    `created`, with the times of that, is deleted before anything is listed, and even if no list can be had. The names
-    of what is listed are added to `seen`.
+    `is_ours` tells what is. Kind by kind, a list is believed that was asked for after `not_before` (time.monotonic):
+    the time of the last creation and that by which lists lag behind. A volume cannot be deleted for some seconds after
+    its droplet's deletion was accepted: what fails is tried again with growing pauses.
     """
-    start = time.monotonic()
-    fewest = sys.maxsize
-    unseen = dict(created or {})
-    seen = set() if seen is None else seen
-    for attempt in itertools.count(0 if unseen else 1):
-        listed, left = list_each(api, run_prefix, kinds) if attempt else ([], {})
-        seen.update(resource.name for resource in listed)
-        found = dict.fromkeys([*listed, *unseen])
-        left |= delete_each(api, sorted(found, key=lambda resource: ALL_KINDS.index(resource.kind)), unseen, note)
-        if attempt and not left:
-            return {}
-        if attempt and len(left) < fewest:  # it gets on
-            start, fewest = time.monotonic(), len(left)
-        refused = [resource.kind for resource, problem in left.items() if is_forbidden(problem)]
-        limit = BUSY_LIMIT if DROPLET in refused else REMOVE_LIMIT  # what is attached to it stays too
-        if len(refused) == len(left) or (attempt and time.monotonic() - start > limit):
-            return {resource: str(problem or "it is still listed") for resource, problem in left.items()}
-        if attempt:  # only what was there is listed again: DigitalOcean answers ten lists of keys a minute, and no more
-            kinds = [kind for kind in ALL_KINDS if any(resource.kind == kind for resource in left)]
-        api.sleep(min(0.3 * 1.5**attempt, 5.0))
-    raise AssertionError("unreachable")
 
+    LIMIT = 600  # seconds after which it is given up, if nothing more goes
 
-def is_forbidden(problem: Exception | None) -> bool:
-    """Whether the token may not do it, now or later."""
-    return isinstance(problem, ApiError) and problem.status in (401, 403)
+    def __init__(
+        self, api: Api, is_ours: Callable[[Resource], bool], not_before: float, note: Callable[[str], None]
+    ) -> None:
+        self._api = api
+        self._is_ours = is_ours
+        self._not_before = not_before
+        self._note = note
+        self._kinds = dict.fromkeys(KINDS, False)  # those that are not done, and whether their last list was empty
+        self._gone: set[Resource] = set()
 
+    def run(self, known: Iterable[Resource] = (), asked: Mapping[str, str] | None = None) -> dict[Resource, str]:
+        """Remove; returns what stays, with the reason.
 
-def list_each(
-    api: Api, run_prefix: str, kinds: Iterable[str]
-) -> tuple[list[Resource], dict[Resource, Exception | None]]:
-    """As `list_ephemeral`; of a kind that cannot be listed something unknown may be there, which is returned apart."""
-    listed: list[Resource] = []
-    unknown: dict[Resource, Exception | None] = {}
-    for kind in kinds:
-        try:
-            listed += list_ephemeral(api, run_prefix, [kind])
-        except Interrupted:
-            raise
-        except Exception as problem:  # noqa: BLE001 - no answer is so odd that the rest must stay for it
-            unknown[Resource(kind, UNKNOWN, f"{run_prefix or PREFIX}*")] = problem
-    return listed, unknown
+        `known` was created, with certainty. `asked` has kinds by name of what was asked for without an answer: if its
+        kind cannot be listed, it is returned too, with the id UNKNOWN.
+        """
+        self._delete(sorted(known, key=lambda resource: list(KINDS).index(resource.kind)))
+        since, fewest = time.monotonic(), sys.maxsize
+        for pause in pauses(0.3, 5, 1.5):
+            left = self._round()
+            if not self._kinds:
+                return {}
+            if len(left) < fewest:  # it gets on
+                since, fewest = time.monotonic(), len(left)
+            if left and (self._is_hopeless(left) or time.monotonic() - since > self.LIMIT):
+                return self._named(left, known, asked or {})
+            self._api.stop.sleep(pause if left else max(self._not_before - time.monotonic(), 0))
+        raise AssertionError("unreachable")
 
+    def _round(self) -> dict[Resource, Exception | None]:
+        """List and delete what is there of each kind; what is left, and what went wrong with it, None for nothing."""
+        left: dict[Resource, Exception | None] = {}
+        for kind, was_empty in list(self._kinds.items()):
+            asked = time.monotonic()
+            if was_empty and asked < self._not_before:  # DigitalOcean answers ten lists of keys a minute, and no more
+                continue
+            try:
+                found = [resource for resource in Resource.list(self._api, [kind]) if self._is_ours(resource)]
+            except Interrupted:
+                raise
+            except Exception as problem:  # noqa: BLE001 - no answer is so odd that the rest must stay for it
+                left[Resource(kind, UNKNOWN, f"{TAG}-*")] = problem
+                continue
+            self._kinds[kind] = not found
+            left |= self._delete(found)
+            if not found and asked >= self._not_before:
+                del self._kinds[kind]
+        return left
 
-def delete_each(
-    api: Api, found: Iterable[Resource], unseen: dict[Resource, float], note: Callable[[str], None]
-) -> dict[Resource, Exception | None]:
-    """Ask for the deletion of each; returns what went wrong with it, None if nothing did and it may just take a while.
+    def _delete(self, found: Iterable[Resource]) -> dict[Resource, Exception | None]:
+        """Ask for the deletion of each; returns what went wrong with it, None if nothing did: it may take a while."""
+        problems: dict[Resource, Exception | None] = dict.fromkeys(found)
+        for resource in problems:
+            self._note(f"removing {resource}")
+            try:
+                self._api.delete(resource.path)
+                self._gone.add(resource)
+            except Interrupted:
+                raise
+            except Exception as problem:  # noqa: BLE001 - as above
+                problems[resource] = problem
+        return problems
 
-    What is surely gone is taken out of `unseen`.
-    """
-    problems: dict[Resource, Exception | None] = dict.fromkeys(found)
-    for resource in problems:
-        note(f"removing {resource}")
-        try:
-            if api.delete(resource.path) or is_old(unseen.get(resource, 0.0)):
-                unseen.pop(resource, None)
-        except Interrupted:
-            raise
-        except Exception as problem:  # noqa: BLE001 - as above
-            problems[resource] = problem
-    return problems
-
-
-def is_old(created: float) -> bool:
-    """Whether what was created then (time.monotonic) is known everywhere by now: a 404 then says that it is gone."""
-    return time.monotonic() - created > LIST_LAG
-
-
-def sweep(api: Api, report: Reporter) -> None:
-    """Remove what earlier runs left behind, and report what stays."""
-    found = list_ephemeral(api)
-    for resource in found:
-        if resource.kind == DROPLET and (seconds := age(resource.created_at)) < ALIVE_AGE:
-            report.warn(
-                f"{resource} was created only {max(seconds, 0) / 60:.0f} minutes ago: if another machine is backing up "
-                "with this account right now, its run will fail; one account wants one dosvob"
-            )
-    for resource in found:
-        report.say(f"left over from an earlier run: {resource}")
-    report_left(report, remove_all(api, "", report.detail) if found else {})
-
-
-def sweep_again(api: Api, report: Reporter, not_before: float) -> None:
-    """Remove what was there before this run and was listed late; that this cannot be seen is no failure of the run."""
-    try:
-        api.sleep(not_before - time.monotonic())
-        sweep(api, report)
-    except Exception as problem:  # noqa: BLE001 - all of this run's own is removed, however odd the answer is
-        report.warn(f"it could not be looked for once more what earlier runs may have left: {problem}")
-
-
-def age(created_at: str) -> float:
-    """Seconds since an RFC 3339 time; infinite if it is none."""
-    try:
-        return (utc_now() - datetime.datetime.fromisoformat(created_at)).total_seconds()
-    except (ValueError, TypeError):
-        return float("inf")
-
-
-def report_left(report: Reporter, left: Mapping[Resource, str]) -> None:
-    """Say loudly what could not be removed."""
-    report.has_left |= bool(left)
-    for resource, reason in left.items():
-        what = "there may be something " if resource.id == UNKNOWN else ""
-        billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
-        report.error(
-            f"{what}LEFT BEHIND{billed}: {resource}. {reason}. "
-            f"Remove it at {CONTROL_PANEL}{LISTS[resource.kind].panel} or run: python dosvob.py sweep"
+    @staticmethod
+    def _is_hopeless(left: Mapping[Resource, Exception | None]) -> bool:
+        """Whether it is of no use to try again: the token may not do it, or it is in use by what must stay."""
+        refused = [resource.kind for resource, problem in left.items() if isinstance(problem, ApiError)
+                   and problem.is_forbidden]  # fmt: skip
+        return len(refused) == len(left) or (
+            DROPLET in refused and {resource.kind for resource in left} <= {*refused, VOLUME}
         )
+
+    def _named(
+        self, left: Mapping[Resource, Exception | None], known: Iterable[Resource], asked: Mapping[str, str]
+    ) -> dict[Resource, str]:
+        """What is left, with reasons; of a kind that could not be listed, each thing by name that may be there."""
+        named: dict[Resource, str] = {}
+        for resource, problem in left.items():
+            reason = str(problem or "it is still listed")
+            if resource.id == UNKNOWN:
+                named |= {one: reason for one in known if one.kind == resource.kind and one not in self._gone}
+                names = [name for name, kind in asked.items() if kind == resource.kind]
+                resource = Resource(resource.kind, UNKNOWN, ", ".join(names) or resource.name)  # noqa: PLW2901
+            named[resource] = reason
+        return named
 
 
 @dataclass(frozen=True)
@@ -866,59 +945,63 @@ class DropletPlan:
     sizes: tuple[tuple[str, float], ...]
     image: str
 
+    DEFAULT_SIZES = ("s-1vcpu-512mb-10gb", "s-1vcpu-1gb")  # the two smallest; the first is not in all regions
 
-def plan_droplet(api: Api, config: Config) -> DropletPlan:
-    """Check region, size and image against what DigitalOcean offers now; raise UsageError for what it does not."""
-    check_region(api, config.region)
-    return DropletPlan(config.region, droplet_sizes(api, config), droplet_image(api, config))
+    @classmethod
+    def make(cls, api: Api, config: Config) -> DropletPlan:
+        """Check region, size and image against what DigitalOcean offers now; raise UsageError for what it does not."""
+        cls._check_region(api, config.region)
+        return cls(config.region, cls._sizes(api, config), cls._image(api, config))
 
-
-def check_region(api: Api, region: str) -> None:
-    """The region exists and has volumes."""
-    regions = {str(item.get("slug")): item for item in api.list("/v2/regions", "regions")}
-    fit = sorted(
-        slug for slug, item in regions.items() if item.get("available") and "storage" in (item.get("features") or ())
-    )
-    if region not in regions:
-        raise UsageError(f'there is no region "{region}"; those with volumes are {", ".join(fit)}')
-    if region not in fit:
-        raise UsageError(f'region "{region}" has no volumes or is closed; those with volumes are {", ".join(fit)}')
-
-
-def droplet_sizes(api: Api, config: Config) -> tuple[tuple[str, float], ...]:
-    """The sizes to try in the region, the cheapest first."""
-    offered = {
-        str(item.get("slug")): float(item.get("price_hourly") or 0)
-        for item in api.list("/v2/sizes", "sizes")
-        if item.get("available") and config.region in (item.get("regions") or ())
-    }
-    wanted = (config.droplet_size,) if config.droplet_size else DEFAULT_SIZES
-    usable = sorted(((slug, offered[slug]) for slug in wanted if slug in offered), key=lambda size: size[1])
-    if not usable:
-        near = difflib.get_close_matches(wanted[0], offered, n=3) or sorted(offered, key=lambda slug: offered[slug])[:3]
-        raise UsageError(
-            f'droplet size "{" or ".join(wanted)}" is not to be had in {config.region} now: '
-            f'set "droplet_size" in conf.json to one of {", ".join(near) or "another region, there is none"}'
+    @staticmethod
+    def _check_region(api: Api, region: str) -> None:
+        """The region exists and has volumes; raises UsageError if not."""
+        regions = {str(item.get("slug")): item for item in api.list("/v2/regions", "regions")}
+        fit = sorted(
+            slug
+            for slug, item in regions.items()
+            if item.get("available") and "storage" in (item.get("features") or ())
         )
-    return tuple(usable)
+        if region not in regions:
+            raise UsageError(f'there is no region "{region}"; those with volumes are {", ".join(fit)}')
+        if region not in fit:
+            raise UsageError(f'region "{region}" has no volumes or is closed; those with volumes are {", ".join(fit)}')
 
+    @classmethod
+    def _sizes(cls, api: Api, config: Config) -> tuple[tuple[str, float], ...]:
+        """The sizes to try in the region, the cheapest first."""
+        offered = {
+            str(item.get("slug")): float(item.get("price_hourly") or 0)
+            for item in api.list("/v2/sizes", "sizes")
+            if item.get("available") and config.region in (item.get("regions") or ())
+        }
+        wanted = (config.droplet_size,) if config.droplet_size else cls.DEFAULT_SIZES
+        usable = sorted(((slug, offered[slug]) for slug in wanted if slug in offered), key=lambda size: size[1])
+        if not usable:
+            near = difflib.get_close_matches(wanted[0], offered, n=3) or sorted(offered, key=offered.__getitem__)[:3]
+            raise UsageError(
+                f'droplet size "{" or ".join(wanted)}" is not to be had in {config.region} now: '
+                f'set "droplet_size" in conf.json to one of {", ".join(near) or "another region, there is none"}'
+            )
+        return tuple(usable)
 
-def droplet_image(api: Api, config: Config) -> str:
-    """The slug of the configured image, or of the newest Debian in the region."""
-    slugs = [
-        str(item["slug"])
-        for item in api.list("/v2/images", "images", type="distribution")
-        if item.get("slug") and item.get("status") != "retired" and config.region in (item.get("regions") or ())
-    ]
-    debians = sorted((int(m[1]), m[0]) for slug in slugs if (m := re.fullmatch(r"debian-(\d+)-x64", slug)))
-    wanted = config.droplet_image or (debians[-1][1] if debians else "debian-x64")
-    if wanted not in slugs:
-        near = difflib.get_close_matches(wanted, slugs, n=3) or slugs[:3]
-        raise UsageError(
-            f'droplet image "{wanted}" is not to be had in {config.region}: '
-            f'set "droplet_image" in conf.json to one of {", ".join(near)}'
-        )
-    return wanted
+    @staticmethod
+    def _image(api: Api, config: Config) -> str:
+        """The slug of the configured image, or of the newest Debian in the region."""
+        slugs = [
+            str(item["slug"])
+            for item in api.list("/v2/images", "images", type="distribution")
+            if item.get("slug") and item.get("status") != "retired" and config.region in (item.get("regions") or ())
+        ]
+        debians = sorted((int(m[1]), m[0]) for slug in slugs if (m := re.fullmatch(r"debian-(\d+)-x64", slug)))
+        wanted = config.droplet_image or (debians[-1][1] if debians else "debian-x64")
+        if wanted not in slugs:
+            near = difflib.get_close_matches(wanted, slugs, n=3) or slugs[:3]
+            raise UsageError(
+                f'droplet image "{wanted}" is not to be had in {config.region}: '
+                f'set "droplet_image" in conf.json to one of {", ".join(near)}'
+            )
+        return wanted
 
 
 @dataclass(frozen=True)
@@ -931,48 +1014,91 @@ class Droplet:
 
 
 class Ephemeral:
-    """All that one run creates. As a context manager it removes it at the end, whatever happens.
+    """All that one run creates. As a context manager it removes it at the end, whatever happens, by `Removal`.
 
-    It keeps its own list of what it created, with times, for the cost and for the case that the account can no longer
-    be asked.
+    Since a home has one run at a time, the end also removes what an earlier run of this home left, and lists showed
+    too late for the sweep at the beginning.
     """
 
-    def __init__(self, api: Api, report: Reporter) -> None:
-        self.prefix = f"{PREFIX}{secrets.token_hex(4)}-"
+    ACTION_LIMIT = 600  # seconds that an action, such as an attach, may take
+    ADDRESS_LIMIT = 600  # seconds until a new droplet must have an address
+    FRESH_LIMIT = 60  # seconds for which something freshly created may answer 404
+
+    def __init__(self, api: Api, home: str, report: Reporter) -> None:
+        self.prefix = f"{TAG}-{home}-{secrets.token_hex(4)}-"
+        self._home = home
         self._api = api
         self._report = report
-        self._lock = threading.Lock()
-        self._created: dict[Resource, float] = {}
+        self._created: dict[Resource, float] = {}  # with the times (time.monotonic)
         self._removed: dict[Resource, float] = {}
-        self._unsettled: dict[str, str] = {}  # kinds by name of what may or may not exist
-        self._in_doubt: dict[str, str] = {}  # kinds by name of what may exist twice, or show late
+        self._asked: dict[str, str] = {}  # kinds by name of what was asked for, and not answered yet
+        self._last_post = time.monotonic()
+        self._attached: dict[str, int] = {}  # droplets by clone
         self._events = threading.Lock()  # a droplet takes one attach or detach at a time
 
     def __enter__(self) -> Ephemeral:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._created or self._unsettled:
-            self._tear_down(self._api.to_the_end())
+    def __exit__(self, *_error: object) -> None:
+        """Remove everything, and say loudly what stays."""
+        existing = [resource for resource in self._created if resource not in self._removed]
+        counts = collections.Counter(resource.kind for resource in existing)
+        told = [f"{count} {kind}{'s' * (count > 1)}" for kind, count in sorted(counts.items())]
+        self._report.say(
+            f"removing {', '.join(told) or 'what may have been created'}: all that is named {self.prefix}…"
+        )
+        try:
+            removal = Removal(
+                self._api.for_teardown(),
+                lambda resource: resource.home in ("", self._home),
+                self._last_post + LIST_LAG,
+                self._report.doing,
+            )
+            left = removal.run(existing, self._asked)
+        except Exception as problem:  # noqa: BLE001 - even after a bug in here: tell what there may be
+            self._report.detail(traceback.format_exc())
+            unknown = [Resource(kind, UNKNOWN, name) for name, kind in self._asked.items()]
+            left = dict.fromkeys([*existing, *unknown], str(problem))
+        for resource in existing:
+            if resource not in left:
+                self._removed[resource] = time.monotonic()
+        self._report.left_behind(left)
+
+    def cost(self) -> float:
+        """Dollars for all that was created, by the seconds that it existed until now."""
+        now = time.monotonic()
+        return sum(resource.cost(self._removed.get(resource, now) - since) for resource, since in self._created.items())
 
     def upload_key(self, public_key: str) -> int:
         """Register the run's one-time public key; returns its id."""
-        name = self.prefix + "key"
-        body = {"name": name, "public_key": public_key}
-        return required(self._create(KEY, body), "id", int)
+        name = f"{self.prefix}key"
+        return required(self._create(KEY, {"name": name, "public_key": public_key}), "id", int)
 
     def create_droplet(self, plan: DropletPlan, key: int, user_data: str) -> Droplet:
-        """Create the droplet in the first size that can be had, and wait until it is active and has an address."""
+        """Create the droplet in the first size that can be had, and wait until it is active and has an address.
+
+        Raises NoDroplet if DigitalOcean refuses, DropletLost if it did not come up.
+        """
         try:
-            return self._await_droplet(self._order_droplet(plan, key, user_data))
-        except (ApiError, NoAnswer) as problem:
+            item = self._order_droplet(plan, key, user_data)
+        except ApiError as problem:
             raise NoDroplet(f"the droplet could not be had: {problem}") from problem
+        droplet = Droplet(required(item, "id", int), required(item, "name", str), "")
+        try:
+            actions = (item.get("links") or {}).get("actions") or [{}]  # what was found in a list has none
+            if "id" in actions[0]:
+                self._await_action(f"/v2/actions/{actions[0]['id']}", "the creation of the droplet")
+            return dataclasses.replace(droplet, address=self._await_address(droplet))
+        except Interrupted:
+            raise
+        except DosvobError as problem:
+            raise DropletLost(f"the droplet {droplet.name} did not come up: {problem}") from problem
 
     def _order_droplet(self, plan: DropletPlan, key: int, user_data: str) -> Json:
-        name = self.prefix + "droplet"
+        made = sum(resource.kind == DROPLET for resource in list(self._created))
         for number, (size, _) in enumerate(plan.sizes, start=1):
             body = {
-                "name": name,
+                "name": f"{self.prefix}droplet{f'-{made}' * bool(made)}",  # unique, so that it can be looked for
                 "region": plan.region,
                 "size": size,
                 "image": plan.image,
@@ -989,38 +1115,56 @@ class Ephemeral:
                 self._report.say(f"{size} is not to be had in {plan.region} now; trying the next size")
         raise AssertionError("unreachable")
 
-    def _await_droplet(self, item: Json) -> Droplet:
-        identifier = required(item, "id", int)
+    def _await_address(self, droplet: Droplet) -> str:
+        """The public address of a droplet that was created."""
+        missing_since = float("inf")
 
         def address() -> str | None:
-            droplet = self._get_fresh(f"/v2/droplets/{identifier}", "droplet")
-            if droplet is None or droplet.get("status") != "active":
+            nonlocal missing_since
+            item = self._api.get_fresh(f"/v2/droplets/{droplet.id}", "droplet")
+            missing_since = min(missing_since, time.monotonic()) if item is None else float("inf")
+            if time.monotonic() - missing_since > self.FRESH_LIMIT:
+                raise DropletLost("it is gone")
+            if item is None or item.get("status") != "active":
                 return None
-            networks = (droplet.get("networks") or {}).get("v4") or ()
+            networks = (item.get("networks") or {}).get("v4") or ()
             return next((str(net["ip_address"]) for net in networks if net.get("type") == "public"), None)
 
-        found = wait_until(self._api, ACTIVE_LIMIT, address)
+        found = self._api.stop.wait_until(self.ADDRESS_LIMIT, address)
         if found is None:
-            raise NoDroplet(f"droplet {identifier} was not active, with an address, within {ACTIVE_LIMIT:.0f} s")
-        return Droplet(identifier, required(item, "name", str), found)
+            raise DropletLost(f"it was not active, with an address, within {self.ADDRESS_LIMIT} s")
+        return found
+
+    def is_gone(self, droplet: Droplet) -> bool:
+        """Whether the droplet does not run any more, as far as DigitalOcean can tell."""
+        try:
+            item = self._api.get_fresh(f"/v2/droplets/{droplet.id}", "droplet")
+        except ApiError:
+            return False
+        return item is None or item.get("status") != "active"
+
+    def remove_droplets(self) -> None:
+        """Remove the droplet, which is to be replaced, if it is still there; nothing is attached to it any more."""
+        self._attached.clear()
+        for resource in list(self._created):
+            if resource.kind == DROPLET and resource not in self._removed:
+                try:
+                    self._remove_now(resource)
+                except ApiError as problem:
+                    self._report.detail(f"{problem}; it is removed at the end of the run")
 
     def make_clone(self, volume: Volume, number: int) -> tuple[Volume, str]:
         """A volume with the content that this one has now, and the time of that; the snapshot between is gone again."""
         name = f"{self.prefix}{number}"  # the device is named by it: unique and short
         snapshot = self._make_snapshot(volume, name)
-        snapshot_id = required(snapshot, "id", str)
         body = {
             "name": name,
             "region": volume.region,
-            "snapshot_id": snapshot_id,
-            "size_gigabytes": max(volume.size_gib, int(snapshot.get("min_disk_size") or 0)),
+            "snapshot_id": required(snapshot, "id", str),
+            "size_gigabytes": max(volume.size // GIB, int(snapshot.get("min_disk_size") or 0)),
             "tags": [TAG],
         }
-        clone = self._create_clone(volume, body)
-        self._remove_now(Resource.parse(SNAPSHOT, snapshot))
-        return Volume.parse(clone), str(snapshot.get("created_at", ""))
 
-    def _create_clone(self, volume: Volume, body: Json) -> Json:
         def create() -> Json | None:
             try:
                 return self._create(VOLUME, body)
@@ -1029,95 +1173,86 @@ class Ephemeral:
                     raise
                 return None  # the snapshot is so fresh that it is not known yet
 
-        clone = wait_until(self._api, FRESH_LIMIT, create)
+        clone = self._api.stop.wait_until(self.FRESH_LIMIT, create)
         if clone is None:
-            raise DosvobError(f"{volume.name}: DigitalOcean lost the snapshot that it had just made: try again later")
-        return clone
+            raise DosvobError("DigitalOcean lost the snapshot that it had just made: try again later")
+        self._remove_now(Resource.parse(SNAPSHOT, snapshot))
+        return Volume.parse(clone), str(snapshot.get("created_at", ""))
 
     def _make_snapshot(self, volume: Volume, name: str) -> Json:
         try:
             return self._create(SNAPSHOT, {"name": name, "tags": [TAG]}, f"/v2/volumes/{volume.id}/snapshots")
         except ApiError as problem:
             if problem.status == 429:
-                raise SnapshotTooSoon(volume, SNAPSHOT_RETRY if problem.wait is None else problem.wait) from problem
+                raise SnapshotTooSoon(problem.wait) from problem
             raise
 
     def attach(self, clone: Volume, droplet: Droplet) -> None:
-        """Attach the clone to the droplet."""
-        self._volume_event("attach", clone, droplet, lambda volume: droplet.id in volume.droplet_ids)
+        """Attach the clone to the droplet, unless it is."""
+        if self._attached.get(clone.id) != droplet.id:
+            self._volume_event("attach", clone, droplet, lambda volume: droplet.id in volume.droplet_ids)
+            self._attached[clone.id] = droplet.id
 
     def release(self, clone: Volume, droplet: Droplet) -> None:
         """Detach the clone and delete it."""
         self._volume_event("detach", clone, droplet, lambda volume: droplet.id not in volume.droplet_ids)
         self._remove_now(next(r for r in list(self._created) if r.kind == VOLUME and r.id == clone.id))
 
-    def cost(self) -> float:
-        """Dollars for all that was created, by the seconds that it existed until now."""
-        now = time.monotonic()
-        with self._lock:
-            return sum(
-                resource.hourly * (self._removed.get(resource, now) - since) / 3600
-                for resource, since in self._created.items()
-            )
-
     def _create(self, kind: str, body: Json, post_path: str | None = None) -> Json:
-        """Create a resource and enter it in the books; `_unsettled` has its name while it may or may not exist."""
-        listed = LISTS[kind]
-        name = body["name"]
+        """Create a resource and enter it in the books; what the answer has beside it, its links, is put into it.
+
+        When no answer came, or a 5xx did, it may exist: it is looked for by its unique name, until a list can be
+        trusted to show it, before it is asked for again. `_asked` has its name while it may exist without our knowing.
+        """
+        where, name, start = KINDS[kind], body["name"], time.monotonic()
 
         def find() -> Json | None:
-            self._in_doubt[name] = kind
-            items = self._api.list(listed.path, listed.key, **listed.params)
+            items = self._api.list(where.path, where.key, **where.params)
             return next((item for item in items if item.get("name") == name), None)
 
-        with self._lock:
-            self._unsettled[name] = kind
-        try:
-            item = self._api.create(
-                post_path or listed.path, listed.key.removesuffix("s"), body, find, defer=kind == SNAPSHOT
-            )
-        except ApiError as problem:
-            if not problem.transient or problem.status == 429:
-                self._settle(name)  # it was refused, so it does not exist
-            raise
-        except Interrupted:
-            if name not in self._in_doubt:
-                self._settle(name)  # it was not even asked for
-            raise
-        resource = Resource.parse(kind, item)
-        self._settle(name, resource)
-        self._report.detail(f"created {resource}")
-        return item
-
-    def _settle(self, name: str, resource: Resource | None = None) -> None:
-        with self._lock:
-            self._unsettled.pop(name, None)
-            if resource is not None:
-                self._created[resource] = time.monotonic()
+        for number, pause in enumerate(pauses(self._api.FIRST_BACKOFF, self._api.MAX_BACKOFF, 2)):
+            self._api.stop.check()
+            self._asked[name] = kind
+            item: Json | None
+            try:
+                answer = self._api.post(post_path or where.path, body, limit_is_mine=kind == SNAPSHOT)
+                links = answer.get("links") or {}
+                item = {"links": links, **required(answer, where.key.removesuffix("s"), dict)}
+            except ApiError as problem:
+                if not problem.may_exist:
+                    if number == 0:
+                        del self._asked[name]
+                    raise
+                self._last_post = time.monotonic()
+                item = self._api.stop.wait_until(LIST_LAG, find)
+                if item is None:
+                    self._api.pause(problem, pause, start)
+                    continue
+            finally:
+                self._last_post = time.monotonic()
+            resource = Resource.parse(kind, item)
+            self._created[resource] = time.monotonic()
+            del self._asked[name]
+            self._report.detail(f"created {resource}")
+            return item
+        raise AssertionError("unreachable")
 
     def _remove_now(self, resource: Resource) -> None:
+        """Remove what is not needed any more; what does not go is left to the end of the run."""
+
         def delete() -> bool | None:
             try:
-                return self._api.delete(resource.path) or is_old(self._created[resource]) or None
+                self._api.delete(resource.path)
             except ApiError as problem:
                 if problem.status not in (409, 422):
                     raise
                 return None
+            return True
 
-        if wait_until(self._api, BUSY_LIMIT, delete) is None:
+        if self._api.stop.wait_until(BUSY_LIMIT, delete) is None:
             self._report.detail(f"{resource} is still in use; it will be removed at the end of the run")
             return
-        with self._lock:
-            self._removed[resource] = time.monotonic()
-
-    def _get_fresh(self, path: str, key: str) -> Json | None:
-        """An item by its id; None while it is so fresh that the API does not know it yet."""
-        try:
-            return required(self._api.get(path), key, dict)
-        except ApiError as problem:
-            if problem.status != 404:
-                raise
-            return None
+        self._removed[resource] = time.monotonic()
 
     def _volume_event(self, event: str, clone: Volume, droplet: Droplet, reached: Callable[[Volume], bool]) -> None:
         """Attach or detach, however often it takes until the volume is as wished."""
@@ -1125,77 +1260,42 @@ class Ephemeral:
         body = {"type": event, "droplet_id": droplet.id, "region": clone.region}
         problem: list[DosvobError] = []
 
-        def settled() -> bool | None:
+        def done() -> bool | None:
             try:
                 action = required(self._api.post(path, body), "action", dict)
-            except (ApiError, NoAnswer) as refused:
+            except ApiError as refused:
                 # busy with another event, attached or detached already, too fresh to be known, or an answer lost
-                if isinstance(refused, ApiError) and not (refused.transient or refused.status in (404, 409, 422)):
+                if not (refused.may_pass or refused.status in (404, 409, 422)):
                     raise
                 problem[:] = [refused]
-                volume = self._get_fresh(f"/v2/volumes/{clone.id}", "volume")
+                if self.is_gone(droplet):
+                    raise DropletLost(f"the droplet {droplet.name} is gone") from refused
+                volume = self._api.get_fresh(f"/v2/volumes/{clone.id}", "volume")
                 return True if volume is not None and reached(Volume.parse(volume)) else None
             self._await_action(f"{path}/{required(action, 'id', int)}", f"the {event} of {clone.name}")
             return True
 
         with self._events:
-            if wait_until(self._api, BUSY_LIMIT, settled) is None:
+            if self._api.stop.wait_until(BUSY_LIMIT, done) is None:
                 raise problem[0]
 
     def _await_action(self, path: str, what: str) -> None:
         def status() -> str | None:
-            action = self._get_fresh(path, "action") or {}
+            action = self._api.get_fresh(path, "action") or {}
             return None if action.get("status") in (None, "in-progress") else str(action.get("status"))
 
-        result = wait_until(self._api, ACTION_LIMIT, status)
+        result = self._api.stop.wait_until(self.ACTION_LIMIT, status)
         if result is None:
-            raise DosvobError(f"{what} did not end within {ACTION_LIMIT:.0f} s: DigitalOcean's fault, try again later")
+            raise DosvobError(f"{what} did not end within {self.ACTION_LIMIT} s: DigitalOcean's fault, try again later")
         if result != "completed":
             raise DosvobError(f"{what} failed on DigitalOcean's side ({result}): try again later")
-
-    def _existing(self) -> dict[Resource, float]:
-        """What was created and is not known to be gone, with the time of its creation."""
-        with self._lock:
-            return {resource: since for resource, since in self._created.items() if resource not in self._removed}
-
-    def _tear_down(self, api: Api) -> None:
-        """Remove everything of this run, and look again that nothing is left."""
-        existing = ", ".join(sorted(resource.kind for resource in self._existing())) or "what may have been created"
-        self._report.say(f"removing {existing}: all that is named {self.prefix}…")
-        try:
-            seen: set[str] = set()
-            left = remove_all(api, self.prefix, self._report.doing, self._existing(), seen=seen)
-            if self._unsettled or self._in_doubt:
-                left |= self._remove_late(api, seen)
-        except Exception as problem:  # noqa: BLE001 - even after a bug in here: tell what there may be
-            self._report.detail(traceback.format_exc())
-            unsettled = [Resource(kind, UNKNOWN, name) for name, kind in self._unsettled.items()]
-            left = dict.fromkeys([*self._existing(), *unsettled], str(problem))
-        with self._lock:
-            for resource in self._created:
-                if resource not in left:
-                    self._removed.setdefault(resource, time.monotonic())
-        report_left(self._report, left)
-
-    def _remove_late(self, api: Api, seen: set[str]) -> dict[Resource, str]:
-        """Remove what was asked for without an answer, once lists can be trusted to show it; returns what may stay.
-
-        `seen` has the names of what was listed before.
-        """
-        api.sleep(LIST_LAG)
-        doubtful = {*self._in_doubt.values(), *self._unsettled.values()}
-        kinds = [kind for kind in ALL_KINDS if kind in doubtful]
-        left = remove_all(api, self.prefix, self._report.doing, kinds=kinds, seen=seen)
-        for name, kind in self._unsettled.items():
-            if name not in seen:
-                left[Resource(kind, UNKNOWN, name)] = "It was asked for, DigitalOcean did not say yes or no"
-        return left
 
 
 # ── The agent ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The part that runs on the droplet: it reads the volume once (what must be sent of a large change: twice), sends a
-# digest for each chunk, and the pages that it is asked for. Its source is sent over SSH and run by the droplet's own
-# python3, so it uses the standard library alone, and of this file only what `agent_source` names.
+# digest for each chunk, and the pages that it is asked for. Its source, which is what stands between the marks
+# "agent: begin" and "agent: end" in this file, is sent over SSH and run by the droplet's own python3: so it uses the
+# standard library alone, as Python 3.8 had it.
 #
 # The frames and commands. Frames (agent to here) are FRAME (kind, index, length of the payload), then the payload:
 #   HELLO    AGENT_MAGIC, the device's size in bytes (8 bytes)       the first frame
@@ -1216,6 +1316,7 @@ class Ephemeral:
 # whoever sends one never waits for the agent; so the reader here always goes on reading, and the agent's writing always
 # goes on.
 
+# agent: begin
 CHUNK = 1 << 20  # bytes
 PAGE = 4096  # bytes
 PAGES = CHUNK // PAGE
@@ -1225,6 +1326,7 @@ DIGEST_SIZE = 32  # bytes
 SHORT_SIZE = 4  # bytes; enough to tell pages apart, since the chunk's digest is checked in the end
 WINDOW = 1024  # chunks that the scan is ahead of what is done with: it goes on while a large change crosses the link
 HELD = 64  # chunks that the agent keeps of these, others are read again; a droplet has 512 MiB
+MOST_AHEAD = 1 << 16  # chunks, of zeros too, that the scan may be beyond the first one that is not done with
 READ_AHEAD = 8  # chunks; a volume is latency-bound, one read at a time does not reach its speed
 READERS = 4
 BATCH = 16  # digests to a write: fewer packets
@@ -1234,21 +1336,13 @@ HEARTBEAT = 5.0  # seconds
 KEPT_MEMORY = 32 << 20  # bytes; the most that glibc takes as M_MMAP_THRESHOLD
 SAMPLE = 8 << 10  # bytes that are compressed to see whether it pays
 DEVICE_LIMIT = 60.0  # seconds for the device to appear after its attach action completed
+EXCLUSIVE_LIMIT = 5.0  # seconds for which something, such as udev's probing, may have it for itself
+SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ of fcntl(2), which Python has had a name for since 3.10
 AGENT_MAGIC = b"dosvob agent 1\n"
 FRAME = ">BII"
 COMMAND = ">BII32s"
 HELLO, DIGEST, ZEROS, SHORT, RAW, PACKED, ALIVE, FAILED = range(1, 9)
 DROP, COMPARE, SEND = range(1, 4)
-AGENT_CONSTANTS = (
-    *("CHUNK", "PAGE", "ZERO_PAGE_DIGEST", "DIGEST_SIZE", "SHORT_SIZE", "HELD", "READ_AHEAD", "READERS", "BATCH"),
-    *("BATCH_SECONDS", "QUEUED_FRAMES", "HEARTBEAT", "KEPT_MEMORY", "SAMPLE", "DEVICE_LIMIT", "AGENT_MAGIC", "FRAME"),
-    *("COMMAND", "HELLO", "DIGEST", "ZEROS", "SHORT", "RAW", "PACKED", "ALIVE", "FAILED", "DROP", "COMPARE", "SEND"),
-)
-AGENT_IMPORTS = """from __future__ import annotations
-import collections, concurrent.futures, ctypes, fcntl, hashlib, os, queue, stat, struct, sys, threading, time, zlib
-from collections.abc import Callable, Iterator
-from typing import BinaryIO
-"""
 
 
 def page_digests(chunk: bytes) -> bytes:
@@ -1284,11 +1378,6 @@ def keep_freed_memory() -> None:
         mallopt(-3, KEPT_MEMORY)
 
 
-def zeros_frame(end: int, count: int) -> bytes:
-    """The frame for `count` chunks of zeros before the chunk `end`; none for none."""
-    return struct.pack(FRAME + "I", ZEROS, end - count, 4, count) if count else b""
-
-
 class Agent:
     """Serves one device to one reader, from the chunk `first` on, at most `window` chunks ahead of what is done with.
 
@@ -1315,7 +1404,7 @@ class Agent:
         """Serve until told to end; the process ends with it."""
         keep_freed_memory()
         if stat.S_ISFIFO(os.fstat(self.output).st_mode):  # a chunk at a time instead of 64 KiB to sshd
-            fcntl.fcntl(self.output, fcntl.F_SETPIPE_SZ, CHUNK)
+            fcntl.fcntl(self.output, SET_PIPE_SIZE, CHUNK)
         for work in (self.scan, self.take_commands, self.answer_requests):
             threading.Thread(target=self.guarded, args=(work,), daemon=True).start()
         self.write_frames()
@@ -1363,16 +1452,22 @@ class Agent:
                     if len(self.held) < HELD:
                         self.held[index] = chunk
                 announcement = struct.pack(FRAME, DIGEST, index, DIGEST_SIZE) + chunk_digest(pages)
-                batch += [zeros_frame(index, zeros), announcement]
+                batch += [self.zeros_frame(index, zeros), announcement]
                 zeros = 0
             is_due = index + 1 == chunks or time.monotonic() - flushed > BATCH_SECONDS
-            if is_due or len(batch) >= 2 * BATCH or len(self.announced) >= self.window:
-                self.frames.put(b"".join((*batch, zeros_frame(index + 1, zeros))))
+            if is_due or len(batch) >= 2 * BATCH or not self.has_room(index):
+                self.frames.put(b"".join((*batch, self.zeros_frame(index + 1, zeros))))
                 batch.clear()
                 zeros = 0
                 flushed = time.monotonic()
             with self.room:
-                self.room.wait_for(lambda: len(self.announced) < self.window)
+                self.room.wait_for(lambda: self.has_room(index))  # noqa: B023 - called before the next index
+
+    def has_room(self, index: int) -> bool:
+        """Whether the scan may go on beyond this chunk."""
+        with self.room:
+            first = next(iter(self.announced), index)  # they come in order
+            return len(self.announced) < self.window and index - first < MOST_AHEAD
 
     def read_chunks(self, chunks: int) -> Iterator[tuple[int, bytes]]:
         """All chunks from the first on, read ahead by several threads."""
@@ -1391,6 +1486,11 @@ class Agent:
             raise OSError(f"{self.device} ended at chunk {index}, after {len(chunk)} bytes of it")
         return chunk
 
+    @staticmethod
+    def zeros_frame(end: int, count: int) -> bytes:
+        """The frame for `count` chunks of zeros before the chunk `end`; none for none."""
+        return struct.pack(FRAME + "I", ZEROS, end - count, 4, count) if count else b""
+
     def open_device(self) -> int:
         """Wait for the device, protect it from writes, and say hello; returns its size in bytes."""
         end = time.monotonic() + DEVICE_LIMIT
@@ -1401,26 +1501,28 @@ class Agent:
         self.fd = os.open(self.device, os.O_RDONLY)
         if stat.S_ISBLK(os.fstat(self.fd).st_mode):
             fcntl.ioctl(self.fd, 0x125D, struct.pack("i", 1))  # BLKROSET: as blockdev --setro
-            self.refuse_mounted()
+            self.refuse_if_in_use()
         size = os.lseek(self.fd, 0, os.SEEK_END)
         self.put(HELLO, 0, AGENT_MAGIC, struct.pack(">Q", size))
         return size
 
-    def refuse_mounted(self) -> None:
-        """Raise OSError if the device, or a partition of it, is mounted: it would change while it is read."""
-        device = os.path.realpath(self.device)
-        number = os.fstat(self.fd).st_rdev
-        numbers = {f"{os.major(number)}:{os.minor(number)}"}
-        sysfs = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
-        for entry in os.listdir(sysfs) if os.path.isdir(sysfs) else ():
-            if os.path.exists(f"{sysfs}/{entry}/partition"):
-                with open(f"{sysfs}/{entry}/dev") as dev:
-                    numbers.add(dev.read().strip())
-        with open("/proc/self/mountinfo") as mounts:
-            for line in mounts:
-                fields = line.split()
-                if fields[2] in numbers or fields[fields.index("-") + 2] == device:
-                    raise OSError(f"{self.device} is mounted at {fields[4]} on the droplet")
+    def refuse_if_in_use(self) -> None:
+        """Raise OSError if the device, or a part of it, is mounted or otherwise claimed: it would change meanwhile.
+
+        A mount, also one that still replays its journal and is listed nowhere yet, has it exclusively: open(2), O_EXCL.
+        """
+        end = time.monotonic() + EXCLUSIVE_LIMIT
+        while True:
+            try:
+                os.close(os.open(self.device, os.O_RDONLY | os.O_EXCL))
+            except OSError as problem:
+                if problem.errno != errno.EBUSY:
+                    raise
+                if time.monotonic() > end:
+                    raise OSError(f"{self.device} is in use on the droplet: mounted, or part of something") from None
+            else:
+                return
+            time.sleep(0.1)
 
     def take_commands(self) -> None:
         """Take commands until there is nobody to give them; the process ends with that."""
@@ -1477,8 +1579,9 @@ class Agent:
         is_whole = len(pages) * PAGE == len(chunk)
         data = chunk if is_whole else b"".join([chunk[page * PAGE : (page + 1) * PAGE] for page in pages])
         bitmap = included.to_bytes(len(chunk) // PAGE // 8, "little")
-        if self.compressing_pays(data):
-            self.put(PACKED, index, bitmap, zlib.compress(data, 1))
+        packed = zlib.compress(data, 1) if self.compressing_pays(data) else data
+        if len(packed) < len(data):  # what begins as text may go on as noise, which grows
+            self.put(PACKED, index, bitmap, packed)
         else:
             self.put(RAW, index, bitmap, data)
 
@@ -1493,47 +1596,92 @@ class Agent:
         return saved > 0.1 and len(sample) * self.writing > self.written * seconds
 
 
+# agent: end
 # Taken as this file is loaded: by the time an agent is started, an update may have changed the file.
-AGENT_PARTS = [inspect.getsource(part) for part in (page_digests, chunk_digest, zeros_frame, keep_freed_memory, Agent)]
+AGENT = "".join(re.findall(r"(?ms)^# agent: begin$(.*?)^# agent: end$", Path(__file__).read_text(encoding="utf-8")))
 
 
 def agent_source(device: str, first: int, window: int) -> bytes:
-    """The agent's program."""
-    constants = "".join(f"{name} = {globals()[name]!r}\n" for name in AGENT_CONSTANTS) + "ZERO_PAGE = bytes(PAGE)\n"
+    """The agent's program, which says in its own frames if the droplet's Python is too old for it."""
+    source = f"from __future__ import annotations\nimport sys\n{AGENT}"
     start = f"Agent({device!r}, {first}, {window}, sys.stdin.buffer, 1).run()\n"
-    return "\n\n".join((AGENT_IMPORTS, constants, *AGENT_PARTS, start)).encode()
+    return f"""import struct, sys
+if sys.version_info < (3, 8):
+    text = "it has Python %d.%d, and 3.8 is needed: set \\"droplet_image\\" in conf.json" % sys.version_info[:2]
+    sys.stdout.buffer.write(struct.pack({FRAME!r}, {FAILED}, 0, len(text)) + text.encode())
+    sys.exit()
+exec({source + start!r})
+""".encode()
 
 
-# ── The image and its journal ────────────────────────────────────────────────────────────────────────────────────────
+# ── Patches, images and their journals ───────────────────────────────────────────────────────────────────────────────
 # Where a backup lives on the local disk, and how it changes without ever being lost. Knows files only.
 #
-#   backups/NAME                     the image: sparse, byte for byte the volume
-#   backups/NAME.partial             a first sync that is not complete yet
-#   backups/.dosvob/NAME.state       which volume and snapshot the image is, and the digest of each of its chunks
-#   backups/.dosvob/NAME.state.new   the same for the sync that goes on
-#   backups/.dosvob/NAME.journal     what the sync that goes on will change in the image
+#   backups/NAME                         the image: sparse, byte for byte the volume
+#   backups/NAME.partial                 a first sync that is not complete yet
+#   backups/.dosvob/NAME.state           the state: a sealed block, then the digest of each chunk
+#   backups/.dosvob/NAME.state.new       the same for the sync that goes on
+#   backups/.dosvob/NAME.journal         the patches that the sync that goes on will apply to the image
+#   backups/.dosvob/NAME.versions/TIME   a version: the patches that lead back to the snapshot of that time (UTC)
+#   backups/.dosvob/NAME.version.new     the version that the sync that goes on will leave
 #
 # A sync of an existing image goes through these steps, and a crash in any of them leaves what is said beside it:
-#   1. changes and digests are written to journal and state.new     the old image; the journal's good part is reused
-#   2. both are made durable, and their directory                   the same
-#   3. the commit mark is written to the journal and made durable   the old image, completed to the new one at the next
-#   4. the journal is applied to the image, which is made durable   start: applying twice is the same as once
-#   5. state.new is made durable and becomes the state              the new image; applied once more, to the same end
-#   6. the journal is removed                                       the new image
+#   1. patches go to the journal, digests to state.new              the old image; of the journal is used what fits
+#   2. the version is written: what the patched pages have now      the same
+#   3. is there room for the rest? if not, 1 and 2 are undone       the same
+#   4. all is made durable, then the commit mark is, the journal's  the old image, completed to the new one by whatever
+#      last block                                                   command starts next: applying twice is as once
+#   5. the journal is applied to the image, which is made durable   the same
+#   6. state.new becomes the state, the version gets its name,      the new image; the same once more, to the same end
+#      the journal is removed
 
-STATE_MAGIC = b"dosvob state 1\n"
-STATE_HEADER = 4096  # bytes, the last 32 of which are a checksum of the others
-STATE_VERSION = JOURNAL_VERSION = 1
-REREAD_PARTS = 8  # every sync reads so great a part of the image again, in turn, to find what decayed on disk
-READ_AHEAD_LOCAL = 8  # chunks
-ROOM_FOR_OTHERS = GIB  # bytes that a first sync on a full disk leaves to the changes of other volumes
+BLOCK = 4096  # bytes of a sealed block
+ALL_PAGES = (1 << PAGES) - 1
+ZERO_CHUNK = bytes(CHUNK)
 ZERO_PAGES = ZERO_PAGE_DIGEST * PAGES
 ZERO_DIGEST = chunk_digest(ZERO_PAGES)
-ALL_PAGES = (1 << PAGES) - 1
 LIBC = ctypes.CDLL(None, use_errno=True)
-FALLOCATE = getattr(LIBC, "fallocate64", None) or getattr(LIBC, "fallocate", None)  # Python has only posix_fallocate
-FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # fallocate(2)
-VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")  # what DigitalOcean allows; as a file name it is harmless
+
+
+class Damaged(DosvobError):
+    """A file of ours is not what was written."""
+
+
+def seal(kind: str, content: Json) -> bytes:
+    """A block that tells by itself whether it is whole: a line with its kind, JSON, and the SHA-256 of all before."""
+    body = f"dosvob {kind} 1\n{json.dumps({'version': 1, **content})}\n".encode()
+    if len(body) > BLOCK - DIGEST_SIZE:
+        raise DosvobError(f"what DigitalOcean says of the volume is longer than is possible: {str(content)[:200]}")
+    body = body.ljust(BLOCK - DIGEST_SIZE)
+    return body + hashlib.sha256(body).digest()
+
+
+def unseal(kind: str, block: bytes, path: Path) -> Json | None:
+    """The content of a sealed block; None if it is not a whole one. Raises DosvobError for a newer dosvob's."""
+    body, checksum = block[:-DIGEST_SIZE], block[-DIGEST_SIZE:]
+    first, _, rest = body.partition(b"\n")
+    if first != f"dosvob {kind} 1".encode() or hashlib.sha256(body).digest() != checksum:
+        return None
+    content: Json = json.loads(rest)
+    if (version := content.pop("version")) != 1:
+        raise DosvobError(
+            f"{path} was written by a newer dosvob (format {version}): update dosvob; nothing was changed"
+        )
+    return content
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames, new and removed names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def create_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+    """Open a file that only its owner may read; returns the descriptor."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 @dataclass(frozen=True)
@@ -1561,20 +1709,13 @@ class Snapshot:
     size: int
     taken_at: str
 
-    def mark(self) -> bytes:
-        """For a journal's commit mark: always COMMIT_SIZE bytes; raises DosvobError if that is not enough."""
-        mark = json.dumps(dataclasses.asdict(self)).encode().ljust(COMMIT_SIZE)
-        if len(mark) > COMMIT_SIZE:
-            raise DosvobError(f"{self.name[:64]}: what DigitalOcean says of it is longer than is possible")
-        return mark
-
 
 @dataclass(frozen=True)
 class State:
-    """What is known of an image; the digests are in the file, behind this header.
+    """What is known of an image; the digests are in the file, behind this block.
 
     `reread` is the part of the image that was read again by the last sync; `journal` the id of the journal that led to
-    it ("" for none); `digests` the SHA-256 of the table of digests; `identity` None while the image is being changed.
+    it ("" for none); `digests` the SHA-256 of the table of digests; `identity` that of the image, None if unknown.
     """
 
     snapshot: Snapshot
@@ -1584,47 +1725,71 @@ class State:
     digests: str
     identity: Identity | None = None
 
-    def pack(self) -> bytes:
-        """The header of the state file."""
-        body = STATE_MAGIC + json.dumps({"version": STATE_VERSION, **dataclasses.asdict(self)}).encode() + b"\n"
-        body = body.ljust(STATE_HEADER - DIGEST_SIZE)
-        return body + hashlib.sha256(body).digest()
-
     @classmethod
-    def unpack(cls, header: bytes, path: Path) -> State:
-        """From the header of a state file; raise DosvobError if it is damaged or of a newer version."""
-        body, checksum = header[:-DIGEST_SIZE], header[-DIGEST_SIZE:]
+    def unpack(cls, block: bytes, path: Path) -> State:
+        """From the block that a state file begins with; raises Damaged, or DosvobError for a newer dosvob's."""
         try:
-            if hashlib.sha256(body).digest() != checksum or not body.startswith(STATE_MAGIC):
-                raise ValueError("checksum")
-            content = json.loads(body[len(STATE_MAGIC) :])
-            if (version := content.pop("version")) != STATE_VERSION:
-                raise newer_version(path, version)
+            content = unseal("state", block, path) or {}
             identity = content.pop("identity")
             snapshot = Snapshot(**content.pop("snapshot"))
             return cls(snapshot=snapshot, identity=Identity(**identity) if identity else None, **content)
         except (ValueError, TypeError, KeyError):
-            raise damaged_state(path) from None
+            raise Damaged(
+                f"{path} is damaged; the image was left as it is. Delete that file, and the next run compares all of "
+                "the image with the volume"
+            ) from None
+
+    @classmethod
+    def load(cls, path: Path, *, whole: bool = True) -> State | None:
+        """Read and verify a state file, with its table unless not the `whole` is wanted; None if there is none."""
+        try:
+            with path.open("rb") as file:
+                state = cls.unpack(file.read(BLOCK), path)
+                table, length = hashlib.sha256(), 0
+                while whole and (block := file.read(CHUNK)):
+                    table.update(block)
+                    length += len(block)
+        except FileNotFoundError:
+            return None
+        expected = (state.digests, state.snapshot.size // CHUNK * DIGEST_SIZE)
+        return state if not whole or (table.hexdigest(), length) == expected else cls.unpack(b"", path)
+
+    @property
+    def moment(self) -> datetime.datetime:
+        """When the snapshot was taken; if what DigitalOcean says is not a time, when it was backed up."""
+        return parse_time(self.snapshot.taken_at) or parse_time(self.completed_at) or utc_now()
 
 
-def newer_version(path: Path, version: object) -> DosvobError:
-    """The error for a file that a newer dosvob wrote."""
-    return DosvobError(f"{path} was written by a newer dosvob (format {version}): update dosvob; nothing was changed")
+class StateWriter:
+    """Writes the state of the sync that goes on: digests come in the order of the chunks, the head last."""
 
+    def __init__(self, path: Path) -> None:
+        self.file = os.fdopen(create_private(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), "wb", buffering=128 << 10)
+        self.file.write(bytes(BLOCK))
+        self._table = hashlib.sha256()
 
-def damaged_state(path: Path) -> DosvobError:
-    """The error for a state file that cannot be used."""
-    return DosvobError(
-        f"{path} is damaged; the image was left as it is. Delete that file, and the next run compares the whole image "
-        "with the volume"
-    )
+    def append(self, digest: bytes) -> None:
+        """The digest of the next chunk."""
+        self.file.write(digest)
+        self._table.update(digest)
+
+    def complete(self, snapshot: Snapshot, reread: int, journal: str, identity: Identity) -> None:
+        """Write the head, and make it all durable."""
+        state = State(snapshot, utc_now().isoformat(), reread, journal, self._table.hexdigest(), identity)
+        self.file.seek(0)
+        self.file.write(seal("state", dataclasses.asdict(state)))
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
 
 class ImagePaths:
-    """The files of one volume's backup."""
+    """The files of one volume's backup, or of one that was set aside."""
+
+    VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")  # what DigitalOcean allows; as a file name it is harmless
+    ASIDE = re.compile(VOLUME_NAME.pattern + r"\.set-aside-[0-9A-Za-z-]+")
 
     def __init__(self, backups: Path, name: str) -> None:
-        if not VOLUME_NAME.fullmatch(name):
+        if not (self.VOLUME_NAME.fullmatch(name) or self.ASIDE.fullmatch(name)):
             raise DosvobError(f"{name!r} is not a name that a volume can have: it is not backed up")
         self.name = name
         self.backups = backups
@@ -1634,725 +1799,1216 @@ class ImagePaths:
         self.state = self.metadata / f"{name}.state"
         self.new_state = self.metadata / f"{name}.state.new"
         self.journal = self.metadata / f"{name}.journal"
+        self.versions = self.metadata / f"{name}.versions"
+        self.new_version = self.metadata / f"{name}.version.new"
 
-    def load_state(self) -> State | None:
-        """The state, its checksums verified; None if there is none. Raises DosvobError for a damaged or newer one."""
-        return load_state(self.state)
+    def check_link(self) -> None:
+        """Raise DosvobError if the image is a link that leads nowhere: what it led to will come back."""
+        if self.image.is_symlink() and not self.image.exists():
+            raise DosvobError(f"{self.image} leads to {self.image.readlink()}, which is not there: is it mounted?")
 
-    def set_aside(self, path: Path, why: str) -> Path:
-        """Rename a file so that it is out of the way, but not lost; returns its new path."""
-        stamp = utc_now().strftime("%Y%m%dT%H%M%SZ")
-        aside = next(
-            candidate
-            for number in itertools.count()
-            if not (candidate := path.with_name(f"{path.name}.{why}-{stamp}{f'-{number}' * bool(number)}")).exists()
-        )
-        path.rename(aside)
-        sync_directory(path.parent)
-        return aside
+    def set_aside(self, state: State | None) -> ImagePaths | None:
+        """Rename the image, its versions and its state so that they are out of the way, but not lost.
 
-
-def names_with_state(backups: Path) -> set[str]:
-    """The volumes that have a state file; those of images that were set aside are not named as volumes are."""
-    names = {path.name.removesuffix(".state") for path in (backups / ".dosvob").glob("*.state")}
-    return {name for name in names if VOLUME_NAME.fullmatch(name)}
-
-
-def load_state(path: Path) -> State | None:
-    """Read and verify a state file; None if there is none."""
-    try:
-        with path.open("rb") as file:
-            state = State.unpack(file.read(STATE_HEADER), path)
-            table = hashlib.sha256()
-            length = 0
-            while block := file.read(CHUNK):
-                table.update(block)
-                length += len(block)
-    except FileNotFoundError:
-        return None
-    if table.hexdigest() != state.digests or length != state.snapshot.size // CHUNK * DIGEST_SIZE:
-        raise damaged_state(path)
-    return state
+        What a crash left of that is completed: the name is the snapshot's, and the state, which tells that there is
+        something to do, goes last. None if there was nothing.
+        """
+        stamp = f"{self.name}.set-aside-{(state.moment if state else utc_now()).strftime('%Y%m%dT%H%M%SZ')}"
+        for number in itertools.count():
+            aside = ImagePaths(self.backups, f"{stamp}{f'-{number}' * bool(number)}")
+            if not (self.image.exists() and aside.image.exists()) and not aside.state.exists():
+                break
+        moves = [(self.versions, aside.versions), (self.image, aside.image), (self.state, aside.state)]
+        moved = [old.rename(new) for old, new in moves if old.exists()]
+        sync_directory(self.backups)
+        sync_directory(self.metadata)
+        return aside if moved else None
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames, new and removed names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+class SparseFile:
+    """An image, or a file that becomes one: read and written by offset, with holes for zeros. To be closed."""
 
+    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
+        self.path = path
+        self.fd = create_private(path, flags)
 
-def create_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
-    """Open a file that only its owner may read; returns the descriptor."""
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+    def read(self, offset: int, length: int) -> bytes | None:
+        """A part of it, with zeros beyond its end; None if the disk cannot read it."""
+        data = b""
+        try:  # a read ends before what cannot be read, and only the next one fails
+            while len(data) < length and (part := os.pread(self.fd, length - len(data), offset + len(data))):
+                data += part
+        except OSError as problem:
+            if problem.errno != errno.EIO:
+                raise
+            return None
+        return data if len(data) == length else data.ljust(length, b"\0")
 
+    def chunk(self, index: int) -> bytes | None:
+        """A chunk of it, likewise."""
+        return self.read(index * CHUNK, CHUNK)
 
-def forget_cached(fd: int) -> None:
-    """Have the next reads of a file come from the disk.
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Write at an offset, all of it."""
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self.fd, view, offset)
+            view, offset = view[written:], offset + written
 
-    After a write error, which may have been told to a process that has ended, the kernel goes on showing what never got
-    there: https://wiki.postgresql.org/wiki/Fsync_Errors
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    def write_zeros(self, offset: int, length: int) -> None:
+        """Make a range zeros, as a hole where the file system has them."""
+        if not self.punch(offset, length):
+            for start in range(offset, offset + length, CHUNK):
+                self.write(bytes(min(CHUNK, offset + length - start)), start)
 
-
-def read_chunk(fd: int, index: int) -> bytes | None:
-    """A chunk of an image, with zeros beyond the image's end; None if the disk cannot read it."""
-    chunk = b""
-    try:  # a read ends before what cannot be read, and only the next one fails
-        while len(chunk) < CHUNK and (part := os.pread(fd, CHUNK - len(chunk), index * CHUNK + len(chunk))):
-            chunk += part
-        return chunk.ljust(CHUNK, b"\0")
-    except OSError as problem:
-        if problem.errno != errno.EIO:
-            raise
-        return None
-
-
-def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write at an offset, all of it."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view = view[written:]
-        offset += written
-
-
-def make_zeros(fd: int, offset: int, length: int) -> None:
-    """Make a range of a file zeros, as a hole where the file system has them."""
-    if not punch_hole(fd, offset, length):
-        for start in range(offset, offset + length, CHUNK):
-            write_all(fd, bytes(min(CHUNK, offset + length - start)), start)
-
-
-def punch_hole(fd: int, offset: int, length: int) -> bool:
-    """Make a range of a file a hole; False if the file system or the C library has none."""
-    if FALLOCATE is None:
+    def punch(self, offset: int, length: int) -> bool:
+        """Make a range a hole; False if the file system or the C library has none."""
+        # Python has only posix_fallocate
+        fallocate = getattr(LIBC, "fallocate64", None) or getattr(LIBC, "fallocate", None)
+        if fallocate is None:
+            return False
+        keep_size_and_punch = 1 | 2  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE of fallocate(2)
+        if fallocate(self.fd, keep_size_and_punch, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
+            return True
+        number = ctypes.get_errno()
+        if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
+            raise OSError(number, os.strerror(number))
         return False
-    mode = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
-    if FALLOCATE(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
-        raise OSError(number, os.strerror(number))
-    return False
 
+    def end_of_hole(self, offset: int, end: int) -> int:
+        """Where the first data at or after an offset is; `end` if there is none before."""
+        try:
+            return min(os.lseek(self.fd, offset, os.SEEK_DATA), end)
+        except OSError as problem:
+            if problem.errno != errno.ENXIO:
+                raise
+            return end
 
-# The journal: a sequence of records, each a header, then its data. They say (offset, length, data or a hole), and are
-# meant to serve for reverse deltas too.
+    def holes(self, index: int) -> int:
+        """A bitmap of the pages of a chunk that have no room on the disk yet."""
+        start = position = index * CHUNK
+        holes, end = 0, start + CHUNK
+        while position < end:
+            data = self.end_of_hole(position, end)
+            first, last = (position - start) // PAGE, (data - start) // PAGE
+            holes |= (1 << last) - (1 << first)
+            position = os.lseek(self.fd, data, os.SEEK_HOLE) if data < end else end
+        return holes
 
-RECORD = ">cQQ16s"  # kind, offset and length in bytes, checksum
-RECORD_SIZE = struct.calcsize(RECORD)
-BEGIN, DATA, HOLE, COMMIT = b"B", b"D", b"H", b"C"
-MOST_DATA = {BEGIN: 64 << 10, DATA: CHUNK, HOLE: 0, COMMIT: 1024}  # bytes
-COMMIT_SIZE = MOST_DATA[COMMIT]  # always: so that the end of a file tells whether there is one
+    def copies_on_write(self) -> bool:
+        """Whether the file system takes new room for what is overwritten: Btrfs, bcachefs, ZFS; XFS for what is shared.
+
+        By the numbers of statfs(2) and of OpenZFS; Python does not tell them.
+        """
+        fstatfs = getattr(LIBC, "fstatfs64", None) or getattr(LIBC, "fstatfs", None)
+        buffer = ctypes.create_string_buffer(512)
+        if fstatfs is None or not sys.platform.startswith("linux") or fstatfs(self.fd, buffer) != 0:
+            return False
+        number = ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF
+        return number in (0x9123683E, 0xCA451A4E, 0x2FC12FC1, 0x58465342)
+
+    def free_room(self) -> int:
+        """The bytes that are free where it is."""
+        room = os.fstatvfs(self.fd)
+        return (room.f_bavail if os.geteuid() else room.f_bfree) * room.f_frsize
+
+    def forget_cached(self, offset: int = 0, length: int = 0) -> None:
+        """Have the next reads of it, or of a part of it, come from the disk.
+
+        It may have decayed there; and after a write error, which may have been told to a process that has ended, the
+        kernel goes on showing what never got there: https://wiki.postgresql.org/wiki/Fsync_Errors
+        """
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # what is not on the disk yet would not be forgotten
+                os.fdatasync(self.fd)
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self.fd)
 
 
 @dataclass(frozen=True)
-class Record:
-    """One record of a journal. `data` is empty for a hole; `position` is where it is in the file, in bytes."""
+class Patch:
+    """New contents for some pages of a chunk, and the digest that the whole chunk has then.
 
-    kind: bytes
-    offset: int
-    length: int
-    data: bytes
-    position: int
+    `pages` is the bitmap of the pages that it is about (page p is the bit 1 << p); `data` has those of them that are in
+    the bitmap `filled`, in order; the others become zeros. In a file a header goes before the data. Its checksum binds
+    it to the file's id, so that no old data on the disk can pass for it: the first half of the SHA-256 of the id, the
+    other fields, and the data.
+    """
 
+    index: int
+    pages: int
+    filled: int
+    data: bytes | memoryview
+    digest: bytes
 
-def record_checksum(journal_id: str, kind: bytes, offset: int, length: int, data: bytes | memoryview) -> bytes:
-    """Binds a record to its journal, so that no old data on the disk can pass for one."""
-    checksum = hashlib.sha256(f"{journal_id} {kind!r} {offset} {length} ".encode())
-    checksum.update(data)
-    return checksum.digest()[:16]
+    HEADER = struct.Struct(">4sI32s32s32s16s")  # MAGIC, index, pages, filled, digest, checksum
+    MAGIC = b"ptch"
 
-
-@dataclass(frozen=True)
-class JournalHead:
-    """What a journal begins with: the volume that it is about, and what the image was when it was begun."""
-
-    id: str
-    volume_id: str
-    name: str
-    base: Identity
-
-
-class Journal:
-    """A journal that is open for writing, at its end."""
-
-    def __init__(self, fd: int, head: JournalHead, end: int) -> None:
-        self.head = head
-        self.start = end
-        self._file = os.fdopen(fd, "wb", buffering=CHUNK)
-        self._file.seek(end)
-        self._file.truncate()
-
-    @classmethod
-    def begin(cls, path: Path, snapshot: Snapshot, base: Identity) -> Journal:
-        """A new, empty journal."""
-        head = JournalHead(secrets.token_hex(16), snapshot.volume_id, snapshot.name, base)
-        journal = cls(create_private(path), head, 0)
-        journal.append(BEGIN, 0, json.dumps({"version": JOURNAL_VERSION, **dataclasses.asdict(head)}).encode())
-        journal.start = journal._file.tell()
-        return journal
+    def pack(self, file_id: str) -> bytes:
+        """The header, for the file with that id."""
+        bitmaps = [bits.to_bytes(PAGES // 8, "little") for bits in (self.pages, self.filled)]
+        fields = self.HEADER.pack(self.MAGIC, self.index, *bitmaps, self.digest, b"")[:-16]
+        checksum = hashlib.sha256(file_id.encode() + fields)
+        checksum.update(self.data)
+        return fields + checksum.digest()[:16]
 
     @property
-    def is_empty(self) -> bool:
-        """Whether it has no changes."""
-        return self._file.tell() == self.start
+    def room(self) -> int:
+        """The bytes that it takes in a file."""
+        return self.HEADER.size + len(self.data)
 
-    def append(self, kind: bytes, offset: int, data: bytes | memoryview = b"", length: int | None = None) -> None:
-        """Append a record; `length` is for holes, which have no data."""
-        size = len(data) if length is None else length
-        journal_id = "" if kind == BEGIN else self.head.id
-        self._file.write(struct.pack(RECORD, kind, offset, size, record_checksum(journal_id, kind, offset, size, data)))
-        self._file.write(data)
+    def runs(self) -> Iterator[tuple[int, int, memoryview | None]]:
+        """The runs of pages that are alike: (offset and length in the chunk in bytes, data; None for zeros)."""
+        data, first, kind, position = memoryview(self.data), 0, None, 0
+        for page in range(PAGES + 1):
+            this = bool(self.filled >> page & 1) if page < PAGES and self.pages >> page & 1 else None
+            if this is not kind:
+                length = (page - first) * PAGE
+                if kind is not None:
+                    yield first * PAGE, length, data[position : position + length] if kind else None
+                    position += length * kind
+                first, kind = page, this
+
+    def over(self, chunk: bytes) -> bytes:
+        """The chunk as the patch makes it."""
+        patched = bytearray(chunk)
+        for start, length, data in self.runs():
+            patched[start : start + length] = bytes(length) if data is None else data
+        return bytes(patched)
+
+    def write_to(self, file: SparseFile) -> None:
+        """Change an image in place, zeros becoming holes."""
+        for start, length, data in self.runs():
+            offset = self.index * CHUNK + start
+            if data is None:
+                file.write_zeros(offset, length)
+            else:
+                file.write(data, offset)
+
+    @staticmethod
+    def select(data: bytes, wanted: int, among: int = ALL_PAGES) -> bytes:
+        """The wanted ones of the pages in the data, which has those of the bitmap `among`."""
+        if wanted == among:
+            return data
+        places = enumerate(page for page in range(PAGES) if among >> page & 1)
+        return b"".join([data[place * PAGE : (place + 1) * PAGE] for place, page in places if wanted >> page & 1])
+
+    @classmethod
+    def of(cls, index: int, pages: int, data: bytes, digest: bytes, among: int = ALL_PAGES) -> Patch:
+        """The patch that puts these pages there; the data has those of the bitmap `among`."""
+        places = enumerate(page for page in range(PAGES) if among >> page & 1)
+        filled = sum(
+            1 << page
+            for place, page in places
+            if pages >> page & 1 and not data.startswith(ZERO_PAGE, place * PAGE)
+        )  # fmt: skip
+        return cls(index, pages, filled, cls.select(data, filled, among), digest)
+
+    @classmethod
+    def of_image(cls, file: SparseFile, index: int, pages: int, digest: bytes) -> Patch:
+        """What these pages of an image have now; zeros for what the disk cannot read, which the digest will tell."""
+        runs = cls(index, pages, 0, b"", digest).runs()
+        parts = [file.read(index * CHUNK + start, length) or bytes(length) for start, length, _ in runs]
+        return cls.of(index, pages, b"".join(parts), digest, pages)
+
+
+class PatchWriter:
+    """Writes a file of patches, which is what a journal and a version are: a sealed head, patches, a sealed end.
+
+    The end, when the file is complete, is always in the last block. With `end`, the file that a crash left is continued
+    behind that many bytes.
+    """
+
+    def __init__(self, path: Path, kind: str, head: Json, end: int = 0) -> None:
+        self.id: str = head["id"]
+        if not end:
+            path.unlink(missing_ok=True)
+        self.file = os.fdopen(create_private(path), "wb", buffering=CHUNK)
+        self.file.seek(end)
+        self.file.truncate()
+        if not end:
+            self.file.write(seal(kind, head))
+        self._changed = self._filled = 0
+
+    def append(self, patch: Patch) -> int:
+        """Append a patch; returns its position."""
+        position = self.file.tell()
+        self.file.write(patch.pack(self.id))
+        self.file.write(patch.data)
+        self._changed += patch.pages.bit_count() * PAGE
+        self._filled += len(patch.data)
+        return position
 
     def make_durable(self) -> None:
         """Everything so far survives a power cut."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
-    def commit(self, snapshot: Snapshot) -> None:
-        """Write the commit mark, durably: from now on the image is what the journal makes of it."""
-        self.append(COMMIT, self._file.tell(), snapshot.mark())
+    def complete(self, end: Json) -> None:
+        """Write the end, durably: a journal's is the commit mark."""
+        self.file.write(seal("end", {"id": self.id, "changed": self._changed, "data": self._filled, **end}))
         self.make_durable()
 
-    def close(self) -> None:
-        """Close the file; what is buffered may be lost."""
-        with contextlib.suppress(OSError):  # a full disk, which was reported when it was met
-            self._file.close()
 
+class PatchFile:
+    """A file of patches as found on disk; may be read by several threads. To be closed.
 
-class JournalFile:
-    """A journal as found on disk. `end` is where its good part ends; `snapshot` is what it leads to, once committed.
-
-    Raises DosvobError for a journal of a newer version; `head` is None if not even its beginning can be read.
+    `head` and `end` are the contents of the sealed blocks: {} for a head that is damaged, None for an end that is not
+    there. Raises DosvobError for a newer dosvob's, FileNotFoundError. `from_disk`: as SparseFile.forget_cached.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, kind: str, *, from_disk: bool = False) -> None:
         self.path = path
-        self._file = file
-        self._size = os.fstat(file.fileno()).st_size
-        self.end = 0
-        self.snapshot: Snapshot | None = None
-        self.head = self._read_head()
-        self.start = self.end
+        self._file = SparseFile(path)
+        try:
+            if from_disk:
+                self._file.forget_cached()
+            size = os.fstat(self._file.fd).st_size
+            self.head = unseal(kind, self._file.read(0, BLOCK) or b"", path) or {}
+            end = unseal("end", self._file.read(size - BLOCK, BLOCK) or b"", path) if size >= 2 * BLOCK else None
+        except BaseException:
+            self.close()
+            raise
+        self.end = None if end is None or (self.head and end["id"] != self.head["id"]) else end
+        self._limit = size - BLOCK * (self.end is not None)
 
-    def records(self, position: int | None = None) -> Iterator[Record]:
-        """The intact records from a position on; having read to the end sets `end` and `snapshot`."""
-        self._file.seek(self.start if position is None else position)
-        while self.head is not None and (record := self._read_record(self.head.id)) is not None:
-            self.end = self._file.tell()
-            if record.kind == COMMIT:
-                self.snapshot = Snapshot(**json.loads(record.data))
-                return
-            yield record
+    def header_at(self, position: int) -> Patch:
+        """The patch at a position, without its data and not verified; raises Damaged if there is none."""
+        header = self._file.read(position, Patch.HEADER.size) or bytes(Patch.HEADER.size)
+        magic, index, pages, filled, digest, _ = Patch.HEADER.unpack(header)
+        if magic != Patch.MAGIC:
+            raise Damaged(f"{self.path} is damaged at byte {position}")
+        return Patch(index, int.from_bytes(pages, "little"), int.from_bytes(filled, "little"), b"", digest)
 
-    def is_sound(self) -> bool:
-        """Whether there is a commit mark, and every record before it is intact and lies within the image."""
-        end = 0
-        for record in self.records():
-            end = max(end, record.offset + record.length)
-        return self.snapshot is not None and end <= self.snapshot.size and self.end == self._size
+    def patch_at(self, position: int) -> Patch:
+        """The patch at a position; raises Damaged if it is not whole."""
+        header = self.header_at(position)
+        size = Patch.HEADER.size + header.filled.bit_count() * PAGE
+        stored = self._file.read(position, size) or b""
+        patch = dataclasses.replace(header, data=memoryview(stored)[Patch.HEADER.size :])
+        if patch.filled & ~patch.pages or patch.pack(self.head.get("id", "")) != stored[: Patch.HEADER.size]:
+            raise Damaged(f"{self.path} is damaged at byte {position}")
+        return patch
 
-    @property
-    def ends_with_commit(self) -> bool:
-        """Whether the file's end is a commit mark, whatever there is before."""
-        if self.head is None or self._size < RECORD_SIZE + COMMIT_SIZE:
-            return False
-        self._file.seek(self._size - RECORD_SIZE - COMMIT_SIZE)
-        record = self._read_record(self.head.id)
-        return record is not None and record.kind == COMMIT
-
-    def _read_head(self) -> JournalHead | None:
-        record = self._read_record("")
-        if record is None or record.kind != BEGIN:
-            return None
-        self.end = self._file.tell()
-        content = json.loads(record.data)
-        if (version := content.pop("version")) != JOURNAL_VERSION:
-            raise newer_version(self.path, version)
-        return JournalHead(base=Identity(**content.pop("base")), **content)
-
-    def _read_record(self, journal_id: str) -> Record | None:
-        position = self._file.tell()
-        header = self._file.read(RECORD_SIZE)
-        if len(header) < RECORD_SIZE:
-            return None
-        kind, offset, length, checksum = struct.unpack(RECORD, header)
-        stored = 0 if kind == HOLE else length
-        if stored > MOST_DATA.get(kind, -1):
-            return None
-        data = self._file.read(stored)
-        if record_checksum(journal_id, kind, offset, length, data) != checksum:
-            return None
-        return Record(kind, offset, length, data, position)
-
-
-def recover(paths: ImagePaths, warn: Callable[[str], None]) -> bool:
-    """Finish what a crash left: apply a committed journal, keep a good part for reuse; no network is needed.
-
-    Returns whether a journal was applied. Raises DosvobError if a journal is damaged, and sets it aside.
-    """
-    try:
-        file = paths.journal.open("rb", buffering=CHUNK)
-    except FileNotFoundError:
-        return False
-    with file:
-        check_link(paths)
-        journal = JournalFile(paths.journal, file)
-        if journal.is_sound() and is_of_image(paths, journal, warn):
-            apply_journal(paths, journal)
-            return True
-        if journal.snapshot is None and is_reusable(paths, journal):
-            return False
-    aside = paths.set_aside(paths.journal, "damaged")
-    raise DosvobError(
-        f"the journal of {paths.name} is damaged or does not belong to its image; it was set aside as {aside}, and "
-        f"nothing of it was applied. The next run compares {paths.image} with the volume and mends it"
-    )
-
-
-def check_link(paths: ImagePaths) -> None:
-    """Raise DosvobError if the image is a link that leads nowhere: what it led to will come back."""
-    if paths.image.is_symlink() and not paths.image.exists():
-        raise DosvobError(f"{paths.image} leads to {paths.image.readlink()}, which is not there: is it mounted?")
-
-
-def is_of_image(paths: ImagePaths, journal: JournalFile, warn: Callable[[str], None]) -> bool:
-    """Whether a journal may be applied to the image that is there."""
-    assert journal.head is not None
-    if journal.head.name != paths.name or not paths.image.exists():
-        return False
-    if Identity.of(paths.image).inode != journal.head.base.inode:
-        warn(f"{paths.image} is another file than when its journal was begun; the next sync compares all of it")
-    return True
-
-
-def is_reusable(paths: ImagePaths, journal: JournalFile) -> bool:
-    """Whether a journal without a commit mark is what a crash left in the middle of a sync."""
-    if journal.head is None:  # torn before anything of worth was in it, or not a journal
-        with paths.journal.open("rb") as file:
-            return not any(file.read(MOST_DATA[BEGIN]))
-    if journal.ends_with_commit or journal.head.name != paths.name:
-        return False
-    return not paths.image.exists() or Identity.of(paths.image) == journal.head.base  # without one it is of no use
-
-
-def apply_journal(paths: ImagePaths, journal: JournalFile) -> None:
-    """Steps 4 to 6 of a sync, for a journal that was found sound."""
-    assert journal.head is not None
-    assert journal.snapshot is not None
-    fd = os.open(paths.image, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        was_untouched = Identity.of(fd) == journal.head.base  # else the next sync reads all of it
-        os.ftruncate(fd, journal.snapshot.size)
-        for record in journal.records():
-            if record.kind == HOLE:
-                make_zeros(fd, record.offset, record.length)
-            else:
-                write_all(fd, record.data, record.offset)
-        os.fsync(fd)
-        identity = Identity.of(fd) if was_untouched else None
-    finally:
-        os.close(fd)
-    adopt_new_state(paths, journal.head, identity)
-    paths.journal.unlink()
-    sync_directory(paths.metadata)
-
-
-def adopt_new_state(paths: ImagePaths, head: JournalHead, identity: Identity | None) -> None:
-    """Make the state that belongs to an applied journal the image's state, with this identity of the image."""
-    for path in (paths.new_state, paths.state):  # the second if a crash came after the rename
-        with contextlib.suppress(DosvobError):  # a damaged one is as good as none: the image is compared in full
-            if (state := load_state(path)) is not None and state.journal == head.id:
-                fd = create_private(path)
-                try:
-                    write_all(fd, dataclasses.replace(state, identity=identity).pack(), 0)
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-                path.rename(paths.state)
-                sync_directory(paths.metadata)
-                return
-    for path in (paths.new_state, paths.state):
-        path.unlink(missing_ok=True)
-
-
-class StateWriter:
-    """Writes the state of the sync that goes on: digests come in the order of the chunks, the header last."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.fdopen(create_private(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), "wb", buffering=128 << 10)
-        self._file.write(bytes(STATE_HEADER))
-        self._table = hashlib.sha256()
-
-    def append(self, digest: bytes) -> None:
-        """The digest of the next chunk."""
-        self._file.write(digest)
-        self._table.update(digest)
-
-    def finish(self, snapshot: Snapshot, reread: int, journal: str, identity: Identity | None) -> None:
-        """Write the header, and make it all durable."""
-        state = State(snapshot, utc_now().isoformat(), reread, journal, self._table.hexdigest(), identity)
-        self._file.seek(0)
-        self._file.write(state.pack())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def patches(self, *, data: bool = True) -> Iterator[tuple[int, Patch]]:
+        """All patches with their positions, or their headers; raises Damaged at the first one that is not whole."""
+        position = BLOCK
+        while position < self._limit:
+            patch = self.patch_at(position) if data else self.header_at(position)
+            yield position, patch
+            position += Patch.HEADER.size + patch.filled.bit_count() * PAGE
 
     def close(self) -> None:
-        """Close the file; what is buffered may be lost."""
-        with contextlib.suppress(OSError):  # a full disk, which was reported when it was met
-            self._file.close()
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> PatchFile:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+class Journal:
+    """A journal's patches by chunk: the last one of a chunk counts. 8 bytes are kept for each chunk of the volume.
+
+    Each patch is made for the image as it is, without those before it, and its chunk's last one alone is applied.
+    """
+
+    def __init__(self, file: PatchFile, chunks: int) -> None:
+        self.file = file
+        self.places = array.array("Q", bytes(8 * chunks))  # positions in the file; 0: none
+        self.end = BLOCK  # where its good part ends
+
+    @classmethod
+    def finish(cls, paths: ImagePaths, warn: Callable[[str], None], heed: Callable[[int], None]) -> bool:
+        """Finish what a crash left in a journal: no network is needed. Returns whether one was applied.
+
+        `heed` is told of the bytes that were read or written, and may raise `Interrupted`: the next call goes on.
+        Without a commit mark a journal promises nothing: what does not fit the image is dropped, the rest is for the
+        next sync. A committed one that is damaged, or of another image, is set aside, and nothing of it is applied:
+        raises Damaged.
+        """
+        try:
+            file = PatchFile(paths.journal, "journal", from_disk=True)
+        except FileNotFoundError:
+            return False
+        with file:
+            if file.end is None:
+                cls._refuse_older_commit(paths.journal)
+                if not cls.fits(paths, file):
+                    paths.journal.unlink()
+                return False
+            paths.check_link()
+            try:
+                if file.head.get("name") != paths.name or not paths.image.exists():
+                    raise Damaged("it does not belong to the image")
+                journal = cls(file, file.end["snapshot"]["size"] // CHUNK)
+                journal.read_places(heed)
+            except Damaged as problem:
+                aside = paths.journal.with_name(f"{paths.name}.journal.damaged-{utc_now().strftime('%Y%m%dT%H%M%SZ')}")
+                paths.journal.rename(aside)
+                sync_directory(paths.metadata)
+                raise Damaged(
+                    f"the journal of {paths.name} is damaged or does not belong to its image ({problem}); it was set "
+                    f"aside as {aside}, and nothing of it was applied. The next run compares {paths.image} with the "
+                    "volume"
+                ) from problem
+            if Identity.of(paths.image).inode != file.head["base"]["inode"]:
+                warn(f"{paths.image} is another file than when its journal was begun; the next sync compares all of it")
+            journal.apply(paths, heed)
+            return True
+
+    @staticmethod
+    def fits(paths: ImagePaths, file: PatchFile) -> bool:
+        """Whether a journal without a commit mark was begun for the image as it is."""
+        exists = bool(file.head) and paths.image.exists()
+        return exists and bool(file.head["base"] == dataclasses.asdict(Identity.of(paths.image)))
+
+    @staticmethod
+    def _refuse_older_commit(path: Path) -> None:
+        """Raise DosvobError for a committed journal of dosvob without versions, which only that one can apply.
+
+        That began with a record of the kind B, and its commit mark was the last record, of the kind C, of 1057 bytes.
+        """
+        with path.open("rb") as file:
+            is_older = file.read(1) == b"B"
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(size - 1057, 0))
+            if is_older and size > 1057 and file.read(1) == b"C":
+                raise DosvobError(
+                    f"{path} was left by an older dosvob, which must finish it: run that one's `dosvob.py verify` once "
+                    "in this directory, then this one"
+                )
+
+    def read_places(self, heed: Callable[[int], None]) -> None:
+        """Read all of it, up to the first patch that is not whole; raises Damaged there."""
+        for position, patch in self.file.patches():
+            if patch.index >= len(self.places):
+                raise Damaged(f"{self.file.path} is damaged at byte {position}: beyond the image's end")
+            self.places[patch.index] = position
+            self.end = position + patch.room
+            heed(patch.room)
+
+    def header(self, index: int) -> Patch | None:
+        """The patch of a chunk without its data, if there is one."""
+        return self.file.header_at(self.places[index]) if self.places[index] else None
+
+    def patch(self, index: int) -> Patch | None:
+        """The patch of a chunk, if there is one; raises Damaged."""
+        return self.file.patch_at(self.places[index]) if self.places[index] else None
+
+    def room_needed(self, image: SparseFile) -> int:
+        """The bytes that applying it takes: where the image has holes, or all if the file system copies on write."""
+        copies, needed = image.copies_on_write(), 0
+        for place in filter(None, self.places):
+            patch = self.file.header_at(place)
+            if patch.filled:
+                needed += (patch.filled & (ALL_PAGES if copies else image.holes(patch.index))).bit_count() * PAGE
+        return needed + needed // 64 + (256 << 10) * bool(needed)  # and what the file system writes about it
+
+    def apply(self, paths: ImagePaths, heed: Callable[[int], None]) -> None:
+        """Steps 5 and 6 of a sync, for a committed journal. Raises Damaged if not all of it could be read again."""
+        head, end = self.file.head, self.file.end
+        assert end is not None
+        with contextlib.closing(SparseFile(paths.image, os.O_RDWR)) as image:
+            was_untouched = dataclasses.asdict(Identity.of(image.fd)) == head["base"]
+            os.ftruncate(image.fd, end["snapshot"]["size"])
+            for place in filter(None, self.places):
+                patch = self.file.patch_at(place)
+                patch.write_to(image)
+                heed(patch.room)
+            if was_untouched:  # else the image is not what the new state says, and the next sync reads all of it
+                os.utime(image.fd, ns=(end["mtime_ns"], end["mtime_ns"]))
+            os.fsync(image.fd)
+        self._adopt_state(paths)
+        with contextlib.suppress(FileNotFoundError), PatchFile(paths.new_version, "version") as version:
+            if version.end and version.head["journal"] == head["id"]:
+                paths.versions.mkdir(mode=0o700, exist_ok=True)
+                paths.new_version.rename(paths.versions / version.head["time"])
+                sync_directory(paths.versions)
+        sync_directory(paths.metadata)
+        paths.journal.unlink()
+        sync_directory(paths.metadata)
+
+    def _adopt_state(self, paths: ImagePaths) -> None:
+        """Make the state that belongs to it the image's; without that no digest is trusted any more."""
+        for path in (paths.new_state, paths.state):  # the second if a crash came after the rename
+            with contextlib.suppress(Damaged):  # which is as good as none: the image is compared in full
+                if (state := State.load(path)) is not None and state.journal == self.file.head["id"]:
+                    path.rename(paths.state)
+                    return
+        for path in (paths.new_state, paths.state):
+            path.unlink(missing_ok=True)
+
+
+# ── Versions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Older snapshots of an image, each kept as the patches that lead back to it from the next newer one: written by a sync,
+# thinned by age, read for a restore. Knows files only.
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version as its file tells; sizes in bytes. `snapshot` is None if the file's head or end is damaged.
+
+    `newer` is the snapshot that it leads back from, `changed` how much differed between the two, `occupied` what the
+    file takes.
+    """
+
+    path: Path
+    moment: datetime.datetime
+    snapshot: Snapshot | None
+    newer: Snapshot | None
+    changed: int
+    occupied: int
+
+    TIME = "%Y%m%dT%H%M%SZ"
+
+    @classmethod
+    def load(cls, path: Path) -> Version:
+        """From its file; raises FileNotFoundError, DosvobError for a newer dosvob's."""
+        with PatchFile(path, "version") as file:
+            head, end = file.head, file.end
+        moment = datetime.datetime.strptime(head.get("time", path.name), cls.TIME).replace(tzinfo=datetime.UTC)
+        occupied = path.stat().st_size
+        if not head or end is None:
+            return cls(path, moment, None, None, 0, occupied)
+        return cls(path, moment, Snapshot(**head["snapshot"]), Snapshot(**head["newer"]), end["changed"], occupied)
+
+
+class Versions:
+    """The versions of an image."""
+
+    def __init__(self, paths: ImagePaths) -> None:
+        self._paths = paths
+
+    def all(self) -> list[Version]:
+        """All of them, the newest first."""
+        names = sorted((path.name for path in self._paths.versions.glob("*")), reverse=True)
+        return [Version.load(self._paths.versions / name) for name in names if re.fullmatch(r"\d{8}T\d{6}Z", name)]
+
+    def occupied(self) -> int:
+        """The bytes that they take."""
+        return sum(version.occupied for version in self.all())
+
+    def write(self, image: SparseFile, state: State | None, newer: Snapshot, journal: Journal) -> None:
+        """Step 2 of a sync: keep of the image what the journal will change in it. It gets its name with step 6.
+
+        Whether a chunk differs is told by the tables of digests, for it is the snapshots that a version leads between:
+        an image that decayed here, or was written to, is mended by a sync and has no part in that. What is lost of an
+        older snapshot by that is told by its digest. Without a state, the image is what the newest version leads from.
+        """
+        older = self.all()
+        snapshot = state.snapshot if state else older[0].newer or newer
+        moment = state.moment if state else parse_time(snapshot.taken_at) or utc_now()
+        if older:  # the order of their names is that of the chain
+            moment = max(moment, older[0].moment + datetime.timedelta(seconds=1))
+        head = {
+            "id": secrets.token_hex(16),
+            "journal": journal.file.head["id"],
+            "time": moment.strftime(Version.TIME),
+            "snapshot": dataclasses.asdict(snapshot),
+            "newer": dataclasses.asdict(newer),
+        }
+        writer = PatchWriter(self._paths.new_version, "version", head)
+        with contextlib.closing(writer.file):
+            for index, digest in self._differing(image, state, journal):
+                patch = journal.header(index)
+                writer.append(Patch.of_image(image, index, patch.pages if patch else 0, digest))
+            writer.complete({})
+
+    def _differing(self, image: SparseFile, state: State | None, journal: Journal) -> Iterator[tuple[int, bytes]]:
+        """The chunks that differ between the image's snapshot and the new one, with their old digests."""
+        if state is None:
+            for index in (index for index, place in enumerate(journal.places) if place):
+                yield index, chunk_digest(page_digests(image.chunk(index) or ZERO_CHUNK))
+            return
+        with self._paths.state.open("rb") as old, self._paths.new_state.open("rb") as new:
+            old.seek(BLOCK)
+            new.seek(BLOCK)
+            for index in range(state.snapshot.size // CHUNK):
+                digest = old.read(DIGEST_SIZE)
+                if digest != new.read(DIGEST_SIZE):
+                    yield index, digest
+
+    def thin(self, image_moment: datetime.datetime, keep: Keep) -> None:
+        """Drop those that `keep` does not ask for; raises OSError, Damaged, and has dropped none wrongly then.
+
+        What a version has that is to be dropped goes into the next older one that stays: that one's new file, which
+        leads back over both, takes its place, and then the other is removed. Until then the chain leads to the same
+        contents, since what an older patch says of a page covers what a newer one says.
+        """
+        for unfinished in self._paths.versions.glob("*.new"):
+            unfinished.unlink()
+        versions = self.all()
+        wanted = keep.wanted([image_moment, *(version.moment for version in versions)])[1:]
+        dropped: list[Version] = []
+        for version, stays in zip(versions, wanted, strict=True):
+            if stays and dropped:
+                self._merge([*dropped, version])
+                self._remove(dropped)
+            dropped = [] if stays else [*dropped, version]
+        self._remove(dropped)
+
+    def _remove(self, versions: Sequence[Version]) -> None:
+        """Remove versions, the oldest first: what is left leads back to what it did. They come the newest first."""
+        for version in reversed(versions):
+            version.path.unlink()
+            sync_directory(self._paths.versions)
+
+    def _merge(self, versions: Sequence[Version]) -> None:
+        """Let the last of the versions, the oldest, lead back over all of them, which come the newest first."""
+        oldest = versions[-1]
+        target = oldest.path.with_name(f"{oldest.path.name}.new")
+        with contextlib.ExitStack() as files:
+            opened = [files.enter_context(PatchFile(version.path, "version")) for version in versions]
+            streams = [PatchStream(file) for file in opened]
+            if oldest.snapshot is None or versions[0].newer is None:
+                raise Damaged(f"{oldest.path} is damaged")
+            head = {**opened[-1].head, "id": secrets.token_hex(16), "newer": dataclasses.asdict(versions[0].newer)}
+            writer = PatchWriter(target, "version", head)
+            files.enter_context(contextlib.closing(writer.file))
+            try:
+                for index, patches in PatchStream.by_chunk(streams):
+                    if index < oldest.snapshot.size // CHUNK:
+                        writer.append(self._one_of([patch for _, patch in patches]))
+                writer.complete({})
+            except BaseException:
+                target.unlink(missing_ok=True)
+                raise
+        target.rename(oldest.path)
+        sync_directory(self._paths.versions)
+
+    @staticmethod
+    def _one_of(patches: Sequence[Patch]) -> Patch:
+        """One patch that does what these do one after the other."""
+        last, chunk, pages = patches[-1], ZERO_CHUNK, 0
+        if len(patches) == 1:
+            return last
+        for patch in patches:
+            chunk = patch.over(chunk)
+            pages |= patch.pages
+        return Patch.of(last.index, pages, chunk, last.digest)
+
+    @staticmethod
+    def freed_by(version: Version, older: Version | None) -> int:
+        """The bytes that removing one would free: those that the next older one need not take over; raises Damaged."""
+        if older is None or older.snapshot is None:
+            return version.occupied
+        with PatchFile(version.path, "version") as ours, PatchFile(older.path, "version") as others:
+            theirs = (patch for _, patch in others.patches(data=False))
+            other, taken_over = next(theirs, None), 0
+            for _, patch in ours.patches(data=False):
+                while other is not None and other.index < patch.index:
+                    other = next(theirs, None)
+                is_in_both = other is not None and other.index == patch.index
+                if patch.index < older.snapshot.size // CHUNK:
+                    moved = patch.filled & ~(other.pages if other is not None and is_in_both else 0)
+                    taken_over += moved.bit_count() * PAGE + Patch.HEADER.size * (not is_in_both)
+        return version.occupied - taken_over
+
+
+class PatchStream:
+    """A version's patches in the order of the chunks; `problem` tells where that ended early."""
+
+    def __init__(self, file: PatchFile) -> None:
+        is_whole = file.head and file.end is not None
+        self.problem = None if is_whole else Damaged(f"{file.path} is damaged")
+        self._patches = file.patches()
+        self.next: Patch | None = None
+        self.advance()
+
+    def advance(self) -> None:
+        """Go to the next patch; at the end, or where it is damaged, there is none."""
+        last = -1 if self.next is None else self.next.index
+        self.next = None
+        try:
+            patch = None if self.problem else next((patch for _, patch in self._patches), None)
+        except Damaged as problem:
+            self.problem = problem
+            return
+        if patch is not None and patch.index <= last:
+            self.problem = Damaged(f"the patches of a version are not in order behind chunk {last}")
+        else:
+            self.next = patch
+
+    @staticmethod
+    def by_chunk(
+        streams: Sequence[PatchStream], *, tolerant: bool = False
+    ) -> Iterator[tuple[int, list[tuple[int, Patch]]]]:
+        """The chunks that have patches, in order, each with its patches and the numbers of their streams.
+
+        Raises Damaged unless `tolerant`: then a stream ends where it is damaged, which its `problem` tells.
+        """
+        while True:
+            for stream in streams:
+                if stream.problem and not tolerant:
+                    raise stream.problem
+            index = min((stream.next.index for stream in streams if stream.next), default=None)
+            if index is None:
+                return
+            taken = []
+            for number, stream in enumerate(streams):
+                if stream.next is not None and stream.next.index == index:
+                    taken.append((number, stream.next))
+                    stream.advance()
+            yield index, taken
+
+
+class Ranges:
+    """Ranges of bytes, made of chunks that come in order."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[int, int]] = []  # starts and ends
+
+    def add(self, index: int) -> None:
+        """Add a chunk."""
+        start = index * CHUNK
+        first = self.ranges.pop()[0] if self.ranges and self.ranges[-1][1] == start else start
+        self.ranges.append((first, start + CHUNK))
+
+    def __str__(self) -> str:
+        told = [f"{start} to {end - 1}" for start, end in self.ranges[:20]]
+        return "bytes " + ", ".join(told) + f" and {len(self.ranges) - 20} more places" * (len(self.ranges) > 20)
+
+
+class Chain:
+    """An image and all that leads back from it: what each snapshot was, chunk by chunk. To be closed.
+
+    A committed journal is laid over, not applied, so nothing is changed. `versions` are the newest first. Raises
+    FileNotFoundError without an image, Damaged for a state or a journal that cannot be used.
+    """
+
+    def __init__(self, paths: ImagePaths, *, from_disk: bool = False) -> None:
+        self.paths = paths
+        self._files = contextlib.ExitStack()
+        try:
+            self.image = self._files.enter_context(contextlib.closing(SparseFile(paths.image)))
+            self.versions = Versions(paths).all()
+            self._from_disk = from_disk
+            if from_disk:
+                self.image.forget_cached()
+            self._journal = self._committed_journal()
+            self.state, table = self._state_of_all()
+            self._table = self._files.enter_context(table.open("rb", buffering=128 << 10)) if self.state else None
+        except BaseException:
+            self.close()
+            raise
+        self.size = self.state.snapshot.size if self.state else -(-os.fstat(self.image.fd).st_size // CHUNK) * CHUNK
+
+    def _committed_journal(self) -> Journal | None:
+        """The journal that is to complete the image, and the version that gets its name with it."""
+        try:
+            file = self._files.enter_context(PatchFile(self.paths.journal, "journal"))
+        except FileNotFoundError:
+            return None
+        if file.end is None:
+            return None
+        journal = Journal(file, file.end["snapshot"]["size"] // CHUNK)
+        journal.read_places(lambda _: None)
+        with contextlib.suppress(FileNotFoundError), PatchFile(self.paths.new_version, "version") as version:
+            if version.end and version.head.get("journal") == file.head["id"]:
+                self.versions.insert(0, Version.load(self.paths.new_version))
+        return journal
+
+    def _state_of_all(self) -> tuple[State | None, Path]:
+        """The state of what the journal makes of the image, and where it is."""
+        if self._journal is None:
+            return State.load(self.paths.state), self.paths.state
+        for path in (self.paths.new_state, self.paths.state):
+            state = State.load(path)
+            if state is not None and state.journal == self._journal.file.head["id"]:
+                return state, path
+        return None, self.paths.state
+
+    def depth_at(self, moment: datetime.datetime | None) -> int:
+        """How many steps back the newest snapshot is that is not later than a time; 0, the image's, without a time.
+
+        Raises UsageError if there is none as old as that.
+        """
+        if moment is None:
+            return 0
+        if self.state is None:
+            raise UsageError(f"no snapshot is recorded for {self.paths.image}, so there is no version by time")
+        moments = [self.state.moment, *(version.moment for version in self.versions)]
+        for depth, candidate in enumerate(moments):
+            if candidate <= moment:
+                return depth
+        raise UsageError(
+            f"{self.paths.name} has no version as old as {local_time(moment)}; the oldest is of "
+            f"{local_time(moments[-1])}"
+        )
+
+    def chunks(self, depth: int) -> Iterator[tuple[int, list[bytes], list[bool]]]:
+        """For each chunk its index, its contents and whether they are sound: as the image has it, and `depth` versions.
+
+        Contents that are the same are the same object; those of a hole are ZERO_CHUNK. A chunk is sound if it has the
+        digest that was recorded for it; of an image without a state nothing is recorded, and all is taken for sound.
+        """
+        with contextlib.ExitStack() as files:
+            streams = [
+                PatchStream(files.enter_context(PatchFile(version.path, "version", from_disk=self._from_disk)))
+                for version in self.versions[:depth]
+            ]
+            patched = PatchStream.by_chunk(streams, tolerant=True)
+            upcoming = next(patched, None)
+            hole_until = 0
+            for index in range(self.size // CHUNK):
+                if index * CHUNK >= hole_until:
+                    hole_until = self.image.end_of_hole(index * CHUNK, self.size)
+                chunk, is_sound = self._image_chunk(index, is_hole=(index + 1) * CHUNK <= hole_until)
+                patches: dict[int, Patch] = {}
+                if upcoming is not None and upcoming[0] == index:
+                    patches = dict(upcoming[1])
+                    upcoming = next(patched, None)
+                contents, soundness = [chunk], [is_sound]
+                for number, stream in enumerate(streams):
+                    if number in patches:
+                        chunk = patches[number].over(chunk)
+                        is_sound = chunk_digest(page_digests(chunk)) == patches[number].digest
+                    elif stream.problem:  # nobody knows whether it had one
+                        is_sound = False
+                    contents.append(chunk)
+                    soundness.append(is_sound)
+                yield index, contents, soundness
+
+    def _image_chunk(self, index: int, *, is_hole: bool) -> tuple[bytes, bool]:
+        """A chunk as the journal makes it, and whether it is sound."""
+        recorded = None
+        if self._table is not None:
+            self._table.seek(BLOCK + index * DIGEST_SIZE)
+            recorded = self._table.read(DIGEST_SIZE)
+        patch = self._journal.patch(index) if self._journal else None
+        if is_hole and patch is None:
+            return ZERO_CHUNK, recorded in (None, ZERO_DIGEST)
+        stored = self.image.chunk(index)
+        chunk = ZERO_CHUNK if stored is None else stored
+        if patch is not None:
+            chunk = patch.over(chunk)
+        is_whole = recorded is None or chunk_digest(page_digests(chunk)) == recorded
+        return chunk, is_whole and (stored is not None or patch is not None)
+
+    def verify(self, heed: Callable[[int], None]) -> list[Ranges]:
+        """Compare the image and all versions with their digests; what is damaged of each, the image first."""
+        damaged = [Ranges() for _ in range(1 + len(self.versions))]
+        snapshots = [version.snapshot for version in self.versions]
+        sizes = [self.size, *(snapshot.size if snapshot else self.size for snapshot in snapshots)]
+        for index, _, soundness in self.chunks(len(self.versions)):
+            for ranges, size, is_sound in zip(damaged, sizes, soundness, strict=True):
+                if not is_sound and index * CHUNK < size:
+                    ranges.add(index)
+            heed(CHUNK)
+        return damaged
+
+    def restore(self, depth: int, target: Path, heed: Callable[[int], None]) -> tuple[Path, Ranges]:
+        """Write what the image or, `depth` steps back, a version was into a new, sparse file.
+
+        Returns the file, and what of it is damaged: then it is not `target`, but `target.damaged`. Until it is whole it
+        is `target.partial`, which is removed if it does not come to that. Raises DosvobError if one of them exists
+        already, or there is not enough room, OSError.
+        """
+        snapshot = self.versions[depth - 1].snapshot if depth else None
+        size = snapshot.size if snapshot else self.size
+        partial, damaged_target = (target.with_name(f"{target.name}.{what}") for what in ("partial", "damaged"))
+        for path in (target, partial, damaged_target):
+            if os.path.lexists(path):
+                raise DosvobError(
+                    f"{path} is there, and nothing is restored over it: move it away, or name another file"
+                )
+        damaged = Ranges()
+        with contextlib.closing(SparseFile(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL)) as file:
+            try:
+                is_cloned = self._clone_to(file, depth)
+                os.ftruncate(file.fd, size)
+                for index, contents, soundness in itertools.islice(self.chunks(depth), size // CHUNK):
+                    base = self._stored_chunk(index, contents[0]) if is_cloned else ZERO_CHUNK
+                    if (content := contents[depth]) is not base:
+                        pages = ((page, page * PAGE) for page in range(PAGES))
+                        differing = [page for page, at in pages if base[at : at + PAGE] != content[at : at + PAGE]]
+                        Patch.of(index, sum(1 << page for page in differing), content, b"").write_to(file)
+                    if not soundness[depth]:
+                        damaged.add(index)
+                    heed(CHUNK)
+                os.fsync(file.fd)
+                rename_new(partial, final := damaged_target if damaged.ranges else target)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        return final, damaged
+
+    def _clone_to(self, file: SparseFile, depth: int) -> bool:
+        """Make a file share the image's content; if its file system cannot, make sure that there is room for a copy."""
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(file.fd, 0x40049409, self.image.fd)  # FICLONE of ioctl_ficlone(2)
+            return True
+        older = sum(version.occupied for version in self.versions[:depth])
+        needed, free = os.fstat(self.image.fd).st_blocks * 512 + older, file.free_room()
+        if needed > free:
+            raise DosvobError(
+                f"{file.path} may take up to {human_size(needed)}, and {human_size(free)} are free there: make room"
+            )
+        return False
+
+    def _stored_chunk(self, index: int, content: bytes) -> bytes:
+        """A chunk of the image's file, given its content as the journal makes it."""
+        is_journalled = self._journal is not None and self._journal.places[index]
+        return (self.image.chunk(index) or ZERO_CHUNK) if is_journalled else content
+
+    def close(self) -> None:
+        """Close all files."""
+        self._files.close()
+
+
+def rename_new(old: Path, new: Path) -> None:
+    """Rename, durably, but never over an existing file; raises DosvobError then, and leaves the old name."""
+    try:
+        os.link(old, new)
+        old.unlink()
+    except FileExistsError:
+        raise DosvobError(f"{new} has appeared meanwhile: move it away") from None
+    except OSError as problem:
+        if problem.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        old.rename(new)  # a file system without hard links
+    sync_directory(new.parent)
+
+
+# ── The update of an image ───────────────────────────────────────────────────────────────────────────────────────────
+# One sync's side of the local disk: what the image has, what becomes of it, and the end of that. Knows files only.
 
 
 @dataclass
 class Tally:
-    """What a sync did, in bytes; `decayed` has the offsets of chunks that had changed on the local disk."""
+    """What a sync did, in bytes; `differing` has the chunks of the image that were not what was recorded."""
 
     changed: int = 0
-    decayed: list[int] = field(default_factory=list)
-    decayed_bytes: int = 0
+    differing: Ranges = field(default_factory=Ranges)
+    differing_bytes: int = 0
 
-    MOST_OFFSETS = 20
 
-    def add_decayed(self, index: int) -> None:
-        """Count a chunk."""
-        self.decayed_bytes += CHUNK
-        if len(self.decayed) < self.MOST_OFFSETS:
-            self.decayed.append(index * CHUNK)
+class LocalImage:
+    """What the local image has, as its journal stands. Only reads.
+
+    `suspects` are chunks that are not what the state says, or cannot be read, and are not done with.
+    """
+
+    PARTS = 8  # every sync reads so great a part of the image again, in turn, to find what decayed on disk
+    READ_AHEAD = 8  # chunks
+
+    def __init__(
+        self,
+        paths: ImagePaths,
+        image: SparseFile,
+        chunks: int,
+        state: State | None,
+        journal: Journal | None,
+        *,
+        reread: bool,
+    ) -> None:
+        self.part = (state.reread + 1) % self.PARTS if state else 0
+        self.suspects: set[int] = set()
+        self._image = image
+        self._chunks = chunks
+        self._journal = journal
+        self._is_trusted = state is not None and not reread and state.identity == Identity.of(image.fd)
+        self._known_chunks = state.snapshot.size // CHUNK if state else 0
+        self._known = paths.state.open("rb", buffering=128 << 10) if state else None
+        self._hole_until = 0
+        first, end = (-(-part * chunks // self.PARTS) for part in (self.part, self.part + 1))
+        if self._is_trusted:  # what is read again is to come from the disk
+            image.forget_cached(first * CHUNK, max(end - first, 1) * CHUNK)
+        else:
+            image.forget_cached()
+
+    def digests(self, start: int) -> Iterator[bytes]:
+        """The digests of the chunks in order, from `start` on; b"" for what cannot be read. Reads ahead."""
+        self._hole_until = 0
+        self.suspects.clear()
+        if self._known is not None:
+            self._known.seek(BLOCK + start * DIGEST_SIZE)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            ahead: collections.deque[concurrent.futures.Future[bytes] | bytes] = collections.deque()
+            for index in range(start, self._chunks + self.READ_AHEAD):
+                if index < self._chunks:
+                    recorded = self._known.read(DIGEST_SIZE) if self._known and index < self._known_chunks else None
+                    known = self._known_digest(index, recorded)
+                    ahead.append(pool.submit(self._read_digest, index, recorded) if known is None else known)
+                if index - start >= self.READ_AHEAD:
+                    digest = ahead.popleft()
+                    yield digest if isinstance(digest, bytes) else digest.result()
+
+    def _known_digest(self, index: int, recorded: bytes | None) -> bytes | None:
+        """The chunk's digest if it is known without reading the chunk."""
+        if self._journal is not None and self._journal.places[index]:
+            return None
+        if index * CHUNK >= self._hole_until:
+            self._hole_until = self._image.end_of_hole(index * CHUNK, self._chunks * CHUNK)
+        if (index + 1) * CHUNK <= self._hole_until:
+            if recorded not in (None, ZERO_DIGEST):
+                self.suspects.add(index)
+            return ZERO_DIGEST
+        in_turn = index * self.PARTS // self._chunks == self.part
+        return recorded if self._is_trusted and not in_turn else None
+
+    def _read_digest(self, index: int, recorded: bytes | None) -> bytes:
+        chunk = self._image.chunk(index)
+        digest = b"" if chunk is None else chunk_digest(page_digests(chunk))
+        if chunk is None or (recorded is not None and digest != recorded):
+            self.suspects.add(index)
+        patch = self._journal.patch(index) if self._journal is not None else None
+        if patch is not None and chunk is not None and chunk_digest(page_digests(patch.over(chunk))) == patch.digest:
+            return patch.digest
+        return digest
+
+    def pages(self, index: int) -> bytes:
+        """The digests of the pages of a chunk, without what the journal has; b"" if the disk cannot read it."""
+        chunk = self._image.chunk(index)
+        if chunk is None:
+            self.suspects.add(index)
+        return b"" if chunk is None else page_digests(chunk)
+
+    def close(self) -> None:
+        """Close what it opened."""
+        if self._known is not None:
+            self._known.close()
 
 
 class Update:
-    """One sync's changes to one image: what the image has, what is kept, what is stored, and the end of it.
+    """What one sync makes of one image: patches that may come in any order within a window, and the end of it.
 
-    Chunks may be settled in any order within a window. Of a first sync everything goes straight into NAME.partial, of
-    a later one into the journal. To be closed in any case; only `finish` makes it count.
+    Of a first sync everything goes straight into NAME.partial, of a later one into the journal. To be closed in any
+    case; only `finish` makes it count.
     """
 
-    def __init__(self, paths: ImagePaths, snapshot: Snapshot, warn: Callable[[str], None], *, reread: bool) -> None:
+    ROOM_FOR_OTHERS = 1 << 30  # bytes that a first sync on a full disk leaves to the changes of other volumes
+
+    def __init__(
+        self, paths: ImagePaths, snapshot: Snapshot, keep: Keep, warn: Callable[[str], None], *, reread: bool = False
+    ) -> None:
         self.chunks = snapshot.size // CHUNK
-        self.is_first: bool  # whether there is no image yet
-        snapshot.mark()  # it must be possible in the end
         self.settled = 0  # chunks from the first on that are done
         self.tally = Tally()
         self._paths = paths
         self._snapshot = snapshot
+        self._warn = warn
         self._digests: dict[int, bytes] = {}  # of chunks that are done, beyond `settled`
-        self._resumed: dict[int, int] = {}  # of a journal that was taken up: where each chunk's last records begin
-        self._decayed: set[int] = set()  # chunks that had changed on the local disk, and are not done
-        self._journal: Journal | None = None
         self._is_committed = False
-        self._known: BinaryIO | None = None
-        self._hole_until = 0
-        self._open(warn, reread)
-
-    def _open(self, warn: Callable[[str], None], reread: bool) -> None:
-        paths = self._paths
-        state = self._fit_for_use(paths.load_state(), warn)
-        self.is_first = not paths.image.exists()
+        seal(
+            "end", {"snapshot": dataclasses.asdict(snapshot), "newer": dataclasses.asdict(snapshot)}
+        )  # must be possible
+        paths.check_link()
+        self._state = self._fitting_state()
+        self.is_first = not paths.image.exists()  # whether there is no image yet
+        has_versions = bool(Versions(paths).all())
+        self._makes_version = has_versions or (keep.anything and self._state is not None)
+        paths.new_version.unlink(missing_ok=True)
+        self._writer: PatchWriter | None = None
+        self.journal: Journal | None = None
         if self.is_first:
+            self._image = SparseFile(paths.partial, os.O_RDWR | os.O_CREAT)
+            os.ftruncate(self._image.fd, snapshot.size)
+        else:
+            self._image = SparseFile(paths.image)
+            self._writer, self.journal = self._open_journal()
+        self._new_state = StateWriter(paths.new_state)
+        self.local = LocalImage(paths, self._image, self.chunks, self._state, self.journal, reread=reread)
+
+    def _fitting_state(self) -> State | None:
+        """The state, if it is this volume's; what belongs to another volume, or to no image, is set aside."""
+        paths, size = self._paths, self._snapshot.size
+        state = State.load(paths.state)
+        has_image = paths.image.exists()
+        is_other = state is not None and state.snapshot.volume_id != self._snapshot.volume_id
+        if state is not None and not is_other and state.snapshot.size > size:
+            raise DosvobError(
+                f"DigitalOcean says that it has shrunk to {human_size(size)}, which no volume does; {paths.image} was "
+                "left as it is: try again later"
+            )
+        is_unknown = state is None and has_image and paths.image.stat().st_size > size
+        is_orphaned = not has_image and bool(Versions(paths).all())
+        if is_other or is_unknown or is_orphaned:
+            aside = paths.set_aside(state)
+            what = f"the image {paths.image} is of another volume that had this name, and" if has_image else (
+                f"the image {paths.image} is gone, and its older versions, which are of no use without it,"
+            )  # fmt: skip
+            if aside is not None:
+                self._warn(f"{what} was set aside as {aside.image}: delete it when you no longer need it")
+            paths.journal.unlink(missing_ok=True)
+            return None
+        if not has_image:
             paths.state.unlink(missing_ok=True)
             paths.journal.unlink(missing_ok=True)
-            state = None
-        self._fd = create_private(paths.partial) if self.is_first else os.open(paths.image, os.O_RDONLY | os.O_CLOEXEC)
-        if self.is_first:
-            forget_cached(self._fd)
-            os.ftruncate(self._fd, self._snapshot.size)
-        else:
-            self._open_journal()
-        self._new_state = StateWriter(paths.new_state)
-        self._part = (state.reread + 1) % REREAD_PARTS if state else 0
-        self._trusted = state is not None and not reread and state.identity == Identity.of(self._fd)
-        self._known_chunks = state.snapshot.size // CHUNK if state else 0
-        if state is not None:
-            self._known = paths.state.open("rb", buffering=128 << 10)
-
-    def _fit_for_use(self, state: State | None, warn: Callable[[str], None]) -> State | None:
-        """The state, if it is this volume's; the image of another volume is set aside."""
-        paths = self._paths
-        check_link(paths)
-        other = state is not None and state.snapshot.volume_id != self._snapshot.volume_id
-        if state is not None and not other and state.snapshot.size > self._snapshot.size:
-            raise DosvobError(
-                f"{paths.name}: DigitalOcean says that it has shrunk to {human_size(self._snapshot.size)}, which no "
-                f"volume does; {paths.image} was left as it is: try again later"
-            )
-        if paths.image.exists() and (other or paths.image.stat().st_size > self._snapshot.size):
-            aside = paths.set_aside(paths.image, "set-aside")
-            warn(
-                f"the image {paths.image} is of another volume that had this name, and was set aside as {aside}: "
-                "delete it when you no longer need it"
-            )
-            paths.journal.unlink(missing_ok=True)
-            if state is not None:
-                paths.state.rename(paths.metadata / f"{aside.name}.state")
             return None
+        if state is not None:
+            self._check_length(state)
+            self._check_chain(state)
         return state
 
-    def _open_journal(self) -> None:
+    def _check_length(self, state: State) -> None:
+        """Tell of an image that has become longer; it is cut when the journal is applied."""
+        length = self._paths.image.stat().st_size
+        if length > state.snapshot.size:
+            self._warn(
+                f"{self._paths.image} has {length} bytes, and {state.snapshot.size} were backed up: somebody appended "
+                "to it; it is cut"
+            )
+
+    def _check_chain(self, state: State) -> None:
+        """Put aside versions that do not lead back from the image."""
+        versions = Versions(self._paths).all()
+        newer = versions[0].newer if versions else None
+        if newer is not None and newer != state.snapshot:
+            aside = self._paths.versions.with_name(f"{self._paths.versions.name}.of-{newer.taken_at.replace(':', '')}")
+            self._paths.versions.rename(aside)
+            self._warn(
+                f"the versions of {self._paths.name} do not lead back from its image; they were moved to {aside}"
+            )
+
+    def _open_journal(self) -> tuple[PatchWriter, Journal]:
         """A new journal, or the one that a crash left, to be continued."""
-        base = Identity.of(self._fd)
-        with contextlib.suppress(FileNotFoundError), self._paths.journal.open("rb", buffering=CHUNK) as file:
-            old = JournalFile(self._paths.journal, file)
-            if old.head is not None and old.head.base == base and old.head.volume_id == self._snapshot.volume_id:
-                self._take_up(old, old.head)
-        if self._journal is None:
-            self._paths.journal.unlink(missing_ok=True)
-            self._journal = Journal.begin(self._paths.journal, self._snapshot, base)
-
-    def _take_up(self, old: JournalFile, head: JournalHead) -> None:
-        """Continue a journal: note where each chunk's last records begin."""
-        previous = -1
-        for record in old.records():
-            index = record.offset // CHUNK
-            if index != previous:
-                self._resumed[index] = record.position
-            previous = index
-        self._journal = Journal(create_private(self._paths.journal), head, old.end)
-        self._journal.start = old.start
-
-    # What the image has
-
-    def local_digests(self) -> Generator[bytes, None, None]:
-        """The digests of the local chunks in order, from `settled` on; those that must be read are read ahead."""
-        self._hole_until = 0
-        self._decayed.clear()
-        if self._known is not None:
-            self._known.seek(STATE_HEADER + self.settled * DIGEST_SIZE)
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            ahead: collections.deque[concurrent.futures.Future[bytes] | bytes] = collections.deque()
-            for index in range(self.settled, self.chunks):
-                recorded = self._recorded(index)
-                known = self._known_digest(index, recorded)
-                ahead.append(known if known is not None else pool.submit(self._read_digest, index, recorded))
-                if len(ahead) > READ_AHEAD_LOCAL:
-                    yield settled_value(ahead.popleft())
-            for digest in ahead:
-                yield settled_value(digest)
-
-    def _recorded(self, index: int) -> bytes | None:
-        """The digest that the state has for the chunk."""
-        return self._known.read(DIGEST_SIZE) if self._known is not None and index < self._known_chunks else None
-
-    def _known_digest(self, index: int, recorded: bytes | None) -> bytes | None:
-        """The chunk's digest if it is known without reading the chunk."""
-        if index in self._resumed:
-            return None
-        if self._is_hole(index):
-            if recorded not in (None, ZERO_DIGEST):
-                self._decayed.add(index)
-            return ZERO_DIGEST
-        in_turn = index * REREAD_PARTS // self.chunks == self._part
-        return recorded if self._trusted and not in_turn else None
-
-    def _read_digest(self, index: int, recorded: bytes | None) -> bytes:
-        pages = self.local_pages(index)
-        digest = chunk_digest(pages) if pages else b""
-        if pages and recorded is not None and digest != recorded and index not in self._resumed:
-            self._decayed.add(index)
-        return digest
-
-    def _is_hole(self, index: int) -> bool:
-        """Whether the image has no data there, which then need not be read."""
-        start = index * CHUNK
-        if start >= self._hole_until:
-            try:
-                self._hole_until = os.lseek(self._fd, start, os.SEEK_DATA)
-            except OSError as problem:
-                if problem.errno != errno.ENXIO:  # ENXIO: no data from there to the end
-                    raise
-                self._hole_until = self._snapshot.size
-        return start + CHUNK <= self._hole_until
-
-    def local_pages(self, index: int) -> bytes:
-        """The digests of the pages of a local chunk, as the journal would make it; empty if the disk cannot read it."""
-        chunk = self._local_chunk(index)
-        return b"" if chunk is None else page_digests(chunk)
-
-    def _local_chunk(self, index: int) -> bytes | None:
-        """A local chunk, as the journal would make it; None if the disk cannot read it."""
-        chunk = read_chunk(self._fd, index)
-        if chunk is None:
-            self._decayed.add(index)
-            return None
-        for record in self._journal_records(index):
-            start = record.offset % CHUNK
-            chunk = chunk[:start] + (record.data or bytes(record.length)) + chunk[start + record.length :]
-        return chunk
-
-    def _journal_records(self, index: int) -> list[Record]:
-        """The chunk's records in a journal that was taken up."""
-        if index not in self._resumed:
-            return []
-        with self._paths.journal.open("rb", buffering=128 << 10) as file:
-            records = JournalFile(self._paths.journal, file).records(self._resumed[index])
-            return list(itertools.takewhile(lambda record: record.offset // CHUNK == index, records))
+        path = self._paths.journal
+        with contextlib.suppress(FileNotFoundError):
+            file = PatchFile(path, "journal")
+            if file.end is not None:
+                raise DosvobError(f"{path} must be applied first: run again")
+            if Journal.fits(self._paths, file) and file.head["volume_id"] == self._snapshot.volume_id:
+                journal = Journal(file, self.chunks)
+                with contextlib.suppress(Damaged):  # which is where its good part ends
+                    journal.read_places(lambda _: None)
+                return PatchWriter(path, "journal", file.head, journal.end), journal
+            file.close()
+        head = {"id": secrets.token_hex(16), "name": self._paths.name, "volume_id": self._snapshot.volume_id}
+        writer = PatchWriter(path, "journal", {**head, "base": dataclasses.asdict(Identity.of(self._image.fd))})
+        writer.file.flush()
+        return writer, Journal(PatchFile(path, "journal"), self.chunks)
 
     # What becomes of it
+
+    def local_digests(self) -> Iterator[bytes]:
+        """The digests of the local chunks in order, from the first one on that is not settled."""
+        if self._writer is not None:
+            self._writer.file.flush()
+        return self.local.digests(self.settled)
 
     def is_settled(self, index: int) -> bool:
         """Whether the chunk is done, by an attempt before this one."""
         return index in self._digests
 
+    def has_nothing_at(self, index: int, digest: bytes) -> bool:
+        """Whether the image, by the chunk's local digest, has zeros there, or nothing that can be read."""
+        return digest == b"" or (digest == ZERO_DIGEST and not (self.journal and self.journal.places[index]))
+
     def keep(self, index: int, digest: bytes) -> None:
-        """The chunk is as it should be."""
+        """The chunk is as it should be, as its journal stands."""
+        header = self.journal.header(index) if self.journal is not None else None
+        if header is not None and header.digest == digest:
+            self.tally.changed += header.pages.bit_count() * PAGE
+        elif header is not None:  # it has become again what the image has: what was journalled is not to be applied
+            self._append(Patch(index, 0, 0, b"", digest))
+        self._settle(index, digest)
+
+    def store(self, patch: Patch) -> None:
+        """Change a chunk of the image, when all of the sync counts."""
+        self.tally.changed += patch.pages.bit_count() * PAGE
+        self._append(patch)
+        self._settle(patch.index, patch.digest)
+
+    def _append(self, patch: Patch) -> None:
+        if self._writer is None or self.journal is None:
+            patch.write_to(self._image)
+        else:
+            self.journal.places[patch.index] = self._writer.append(patch)
+
+    def _settle(self, index: int, digest: bytes) -> None:
         self._digests[index] = digest
-        if index in self._decayed:
-            self._decayed.remove(index)
-            self.tally.add_decayed(index)
+        if index in self.local.suspects:
+            self.local.suspects.remove(index)
+            self.tally.differing_bytes += CHUNK
+            self.tally.differing.add(index)
         while (done := self._digests.pop(self.settled, None)) is not None:
             self._new_state.append(done)
             self.settled += 1
 
-    def store(self, index: int, digest: bytes, wanted: int, included: int, data: bytes) -> None:
-        """Change the wanted pages of a chunk to the data, which has the included ones; the others become zeros."""
-        self.tally.changed += wanted.bit_count() * PAGE
-        if index in self._resumed and wanted != ALL_PAGES:
-            data = self._merged(index, wanted, included, data)  # for a chunk's last records must stand alone
-            wanted, included = ALL_PAGES, nonzero_pages(data)
-            data = b"".join(data[page * PAGE : (page + 1) * PAGE] for page in range(PAGES) if included >> page & 1)
-        position = 0
-        for first, count, is_data in page_runs(wanted, included):
-            offset, length = index * CHUNK + first * PAGE, count * PAGE
-            if is_data:
-                self._store_data(offset, memoryview(data)[position : position + length])
-                position += length
-            else:
-                self._store_hole(offset, length)
-        self.keep(index, digest)
-
-    def _merged(self, index: int, wanted: int, included: int, data: bytes) -> bytes:
-        """A local chunk as the data makes it."""
-        local = self._local_chunk(index)
-        if local is None:  # though it could be read just now; the next sync fetches all of it
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self._paths.image))
-        chunk = bytearray(local)
-        position = 0
-        for first, count, is_data in page_runs(wanted, included):
-            start, length = first * PAGE, count * PAGE
-            chunk[start : start + length] = data[position : position + length] if is_data else bytes(length)
-            position += length * is_data
-        return bytes(chunk)
-
-    def _store_data(self, offset: int, data: memoryview) -> None:
-        if self._journal is not None:
-            self._journal.append(DATA, offset, data)
-        else:
-            write_all(self._fd, data, offset)
-
-    def _store_hole(self, offset: int, length: int) -> None:
-        if self._journal is not None:
-            self._journal.append(HOLE, offset, length=length)
-        else:
-            make_zeros(self._fd, offset, length)
-
     # The end of it
 
-    def finish(self, warn: Callable[[str], None]) -> None:
-        """Make it the image; all chunks must be settled."""
+    def finish(self, heed: Callable[[int], None] = lambda _: None) -> None:
+        """Make it the image: steps 2 to 6. All chunks must be settled.
+
+        `heed` may raise `Interrupted`: what is committed by then is completed by the next command.
+        """
         assert self.settled == self.chunks
-        if self._journal is None:
+        if self._writer is None or self.journal is None:
             self._finish_first()
-        elif self._journal.is_empty and Identity.of(self._fd).size == self._snapshot.size:
-            identity = Identity.of(self._fd)
-            was_untouched = identity == self._journal.head.base  # since this sync began to read it
-            self._new_state.finish(self._snapshot, self._part, "", identity if was_untouched else None)
-            self._journal.close()
-            self._paths.journal.unlink()
-            self._install_state()
-        else:
-            self._journal.make_durable()
-            self._new_state.finish(self._snapshot, self._part, self._journal.head.id, None)
-            sync_directory(self._paths.metadata)
-            self._journal.commit(self._snapshot)
-            self._is_committed = True
-            if not recover(self._paths, warn):
-                raise DosvobError(f"{self._paths.journal} has gone before it could be applied: who removed it?")
+            return
+        paths, writer, journal = self._paths, self._writer, self.journal
+        writer.file.flush()
+        self._new_state.file.flush()
+        if self._makes_version:
+            Versions(paths).write(self._image, self._state, self._snapshot, journal)
+        if journal.room_needed(self._image) > self._image.free_room():  # fallocate(2) would touch the image's time
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths.image))
+        writer.make_durable()
+        base = Identity.of(self._image.fd)
+        # Whole seconds, which every file system keeps; later than before, which tells the new image from the old one.
+        mtime_ns = max(int(time.time()), base.mtime_ns // 10**9 + 2) * 10**9 if any(journal.places) else base.mtime_ns
+        identity = Identity(self._snapshot.size, base.inode, mtime_ns)
+        self._new_state.complete(self._snapshot, self.local.part, writer.id, identity)
+        sync_directory(paths.metadata)
+        writer.complete({"snapshot": dataclasses.asdict(self._snapshot), "mtime_ns": mtime_ns})
+        self._is_committed = True
+        journal.file.close()
+        try:
+            journal.file = PatchFile(paths.journal, "journal")
+        except FileNotFoundError:
+            raise DosvobError(f"{paths.journal} has gone before it could be applied: who removed it?") from None
+        journal.apply(paths, heed)
 
     def _finish_first(self) -> None:
-        os.fsync(self._fd)
-        self._new_state.finish(self._snapshot, self._part, "", Identity.of(self._fd))
-        if self._paths.image.exists():
-            kept = self._paths.partial
-            raise DosvobError(f"{self._paths.image} has appeared meanwhile: move it away; {kept} is kept")
-        self._paths.partial.rename(self._paths.image)
-        sync_directory(self._paths.backups)
-        self._install_state()
-
-    def _install_state(self) -> None:
+        os.fsync(self._image.fd)
+        self._new_state.complete(self._snapshot, self.local.part, "", Identity.of(self._image.fd))
+        try:
+            rename_new(self._paths.partial, self._paths.image)
+        except DosvobError as problem:
+            raise DosvobError(f"{problem}; {self._paths.partial} is kept") from None
         self._paths.new_state.rename(self._paths.state)
         sync_directory(self._paths.metadata)
 
     def give_room(self) -> None:
         """Give up so much of a sync that cannot go on for want of room that the other volumes can.
 
-        That is a journal, or the end of a first sync: each run that fails fetches only that again.
+        That is a journal and a version, or the end of a first sync: each run that fails fetches only that again.
         """
         if self._is_committed:
             return
-        if self._journal is not None:
+        self._paths.new_version.unlink(missing_ok=True)
+        if not self.is_first:
             self._paths.journal.unlink(missing_ok=True)
             return
-        goal = os.fstat(self._fd).st_blocks * 512 - ROOM_FOR_OTHERS
+        goal = os.fstat(self._image.fd).st_blocks * 512 - self.ROOM_FOR_OTHERS
         for index in reversed(range(min(self.settled + WINDOW, self.chunks))):
-            if os.fstat(self._fd).st_blocks * 512 <= goal or not punch_hole(self._fd, index * CHUNK, CHUNK):
+            if os.fstat(self._image.fd).st_blocks * 512 <= goal or not self._image.punch(index * CHUNK, CHUNK):
                 break
 
     def close(self) -> None:
         """Close the files. What was not finished is left for the next sync to take up."""
-        for file in (self._journal, self._new_state, self._known):
-            if file is not None:
-                file.close()
-        os.close(self._fd)
-
-
-def settled_value(value: concurrent.futures.Future[bytes] | bytes) -> bytes:
-    """The value, waited for if it is still to come."""
-    return value if isinstance(value, bytes) else value.result()
-
-
-def nonzero_pages(chunk: bytes) -> int:
-    """A bitmap of the pages of a chunk that are not all zeros."""
-    return sum(1 << page for page in range(PAGES) if not chunk.startswith(ZERO_PAGE, page * PAGE))
-
-
-def page_runs(wanted: int, included: int) -> Iterator[tuple[int, int, bool]]:
-    """The runs of wanted pages that are alike: (first page, count, whether they have data)."""
-    first, kind = 0, None
-    for page in range(PAGES + 1):
-        this = bool(included >> page & 1) if page < PAGES and wanted >> page & 1 else None
-        if this is not kind:
-            if kind is not None:
-                yield first, page - first, kind
-            first, kind = page, this
-
-
-def verify_image(paths: ImagePaths, progress: Callable[[int], None]) -> list[tuple[int, int]] | None:
-    """Compare an image with its recorded digests; the damaged ranges in bytes (start, end), None without a record."""
-    state = paths.load_state()
-    if state is None:
-        return None
-    damaged: list[tuple[int, int]] = []
-    with paths.image.open("rb", buffering=0) as image, paths.state.open("rb") as digests:
-        digests.seek(STATE_HEADER)
-        for start in range(0, state.snapshot.size, CHUNK):
-            chunk, recorded = read_chunk(image.fileno(), start // CHUNK), digests.read(DIGEST_SIZE)
-            if chunk is None or chunk_digest(page_digests(chunk)) != recorded:
-                first = damaged.pop()[0] if damaged and damaged[-1][1] == start else start
-                damaged.append((first, start + CHUNK))
-            progress(CHUNK)
-    return damaged
+        for file in (self._writer, self._new_state):
+            with contextlib.suppress(OSError):  # a full disk, which was reported when it was met
+                if file is not None:
+                    file.file.close()
+        self.local.close()
+        self._image.close()
+        if self.journal is not None:
+            with contextlib.suppress(OSError):  # closed already, if the journal has gone
+                self.journal.file.close()
 
 
 # ── The sync ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The local end of the conversation with the agent: compares, asks, checks, stores. Knows neither SSH nor the API, and
 # trusts nothing that comes in: what does not fit the conversation ends it.
 
-MOST_AHEAD = 1 << 18  # chunks whose digests are kept while one before them is still to come; no droplet reads as fast
 PROGRESS_LIMIT = 600  # seconds in which at least one chunk must be settled
 MOST_PAYLOAD = {  # bytes, by kind of frame
     HELLO: len(AGENT_MAGIC) + 8,
@@ -2436,16 +3092,21 @@ class FrameParser:
 class Pending:
     """A chunk that was announced and is not settled.
 
-    Its digest, and when they are known the digests of the local pages and a bitmap of the pages that are asked for.
+    Its digest, and when they are known the digests of the local pages and a bitmap of the pages that are asked for;
+    `is_unknown` if what the local pages have cannot be relied on, so that all of them are to be written.
     """
 
     digest: bytes
     local: bytes = b""
     wanted: int = 0
+    is_unknown: bool = False
 
 
 class Sync:
     """One conversation, from the first chunk of `update` that is not settled to the last."""
+
+    # The agent keeps to MOST_AHEAD, not counting chunks that are asked for a second time, which are few and seldom.
+    BOUND = 4
 
     def __init__(self, stream: Stream, update: Update, progress: Callable[[], None]) -> None:
         self._stream = stream
@@ -2463,7 +3124,7 @@ class Sync:
         """Go on until all chunks are settled."""
         keep_freed_memory()
         settled, deadline = -1, 0.0
-        with contextlib.closing(self._local):
+        with contextlib.closing(self._local):  # type: ignore[type-var] # a generator
             while self._update.settled < self._update.chunks:
                 for frame in self._parser.feed(self._stream.receive()):
                     self._handle(frame)
@@ -2503,16 +3164,21 @@ class Sync:
             raise BadAgent(f"the droplet announced chunk {frame.index} when {self._next} was due")
         if len(self._pending) > 2 * WINDOW:  # it may have forgotten so many that are asked for once more
             raise BadAgent(f"the droplet announced {len(self._pending)} chunks and does not send them")
+        self._check_bound(1)
         self._announced(frame.index, frame.payload)
 
     def _on_zeros(self, frame: Frame) -> None:
         (count,) = struct.unpack(">I", frame.payload) if len(frame.payload) == 4 else (0,)
         if frame.index != self._next or not 0 < count <= self._update.chunks - self._next:
             raise BadAgent(f"the droplet announced {count} chunks of zeros from {frame.index}, {self._next} was due")
-        if self._pending and self._next + count - self._update.settled > MOST_AHEAD:
-            raise BadAgent(f"the droplet announced {count} chunks of zeros and does not send others")
+        self._check_bound(count)
         for index in range(frame.index, frame.index + count):
             self._announced(index, ZERO_DIGEST)
+
+    def _check_bound(self, count: int) -> None:
+        """Digests of so many more chunks may be kept while one before them is still to come."""
+        if self._pending and self._next + count - self._update.settled > self.BOUND * MOST_AHEAD:
+            raise BadAgent(f"the droplet announced {count} chunks more and does not send others")
 
     def _announced(self, index: int, digest: bytes) -> None:
         """Decide what is to be done about a chunk."""
@@ -2526,9 +3192,10 @@ class Sync:
             self._update.keep(index, digest)
             self._drop(index)
         elif digest == ZERO_DIGEST:
-            self._update.store(index, digest, ALL_PAGES, 0, b"")
-        elif local in (ZERO_DIGEST, b""):  # nothing there, or nothing that can be read
-            self._pending[index] = Pending(digest, ZERO_PAGES)
+            zeroed = self._zeroed(self._update.local.pages(index))
+            self._update.store(Patch(index, zeroed, 0, b"", digest))
+        elif self._update.has_nothing_at(index, local):
+            self._pending[index] = Pending(digest, ZERO_PAGES, is_unknown=local == b"")
             self._ask(index, ALL_PAGES)
         else:
             self._pending[index] = Pending(digest)
@@ -2538,26 +3205,37 @@ class Sync:
         pending = self._pending.get(frame.index)
         if pending is None or pending.local or len(frame.payload) != PAGES * SHORT_SIZE:
             raise BadAgent(f"the droplet sent page digests of chunk {frame.index} that nobody asked for")
-        local = self._update.local_pages(frame.index)
-        pending.local = local or ZERO_PAGES
+        local = self._update.local.pages(frame.index)
+        pending.local, pending.is_unknown = local or ZERO_PAGES, not local
         theirs = frame.payload
         differing = 0
         for page in range(PAGES):  # all of them, if there is nothing that can be read
             start = page * DIGEST_SIZE
             if local[start : start + SHORT_SIZE] != theirs[page * SHORT_SIZE : (page + 1) * SHORT_SIZE]:
                 differing |= 1 << page
-        self._ask(frame.index, differing or ALL_PAGES)
+        if not differing and chunk_digest(local) == pending.digest:  # the journal alone had something else
+            del self._pending[frame.index]
+            self._update.store(Patch(frame.index, 0, 0, b"", pending.digest))
+            self._drop(frame.index)
+        else:
+            self._ask(frame.index, differing or ALL_PAGES)
 
     def _on_data(self, frame: Frame) -> None:
         pending = self._pending.get(frame.index)
         included = int.from_bytes(frame.payload[: PAGES // 8], "little")
         if pending is None or not pending.wanted or len(frame.payload) < PAGES // 8 or included & ~pending.wanted:
             raise BadAgent(f"the droplet sent pages of chunk {frame.index} that nobody asked for")
-        data = unpacked(frame, included.bit_count() * PAGE)
-        if merged_digest(pending.local, pending.wanted, included, data) == pending.digest:
+        data = self._unpacked(frame, included.bit_count() * PAGE)
+        merged, changed = self._merged(pending.local, pending.wanted, included, data)
+        if chunk_digest(merged) == pending.digest:
             del self._pending[frame.index]
-            self._update.store(frame.index, pending.digest, pending.wanted, included, data)
+            changed = ALL_PAGES if pending.is_unknown else changed
+            filled = included & changed
+            self._update.store(
+                Patch(frame.index, changed, filled, Patch.select(data, filled, included), pending.digest)
+            )
         elif pending.wanted != ALL_PAGES:  # two pages alike in their short digests, or changed here just now
+            pending.is_unknown = True
             self._ask(frame.index, ALL_PAGES)
         else:
             raise BadAgent(f"chunk {frame.index} does not have the digest that was announced for it")
@@ -2589,33 +3267,45 @@ class Sync:
             self._stream.send(b"".join(self._commands))
             self._commands.clear()
 
+    @staticmethod
+    def _unpacked(frame: Frame, size: int) -> bytes:
+        """The pages in a data frame, which must be `size` bytes; never more is unpacked than that."""
+        data = frame.payload[PAGES // 8 :]
+        if frame.kind == PACKED:
+            decompressor = zlib.decompressobj()
+            try:
+                data = decompressor.decompress(data, size + 1)
+            except zlib.error as problem:
+                raise BadAgent(f"the pages of chunk {frame.index} cannot be unpacked: {problem}") from None
+        if len(data) != size:
+            raise BadAgent(f"the droplet sent {len(data)} bytes of chunk {frame.index}, and announced {size}")
+        return data
 
-def unpacked(frame: Frame, size: int) -> bytes:
-    """The pages in a data frame, which must be `size` bytes; never more is unpacked than that."""
-    data = frame.payload[PAGES // 8 :]
-    if frame.kind == PACKED:
-        decompressor = zlib.decompressobj()
-        try:
-            data = decompressor.decompress(data, size + 1)
-        except zlib.error as problem:
-            raise BadAgent(f"the pages of chunk {frame.index} cannot be unpacked: {problem}") from None
-    if len(data) != size:
-        raise BadAgent(f"the droplet sent {len(data)} bytes of chunk {frame.index}, and announced {size}")
-    return data
+    @staticmethod
+    def _merged(local: bytes, wanted: int, included: int, data: bytes) -> tuple[bytes, int]:
+        """The page digests of a chunk whose wanted pages become the data (the included ones) and zeros (the others).
 
+        And the bitmap of the pages that differ by that.
+        """
+        digests = [local[start : start + DIGEST_SIZE] for start in range(0, len(local), DIGEST_SIZE)]
+        fetched = page_digests(data)
+        changed = position = 0
+        for page in range(PAGES):
+            if wanted >> page & 1:
+                digest = ZERO_PAGE_DIGEST
+                if included >> page & 1:
+                    digest = fetched[position : position + DIGEST_SIZE]
+                    position += DIGEST_SIZE
+                if digests[page] != digest:
+                    digests[page] = digest
+                    changed |= 1 << page
+        return b"".join(digests), changed
 
-def merged_digest(local: bytes, wanted: int, included: int, data: bytes) -> bytes:
-    """The digest of a chunk whose wanted pages become the data (the included ones) and zeros (the others)."""
-    digests = [local[start : start + DIGEST_SIZE] for start in range(0, len(local), DIGEST_SIZE)]
-    fetched = page_digests(data)
-    position = 0
-    for page in range(PAGES):
-        if included >> page & 1:
-            digests[page] = fetched[position : position + DIGEST_SIZE]
-            position += DIGEST_SIZE
-        elif wanted >> page & 1:
-            digests[page] = ZERO_PAGE_DIGEST
-    return chunk_digest(b"".join(digests))
+    @staticmethod
+    def _zeroed(local: bytes) -> int:
+        """The pages of a chunk that change when it becomes zeros, given their digests; all, if it cannot be read."""
+        pages = (local[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] for page in range(PAGES))
+        return sum(1 << page for page, digest in enumerate(pages) if digest != ZERO_PAGE_DIGEST)
 
 
 # ── The connection ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2624,6 +3314,7 @@ def merged_digest(local: bytes, wanted: int, included: int, data: bytes) -> byte
 
 SSH_PORT = 22
 SSH_LIMIT = 300  # seconds after which a droplet that does not let us in is given up
+STRANGER_LIMIT = 60  # seconds for which another host key may be shown, as it may be while a droplet starts
 SSH_TIMEOUT = 20  # seconds for one attempt to connect
 KEEPALIVE = 60  # seconds; a router forgets a connection that is idle, as it is while the next clone is waited for
 RECONNECT_LIMIT = 60  # seconds until a droplet that was up must let us in again
@@ -2635,10 +3326,15 @@ CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr")  # 
 ATTEMPTS = 5  # connections in a row that break without one more chunk settled
 
 FIRST_PACKETS = 100  # that the droplet sends before it hears of the first one's arrival; Linux sends 10
-USER_DATA_COMMANDS = (
-    # DigitalOcean's images mount a volume that appears, which writes to it; before sshd runs, so before any attach.
+DISARM = (
+    # DigitalOcean's images mount a volume that appears, which writes to it.
     "rm -f /etc/udev/rules.d/99-digitalocean-automount.rules",
     "udevadm control --reload || true",
+)
+USER_DATA_COMMANDS = (
+    *DISARM,  # before sshd runs, so before any attach
+    # An agent that nobody hears any more, with its 100 MiB, ends after half a minute instead of a quarter of an hour.
+    "sysctl -q -w net.ipv4.tcp_retries2=6 || true",
     # Stock buffers of 4 MiB allow 33 MB/s at a round trip of 80 ms; BBR does not take every lost packet for congestion.
     "sysctl -q -w net.ipv4.tcp_wmem='4096 1048576 67108864' || true",
     "modprobe -q tcp_bbr && sysctl -q -w net.ipv4.tcp_congestion_control=bbr || true",
@@ -2706,18 +3402,18 @@ def closing_after(limit: float, transport: paramiko.Transport) -> Iterator[None]
 class AgentStream:
     """A running agent at the other end of an SSH connection. To be closed, by which the agent ends."""
 
-    def __init__(self, transport: paramiko.Transport, program: bytes, cancellation: Cancellation) -> None:
+    def __init__(self, transport: paramiko.Transport, program: bytes, stop: Stop) -> None:
         self.received = 0  # bytes
         self._window = LEAST_WINDOW  # bytes that may be under way
         self._measured = (0, time.monotonic())  # bytes received at the last look at how fast they come, and its time
         self._transport = transport
-        self._cancellation = cancellation
+        self._stop = stop
         bootstrap = f"import sys; exec(sys.stdin.buffer.read({len(program)}))"
         try:
             start = time.monotonic()
             self._channel = transport.open_session(self._window, PACKET_SIZE, SSH_TIMEOUT)
             self._round_trip = time.monotonic() - start  # seconds
-            self._channel.settimeout(Cancellation.NAP)
+            self._channel.settimeout(Stop.NAP)
             with closing_after(SSH_TIMEOUT, transport):  # paramiko waits for the answer without a limit
                 self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'")
         except (paramiko.SSHException, OSError, EOFError) as problem:
@@ -2760,7 +3456,7 @@ class AgentStream:
     def _patiently(self, transfer: Callable[[], T]) -> T:
         end = time.monotonic() + STALL_LIMIT
         while True:
-            self._cancellation.check()
+            self._stop.check()
             try:
                 return transfer()
             except TimeoutError:
@@ -2821,80 +3517,98 @@ class ReadAheadSocket(socket.socket):
         return data
 
 
-def connect(address: str, keys: RunKeys) -> paramiko.Transport:
-    """An authenticated connection; raises HostKeyMismatch, or ConnectionLost for what may pass."""
-    try:
-        sock = ReadAheadSocket(socket.create_connection((address, SSH_PORT), timeout=SSH_TIMEOUT))
-    except OSError as problem:
-        raise ConnectionLost(f"no connection to the droplet at {address}: {problem}") from problem
-    # Without it each window adjustment waits for an acknowledgement: half the speed.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    transport = paramiko.Transport(
-        sock,
-        default_window_size=LEAST_WINDOW,
-        default_max_packet_size=PACKET_SIZE,
-        packetizer_class=SeldomRekeyed,
-    )
-    transport.banner_timeout = transport.auth_timeout = SSH_TIMEOUT
-    transport.set_keepalive(KEEPALIVE)
-    options = transport.get_security_options()
-    options.ciphers = CIPHERS
-    options.key_types = (keys.host.get_name(),)
-    try:
-        log_in(transport, address, keys)
-    except BaseException:
-        transport.close()
-        raise
-    return transport
-
-
-def log_in(transport: paramiko.Transport, address: str, keys: RunKeys) -> None:
-    """Make sure that it is our droplet, then authenticate; raises HostKeyMismatch, or ConnectionLost."""
-    try:
-        transport.start_client(timeout=SSH_TIMEOUT)
-        if transport.get_remote_server_key() != keys.host:
-            raise HostKeyMismatch(address)
-        transport.auth_publickey("root", keys.client)
-    except paramiko.ssh_exception.IncompatiblePeer as problem:  # it has no host key of this kind at all
-        raise HostKeyMismatch(address) from problem
-    except (paramiko.SSHException, OSError, EOFError) as problem:
-        raise ConnectionLost(f"the droplet at {address} does not let us in: {problem}") from problem
-
-
-def connect_when_up(address: str, keys: RunKeys, cancellation: Cancellation, limit: float) -> paramiko.Transport:
-    """Connect to a droplet that may still be starting; raises the last ConnectionLost after `limit` seconds."""
-    end = time.monotonic() + limit
-    pause = 0.25
-    while True:
-        try:
-            return connect(address, keys)
-        except ConnectionLost:
-            if time.monotonic() > end:
-                raise
-        cancellation.sleep(pause)
-        pause = min(pause * 1.3, 1.0)
-
-
 class Link:
     """The way to the droplet's agents: one connection, made anew when it has broken. To be closed."""
 
-    def __init__(self, address: str, keys: RunKeys, cancellation: Cancellation) -> None:
+    def __init__(self, address: str, keys: RunKeys, stop: Stop) -> None:
         self._address = address
         self._keys = keys
-        self._cancellation = cancellation
+        self._stop = stop
         self._transport: paramiko.Transport | None = None
 
     def open(self, limit: float) -> paramiko.Transport:
         """The connection that there is, or a new one within `limit` seconds; raises ConnectionLost."""
         if self._transport is None or not self._transport.is_active():
             self.close()
-            self._transport = connect_when_up(self._address, self._keys, self._cancellation, limit)
+            self._transport = self._connect_when_up(limit)
         return self._transport
+
+    @staticmethod
+    def device(volume_name: str) -> str:
+        """Where a droplet has an attached volume: https://docs.digitalocean.com/products/volumes/how-to/mount/"""
+        return f"/dev/disk/by-id/scsi-0DO_Volume_{volume_name}"
+
+    def run(self, command: str) -> None:
+        """Run a command to its end, whatever it returns; raises ConnectionLost."""
+        transport = self.open(RECONNECT_LIMIT)
+        try:
+            with closing_after(SSH_TIMEOUT, transport), contextlib.closing(transport.open_session()) as channel:
+                channel.exec_command(command)
+                channel.recv_exit_status()
+        except (paramiko.SSHException, OSError, EOFError) as problem:
+            raise ConnectionLost(f"the connection to the droplet broke: {problem}") from problem
 
     def start_agent(self, program: bytes) -> AgentStream:
         """An agent with this program; raises ConnectionLost."""
-        self._cancellation.check()
-        return AgentStream(self.open(RECONNECT_LIMIT), program, self._cancellation)
+        self._stop.check()
+        return AgentStream(self.open(RECONNECT_LIMIT), program, self._stop)
+
+    def _connect_when_up(self, limit: float) -> paramiko.Transport:
+        """Connect to a droplet that may still be starting; raises the last ConnectionLost after `limit` seconds.
+
+        Raises HostKeyMismatch for a stranger who stays there: nothing is sent to one.
+        """
+        start, stranger_since = time.monotonic(), float("inf")
+        for pause in pauses(0.25, 1.0):
+            try:
+                return self._connect()
+            except ConnectionLost:
+                if time.monotonic() - start > limit:
+                    raise
+            except HostKeyMismatch:
+                stranger_since = min(stranger_since, time.monotonic())
+                if time.monotonic() - stranger_since > STRANGER_LIMIT:
+                    raise
+            self._stop.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def _connect(self) -> paramiko.Transport:
+        """An authenticated connection; raises HostKeyMismatch, or ConnectionLost for what may pass."""
+        try:
+            sock = ReadAheadSocket(socket.create_connection((self._address, SSH_PORT), timeout=SSH_TIMEOUT))
+        except OSError as problem:
+            raise ConnectionLost(f"no connection to the droplet at {self._address}: {problem}") from problem
+        # Without it each window adjustment waits for an acknowledgement: half the speed.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        transport = paramiko.Transport(
+            sock,
+            default_window_size=LEAST_WINDOW,
+            default_max_packet_size=PACKET_SIZE,
+            packetizer_class=SeldomRekeyed,
+        )
+        transport.banner_timeout = transport.auth_timeout = SSH_TIMEOUT
+        transport.set_keepalive(KEEPALIVE)
+        options = transport.get_security_options()
+        options.ciphers = CIPHERS
+        options.key_types = (self._keys.host.get_name(),)
+        try:
+            self._log_in(transport)
+        except BaseException:
+            transport.close()
+            raise
+        return transport
+
+    def _log_in(self, transport: paramiko.Transport) -> None:
+        """Make sure that it is our droplet, then authenticate; raises HostKeyMismatch, or ConnectionLost."""
+        try:
+            transport.start_client(timeout=SSH_TIMEOUT)
+            if transport.get_remote_server_key() != self._keys.host:
+                raise HostKeyMismatch(self._address)
+            transport.auth_publickey("root", self._keys.client)
+        except paramiko.ssh_exception.IncompatiblePeer as problem:  # it has no host key of this kind at all
+            raise HostKeyMismatch(self._address) from problem
+        except (paramiko.SSHException, OSError, EOFError) as problem:
+            raise ConnectionLost(f"the droplet at {self._address} does not let us in: {problem}") from problem
 
     def close(self) -> None:
         """Close the connection, and with it whatever runs at its other end."""
@@ -2903,100 +3617,79 @@ class Link:
             self._transport = None
 
 
-def device_path(volume_name: str) -> str:
-    """Where a droplet has an attached volume: https://docs.digitalocean.com/products/volumes/how-to/mount/"""
-    return f"/dev/disk/by-id/scsi-0DO_Volume_{volume_name}"
-
-
 def sync_device(
-    start_agent: Callable[[int, int], AgentStream], update: Update, report: Reporter, progress: Callable[[int], None]
+    start_agent: Callable[[int, int], AgentStream],
+    update: Update,
+    warn: Callable[[str], None],
+    progress: Callable[[int], None],
+    is_gone: Callable[[], bool] = lambda: False,
 ) -> int:
     """Sync over as many connections as it takes; returns the bytes received.
 
     `start_agent` starts an agent with its first chunk and its window. After a connection that broke another one goes on
-    from the first chunk that is not settled.
+    from the first chunk that is not settled; if the droplet `is_gone`, DropletLost is raised.
     """
     # Of a first sync all is fetched, so nothing is gained by a scan far ahead, and chunks would be read twice.
     window = HELD if update.is_first else WINDOW
-    received = 0
-    failures = 0
+    received = failures = 0
     while True:
-        settled = update.settled
+        settled, stream = update.settled, None
         try:
             stream = start_agent(settled, window)
-        except ConnectionLost as problem:
-            failures += 1
-            if failures >= ATTEMPTS:
-                raise
-            report.warn(f"{problem}; connecting again")
-            continue
-        try:
             Sync(stream, update, lambda: progress(received + stream.received)).run()  # noqa: B023 - used in here only
             return received + stream.received
         except ConnectionLost as problem:
             failures = failures + 1 if update.settled == settled else 1
+            if is_gone():
+                raise DropletLost(f"{problem}; the droplet is gone") from problem
             if failures >= ATTEMPTS:
                 raise
-            report.warn(f"{problem}; connecting again")
+            warn(f"{problem}; connecting again")
         finally:
-            received += stream.received
-            stream.close()
+            if stream is not None:
+                received += stream.received
+                stream.close()
 
 
 # ── Reporting ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # What the user sees: on a terminal a live line, in a log lines with the time (UTC) now and then; a table at the end.
 
-LOG_INTERVAL = 60  # seconds between a log's lines about the same sync
-LIVE_INTERVAL = 0.2  # seconds between updates of a terminal's live line
-LINE_LIMIT = 10_000  # characters; an answer of the API that is quoted may have any length
-MOST_QUEUED = 10_000  # lines that wait for a terminal or a pipe that takes nothing more; later ones are lost
-STUCK_LIMIT = 5  # seconds for which it is waited for at the end
-PING_LIMIT = 5  # seconds that a ping may take
-PING_BODY = 10_000  # bytes, from the end; a service may keep no more of it
-
-
-def human_size(size: float) -> str:
-    """Bytes in the unit that suits them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
-def human_time(seconds: float) -> str:
-    """Seconds as 12 s, 3:05 min or 2:03 h."""
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60}:{whole % 60:02} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02} h"
-
 
 class Writer:
-    """Writes to one place, in a thread of its own."""
+    """Writes to one file descriptor, in a thread of its own."""
 
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Any, str] | None] = queue.SimpleQueue()
+    MOST_QUEUED = 10_000  # lines that wait for a terminal or a pipe that takes nothing more; later ones are lost
+    STUCK_LIMIT = 5  # seconds for which it is waited for at the end
+
+    def __init__(self, fd: int, encoding: str) -> None:
+        self.is_terminal = os.isatty(fd)
+        self._fd = fd
+        self._encoding = encoding
+        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
 
-    def put(self, stream: Any, text: str) -> None:
+    def put(self, text: str) -> None:
         """Write this when what was put before has been written; never waits."""
-        if self._queue.qsize() < MOST_QUEUED:
-            self._queue.put((stream, text))
+        if self._queue.qsize() < self.MOST_QUEUED:
+            self._queue.put(text)
 
     def close(self) -> bool:
         """Let what is queued be written; returns whether it could be."""
         self._queue.put(None)
-        self._thread.join(STUCK_LIMIT)
+        self._thread.join(self.STUCK_LIMIT)
         return not self._thread.is_alive()
 
     def _write(self) -> None:
-        while (item := self._queue.get()) is not None:
-            stream, text = item
-            with contextlib.suppress(OSError, ValueError):  # a terminal that was closed is no reason to end
-                stream.write(text)
-                stream.flush()
+        # To the descriptor: what cannot be written must not be tried again by Python at its exit, with the code 120.
+        while (text := self._queue.get()) is not None:
+            view = memoryview(text.encode(self._encoding, "replace"))
+            with contextlib.suppress(OSError):  # a terminal that was closed is no reason to end
+                while view:
+                    try:
+                        view = view[os.write(self._fd, view) :]
+                    except BlockingIOError:  # somebody else who has it too has set it so
+                        time.sleep(Stop.NAP)
 
 
 class Reporter:
@@ -3006,19 +3699,23 @@ class Reporter:
     keep a run, and its teardown least of all, from its work.
     """
 
-    def __init__(self, *, quiet: bool = False, verbose: bool = False, secret: str = "") -> None:
+    LOG_INTERVAL = 60  # seconds between a log's lines about the same sync
+    LIVE_INTERVAL = 0.2  # seconds between updates of a terminal's live line
+    LINE_LIMIT = 10_000  # characters; an answer of the API that is quoted may have any length
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
         self.verbose = verbose
         self.quiet = quiet
-        self.secret = secret
+        self.secret = ""
         self.current = ""  # what is going on, for whoever asks with a second signal
         self.has_left = False  # whether something could not be removed from the account
         self.summary: list[str] = []  # what somebody who was not there must know: warnings, errors, results
         self._lock = threading.Lock()
         self._live = ""
-        self._is_terminal = sys.stdout.isatty()
-        self._lined_at = 0.0 if self._is_terminal else time.monotonic()
-        self._output = Writer()
-        self._errors = self._output if os.path.sameopenfile(1, 2) else Writer()  # in one place they keep their order
+        self._output = Writer(1, sys.stdout.encoding or "utf-8")
+        # In one place they keep their order
+        self._errors = self._output if os.path.sameopenfile(1, 2) else Writer(2, sys.stderr.encoding or "utf-8")
+        self._lined_at = 0.0 if self._output.is_terminal else time.monotonic()
 
     def close(self) -> bool:
         """Let what is queued be written; returns whether it could be."""
@@ -3028,122 +3725,112 @@ class Reporter:
     def say(self, text: str) -> None:
         """Something happened."""
         if not self.quiet:
-            self._write(sys.stdout, text)
+            self._write(self._output, text)
 
     def detail(self, text: str) -> None:
         """Something that is of interest with --verbose only."""
         if self.verbose:
-            self._write(sys.stdout, text)
+            self._write(self._output, text)
 
     def warn(self, text: str) -> None:
         """Something that the user should look into."""
         self.summary.append(f"warning: {text}")
-        self._write(sys.stderr, f"warning: {text}")
+        self._write(self._errors, f"warning: {text}")
 
     def error(self, text: str) -> None:
         """Something failed."""
         self.summary.append(f"error: {text}")
-        self._write(sys.stderr, f"error: {text}")
+        self._write(self._errors, f"error: {text}")
 
     def conclude(self, text: str) -> None:
         """What came of the run."""
         self.summary.append(text)
         self.say(text)
 
+    def answer(self, text: str) -> None:
+        """What was asked for: as it is, also with --quiet, and without the time."""
+        self._output.put(self.clean(text) + "\n")
+
     def doing(self, text: str) -> None:
         """What is going on now."""
         self.current = self.clean(text)
         self.detail(text)
 
+    def left_behind(self, left: Mapping[Resource, str]) -> None:
+        """Say loudly what could not be removed."""
+        self.has_left |= bool(left)
+        for resource, reason in left.items():
+            what = "there may be something " if resource.id == UNKNOWN else ""
+            billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
+            self.error(
+                f"{what}LEFT BEHIND{billed}: {resource}. {reason}. Remove it at "
+                f"https://cloud.digitalocean.com{KINDS[resource.kind].panel} or run: {command_line('sweep')}"
+            )
+
     def progress(self, text: str) -> None:
         """How far something has got: replaces the live line on a terminal, and is a line now and then in a log."""
-        interval = LIVE_INTERVAL if self._is_terminal else LOG_INTERVAL
+        interval = self.LIVE_INTERVAL if self._output.is_terminal else self.LOG_INTERVAL
         if self.quiet or time.monotonic() - self._lined_at < interval:
             return
         self._lined_at = time.monotonic()
-        if self._is_terminal:
+        if self._output.is_terminal:
             with self._lock:
                 self._live = self.clean(text)[: shutil.get_terminal_size().columns - 1]
-                self._put(sys.stdout, f"\r\x1b[2K{self._live}")
+                self._output.put(f"\r\x1b[2K{self._live}")
         else:
-            self._write(sys.stdout, text)
+            self._write(self._output, text)
 
     def end_progress(self) -> None:
         """Take the live line away; the next progress shows at once."""
-        self._lined_at = 0.0 if self._is_terminal else time.monotonic()
+        self._lined_at = 0.0 if self._output.is_terminal else time.monotonic()
         with self._lock:
             if self._live:
                 self._live = ""
-                self._put(sys.stdout, "\r\x1b[2K")
+                self._output.put("\r\x1b[2K")
 
     def interject(self, text: str) -> None:
         """Tell something from a signal handler, which may have interrupted whoever holds the lock."""
-        self._put(sys.stderr, self._lines(sys.stderr, text))
+        self._errors.put(self._lines(self._errors, text))
 
-    def _lines(self, stream: Any, text: str) -> str:
-        stamp = "" if stream.isatty() else f"{utc_now().isoformat()} "
+    def _lines(self, writer: Writer, text: str) -> str:
+        stamp = "" if writer.is_terminal else f"{utc_now().isoformat()} "
         return "".join(f"{stamp}{line}\n" for line in self.clean(text).splitlines())
 
-    def _write(self, stream: Any, text: str) -> None:
-        lines = self._lines(stream, text)
+    def _write(self, writer: Writer, text: str) -> None:
+        lines = self._lines(writer, text)
         with self._lock:
-            self._put(stream, f"\r\x1b[2K{lines}{self._live}" if self._live else lines)
+            writer.put(f"\r\x1b[2K{lines}{self._live}" if self._live else lines)
 
     def clean(self, text: str) -> str:
         """The text without the secret and without what could steer a terminal."""
         if self.secret:
             text = text.replace(self.secret, "***")
         text = "".join(char if char.isprintable() or char == "\n" else "�" for char in text)
-        return "\n".join(line[:LINE_LIMIT] for line in text.split("\n"))
-
-    def _put(self, stream: Any, text: str) -> None:
-        (self._errors if stream is sys.stderr else self._output).put(stream, text)
+        return "\n".join(line[: self.LINE_LIMIT] for line in text.split("\n"))
 
 
-class Monitor:
-    """Tells a service in the manner of healthchecks.io how a run goes: https://healthchecks.io/docs/http_api/
+def command_line(*words: str) -> str:
+    """A command of ours as the user called this one, to be copied."""
+    script = os.path.basename(sys.argv[0]) or "dosvob.py"
+    return " ".join(["python" if "/" not in sys.executable else os.path.relpath(sys.executable), script, *words])
 
-    That is done at once or not at all: a ping that fails is worth a warning, and nothing else comes of it.
-    """
 
-    def __init__(self, url: str | None, report: Reporter) -> None:
-        self._url = url
+class Meter:
+    """How far something is that goes over many bytes; heeds a stop as well."""
+
+    def __init__(self, report: Reporter, stop: Stop, what: str, total: int = 0) -> None:
+        self.done = 0
         self._report = report
+        self._stop = stop
+        self._what = what
+        self._total = total
 
-    def start(self) -> None:
-        """The run has begun."""
-        self._ping("/start", "")
-
-    def success(self) -> None:
-        """The run has ended well."""
-        self._ping("", "\n".join(self._report.summary))
-
-    def fail(self, problem: str = "") -> None:
-        """The run has failed."""
-        self._ping("/fail", "\n".join([*self._report.summary, *([f"error: {problem}"] if problem else [])]))
-
-    def _ping(self, event: str, body: str) -> None:
-        if self._url is None:
-            return
-        parts = urllib.parse.urlsplit(self._url)
-        url = parts._replace(path=parts.path.rstrip("/") + event).geturl()
-        content = self._report.clean(body).encode(errors="replace")[-PING_BODY:]
-        try:
-            problem = within(PING_LIMIT, lambda: post_ping(url, content))
-        except TimeoutError:
-            problem = f"no answer within {PING_LIMIT} s"
-        if problem:
-            self._report.warn(f"the ping to {parts.hostname} failed: {problem}; the backup is not affected")
-
-
-def post_ping(url: str, body: bytes) -> str:
-    """Send a ping; returns what went wrong, without the address, for who knows that can send pings too."""
-    headers = {"User-Agent": f"dosvob/{VERSION}", "Content-Type": "text/plain; charset=utf-8"}
-    try:
-        response = requests.post(url, data=body, headers=headers, timeout=PING_LIMIT, allow_redirects=False)
-    except Exception as problem:  # noqa: BLE001 - whatever it is, the backup is what matters
-        return root_cause(problem)
-    return "" if response.ok and response.status_code < 300 else f"HTTP status {response.status_code}"
+    def __call__(self, size: int) -> None:
+        """So many bytes more; raises Interrupted."""
+        self._stop.check()
+        self.done += size
+        of = f" of {human_size(self._total)}" if self._total else ""
+        self._report.progress(f"{self._what}: {human_size(self.done)}{of}")
 
 
 class Progress:
@@ -3168,16 +3855,59 @@ class Progress:
         )
 
 
+def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> None:
+    """Tell a service in the manner of healthchecks.io how a run goes: https://healthchecks.io/docs/http_api/
+
+    `event` is "/start", "" for success or "/fail". That is done at once or not at all: a ping that fails is worth a
+    warning, without the address (who knows that can send pings too), and nothing else comes of it.
+    """
+    if url is None:
+        return
+    limit = 5  # seconds
+    most = 10_000  # bytes, from the end; a service may keep no more of it
+    parts = urllib.parse.urlsplit(url)
+    address = parts._replace(path=parts.path.rstrip("/") + event).geturl()
+    lines = [] if event == "/start" else [*report.summary, *([f"error: {problem}"] if problem else [])]
+    body = report.clean("\n".join(lines)).encode(errors="replace")[-most:]
+    headers = {"User-Agent": f"dosvob/{VERSION}", "Content-Type": "text/plain; charset=utf-8"}
+    try:
+        response = within(
+            limit,
+            lambda: requests.post(address, data=body, headers=headers, timeout=limit, allow_redirects=False),
+        )
+        failure = "" if 200 <= response.status_code < 300 else f"HTTP status {response.status_code}"
+    except TimeoutError:
+        failure = f"no answer within {limit} s"
+    except Exception as unreachable:  # noqa: BLE001 - whatever it is, the backup is what matters
+        cause = root_cause(unreachable)
+        failure = str(cause) or type(cause).__name__
+    if failure:
+        report.warn(f"the ping to {parts.hostname} failed: {failure}; the backup is not affected")
+
+
 @dataclass(frozen=True)
 class Result:
-    """What became of one volume; sizes in bytes, `error` empty if it is backed up."""
+    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up."""
 
     name: str
     size: int
+    outcome: str
     changed: int = 0
     fetched: int = 0
     seconds: float = 0.0
-    error: str = ""
+
+
+def table(rows: Sequence[Sequence[str]], left: Iterable[int]) -> str:
+    """Rows in columns, those whose numbers are in `left` adjusted to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    adjusted = set(left)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number in adjusted else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 def result_table(results: Iterable[Result]) -> str:
@@ -3185,93 +3915,127 @@ def result_table(results: Iterable[Result]) -> str:
     rows = [("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", "")]
     for result in results:
         figures = (human_size(result.changed), human_size(result.fetched), human_time(result.seconds))
-        rows.append(
-            (result.name, human_size(result.size), *(("-", "-", "-") if result.error else figures),
-             "FAILED" if result.error else "ok")
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if number in (0, 5) else cell.rjust(width)
-                  for number, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    )
+        is_ok = result.outcome == "ok"
+        rows.append((result.name, human_size(result.size), *(figures if is_ok else ("-", "-", "-")), result.outcome))
+    return table(rows, (0, 5))
 
 
-# ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# What the user can ask for: a backup, a dry run, a sweep, a verification. Puts the chapters above together.
-
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
-RELEASE_DELAY = 60  # seconds at most for which a clone that was synced stays so that another one is attached first
+# ── The backup ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# One run: all volumes over one droplet, the next volume's clone being prepared while this one syncs. Puts the chapters
+# above together.
 
 
-def select_volumes(volumes: Iterable[Volume], config: Config, names: Iterable[str], report: Reporter) -> list[Volume]:
-    """The volumes to back up; raises UsageError for a name or pattern that fits none, and tells of other regions."""
-    theirs = [volume for volume in volumes if not is_ephemeral(volume.name, volume.tags)]
-    here = [volume for volume in theirs if volume.region == config.region]
-    elsewhere = sorted(f"{volume.name} ({volume.region})" for volume in theirs if volume.region != config.region)
-    if not here:
-        raise UsageError(
-            f"there are no volumes in {config.region}"
-            + (f"; there are {', '.join(elsewhere)}: is \"region\" in conf.json right?" if elsewhere else "")
-        )
-    for pattern in (*config.include, *config.exclude, *names):
-        if not any(fnmatch.fnmatchcase(volume.name, pattern) for volume in here):
-            raise UsageError(
-                f'no volume in {config.region} matches "{pattern}"; there are {", ".join(sorted(v.name for v in here))}'
-            )
-    if elsewhere:
-        report.say(f"not backed up, because in another region than {config.region}: {', '.join(elsewhere)}")
-    wanted = tuple(names) or config.include or ("*",)
-    excluded = () if tuple(names) else config.exclude
-    chosen = [volume for volume in here if matches(volume.name, wanted) and not matches(volume.name, excluded)]
-    if not chosen:
-        raise UsageError('"include" and "exclude" in conf.json leave no volume to back up')
-    return sorted(chosen, key=lambda volume: volume.name)
+class Home:
+    """One backups directory: its lock, its id, and what is in it."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata = path / ".dosvob"
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the shell patterns fits."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-@contextlib.contextmanager
-def locked(backups: Path) -> Iterator[None]:
-    """Hold the lock of a backups directory, making what is missing; UsageError if it is held, or cannot be had."""
-    metadata = backups / ".dosvob"
-    try:
-        backups.mkdir(mode=0o700, exist_ok=True)
-        metadata.mkdir(mode=0o700, exist_ok=True)
-        sync_directory(backups)  # a journal counts only if its directory survives a power cut
-        fd = create_private(metadata / "lock")
-    except OSError as problem:
-        raise UsageError(f"cannot write to {backups}: {problem.strerror}: is it there, and yours?") from problem
-    try:
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold its lock, making what is missing; UsageError if it is held, or cannot be had."""
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"another dosvob is at work in {backups}: wait until it ends") from None
-        yield
-    finally:
-        os.close(fd)
-
-
-def recover_all(backups: Path, report: Reporter) -> set[str]:
-    """Finish what crashes left, without network; returns the names for which that failed."""
-    failed = set()
-    for journal in sorted((backups / ".dosvob").glob("*.journal")):
-        name = journal.name.removesuffix(".journal")
-        try:
-            with journal.open("rb") as file:
-                forget_cached(file.fileno())
-            if recover(ImagePaths(backups, name), report.warn):
-                report.say(f"{name}: an interrupted backup was completed from its journal")
-        except DosvobError as problem:
-            report.error(str(problem))
-            failed.add(name)
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            self.metadata.mkdir(mode=0o700, exist_ok=True)
+            sync_directory(self.path)  # a journal counts only if its directory survives a power cut
+            fd = create_private(self.metadata / "lock")
         except OSError as problem:
-            report.error(f"{name}: {disk_problem(problem, backups)}; the journal is kept and applied at the next start")
-            failed.add(name)
-    return failed
+            raise UsageError(f"cannot write to {self.path}: {problem.strerror}: is it there, and yours?") from problem
+        with self._held(fd, fcntl.LOCK_EX):
+            yield
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Keep whoever would change it out, where it can be changed; several may read. Busy if somebody is at work."""
+        self.check()
+        try:
+            fd = os.open(self.metadata / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # a copy, or not ours
+            yield
+            return
+        with self._held(fd, fcntl.LOCK_SH):
+            yield
+
+    @contextlib.contextmanager
+    def _held(self, fd: int, kind: int) -> Iterator[None]:
+        try:
+            try:
+                fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(f"another dosvob is at work in {self.path}: wait until it ends") from None
+            yield
+        finally:
+            os.close(fd)
+
+    def check(self) -> None:
+        """Raise UsageError if it is not there."""
+        if not self.path.is_dir():
+            raise UsageError(f"there is no {self.path}: say where the images are with --backups")
+
+    def known_id(self) -> str:
+        """Its id, which is in the names of all that is created for it; empty if it has none yet."""
+        with contextlib.suppress(OSError, ValueError):
+            text = (self.metadata / "home").read_text(encoding="ascii").strip()
+            return text if re.fullmatch(r"[0-9a-f]{8}", text) else ""
+        return ""
+
+    def make_id(self) -> str:
+        """Its id, durable before anything is named by it. To be called with the lock held."""
+        if found := self.known_id():
+            return found
+        new = self.metadata / "home.new"
+        with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+            file.write(secrets.token_hex(4) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(self.metadata / "home")
+        sync_directory(self.metadata)
+        return self.known_id()
+
+    def names(self) -> set[str]:
+        """The volumes that have an image or a state here."""
+        images = {path.name for path in self.path.iterdir() if path.is_file()}
+        states = {path.name.removesuffix(".state") for path in self.metadata.glob("*.state")}
+        return {name for name in images | states if ImagePaths.VOLUME_NAME.fullmatch(name)}
+
+    def set_aside(self) -> set[str]:
+        """The names of the images that were set aside."""
+        return {path.name for path in self.path.iterdir() if ImagePaths.ASIDE.fullmatch(path.name)}
+
+    def wanted(self) -> set[str]:
+        """What the last run was to back up."""
+        try:
+            names = json.loads((self.metadata / "wanted.json").read_text())
+        except (OSError, ValueError):
+            return set()
+        return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+    def record_wanted(self, names: Iterable[str]) -> None:
+        """Keep in mind what is to be backed up, for `health`; raises OSError."""
+        new = self.metadata / "wanted.json.new"
+        with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+            json.dump(list(names), file)
+        new.rename(new.with_suffix(""))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all that needs the account is given."""
+
+    config: Config
+    api: Api
+    home: Home
+    report: Reporter
+    stop: Stop
+
+    @classmethod
+    def open(cls, arguments: argparse.Namespace, report: Reporter, stop: Stop, patience: float = Api.PATIENCE) -> Job:
+        """Read the configuration; raises UsageError."""
+        config = Config.load(arguments.config, os.environ, report.warn)
+        report.secret = config.token
+        api = Api(config, stop, report.say, report.detail, patience)
+        return cls(config, api, Home(arguments.backups), report, stop)
 
 
 def disk_problem(problem: OSError, backups: Path) -> str:
@@ -3289,27 +4053,91 @@ def disk_problem(problem: OSError, backups: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A volume whose turn it is; not before a time, and given up after another (both of time.monotonic)."""
-
-    volume: Volume
-    number: int
-    not_before: float = 0.0
-    give_up: float = float("inf")
-
-    def later(self, wait: float) -> Turn:
-        """The same after a snapshot that came too soon."""
-        now = time.monotonic()
-        give_up = now + max(SNAPSHOT_INTERVAL, wait + 60) if self.give_up == float("inf") else self.give_up
-        return dataclasses.replace(self, not_before=now + wait, give_up=give_up)
-
-
-@dataclass(frozen=True)
-class Reached:
+class Host:
     """The droplet, and the way to its agents."""
 
     droplet: Droplet
     link: Link
+
+
+class Hosts:
+    """Makes the run's droplet in the background, and once another one if it is lost. To be closed."""
+
+    def __init__(self, job: Job, ephemeral: Ephemeral, plan: DropletPlan) -> None:
+        self._job = job
+        self._ephemeral = ephemeral
+        self._plan = plan
+        self._keys = RunKeys.generate()
+        self._key_id: int | None = None
+        self._is_replaced = False
+        self._links = contextlib.ExitStack()
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._future = self._pool.submit(self._make)
+
+    def get(self) -> Host:
+        """The droplet, once it lets us in; raises NoDroplet."""
+        return self._future.result()
+
+    def check(self) -> None:
+        """Raise NoDroplet if it is known by now that there will be none."""
+        if self._future.done():
+            self._future.result()
+
+    def replace(self, problem: DropletLost) -> None:
+        """Make another one; raises NoDroplet if this is not the first that was lost."""
+        self._give_up_on(problem)
+        self._future = self._pool.submit(self._make)
+
+    def _make(self) -> Host:
+        while True:
+            try:
+                return self._boot()
+            except (Interrupted, NoDroplet):
+                raise
+            except DropletLost as problem:
+                self._give_up_on(problem)
+            except DosvobError as problem:
+                raise NoDroplet(f"no volume can be backed up, for want of a droplet: {problem}") from problem
+
+    def _give_up_on(self, problem: DropletLost) -> None:
+        if self._is_replaced:
+            raise NoDroplet(f"no volume can be backed up, for want of a droplet, a second one too: {problem}")
+        self._is_replaced = True
+        self._job.report.warn(f"{problem}; making another one")
+        self._ephemeral.remove_droplets()
+
+    def _boot(self) -> Host:
+        """Create the droplet and wait until it lets us in."""
+        if self._key_id is None:
+            self._key_id = self._ephemeral.upload_key(self._keys.public)
+        droplet = self._ephemeral.create_droplet(self._plan, self._key_id, self._keys.user_data())
+        link = self._links.enter_context(contextlib.closing(Link(droplet.address, self._keys, self._job.stop)))
+        try:
+            link.open(SSH_LIMIT)
+            link.run("; ".join(DISARM))  # once more, in case something wrote the rule after bootcmd
+        except ConnectionLost as problem:
+            raise DropletLost(str(problem)) from problem
+        self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
+        return Host(droplet, link)
+
+    def close(self) -> None:
+        """Wait for what goes on in the background, and close the connections."""
+        self._pool.shutdown()
+        self._links.close()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A volume whose turn it is; times are time.monotonic.
+
+    Not before `not_before`; the user was told of `until` (0: of nothing); after `give_up` it fails.
+    """
+
+    volume: Volume
+    number: int
+    not_before: float = 0.0
+    until: float = 0.0
+    give_up: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -3321,57 +4149,87 @@ class Prepared:
 
 
 class Backup:
-    """One run: all volumes over one droplet, the next volume's clone being prepared while this one syncs."""
+    """One run over some volumes."""
 
-    def __init__(
-        self, api: Api, plan: DropletPlan, backups: Path, report: Reporter, cancellation: Cancellation, *, reread: bool
-    ) -> None:
-        self._api = api
+    SNAPSHOT_INTERVAL = 600  # seconds; DigitalOcean takes one snapshot of a volume per 10 minutes
+    SNAPSHOT_RETRY = 20  # seconds between attempts when a snapshot came too soon and nobody says how much
+    RELEASE_DELAY = 60  # seconds at most for which a clone that was synced stays so that another one is attached first
+
+    def __init__(self, job: Job, plan: DropletPlan, *, reread: bool) -> None:
+        self._job = job
         self._plan = plan
-        self._backups = backups
-        self._report = report
-        self._cancellation = cancellation
         self._reread = reread
-        self._keys = RunKeys.generate()
+        self._report = job.report
+        self._ephemeral = Ephemeral(job.api, job.home.make_id(), job.report)
         self._results: dict[str, Result] = {}
+        self._has_no_droplet = False
 
     def run(self, volumes: list[Volume]) -> list[Result]:
         """Back up all volumes; returns the results in their order."""
         names = ", ".join(volume.name for volume in volumes)
         self._report.say(f"backing up {names}, over a droplet {self._plan.sizes[0][0]} with {self._plan.image}")
-        ephemeral = Ephemeral(self._api, self._report)
-        with ephemeral:
+        with self._ephemeral:
             try:
-                self._run(ephemeral, volumes)
+                self._run(volumes)
+            except Interrupted:
+                self._tell_interrupted(volumes)
+                raise
             finally:
                 self._report.end_progress()
-        self._report.conclude(result_table(self._results[volume.name] for volume in volumes))
-        self._report.conclude(f"this run cost about ${ephemeral.cost():.5f}")
-        return [self._results[volume.name] for volume in volumes]
+        results = [self._results[volume.name] for volume in volumes]
+        self._report.conclude(result_table(results))
+        self._report.conclude(
+            f"this run cost about ${self._ephemeral.cost():.4f}, DigitalOcean's minimum charges included"
+        )
+        return results
 
-    def _run(self, ephemeral: Ephemeral, volumes: list[Volume]) -> None:
+    def _run(self, volumes: list[Volume]) -> None:
         pool = concurrent.futures.ThreadPoolExecutor
-        with contextlib.ExitStack() as links, pool(1) as droplets, pool(1) as ahead, pool(1) as behind:
+        with (
+            contextlib.closing(Hosts(self._job, self._ephemeral, self._plan)) as hosts,
+            pool(1) as ahead,
+            pool(1) as behind,
+        ):
             try:
-                reached = droplets.submit(self._make_droplet, ephemeral, links)
-                turns = [Turn(volume, number) for number, volume in enumerate(volumes) if self._is_acceptable(volume)]
-                self._take_turns(collections.deque(turns), ephemeral, reached, ahead, behind)
+                turns = [Turn(volume, number) for number, volume in enumerate(volumes) if self._is_fit(volume)]
+                self._take_turns(collections.deque(turns), hosts, ahead, behind)
             finally:
-                self._cancellation.request()  # what goes on in the background is of no use any more
+                self._job.stop.request()  # what goes on in the background is of no use any more
 
-    def _is_acceptable(self, volume: Volume) -> bool:
+    def _is_fit(self, volume: Volume) -> bool:
         try:
-            ImagePaths(self._backups, volume.name)
+            ImagePaths(self._job.home.path, volume.name)
         except DosvobError as problem:
             self._fail(volume, str(problem))
             return False
         return True
 
+    def _next_snapshot(self, turn: Turn, told: float | None) -> tuple[float, float]:
+        """In how many seconds to try again, and the time (time.monotonic) that the user was told for the next snapshot.
+
+        DigitalOcean says it seldom; the state knows when the last one was taken, if that was ours.
+        """
+        wait = told
+        path = ImagePaths(self._job.home.path, turn.volume.name).state
+        with contextlib.suppress(OSError, DosvobError), path.open("rb") as file:
+            since = age(State.unpack(file.read(BLOCK), path).snapshot.taken_at)
+            if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
+                wait = self.SNAPSHOT_INTERVAL - since
+        until = turn.until
+        if not until:
+            seconds = self.SNAPSHOT_INTERVAL if wait is None else wait
+            moment = local_time(utc_now() + datetime.timedelta(seconds=seconds))
+            self._report.say(
+                f"{turn.volume.name}: DigitalOcean takes one snapshot of a volume per 10 minutes, the next one "
+                f"{'at' if wait is not None else 'by'} {moment}; the other volumes go first"
+            )
+            until = time.monotonic() + seconds
+        return self.SNAPSHOT_RETRY if wait is None else wait, until
+
     def _take_turns(
         self,
         turns: collections.deque[Turn],
-        ephemeral: Ephemeral,
-        reached: concurrent.futures.Future[Reached],
+        hosts: Hosts,
         ahead: concurrent.futures.Executor,
         behind: concurrent.futures.Executor,
     ) -> None:
@@ -3379,7 +4237,7 @@ class Backup:
 
         def start() -> tuple[Turn, concurrent.futures.Future[Prepared]] | None:
             turn = turns.popleft() if turns else None
-            return (turn, ahead.submit(self._prepare, turn, ephemeral, reached)) if turn else None
+            return (turn, ahead.submit(self._prepare, turn, hosts)) if turn else None
 
         upcoming = start()
         last: Prepared | None = None
@@ -3390,8 +4248,8 @@ class Backup:
             if prepared is None:
                 continue
             if last is not None and upcoming is not None:  # the last clones go with the droplet
-                behind.submit(self._release, last.clone, ephemeral, reached.result().droplet, upcoming[1])
-            self._sync(turn.volume, prepared, reached.result().link)
+                behind.submit(self._release, last.clone, hosts, upcoming[1])
+            self._sync(turn.volume, prepared, hosts, turns)
             last = prepared
 
     def _prepared(
@@ -3403,16 +4261,15 @@ class Backup:
         except Interrupted:
             raise
         except SnapshotTooSoon as problem:
-            later = turn.later(problem.wait)
-            if later.not_before < later.give_up:
-                self._report.say(f"{problem}; trying again in {problem.wait:.0f} s, after the other volumes")
-                turns.append(later)
-            else:
+            wait, until = self._next_snapshot(turn, problem.wait)
+            now = time.monotonic()
+            give_up = min(turn.give_up, now + max(self.SNAPSHOT_INTERVAL, wait) + 60)
+            if now + wait > give_up:
                 self._fail(turn.volume, f"{problem}, and did not take this one for longer: try again later")
+                return None
+            turns.append(Turn(turn.volume, turn.number, now + wait, until, give_up))
         except NoDroplet as problem:
-            self._report.error(str(problem))
-            for other in (turn, *turns):
-                self._results[other.volume.name] = Result(other.volume.name, other.volume.size, error=str(problem))
+            self._fail_all([turn, *turns], problem)
             turns.clear()
         except DosvobError as problem:
             self._fail(turn.volume, str(problem))
@@ -3421,8 +4278,8 @@ class Backup:
     def _await(self, turn: Turn, future: concurrent.futures.Future[Prepared]) -> Prepared:
         start = time.monotonic()
         while not future.done():
-            left = turn.not_before - time.monotonic()
-            until = f"{left:.0f} s until DigitalOcean may take its next snapshot"
+            left = max(turn.until, turn.not_before) - time.monotonic()
+            until = f"{human_time(left)} until DigitalOcean takes its next snapshot"
             waiting = f"waiting for its clone and the droplet, {human_time(time.monotonic() - start)}"
             self._report.progress(f"{turn.volume.name}: {until if left > 0 else waiting}")
             concurrent.futures.wait([future], timeout=0.5)
@@ -3430,57 +4287,66 @@ class Backup:
 
     def _fail(self, volume: Volume, problem: str) -> None:
         self._report.end_progress()
-        self._report.error(problem if problem.startswith(f"{volume.name}: ") else f"{volume.name}: {problem}")
-        self._results[volume.name] = Result(volume.name, volume.size, error=problem)
+        self._report.error(f"{volume.name}: {problem}")
+        self._results[volume.name] = Result(volume.name, volume.size, "FAILED")
+
+    def _fail_all(self, turns: Iterable[Turn], problem: NoDroplet) -> None:
+        self._report.end_progress()
+        if not self._has_no_droplet:  # the volume that was being prepared meanwhile meets it too
+            self._report.error(str(problem))
+        self._has_no_droplet = True
+        for turn in turns:
+            self._results[turn.volume.name] = Result(turn.volume.name, turn.volume.size, "FAILED")
+
+    def _tell_interrupted(self, volumes: Iterable[Volume]) -> None:
+        """Say what is complete, what goes on next time, and how to see it."""
+        outcomes: dict[str, list[str]] = {"ok": [], "begun": [], "FAILED": [], "not begun": []}
+        for volume in volumes:
+            result = self._results.get(volume.name)
+            outcomes[result.outcome if result else "not begun"].append(volume.name)
+        words = {"ok": "complete", "begun": "begun, and goes on next time"}
+        told = "; ".join(
+            f"{words.get(outcome, outcome)}: {', '.join(names)}" for outcome, names in outcomes.items() if names
+        )
+        self._report.end_progress()
+        self._report.conclude(f"interrupted; {told}; to see what there is: {command_line('list')}")
 
     # In the background
 
-    def _make_droplet(self, ephemeral: Ephemeral, links: contextlib.ExitStack) -> Reached:
-        """Create the droplet and wait until it lets us in; `links` closes what is opened."""
-        try:
-            key = ephemeral.upload_key(self._keys.public)
-            droplet = ephemeral.create_droplet(self._plan, key, self._keys.user_data())
-            link = links.enter_context(contextlib.closing(Link(droplet.address, self._keys, self._cancellation)))
-            link.open(SSH_LIMIT)
-        except (Interrupted, NoDroplet):
-            raise
-        except DosvobError as problem:
-            raise NoDroplet(f"no volume can be backed up, for want of a droplet: {problem}") from problem
-        self._report.say(f"the droplet {droplet.name} is up at {droplet.address}")
-        return Reached(droplet, link)
-
-    def _prepare(self, turn: Turn, ephemeral: Ephemeral, reached: concurrent.futures.Future[Reached]) -> Prepared:
+    def _prepare(self, turn: Turn, hosts: Hosts) -> Prepared:
         """Make the volume's clone and attach it."""
-        self._cancellation.sleep(turn.not_before - time.monotonic())
-        if reached.done():
-            reached.result()  # a clone would be of no use without a droplet
-        clone, taken_at = ephemeral.make_clone(turn.volume, turn.number)
-        ephemeral.attach(clone, reached.result().droplet)
+        self._job.stop.sleep(turn.not_before - time.monotonic())
+        hosts.check()  # a clone would be of no use without a droplet
+        clone, taken_at = self._ephemeral.make_clone(turn.volume, turn.number)
+        with contextlib.suppress(DropletLost):  # then it is attached to another one, before its sync
+            self._ephemeral.attach(clone, hosts.get().droplet)
         return Prepared(clone, taken_at)
 
-    def _release(
-        self, clone: Volume, ephemeral: Ephemeral, droplet: Droplet, upcoming: concurrent.futures.Future[Prepared]
-    ) -> None:
+    def _release(self, clone: Volume, hosts: Hosts, upcoming: concurrent.futures.Future[Prepared]) -> None:
         """Detach the clone and delete it, after the next one's attachment: that one is waited for first."""
-        concurrent.futures.wait([upcoming], timeout=RELEASE_DELAY)
+        concurrent.futures.wait([upcoming], timeout=self.RELEASE_DELAY)
         try:
-            ephemeral.release(clone, droplet)
+            self._ephemeral.release(clone, hosts.get().droplet)
         except DosvobError as problem:  # or Interrupted
             self._report.detail(f"{problem}; {clone.name} is removed at the end of the run")
 
     # In the foreground
 
-    def _sync(self, volume: Volume, prepared: Prepared, link: Link) -> None:
+    def _sync(self, volume: Volume, prepared: Prepared, hosts: Hosts, turns: collections.deque[Turn]) -> None:
         start = time.monotonic()
         self._report.current = f"backing up {volume.name}"
+        self._results[volume.name] = Result(volume.name, volume.size, "begun")
         try:
-            result = self._sync_image(volume, prepared, link)
+            result = self._sync_image(volume, prepared, hosts)
         except Interrupted:
             raise
+        except NoDroplet as problem:
+            self._fail_all([Turn(volume, 0), *turns], problem)
+            turns.clear()
         except DosvobError as problem:
             self._fail(volume, str(problem))
         except OSError as problem:
-            self._fail(volume, disk_problem(problem, self._backups))
+            self._fail(volume, self._disk_problem(problem, volume))
         else:
             result = self._results[volume.name] = dataclasses.replace(result, seconds=time.monotonic() - start)
             self._report.end_progress()
@@ -3489,233 +4355,505 @@ class Backup:
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
 
-    def _sync_image(self, volume: Volume, prepared: Prepared, link: Link) -> Result:
-        paths = ImagePaths(self._backups, volume.name)
+    def _disk_problem(self, problem: OSError, volume: Volume) -> str:
+        told = disk_problem(problem, self._job.home.path)
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            versions = Versions(ImagePaths(self._job.home.path, volume.name)).all()
+            if versions:
+                held = human_size(sum(version.occupied for version in versions))
+                told += (
+                    f'; its {len(versions)} older versions hold {held}, and "keep" in conf.json says how many there are'
+                )
+        return told
+
+    def _sync_image(self, volume: Volume, prepared: Prepared, hosts: Hosts) -> Result:
+        paths = ImagePaths(self._job.home.path, volume.name)
         snapshot = Snapshot(volume.id, volume.name, volume.region, prepared.clone.size, prepared.taken_at)
-        device = device_path(prepared.clone.name)
-
-        def start_agent(first: int, window: int) -> AgentStream:
-            return link.start_agent(agent_source(device, first, window))
-
         self._report.detail(f"{volume.name}: syncing its snapshot of {prepared.taken_at}")
-        with contextlib.closing(Update(paths, snapshot, self._report.warn, reread=self._reread)) as update:
-            progress = Progress(self._report, volume.name, update)
+        keep = self._job.config.keep
+        with contextlib.closing(Update(paths, snapshot, keep, self._warn_of(volume), reread=self._reread)) as update:
             try:
-                received = sync_device(start_agent, update, self._report, progress)
-                update.finish(self._report.warn)
+                received = self._fetch(volume, prepared, hosts, update)
+                update.finish(Meter(self._report, self._job.stop, f"{volume.name}: writing what changed"))
             except OSError as problem:
                 if problem.errno in (errno.ENOSPC, errno.EDQUOT):
                     update.give_room()
                 raise
-        self._tell_decay(volume.name, update.tally)
-        return Result(volume.name, snapshot.size, update.tally.changed, received)
+        self._tell_differing(volume.name, update.tally)
+        self._thin(paths, snapshot)
+        return Result(volume.name, snapshot.size, "ok", update.tally.changed, received)
 
-    def _tell_decay(self, name: str, tally: Tally) -> None:
-        if tally.decayed_bytes:
-            places = ", ".join(map(str, tally.decayed))
+    def _fetch(self, volume: Volume, prepared: Prepared, hosts: Hosts, update: Update) -> int:
+        """Sync over the droplet, or another one if it is lost; returns the bytes received."""
+        device = Link.device(prepared.clone.name)
+        progress = Progress(self._report, volume.name, update)
+        while True:
+            try:
+                host = hosts.get()
+                self._ephemeral.attach(prepared.clone, host.droplet)
+                return sync_device(
+                    lambda first, window: host.link.start_agent(agent_source(device, first, window)),  # noqa: B023
+                    update,
+                    self._report.warn,
+                    progress,
+                    lambda: self._ephemeral.is_gone(host.droplet),  # noqa: B023 - called while it is this one
+                )
+            except DropletLost as problem:
+                hosts.replace(problem)
+
+    def _warn_of(self, volume: Volume) -> Callable[[str], None]:
+        return lambda text: self._report.warn(f"{volume.name}: {text}")
+
+    def _tell_differing(self, name: str, tally: Tally) -> None:
+        if tally.differing_bytes:
             self._report.warn(
-                f"{name}: {human_size(tally.decayed_bytes)} of the image had changed on this disk by itself, or could "
-                f"not be read (the MiB at byte {places}); the volume's content was put back. Nobody wrote to it? Look "
-                "at the disk"
+                f"{name}: {human_size(tally.differing_bytes)} of the image differs from what was recorded, or cannot "
+                f"be read: {tally.differing}. Either it was mounted or opened for writing, or the disk is failing; the "
+                "volume's content was put back"
+            )
+
+    def _thin(self, paths: ImagePaths, snapshot: Snapshot) -> None:
+        """Drop the versions that are not to be kept; what cannot be dropped now is at the next run."""
+        try:
+            Versions(paths).thin(parse_time(snapshot.taken_at) or utc_now(), self._job.config.keep)
+        except (OSError, DosvobError) as problem:
+            told = disk_problem(problem, paths.versions) if isinstance(problem, OSError) else str(problem)
+            held = human_size(Versions(paths).occupied())
+            self._report.warn(
+                f"{paths.name}: older versions could not be thinned, so all of them stay: {told}. They hold {held}; to "
+                f'keep fewer change "keep" in conf.json, to see which are damaged: {command_line("verify", paths.name)}'
             )
 
 
-def back_up(arguments: argparse.Namespace, report: Reporter, cancellation: Cancellation) -> int:
+# ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# What the user can ask for. Those that need no account: verify, health, list, restore.
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+
+
+def select_volumes(job: Job, names: Sequence[str]) -> list[Volume]:
+    """The volumes to back up; tells of those in other regions. Raises UsageError for a name that fits none."""
+    config, report = job.config, job.report
+    items = job.api.list("/v2/volumes", "volumes")
+    theirs = [Volume.parse(item) for item in items if not Resource.is_ephemeral(item)]
+    here = [volume for volume in theirs if volume.region == config.region]
+    elsewhere = sorted(f"{volume.name} ({volume.region})" for volume in theirs if volume.region != config.region)
+    if not here:
+        raise UsageError(
+            f"there are no volumes in {config.region}"
+            + (f'; there are {", ".join(elsewhere)}: is "region" in conf.json right?' if elsewhere else "")
+        )
+    for name in names:
+        if not matching(here, [name]):
+            others = {volume.region for volume in matching(theirs, [name])}
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            raise UsageError(
+                f'no volume in {config.region} matches "{name}"; '
+                + (
+                    f'it is in {", ".join(sorted(others))}, and "region" in conf.json is {config.region}; '
+                    if others
+                    else ""
+                )
+                + (f'did you mean the command "{near[0]}"? ' if near else "")
+                + f"there are {', '.join(sorted(volume.name for volume in here))}"
+            )
+    for key, patterns in (("include", config.include), ("exclude", config.exclude)):
+        for pattern in patterns:
+            if not matching(here, [pattern]):
+                report.warn(f'"{key}" in conf.json: no volume in {config.region} matches "{pattern}"')
+    if elsewhere:
+        report.say(f"not backed up, because in another region than {config.region}: {', '.join(elsewhere)}")
+    chosen = matching(here, names or config.include or ("*",))
+    excluded = () if names else matching(here, config.exclude)
+    chosen = [volume for volume in chosen if volume not in excluded]
+    if not chosen:
+        raise UsageError('"include" and "exclude" in conf.json leave no volume to back up')
+    return sorted(chosen, key=lambda volume: volume.name)
+
+
+def matching(volumes: Iterable[Volume], patterns: Sequence[str]) -> list[Volume]:
+    """Those whose names one of the shell patterns fits."""
+    return [volume for volume in volumes if any(fnmatch.fnmatchcase(volume.name, pattern) for pattern in patterns)]
+
+
+def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False) -> None:
+    """Remove this home's leftovers and those of no home, and report what stays; name those of other homes.
+
+    What another home has may be in use: `everything` removes it too. With `not_before` (time.monotonic) it is gone on
+    until a list shows nothing that was asked for after that.
+    """
+    ours = ("", job.home.known_id())
+    found = Resource.list(job.api)
+    leftovers = [resource for resource in found if everything or resource.home in ours]
+    tell_foreign(job, [resource for resource in found if resource not in leftovers])
+    for resource in leftovers:
+        job.report.say(f"left over from an earlier run: {resource}")
+    if leftovers or not_before:
+        removal = Removal(job.api, lambda resource: everything or resource.home in ours, not_before, job.report.doing)
+        job.report.left_behind(removal.run())
+
+
+def tell_foreign(job: Job, resources: Iterable[Resource]) -> None:
+    """Name what belongs to other homes; loudly what is older than a run is."""
+    for resource in resources:
+        seconds = age(resource.created_at)
+        how_old = "of unknown age" if seconds == float("inf") else f"{human_time(max(seconds, 0))} old"
+        tell = job.report.say if seconds < 24 * 3600 else job.report.warn
+        tell(
+            f"not touched, because it belongs to another backups directory (its id is {resource.home}): {resource}, "
+            f"{how_old}. If nothing backs up to that any more: {command_line('sweep', '--all')}"
+        )
+
+
+def finish_journals(home: Home, report: Reporter, stop: Stop) -> set[str]:
+    """Finish what crashes left, without network; returns the names for which that failed."""
+    failed = set()
+    for journal in sorted(home.metadata.glob("*.journal")):
+        name = journal.name.removesuffix(".journal")
+        meter = Meter(report, stop, f"{name}: completing an interrupted backup from its journal")
+        try:
+            if Journal.finish(ImagePaths(home.path, name), report.warn, meter):
+                report.end_progress()
+                report.say(f"{name}: an interrupted backup was completed from its journal")
+        except Interrupted:
+            raise
+        except DosvobError as problem:
+            report.error(str(problem))
+            failed.add(name)
+        except OSError as problem:
+            report.error(
+                f"{name}: {disk_problem(problem, home.path)}; the journal is kept and applied at the next start"
+            )
+            failed.add(name)
+    return failed
+
+
+def back_up(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
     """The main job; returns the exit code."""
-    config = load_config(arguments.config, os.environ, report.warn)
-    report.secret = config.token
-    api = Api(config.api_url, config.token, cancellation, report.say, report.detail)
     if arguments.dry_run:
-        return dry_run(api, config, arguments, report)
-    monitor = Monitor(config.healthchecks, report)
+        return dry_run(Job.open(arguments, report, stop, patience=20), arguments.names)
+    job = Job.open(arguments, report, stop)
+    url = job.config.healthchecks
     try:
-        with locked(arguments.backups):
-            monitor.start()
-            code = back_up_all(api, config, arguments, report, cancellation)
+        with job.home.locked():
+            ping(url, "/start", report)
+            code = back_up_all(job, arguments)
     except Busy:
         raise  # the one that is at work tells how it goes
     except Exception as problem:
-        monitor.fail(str(problem))
+        ping(url, "/fail", report, str(problem))
         raise
-    if code == EXIT_OK:
-        monitor.success()
-    else:
-        monitor.fail()
+    ping(url, "" if code == EXIT_OK else "/fail", report)
     return code
 
 
-def back_up_all(
-    api: Api, config: Config, arguments: argparse.Namespace, report: Reporter, cancellation: Cancellation
-) -> int:
+def back_up_all(job: Job, arguments: argparse.Namespace) -> int:
     """A backup, once the lock is held; returns the exit code."""
-    damaged = recover_all(arguments.backups, report)
-    start = time.monotonic()
-    sweep(api, report)
-    plan = plan_droplet(api, config)
-    volumes = select_volumes(list_volumes(api), config, arguments.names, report)
+    home, report = job.home, job.report
+    try:
+        sweep(job)  # first: what is left costs money while a large journal is applied
+    finally:
+        damaged = finish_journals(home, report, job.stop)
+    plan = DropletPlan.make(job.api, job.config)
+    volumes = select_volumes(job, arguments.names)
     if not arguments.names:
-        record_wanted(arguments.backups, (volume.name for volume in volumes), report)
+        try:
+            home.record_wanted(volume.name for volume in volumes)
+        except OSError as problem:
+            told = disk_problem(problem, home.path)
+            report.warn(f"{told}; `health` will not miss a volume that was never backed up")
     fit = [volume for volume in volumes if volume.name not in damaged]
-    backup = Backup(api, plan, arguments.backups, report, cancellation, reread=arguments.reread)
-    results = backup.run(fit) if fit else []
+    results = Backup(job, plan, reread=arguments.reread).run(fit) if fit else []
     if not report.has_left:
-        sweep_again(api.to_the_end(), report, start + LIST_LAG)
-    return EXIT_FAILED if report.has_left or damaged or any(result.error for result in results) else EXIT_OK
+        report.say("nothing of this home's is left in the account")
+    has_failed = report.has_left or damaged or any(result.outcome != "ok" for result in results)
+    return EXIT_FAILED if has_failed else EXIT_OK
 
 
-def dry_run(api: Api, config: Config, arguments: argparse.Namespace, report: Reporter) -> int:
+def dry_run(job: Job, names: Sequence[str]) -> int:
     """Say what a backup would do; changes nothing."""
-    for resource in list_ephemeral(api):
-        report.say(f"would remove what an earlier run left: {resource}")
-    plan = plan_droplet(api, config)
+    report = job.report
+    for resource in Resource.list(job.api):
+        if resource.home in ("", job.home.known_id()):
+            report.say(f"would remove what an earlier run left: {resource}")
+        else:
+            tell_foreign(job, [resource])
+    plan = DropletPlan.make(job.api, job.config)
     size, price = plan.sizes[0]
-    for volume in select_volumes(list_volumes(api), config, arguments.names, report):
-        if not VOLUME_NAME.fullmatch(volume.name):
-            report.say(f"would not back up {volume.name!r}: that is not a name that a volume can have")
+    for volume in select_volumes(job, names):
+        try:
+            image = ImagePaths(job.home.path, volume.name).image
+        except DosvobError as problem:
+            report.say(f"would not back it up: {problem}")
             continue
-        image = ImagePaths(arguments.backups, volume.name).image
         how = "changes only" if image.exists() else "all of it, for the first time"
-        report.say(f"would back up {volume.name}, {volume.size_gib} GiB, to {image}: {how}")
+        report.say(f"would back up {volume.name}, {volume.size // GIB} GiB, to {image}: {how}")
     report.say(f"would do so over a droplet {size} with {plan.image} in {plan.region}, at ${price:.5f} an hour")
     return EXIT_OK
 
 
-def sweep_only(arguments: argparse.Namespace, report: Reporter, cancellation: Cancellation) -> int:
-    """Remove what earlier runs left behind, and nothing else."""
-    config = load_config(arguments.config, os.environ, report.warn)
-    report.secret = config.token
-    api = Api(config.api_url, config.token, cancellation, report.say, report.detail)
+def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+    """Remove leftovers, and nothing else."""
     if arguments.names:
         raise UsageError("sweep takes no names: it removes all that dosvob left behind")
+    job = Job.open(arguments, report, stop)
     if arguments.dry_run:
-        for resource in list_ephemeral(api):
+        ours = ("", job.home.known_id())
+        found = Resource.list(job.api)
+        leftovers = [resource for resource in found if arguments.all or resource.home in ours]
+        for resource in leftovers:
             report.say(f"would remove {resource}")
+        tell_foreign(job, [resource for resource in found if resource not in leftovers])
+        if not leftovers:
+            report.say("there is nothing to remove")
         return EXIT_OK
-    with locked(arguments.backups):
-        damaged = recover_all(arguments.backups, report)
-        sweep(api, report)
-        if not report.has_left:
-            api.sleep(LIST_LAG)  # what was created a moment ago may not have been listed yet
-            sweep(api, report)
+    with job.home.locked():
+        job.home.make_id()
+        sweep(job, time.monotonic() + LIST_LAG, everything=arguments.all)  # what was created a moment ago shows late
+        damaged = finish_journals(job.home, report, stop)
     if not report.has_left:
-        report.say("nothing of dosvob's is left in the account")
+        report.say("nothing of dosvob's is left in the account" + " for this home" * (not arguments.all))
     return EXIT_FAILED if report.has_left or damaged else EXIT_OK
 
 
-def verify(arguments: argparse.Namespace, report: Reporter, cancellation: Cancellation) -> int:
-    """Compare images with their recorded digests, without network or account."""
-    backups: Path = arguments.backups
-    if not backups.is_dir():
-        raise UsageError(f"there is no {backups}: say where the images are with --backups")
-    with locked(backups):
-        failed = bool(recover_all(backups, report))
-        known = names_with_state(backups)
-        present = {path.name for path in backups.iterdir() if VOLUME_NAME.fullmatch(path.name) and path.is_file()}
-        names = arguments.names or sorted(known | present)
+def verify_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+    """Compare images and versions with their recorded digests, without network or account."""
+    home = Home(arguments.backups)
+    home.check()
+    with home.locked():
+        failed = bool(finish_journals(home, report, stop))
+        names = arguments.names or sorted(home.names())
+        if not names:
+            raise DosvobError(f"there is no backup in {home.path} yet, so nothing was verified")
         for name in names:
-            if name not in known | present:
-                raise UsageError(f"there is no image of {name} in {backups}")
+            if name not in home.names() | home.set_aside():
+                raise UsageError(f"there is no image of {name} in {home.path}{near_to(name, home.names())}")
             try:
-                failed |= not verify_one(ImagePaths(backups, name), report, cancellation)
-            except OSError as problem:
-                report.error(f"{name}: {disk_problem(problem, backups)}")
-                failed = True
-            except DosvobError as problem:
-                if isinstance(problem, Interrupted):
-                    raise
-                report.error(str(problem))
+                failed |= not verify_one(ImagePaths(home.path, name), report, stop)
+            except Interrupted:
+                raise
+            except (OSError, DosvobError) as problem:
+                told = disk_problem(problem, home.path) if isinstance(problem, OSError) else str(problem)
+                report.error(told if told.startswith(name) else f"{name}: {told}")
                 failed = True
     return EXIT_FAILED if failed else EXIT_OK
 
 
-def record_wanted(backups: Path, names: Iterable[str], report: Reporter) -> None:
-    """Keep in mind what is to be backed up, for `health`."""
-    new = backups / ".dosvob" / "wanted.json.new"
-    try:
-        with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
-            json.dump(list(names), file)
-        new.rename(new.with_suffix(""))
-    except OSError as problem:
-        report.warn(f"{disk_problem(problem, backups)}; `health` will not miss a volume that was never backed up")
+def near_to(name: str, known: Iterable[str]) -> str:
+    """What to say after a name that is not known."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {near[0]}?" if near else ""
 
 
-def recorded_wanted(backups: Path) -> set[str]:
-    """What the last run was to back up."""
-    try:
-        names = json.loads((backups / ".dosvob" / "wanted.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return set()
-    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
-
-
-def health(
-    arguments: argparse.Namespace,
-    report: Reporter,
-    cancellation: Cancellation,  # noqa: ARG001 - what every command is given
-) -> int:
-    """Say how old each backup is, without network, account or lock; it fails if one is too old, or there is none."""
-    backups: Path = arguments.backups
-    if not backups.is_dir():
-        raise UsageError(f"there is no {backups}: say where the images are with --backups")
-    try:
-        wanted = recorded_wanted(backups)
-        names = arguments.names or sorted(wanted | names_with_state(backups))
-        if not names:
-            raise DosvobError(f"there is no backup in {backups} yet")
-        fresh = [is_fresh(backups, name, arguments.max_age, wanted, report) for name in names]
-    except OSError as problem:
-        raise DosvobError(disk_problem(problem, backups)) from problem
-    return EXIT_OK if all(fresh) else EXIT_FAILED
-
-
-def is_fresh(backups: Path, name: str, max_age: float, wanted: set[str], report: Reporter) -> bool:
-    """Whether an image is there and its snapshot is at most `max_age` hours old, and say so."""
-    try:
-        paths = ImagePaths(backups, name)
-        check_link(paths)
-        with paths.state.open("rb") as file:
-            state = State.unpack(file.read(STATE_HEADER), paths.state)
-    except FileNotFoundError:
-        report.error(f"{name}: there is no complete backup of it yet")
-        return False
-    except DosvobError as problem:
-        report.error(str(problem))
-        return False
-    if not paths.image.exists():
-        report.error(f"{name}: {paths.image} is missing: the next backup fetches all of it")
-        return False
-    seconds = max(age(state.snapshot.taken_at), 0)
-    if seconds == float("inf"):  # what DigitalOcean says is not a time
-        seconds = max(age(state.completed_at), 0)
-    told = f"{name}: its last complete backup is {human_time(seconds)} old"
-    if seconds <= max_age * 3600:
-        report.say(told)
-        return True
-    unwanted = f"; if it is not to be backed up any more, move it and {paths.state} elsewhere"
-    report.error(f"{told}, more than {max_age:g} h{unwanted * (name not in wanted)}")
-    return False
-
-
-def verify_one(paths: ImagePaths, report: Reporter, cancellation: Cancellation) -> bool:
-    """Verify one image and say what was found; returns whether it is sound."""
-    done = 0
-
-    def progress(size: int) -> None:
-        nonlocal done
-        cancellation.check()
-        done += size
-        report.progress(f"{paths.name}: {human_size(done)} verified")
-
-    damaged = verify_image(paths, progress)
+def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> bool:
+    """Verify one image and its versions and say what was found; returns whether all is sound."""
+    paths.check_link()
+    with contextlib.closing(Chain(paths, from_disk=True)) as chain:
+        length, meter = os.fstat(chain.image.fd).st_size, Meter(report, stop, f"{paths.name}: verified", chain.size)
+        if chain.state is None:
+            report.say(f"{paths.name}: no digests are recorded yet, the next backup records them")
+            return not chain.versions
+        image, *versions = chain.verify(meter)
     report.end_progress()
-    if damaged is None:
-        report.say(f"{paths.name}: no digests are recorded yet, the next backup records them")
-        return True
-    for start, end in damaged:
-        report.error(f"{paths.name}: differs from its snapshot in bytes {start} to {end - 1}: the next backup mends it")
-    if not damaged:
-        report.say(f"{paths.name}: sound, {human_size(done)}")
-    return not damaged
+    if length != chain.size:
+        report.error(
+            f"{paths.name}: the image has {length} bytes, and {chain.size} were backed up: the next backup mends it"
+        )
+    if image.ranges:
+        report.error(f"{paths.name}: differs from its snapshot in {image}: the next backup mends it")
+    for version, ranges in zip(chain.versions, versions, strict=True):
+        if ranges.ranges:
+            report.error(
+                f"{paths.name}: the version of {local_time(version.moment)} cannot be restored in {ranges}"
+                + f"; {version.path} is damaged" * (version.snapshot is None)
+            )
+    is_sound = length == chain.size and not any(ranges.ranges for ranges in (image, *versions))
+    if is_sound:
+        and_versions = f", and {len(versions)} older version{'s' * (len(versions) > 1)}" if versions else ""
+        report.say(f"{paths.name}: sound, {human_size(chain.size)}{and_versions}")
+    return is_sound
+
+
+def health(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:  # noqa: ARG001 - as every command
+    """Say how old each backup is, without network, account or lock; it fails if one is too old, or there is none."""
+    home = Home(arguments.backups)
+    home.check()
+    try:
+        wanted = home.wanted()
+        states = {path.name.removesuffix(".state") for path in home.metadata.glob("*.state")}
+        names = arguments.names or sorted(wanted | {name for name in states if ImagePaths.VOLUME_NAME.fullmatch(name)})
+        if not names:
+            raise DosvobError(f"there is no backup in {home.path} yet")
+        problems = [health_problem(home, name, arguments.max_age, wanted, report) for name in names]
+    except OSError as problem:
+        raise DosvobError(disk_problem(problem, home.path)) from problem
+    for told in filter(None, problems):
+        report.error(told)
+    return EXIT_FAILED if any(problems) else EXIT_OK
+
+
+def health_problem(home: Home, name: str, max_age: float, wanted: set[str], report: Reporter) -> str:
+    """What is wrong with a backup: it is missing, not complete, or its snapshot more than `max_age` hours old.
+
+    Nothing: "", and its age is said.
+    """
+    try:
+        paths = ImagePaths(home.path, name)
+        paths.check_link()
+        with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as journal:
+            if journal.end is not None:
+                finish = command_line("verify", name)
+                return f"{name}: its image must still be completed from its journal: run {finish}"
+        with paths.state.open("rb") as file:
+            state = State.unpack(file.read(BLOCK), paths.state)
+    except FileNotFoundError:
+        return f"{name}: there is no complete backup of it yet"
+    except DosvobError as problem:
+        return str(problem)
+    if not paths.image.exists():
+        return f"{name}: {paths.image} is missing: the next backup fetches all of it"
+    seconds = max((utc_now() - state.moment).total_seconds(), 0)
+    told = f"{name}: its last complete backup is {human_time(seconds)} old"
+    if seconds > max_age * 3600:
+        unwanted = f"; if it is not to be backed up any more, move it and {paths.state} elsewhere"
+        return f"{told}, more than {max_age:g} h{unwanted * (name not in wanted)}"
+    versions = Versions(paths).all()
+    broken = [version for version in versions if version.snapshot is None]
+    if broken:
+        return (
+            f"{told}, but the version {broken[0].path} is damaged, and all that are older: run {command_line('verify')}"
+        )
+    back = f"; {len(versions)} older versions, back to {local_time(versions[-1].moment)}" if versions else ""
+    report.say(told + back)
+    return ""
+
+
+def list_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:  # noqa: ARG001 - as every command
+    """Say what is there to be restored, without network, account or lock."""
+    home = Home(arguments.backups)
+    home.check()
+    there = home.names() | home.set_aside()
+    for name in arguments.names:
+        if name not in there:
+            raise UsageError(f"there is no image of {name} in {home.path}{near_to(name, there)}")
+    names = arguments.names or sorted(there)
+    try:
+        described = [describe(ImagePaths(home.path, name)) for name in names]
+    except OSError as problem:
+        raise DosvobError(disk_problem(problem, home.path)) from problem
+    if arguments.json:
+        report.answer(json.dumps({"volumes": described}, indent=2))
+    elif not described:
+        report.say(f"there is no backup in {home.path} yet")
+    else:
+        report.answer("\n\n".join(description_text(volume) for volume in described))
+    return EXIT_OK
+
+
+def describe(paths: ImagePaths) -> Json:
+    """What there is of a volume, in the form of `list --json`: README has it."""
+    described: Json = {"name": paths.name, "region": None, "size": None, "occupied": 0, "problem": None, "versions": []}
+    try:
+        paths.check_link()
+        status = paths.image.stat()
+        described |= {"size": status.st_size, "occupied": status.st_blocks * 512}
+        with paths.state.open("rb") as file:
+            state = State.unpack(file.read(BLOCK), paths.state)
+    except FileNotFoundError:
+        described["problem"] = "no snapshot is recorded" if described["size"] else "the image is missing"
+    except DosvobError as problem:
+        described["problem"] = str(problem)
+    else:
+        described |= {"region": state.snapshot.region, "size": state.snapshot.size}
+        described["versions"].append(
+            {"time": state.moment.isoformat(), "image": True, "changed": None, "occupied": status.st_blocks * 512,
+             "frees": None, "damaged": False}
+        )  # fmt: skip
+    versions = Versions(paths).all()
+    for version, older in itertools.zip_longest(versions, versions[1:]):
+        is_damaged = version.snapshot is None
+        try:
+            frees = Versions.freed_by(version, older)
+        except Damaged:
+            is_damaged, frees = True, version.occupied
+        described["versions"].append(
+            {"time": version.moment.isoformat(), "image": False, "changed": version.changed,
+             "occupied": version.occupied, "frees": frees, "damaged": is_damaged}
+        )  # fmt: skip
+    return described
+
+
+def description_text(volume: Json) -> str:
+    """The same for people."""
+    size = human_size(volume["size"]) if volume["size"] else "of unknown size"
+    older = sum(version["occupied"] for version in volume["versions"] if not version["image"])
+    head = (
+        f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {human_size(volume['occupied'])} here"
+    )
+    lines = [head + f" and {human_size(older)} for older versions" * bool(older)]
+    if volume["problem"]:
+        lines.append(f"  {volume['problem']}")
+    rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "")]
+    for version in volume["versions"]:
+        moment = datetime.datetime.fromisoformat(version["time"])
+        figures = ("-", "-") if version["image"] else (human_size(version["changed"]), human_size(version["frees"]))
+        note = "damaged" if version["damaged"] else "the image" * version["image"]
+        rows.append((f"  {local_time(moment)}", human_time(max(age(version["time"]), 0)), *figures, note))
+    return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
+
+
+def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+    """Write an image or an older version to a new file, without network, account or configuration."""
+    if len(arguments.names) != 2:
+        raise UsageError(f"restore takes a volume's name and a new file: {command_line('restore', 'data', 'data.img')}")
+    name, target = arguments.names[0], Path(arguments.names[1])
+    home = Home(arguments.backups)
+    with home.unchanged():
+        there = home.names() | home.set_aside()
+        if name not in there:
+            raise UsageError(f"there is no image of {name} in {home.path}{near_to(name, there)}")
+        paths = ImagePaths(home.path, name)
+        paths.check_link()
+        try:
+            with contextlib.closing(Chain(paths)) as chain:
+                depth = chain.depth_at(parse_wanted_time(arguments.at) if arguments.at else None)
+                version = chain.versions[depth - 1].moment if depth else chain.state.moment if chain.state else None
+                told = f"{name} of {local_time(version)}" if version else f"{name}, of which no digests are recorded,"
+                meter = Meter(report, stop, f"{name}: restored", chain.size)
+                final, damaged = chain.restore(depth, target, meter)
+        except OSError as problem:
+            raise DosvobError(f"{name} could not be restored: {disk_problem(problem, target)}") from problem
+    report.end_progress()
+    size = final.stat()
+    figures = f"{human_size(size.st_size)}, which take {human_size(size.st_blocks * 512)} of the disk"
+    if damaged.ranges:
+        report.error(f"{told} is damaged in {damaged}; the rest of it is in {final}, {figures}")
+        return EXIT_FAILED
+    report.say(f"{told} is restored to {final}: {figures}" + ", every chunk as it was recorded" * bool(version))
+    return EXIT_OK
+
+
+def parse_wanted_time(text: str) -> datetime.datetime:
+    """A time as a user gives it: as `list` prints it, ISO 8601, `yesterday`, `3 days ago`; a date means its end.
+
+    Raises UsageError.
+    """
+    now = datetime.datetime.now().astimezone()
+    if match := re.fullmatch(r"(\d{1,5}) (minute|hour|day|week)s? ago", text.strip()):
+        return now - datetime.timedelta(**{f"{match[2]}s": int(match[1])})
+    day = now.date()
+    if text.strip() in ("today", "yesterday"):
+        text = str(day - datetime.timedelta(days=text.strip() == "yesterday"))
+    try:
+        moment = datetime.datetime.fromisoformat(re.sub(r"\s+(?=[+-]\d\d:?\d\d$)", "", text.strip()))
+        if re.fullmatch(r"[\d-]{8,10}", text.strip()):
+            moment += datetime.timedelta(days=1, microseconds=-1)
+        return moment.astimezone()
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f'"{text}" is not a time: "2026-11-24", "2026-11-24 08:00", with an offset if it is not of here, '
+            '"yesterday" or "3 days ago"'
+        ) from None
 
 
 # ── main ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3725,9 +4863,12 @@ EPILOG = """\
 examples:
   python dosvob.py                  back up all volumes that conf.json names to ./backups
   python dosvob.py data 'db-*'      back up these volumes only
-  python dosvob.py sweep            remove droplets, clones, snapshots and keys that a killed run left behind
-  python dosvob.py verify           compare the images with their recorded digests, offline
+  python dosvob.py list             say what there is to restore, with times, offline
+  python dosvob.py restore data data.img --at '2026-11-24 08:00'
+                                    write that version, or the latest, to a new file, offline
+  python dosvob.py verify           compare images and versions with their recorded digests, offline
   python dosvob.py health           say how old each backup is, and fail if one is too old, offline
+  python dosvob.py sweep            remove droplets, clones, snapshots and keys that a killed run left behind
 
 exit codes:
   0  everything is backed up, and nothing is left behind in the account
@@ -3735,14 +4876,17 @@ exit codes:
   2  wrong use or configuration; nothing was created
   128+n  ended by signal n, after removing everything
 """
-COMMANDS: Mapping[str, Callable[[argparse.Namespace, Reporter, Cancellation], int]] = {
-    "sweep": sweep_only,
-    "verify": verify,
-    "health": health,
+ACCOUNT = {"config", "backups", "dry_run"}
+COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Reporter, Stop], int], set[str]]] = {
+    # what does it, and the options that it uses
+    "": (back_up, {*ACCOUNT, "reread"}),
+    "sweep": (sweep_only, {*ACCOUNT, "all"}),
+    "verify": (verify_all, {"backups"}),
+    "health": (health, {"backups", "max_age"}),
+    "list": (list_all, {"backups", "json"}),
+    "restore": (restore_one, {"backups", "at"}),
 }
-
-
-DEFAULT_MAX_AGE = 24  # hours
+DEFAULTS: Json = {"config": Path("conf.json"), "backups": Path("backups"), "max_age": 24.0, "at": None}
 
 
 def hours(text: str) -> float:
@@ -3754,27 +4898,33 @@ def hours(text: str) -> float:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line; `command` is one of COMMANDS or "" for a backup, `names` what follows."""
+    """The command line; `command` is one of COMMANDS, `names` what follows."""
     parser = argparse.ArgumentParser(
         prog="dosvob.py",
-        description="Back up DigitalOcean volumes into raw disk images, fetching only what changed.",
+        description="Back up DigitalOcean volumes into raw disk images, fetching only what changed; bring them back.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # so that it is seen which options were given
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="volumes to back up (patterns too), or a command")
-    parser.add_argument("--config", type=Path, default=Path("conf.json"), metavar="FILE", help="default: conf.json")
-    parser.add_argument("--backups", type=Path, default=Path("backups"), metavar="DIR", help="default: backups")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default: conf.json")
+    parser.add_argument("--backups", type=Path, metavar="DIR", help="default: backups")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done; change nothing anywhere")
     parser.add_argument("--reread", action="store_true", help="read all of the local images, not an eighth in turn")
-    parser.add_argument(
-        "--max-age", type=hours, default=DEFAULT_MAX_AGE, metavar="HOURS", help="for health; default: %(default)s"
-    )
+    parser.add_argument("--all", action="store_true", help="for sweep: what other backups directories left, too")
+    parser.add_argument("--at", metavar="TIME", help="for restore: the newest version that is not later")
+    parser.add_argument("--json", action="store_true", help="for list: for programs")
+    parser.add_argument("--max-age", type=hours, metavar="HOURS", help="for health; default: 24")
     parser.add_argument("--verbose", action="store_true", help="tell every call, and tracebacks")
     parser.add_argument("--quiet", action="store_true", help="tell only warnings and errors")
     parser.add_argument("--version", action="version", version=f"dosvob {VERSION}")
-    parsed = parser.parse_intermixed_args(arguments)
-    parsed.command = parsed.names.pop(0) if parsed.names and parsed.names[0] in COMMANDS else ""
-    return parsed
+    given = vars(parser.parse_intermixed_args(arguments))
+    names = given.setdefault("names", [])
+    command = names.pop(0) if names and names[0] in COMMANDS else ""
+    for option in given.keys() - COMMANDS[command][1] - {"names", "verbose", "quiet"}:
+        parser.error(f"{command or 'a backup'} does not use --{option.replace('_', '-')}")
+    flags = dict.fromkeys(("dry_run", "reread", "all", "json", "verbose", "quiet"), False)
+    return argparse.Namespace(**{**flags, **DEFAULTS, **given, "command": command})
 
 
 class Signals:
@@ -3783,9 +4933,9 @@ class Signals:
     Nothing is raised from the handler, so nothing is interrupted in the middle, the teardown least of all.
     """
 
-    def __init__(self, cancellation: Cancellation, report: Reporter) -> None:
+    def __init__(self, stop: Stop, report: Reporter) -> None:
         self.number = 0
-        self._cancellation = cancellation
+        self._stop = stop
         self._report = report
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
@@ -3797,7 +4947,7 @@ class Signals:
             self._report.interject(f"still at work: {doing}; please wait, or billed resources stay")
             return
         self.number = number
-        self._cancellation.request()
+        self._stop.request()
         self._report.interject(f"{signal.Signals(number).name}: stopping, and removing what was created")
 
 
@@ -3816,12 +4966,19 @@ def open_standard_streams() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     open_standard_streams()
-    parsed = parse_arguments(arguments)
+    try:
+        parsed = parse_arguments(arguments)
+    finally:  # argparse writes help and errors to what may be a closed pipe, which Python would tell of at its exit
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # what it logs also reaches us as exceptions
     report = Reporter(quiet=parsed.quiet, verbose=parsed.verbose)
-    cancellation = Cancellation()
-    signals = Signals(cancellation, report)
-    code = run_command(parsed, report, cancellation)
+    stop = Stop()
+    signals = Signals(stop, report)
+    code = run_command(parsed, report, stop)
     if signals.number:
         code = 128 + signals.number
     if report.has_left:
@@ -3831,10 +4988,10 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def run_command(parsed: argparse.Namespace, report: Reporter, cancellation: Cancellation) -> int:
+def run_command(parsed: argparse.Namespace, report: Reporter, stop: Stop) -> int:
     """Do what was asked for; returns the exit code, and raises nothing."""
     try:
-        return COMMANDS.get(parsed.command, back_up)(parsed, report, cancellation)
+        return COMMANDS[parsed.command][0](parsed, report, stop)
     except Interrupted:
         return EXIT_FAILED
     except UsageError as problem:
@@ -3843,7 +5000,7 @@ def run_command(parsed: argparse.Namespace, report: Reporter, cancellation: Canc
     except DosvobError as problem:
         report.error(str(problem))
         report.detail(traceback.format_exc())
-    except Exception as problem:  # noqa: BLE001 - a bug, or a disk that fails where nobody expects it: still one clear line
+    except Exception as problem:  # noqa: BLE001 - a bug, or a disk that fails where nobody expects it: one clear line
         report.error(f"unexpected {type(problem).__name__}: {problem}; run again with --verbose to see where")
         report.detail(traceback.format_exc())
     return EXIT_FAILED

@@ -1,20 +1,34 @@
 """Run dosvob.py as it is, but with other values for some of its constants: limits of minutes are not for tests.
 
-It is called as `python with_constants.py '{"ACTION_LIMIT": 2}'` and dosvob's own arguments.
+It is called as `python with_constants.py '{"ACTION_LIMIT": 2}'` and dosvob's own arguments. A constant may be the module's
+or a class's, the agent's among them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dosvob
 
-for name, value in json.loads(sys.argv[1]).items():
-    if not hasattr(dosvob, name):
+
+def set_constant(name: str, value: Any) -> None:
+    """Set it wherever it is; ends with an error if that is nowhere."""
+    owners = [dosvob, *(owner for owner in vars(dosvob).values() if isinstance(owner, type))]
+    found = [owner for owner in owners if name in vars(owner)]
+    if not found:
         sys.exit(f"dosvob has no constant {name}")
-    setattr(dosvob, name, value)
-sys.exit(dosvob.main(sys.argv[2:]))
+    for owner in found:
+        setattr(owner, name, value)
+    dosvob.AGENT = re.sub(rf"(?m)^{name} = .*$", f"{name} = {value!r}", dosvob.AGENT)
+
+
+if __name__ == "__main__":
+    for constant, wanted in json.loads(sys.argv[1]).items():
+        set_constant(constant, wanted)
+    sys.exit(dosvob.main(sys.argv[2:]))
