@@ -6,6 +6,7 @@ import base64
 import secrets
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -114,6 +115,13 @@ class Simulator:
     def snapshots(self) -> list[Snapshot]:
         """The snapshots that exist."""
         return self._cloud.living(Snapshot)
+
+    # -- limits
+
+    def limit_snapshots(self, interval: float, *, retry_after: bool = False) -> None:
+        """From now on a volume's next snapshot is refused until so many seconds after its last one."""
+        limited = replace(self.behaviour, snapshot_interval=interval, snapshot_retry_after=retry_after)
+        self.behaviour = self._cloud.behaviour = limited
 
     # -- the token
 
