@@ -3811,8 +3811,8 @@ class Reporter:
 
 def command_line(*words: str) -> str:
     """A command of ours as the user called this one, to be copied."""
-    script = os.path.basename(sys.argv[0]) or "dosvob.py"
-    return " ".join(["python" if "/" not in sys.executable else os.path.relpath(sys.executable), script, *words])
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else Path(sys.executable).name
+    return " ".join([python, os.path.basename(sys.argv[0]) or "dosvob.py", *words])
 
 
 class Meter:
@@ -4723,7 +4723,7 @@ def health_problem(home: Home, name: str, max_age: float, wanted: set[str], repo
         return (
             f"{told}, but the version {broken[0].path} is damaged, and all that are older: run {command_line('verify')}"
         )
-    back = f"; {len(versions)} older versions, back to {local_time(versions[-1].moment)}" if versions else ""
+    back = f"; versions back to {local_time(versions[-1].moment)}" if versions else ""
     report.say(told + back)
     return ""
 
