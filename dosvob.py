@@ -3521,16 +3521,16 @@ class Link:
         """Where a droplet has an attached volume: https://docs.digitalocean.com/products/volumes/how-to/mount/"""
         return f"/dev/disk/by-id/scsi-0DO_Volume_{volume_name}"
 
-    def run(self, command: str) -> None:
-        """Run a command to its end, whatever it returns; raises ConnectionLost."""
-        transport = self.open(RECONNECT_LIMIT)
+    def run(self, command: str, limit: float) -> None:
+        """Connect within `limit` seconds and run a command to its end, whatever it returns; raises ConnectionLost."""
+        transport = self.open(limit)
         try:
             with contextlib.closing(transport.open_session(timeout=SSH_TIMEOUT)) as channel:
                 within(SSH_TIMEOUT, lambda: channel.exec_command(command))
                 within(SSH_TIMEOUT, channel.recv_exit_status)
         except (paramiko.SSHException, OSError, EOFError) as problem:
             transport.close()
-            raise ConnectionLost(f"the connection to the droplet broke: {problem}") from problem
+            raise ConnectionLost(f"the connection to the droplet broke: {problem or 'no answer'}") from problem
 
     def start_agent(self, program: bytes) -> AgentStream:
         """An agent with this program; raises ConnectionLost."""
@@ -4084,11 +4084,15 @@ class Hosts:
             self._key_id = self._ephemeral.upload_key(self._keys.public)
         droplet = self._ephemeral.create_droplet(self._plan, self._key_id, self._keys.user_data())
         link = self._links.enter_context(contextlib.closing(Link(droplet.address, self._keys, self._job.stop)))
-        try:
-            link.open(SSH_LIMIT)
-            link.run("; ".join(DISARM))  # once more, in case something wrote the rule after bootcmd
-        except ConnectionLost as problem:
-            raise DropletLost(str(problem)) from problem
+        limit = float(SSH_LIMIT)
+        for attempt in itertools.count(1):
+            try:
+                link.run("; ".join(DISARM), limit)  # once more, in case something wrote the rule after bootcmd
+                break
+            except ConnectionLost as problem:
+                if attempt == ATTEMPTS or self._ephemeral.is_gone(droplet):
+                    raise DropletLost(str(problem)) from problem
+            limit = RECONNECT_LIMIT
         self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
         return Host(droplet, link)
 
