@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from inherited import ignore_for_ourselves_only
+from signals import ignore_for_ourselves_only
 from simulator import Behaviour, Simulator
 
 SCRIPT = Path(__file__).resolve().parent.parent / "dosvob.py"

@@ -16,53 +16,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
-from inherited import ignore_for_ourselves_only
+from signals import Stop, Stopped, ignore_for_ourselves_only
 from simulator import Simulator, Volume
 from simulator.storage import LoopDevice
 
 SCRIPT = Path(__file__).resolve().parent.parent / "dosvob.py"
 MIB = 1 << 20
 ENDING_LIMIT = 30  # seconds for the script to remove what it created
-
-
-class Stopped(BaseException):
-    """A signal wants the demonstration to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = signal.Signals(number)
-
-
-class Stop:
-    """Lets the first signal end the story, and none disturb what prepares it and clears up after it."""
-
-    def __init__(self) -> None:
-        self._arrived = 0
-        self._listening = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._arrived:
-            return
-        self._arrived = number
-        if self._listening:
-            raise Stopped(number)
-
-    @contextlib.contextmanager
-    def ends_this(self) -> Iterator[None]:
-        """While this lasts, a signal raises `Stopped`; so does one that came before."""
-        self._listening = True
-        try:
-            if self._arrived:
-                raise Stopped(self._arrived)
-            yield
-        finally:
-            self._listening = False
 
 
 def tell(text: str) -> None:
