@@ -81,6 +81,10 @@ class LoopDevice:
             _make_writable(self._fd)
         with contextlib.suppress(OSError):
             fcntl.ioctl(self._fd, _LOOP_CLR_FD)
+        self.forsake()
+
+    def forsake(self) -> None:
+        """Leave the device to the kernel, which is what becomes of it when this process is killed."""
         os.close(self._fd)
         self._fd = -1
 
