@@ -6,20 +6,25 @@ Everything but the account is real: the script, HTTP, SSH, the file system. Exit
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
+from signals import Stop, Stopped, ignore_for_ourselves_only
 from simulator import Simulator, Volume
 from simulator.storage import LoopDevice
 
 SCRIPT = Path(__file__).resolve().parent.parent / "dosvob.py"
 MIB = 1 << 20
+ENDING_LIMIT = 30  # seconds for the script to remove what it created
 
 
 def tell(text: str) -> None:
@@ -84,10 +89,21 @@ def change(volumes: dict[str, Volume], scratch: Path) -> None:
 
 
 def back_up(home: Path, simulator: Simulator) -> None:
-    """Run the script as a user does."""
+    """Run the script as a user does; when the demonstration is stopped, the script is too, and ends in order."""
     print("$ python dosvob.py", flush=True)
-    environment = {**os.environ, **simulator.environment()}
-    subprocess.run([sys.executable, SCRIPT], cwd=home, env=environment, check=True)
+    command = ["setpriv", "--pdeathsig", "TERM", sys.executable, str(SCRIPT)]
+    process = subprocess.Popen(command, cwd=home, env={**os.environ, **simulator.environment()})
+    try:
+        code = process.wait()
+    except Stopped:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(ENDING_LIMIT)
+        process.kill()
+        process.wait()
+        raise
+    if code:
+        raise subprocess.CalledProcessError(code, "dosvob.py")
 
 
 def compare(home: Path, volumes: dict[str, Volume]) -> None:
@@ -135,16 +151,48 @@ def demonstrate(directory: Path, simulator: Simulator) -> None:
         sys.exit(f"Left behind: {simulator.alive()}")
 
 
+def unmount_all(directory: Path) -> None:
+    """Unmount what is still mounted below a directory, when the story was stopped in the middle."""
+    targets = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for target in targets:
+        if Path(target).is_relative_to(directory):
+            subprocess.run(["umount", "--lazy", target], check=False)
+
+
+def show() -> None:
+    """Tell the story in a temporary directory, and remove everything at its end, however that comes."""
+    stop = Stop()
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dosvob-demo-")))
+        stack.callback(unmount_all, directory)
+        simulator = Simulator(directory / "cloud", openapi=os.environ.get("DIGITALOCEAN_OPENAPI"))
+        stack.enter_context(simulator)
+        with stop.ends_this():
+            demonstrate(directory, simulator)
+
+
 def main() -> None:
-    """Run the demonstration in a temporary directory."""
-    with tempfile.TemporaryDirectory(prefix="dosvob-demo-") as name:
-        directory = Path(name)
-        with Simulator(directory / "cloud", openapi=os.environ.get("DIGITALOCEAN_OPENAPI")) as simulator:
-            try:
-                demonstrate(directory, simulator)
-            except subprocess.CalledProcessError as problem:
-                sys.exit(f"Failed: {problem}")
-    tell("All is well; the temporary directory is removed.")
+    """Run the demonstration; a signal is answered by a line, and by its exit code, as is a reader who has gone."""
+    ignore_for_ourselves_only()
+    try:
+        show()
+        tell("All is well; the temporary directory is removed.")
+    except subprocess.CalledProcessError as problem:
+        sys.exit(f"Failed: {problem}")
+    except Stopped as stopped:
+        leave(stopped.number, f"{stopped.number.name}: the demonstration is over; its directory is removed.")
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe or a terminal that has gone
+            raise
+        leave(signal.SIGPIPE, "")
+
+
+def leave(number: signal.Signals, last_words: str) -> NoReturn:
+    """Exit as programs do that a signal ended, also when there is nobody any more to write to."""
+    with contextlib.suppress(OSError):
+        print(last_words, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    os._exit(128 + number)  # all is done: Python would only complain of what it cannot write
 
 
 if __name__ == "__main__":

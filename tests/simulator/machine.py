@@ -346,11 +346,10 @@ class Machine:
         return []
 
     def _sessions(self) -> list[int]:
-        """The sshd processes that serve connections."""
-        with contextlib.suppress(OSError):
-            children = Path(f"/proc/{self._init}/task/{self._init}/children").read_text().split()
-            return [int(child) for child in children]
-        return []
+        """The sshd processes that serve connections: one for each, and from OpenSSH 10 on another one below it."""
+        if not self._init:
+            return []
+        return [child for child in _descendants(self._init) if _program(child).startswith("sshd")]
 
     def _kill_processes(self) -> None:
         """End the first process, and with it all others."""
@@ -365,6 +364,22 @@ class Machine:
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+
+def _descendants(pid: int) -> list[int]:
+    """A process's children, and theirs."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+            found += [child, *_descendants(child)]
+    return found
+
+
+def _program(pid: int) -> str:
+    """What a process runs; empty once it is over."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def _clear_first_mount_mark(device: str) -> None:
