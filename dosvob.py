@@ -1754,6 +1754,15 @@ class State:
         expected = (state.digests, state.snapshot.size // CHUNK * DIGEST_SIZE)
         return state if not whole or (table.hexdigest(), length) == expected else cls.unpack(b"", path)
 
+    @classmethod
+    def doubt(cls, path: Path) -> None:
+        """Record that the image may not be what its state says, until the next sync."""
+        with contextlib.suppress(Damaged):
+            if (state := cls.load(path, whole=False)) is not None:
+                with contextlib.closing(SparseFile(path, os.O_RDWR)) as file:
+                    file.write(seal("state", dataclasses.asdict(dataclasses.replace(state, identity=None))), 0)
+                    os.fsync(file.fd)
+
     @property
     def moment(self) -> datetime.datetime:
         """When the snapshot was taken; if what DigitalOcean says is not a time, when it was backed up."""
@@ -2151,6 +2160,7 @@ class Journal:
             except Damaged as problem:
                 aside = paths.journal.with_name(f"{paths.name}.journal.damaged-{utc_now().strftime('%Y%m%dT%H%M%SZ')}")
                 paths.journal.rename(aside)
+                State.doubt(paths.state)  # a part of it may have been applied before
                 sync_directory(paths.metadata)
                 raise Damaged(
                     f"the journal of {paths.name} is damaged or does not belong to its image ({problem}); it was set "
@@ -4685,6 +4695,8 @@ def health_of(home: Home, name: str, max_age: float, *, is_wanted: bool) -> str:
         raise DosvobError("there is no complete backup of it yet")
     if not paths.image.exists():
         raise DosvobError(f"{paths.image} is missing: the next backup fetches all of it")
+    if state.identity is None:
+        raise DosvobError(f"{paths.image} may not be what was backed up: the next backup compares and mends it")
     seconds = max((utc_now() - state.moment).total_seconds(), 0)
     told = f"its last complete backup is {human_time(seconds)} old"
     if seconds > max_age * 3600:

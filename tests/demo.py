@@ -1,6 +1,6 @@
 """The main job, without an account: three simulated volumes are backed up, changed, backed up again, looked into.
 
-Everything but the account is real: the script, HTTP, SSH, the file system. Exit code 1 if anything differs.
+Then a file is lost on a volume, and comes back from an older version. Everything but the account is real: the script, HTTP, SSH, the file system. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -88,10 +89,16 @@ def change(volumes: dict[str, Volume], scratch: Path) -> None:
             file.write(random.randbytes(10_000))
 
 
-def back_up(home: Path, simulator: Simulator) -> None:
+def delete(volumes: dict[str, Volume], scratch: Path) -> None:
+    """Delete a letter, as happens."""
+    with mounted(volumes["files"].path, scratch, "rw") as root:
+        (root / "letters/to-ada.txt").unlink()
+
+
+def dosvob(home: Path, simulator: Simulator, *arguments: str) -> None:
     """Run the script as a user does; when the demonstration is stopped, the script is too, and ends in order."""
-    print("$ python dosvob.py", flush=True)
-    command = ["setpriv", "--pdeathsig", "TERM", sys.executable, str(SCRIPT)]
+    print(f"$ {shlex.join(['python', 'dosvob.py', *arguments])}", flush=True)
+    command = ["setpriv", "--pdeathsig", "TERM", sys.executable, str(SCRIPT), *arguments]
     process = subprocess.Popen(command, cwd=home, env={**os.environ, **simulator.environment()})
     try:
         code = process.wait()
@@ -128,14 +135,14 @@ def demonstrate(directory: Path, simulator: Simulator) -> None:
     conf.chmod(0o600)
 
     tell("The first backup fetches all that is not zeros")
-    back_up(home, simulator)
+    dosvob(home, simulator)
     tell("Each image is, byte for byte, its volume")
     compare(home, volumes)
 
     tell("Now the volumes change: one letter grows, one is new, and 3 places of the random data are overwritten")
     change(volumes, scratch)
     tell("The second backup fetches only the changes")
-    back_up(home, simulator)
+    dosvob(home, simulator)
     tell("Again each image is its volume")
     compare(home, volumes)
 
@@ -146,9 +153,30 @@ def demonstrate(directory: Path, simulator: Simulator) -> None:
         if not (root / "letters/to-ada.txt").read_text().endswith("Bernoulli numbers.\n"):
             sys.exit("The restored letter is not the latest one.")
 
+    tell("One letter is deleted from the volume by mistake, and a third backup is made before anybody notices")
+    delete(volumes, scratch)
+    dosvob(home, simulator)
+    dosvob(home, simulator, "list", "files")
+    tell("Each backup that was is kept as what differs: the version before brings the letter back")
+    time = version_before(home)
+    dosvob(home, simulator, "restore", "files", "files-before.img", "--at", time)
+    print("$ mount -o ro,loop files-before.img /mnt")
+    with mounted(home / "files-before.img", restored, "ro,noload") as root:
+        print(list_files(root))
+        if not (root / "letters/to-ada.txt").read_text().endswith("Bernoulli numbers.\n"):
+            sys.exit("The letter did not come back.")
+
     tell("The account has its three volumes, and nothing that costs money was left behind")
     if simulator.alive():
         sys.exit(f"Left behind: {simulator.alive()}")
+
+
+def version_before(home: Path) -> str:
+    """When the second backup of the volume files was taken, from what `list --json` tells."""
+    command = [sys.executable, str(SCRIPT), "list", "files", "--json"]
+    told = subprocess.run(command, cwd=home, check=True, capture_output=True).stdout
+    time: str = json.loads(told)["volumes"][0]["versions"][1]["time"]
+    return time
 
 
 def unmount_all(directory: Path) -> None:
