@@ -44,7 +44,7 @@ from trouble_support import (
 NAME = "data"
 PAGE = 4096
 WRITES = "pwrite64,pwritev,pwritev2,write"
-IMPATIENT = {"STALL_LIMIT": 2, "RECONNECT_LIMIT": 1, "SSH_TIMEOUT": 2, "ACTIVE_LIMIT": 5}
+IMPATIENT = {"STALL_LIMIT": 2, "RECONNECT_LIMIT": 1, "SSH_TIMEOUT": 2, "ACTIVE_LIMIT": 5, "BUSY_LIMIT": 5}
 PATIENT = {"STALL_LIMIT": 600}
 FEW_AHEAD = {"MOST_AHEAD": 64}  # chunks: a hole of so many MiB stands for one of 256 GiB
 
@@ -675,7 +675,7 @@ def test_a_droplet_whose_creation_fails_is_replaced(home: Home, sim: Simulator) 
 def test_a_second_droplet_whose_creation_fails_ends_the_run(home: Home, sim: Simulator) -> None:
     add_three(sim)
     sim.faults.add(Fault("creation-errored", times=FOREVER))
-    check_ended_without_a_droplet(start(home, constants=IMPATIENT), sim, "a")
+    check_ended_without_a_droplet(start(home, constants=IMPATIENT), sim, "ab")
 
 
 def test_a_droplet_that_is_deleted_while_it_starts_is_replaced(home: Home, sim: Simulator) -> None:

@@ -289,13 +289,15 @@ class Cloud:
             self._clock.launch(lambda: self._start(droplet, action, public_keys, faults, body.get("volumes") or []))
         return droplet, action
 
-    def delete_droplet(self, droplet_id: str) -> None:
-        """Delete a droplet; its volumes count as attached for a while."""
+    def delete_droplet(self, droplet_id: str, *, keep_address: bool = False) -> None:
+        """Delete a droplet; its volumes count as attached for a while. A kept address is nobody else's, and silent."""
         with self.lock:
             droplet = self.find(Droplet, droplet_id, fresh=True)
             self._delete(droplet)
             attached = [volume for volume in self.living(Volume) if volume.droplet_id == droplet.id]
-        if droplet.machine:
+        if droplet.machine and keep_address:
+            droplet.machine.power_off()
+        elif droplet.machine:
             droplet.machine.destroy()
         self._clock.after(self.behaviour.release_seconds, lambda: self._release(attached, droplet))
 
