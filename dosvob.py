@@ -1084,15 +1084,9 @@ class Ephemeral:
         except ApiError as problem:
             raise NoDroplet(f"the droplet could not be had: {problem}") from problem
         droplet = Droplet(required(item, "id", int), required(item, "name", str), "")
-        try:
-            actions = (item.get("links") or {}).get("actions") or [{}]  # what was found in a list has none
-            if "id" in actions[0]:
-                self._await_action(f"/v2/actions/{actions[0]['id']}", "the creation of the droplet")
-            return dataclasses.replace(droplet, address=self._await_address(droplet))
-        except Interrupted:
-            raise
-        except DosvobError as problem:
-            raise DropletLost(f"the droplet {droplet.name} did not come up: {problem}") from problem
+        actions = (item.get("links") or {}).get("actions") or [{}]  # what was found in a list has none
+        address = self._await_address(droplet, str(actions[0].get("id", "")))
+        return dataclasses.replace(droplet, address=address)
 
     def _order_droplet(self, plan: DropletPlan, key: int, user_data: str) -> Json:
         made = sum(resource.kind == DROPLET for resource in list(self._created))
@@ -1115,24 +1109,28 @@ class Ephemeral:
                 self._report.say(f"{size} is not to be had in {plan.region} now; trying the next size")
         raise AssertionError("unreachable")
 
-    def _await_address(self, droplet: Droplet) -> str:
-        """The public address of a droplet that was created."""
-        missing_since = float("inf")
+    def _await_address(self, droplet: Droplet, action: str) -> str:
+        """The public address of a droplet that was created; raises DropletLost if it, or its action, has failed."""
+        known, looks, start = False, 0, time.monotonic()
 
         def address() -> str | None:
-            nonlocal missing_since
+            nonlocal known, looks
             item = self._api.get_fresh(f"/v2/droplets/{droplet.id}", "droplet")
-            missing_since = min(missing_since, time.monotonic()) if item is None else float("inf")
-            if time.monotonic() - missing_since > self.FRESH_LIMIT:
-                raise DropletLost("it is gone")
-            if item is None or item.get("status") != "active":
-                return None
-            networks = (item.get("networks") or {}).get("v4") or ()
-            return next((str(net["ip_address"]) for net in networks if net.get("type") == "public"), None)
+            if item is None and (known or time.monotonic() - start > self.FRESH_LIMIT):
+                raise DropletLost(f"the droplet {droplet.name} is gone")
+            known, looks = item is not None, looks + 1
+            if item is not None and item.get("status") == "active":
+                networks = (item.get("networks") or {}).get("v4") or ()
+                return next((str(net["ip_address"]) for net in networks if net.get("type") == "public"), None)
+            if action and looks % 4 == 0:  # seldom: the API allows 250 requests a minute
+                status = (self._api.get_fresh(f"/v2/actions/{action}", "action") or {}).get("status")
+                if status == "errored":
+                    raise DropletLost(f"the creation of the droplet {droplet.name} failed on DigitalOcean's side")
+            return None
 
         found = self._api.stop.wait_until(self.ADDRESS_LIMIT, address)
         if found is None:
-            raise DropletLost(f"it was not active, with an address, within {self.ADDRESS_LIMIT} s")
+            raise DropletLost(f"{droplet.name} was not active, with an address, within {self.ADDRESS_LIMIT} s")
         return found
 
     def is_gone(self, droplet: Droplet) -> bool:
@@ -2158,19 +2156,39 @@ class Journal:
                 journal = cls(file, file.end["snapshot"]["size"] // CHUNK)
                 journal.read_places(heed)
             except Damaged as problem:
+                is_undone = cls._undo(paths, file, heed)
+                if not is_undone:
+                    State.doubt(paths.state)  # a part of it may have been applied before
                 aside = paths.journal.with_name(f"{paths.name}.journal.damaged-{utc_now().strftime('%Y%m%dT%H%M%SZ')}")
                 paths.journal.rename(aside)
-                State.doubt(paths.state)  # a part of it may have been applied before
                 sync_directory(paths.metadata)
                 raise Damaged(
                     f"the journal of {paths.name} is damaged or does not belong to its image ({problem}); it was set "
-                    f"aside as {aside}, and nothing of it was applied. The next run compares {paths.image} with the "
-                    "volume"
+                    f"aside as {aside}, and "
+                    + ("the image was put back to what it was before. " if is_undone else "nothing of it was applied. ")
+                    + f"The next run compares {paths.image} with the volume"
                 ) from problem
             if Identity.of(paths.image).inode != file.head["base"]["inode"]:
                 warn(f"{paths.image} is another file than when its journal was begun; the next sync compares all of it")
             journal.apply(paths, heed)
             return True
+
+    @staticmethod
+    def _undo(paths: ImagePaths, file: PatchFile, heed: Callable[[int], None]) -> bool:
+        """Take back what may have been applied of a damaged journal, by the version that it would have left."""
+        try:
+            with PatchFile(paths.new_version, "version", from_disk=True) as version:
+                if version.end is None or not file.head or version.head.get("journal") != file.head["id"]:
+                    return False
+                with contextlib.closing(SparseFile(paths.image, os.O_RDWR)) as image:
+                    for _, patch in version.patches():
+                        patch.write_to(image)
+                        heed(patch.room)
+                    os.ftruncate(image.fd, version.head["snapshot"]["size"])
+                    os.fsync(image.fd)
+        except (Damaged, FileNotFoundError):
+            return False
+        return True
 
     @staticmethod
     def fits(paths: ImagePaths, file: PatchFile) -> bool:
@@ -3812,8 +3830,9 @@ def command_line(*words: str) -> str:
 class Meter:
     """How far something is that goes over many bytes; heeds a stop as well."""
 
-    def __init__(self, report: Reporter, stop: Stop, what: str, total: int = 0) -> None:
+    def __init__(self, report: Reporter, stop: Stop, what: str, total: int = 0, *, is_told: bool = False) -> None:
         self.done = 0
+        self._is_told = is_told
         self._report = report
         self._stop = stop
         self._what = what
@@ -3823,6 +3842,8 @@ class Meter:
     def __call__(self, size: int) -> None:
         """So many bytes more; raises Interrupted."""
         self._stop.check()
+        if not self.done and self._is_told:
+            self._report.say(f"{self._what}; when it is stopped, it goes on next time")
         self.done += size
         of = f" of {human_size(self._total)}" if self._total else ""
         self._report.progress(f"{self._what}: {human_size(self.done)}{of}")
@@ -4497,7 +4518,7 @@ def finish_journals(home: Home, report: Reporter, stop: Stop) -> set[str]:
     failed = set()
     for journal in sorted(home.metadata.glob("*.journal")):
         name = journal.name.removesuffix(".journal")
-        meter = Meter(report, stop, f"{name}: completing an interrupted backup from its journal")
+        meter = Meter(report, stop, f"{name}: completing an interrupted backup from its journal", is_told=True)
         try:
             if Journal.finish(ImagePaths(home.path, name), report.warn, meter):
                 report.end_progress()
@@ -4644,7 +4665,8 @@ def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> bool:
     report.end_progress()
     if length != chain.size:
         report.error(
-            f"{paths.name}: the image has {length} bytes, and {chain.size} were backed up: the next backup mends it"
+            f"{paths.name}: the image's size is {length} bytes, and {chain.size} were backed up: the next backup mends "
+            "it"
         )
     if image.ranges:
         report.error(f"{paths.name}: differs from its snapshot in {image}: the next backup mends it")

@@ -44,7 +44,7 @@ from trouble_support import (
 NAME = "data"
 PAGE = 4096
 WRITES = "pwrite64,pwritev,pwritev2,write"
-IMPATIENT = {"STALL_LIMIT": 2, "RECONNECT_LIMIT": 1, "SSH_TIMEOUT": 2, "ACTIVE_LIMIT": 5, "BUSY_LIMIT": 5}
+IMPATIENT = {"STALL_LIMIT": 2, "RECONNECT_LIMIT": 1, "SSH_TIMEOUT": 2, "ADDRESS_LIMIT": 5, "BUSY_LIMIT": 5}
 PATIENT = {"STALL_LIMIT": 600}
 FEW_AHEAD = {"MOST_AHEAD": 64}  # chunks: a hole of so many MiB stands for one of 256 GiB
 
@@ -260,8 +260,22 @@ def test_health_tells_of_an_image_that_is_still_to_be_completed(home: Home) -> N
     assert_backed_up(home, volume)
 
 
+def test_an_image_whose_changes_decayed_before_they_were_all_made_is_put_back(home: Home) -> None:
+    """By what its older version has kept of it."""
+    volume, old = kill_in_the_middle_of_the_changes(home)
+    journal = journal_of(home)
+    flip(journal, journal.stat().st_size // 2)
+    told = errors_of(run(home, "verify", expect=1).stderr)
+    assert any(NAME in line and "journal" in line and "damaged" in line for line in told)
+    assert list(journal.parent.glob(f"{journal.name}*"))
+    assert home.image(NAME).read_bytes() == old
+    assert "sound" in run(home, "verify").stdout
+    check_mended(home, volume)
+
+
 def test_an_image_whose_changes_decayed_before_they_were_all_made_is_told_and_not_trusted(home: Home) -> None:
-    """By no command, before the next backup has compared all of it."""
+    """By no command, before the next backup has compared all of it: no version is kept that could put it back."""
+    home.configure(keep={})
     volume, _ = kill_in_the_middle_of_the_changes(home)
     journal = journal_of(home)
     flip(journal, journal.stat().st_size // 2)
@@ -277,6 +291,7 @@ def test_changes_that_decay_while_they_are_being_made_are_told_and_the_image_is_
     home: Home, tmp_path: Path
 ) -> None:
     """They were found good before the first of them was made."""
+    home.configure(keep={})
     volume = add_volume(home.simulator, NAME, offset=0, size=10 * MIB)
     run(home)
     write_at(volume.path, 0, noise(10 * MIB))

@@ -1,7 +1,7 @@
 """Run dosvob.py as it is, but with other values for some of its constants: limits of minutes are not for tests.
 
-It is called as `python with_constants.py '{"ACTION_LIMIT": 2}'` and dosvob's own arguments. A constant may be the module's
-or a class's, the agent's among them.
+It is called as `python with_constants.py '{"ACTION_LIMIT": 2}'` and dosvob's own arguments. A constant may be the
+module's or a class's, the agent's among them.
 """
 
 from __future__ import annotations
