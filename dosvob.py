@@ -2144,12 +2144,12 @@ class Journal:
         except FileNotFoundError:
             return False
         with file:
+            paths.check_link()
             if file.end is None:
                 cls._refuse_older_commit(paths.journal)
                 if not cls.fits(paths, file):
                     paths.journal.unlink()
                 return False
-            paths.check_link()
             try:
                 if file.head.get("name") != paths.name or not paths.image.exists():
                     raise Damaged("it does not belong to the image")
