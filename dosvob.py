@@ -4002,11 +4002,11 @@ class Job:
     stop: Stop
 
     @classmethod
-    def open(cls, arguments: argparse.Namespace, report: Reporter, stop: Stop, patience: float = Api.PATIENCE) -> Job:
+    def open(cls, arguments: argparse.Namespace, report: Reporter, stop: Stop, patience: float | None = None) -> Job:
         """Read the configuration; raises UsageError."""
         config = Config.load(arguments.config, os.environ, report.warn)
         report.secret = config.token
-        api = Api(config, stop, report.say, report.detail, patience)
+        api = Api(config, stop, report.say, report.detail, Api.PATIENCE if patience is None else patience)
         return cls(config, api, Home(arguments.backups), report, stop)
 
 
