@@ -4434,17 +4434,18 @@ def select_volumes(job: Job, names: Sequence[str]) -> list[Volume]:
                 + (f'did you mean the command "{near[0]}"? ' if near else "")
                 + f"there are {', '.join(sorted(volume.name for volume in here))}"
             )
+    there_are = f"there are {', '.join(sorted(volume.name for volume in here))}"
     for key, patterns in (("include", config.include), ("exclude", config.exclude)):
         for pattern in patterns:
             if not matching(here, [pattern]):
-                report.warn(f'"{key}" in conf.json: no volume in {config.region} matches "{pattern}"')
+                report.warn(f'"{key}" in conf.json: no volume in {config.region} matches "{pattern}"; {there_are}')
     if elsewhere:
         report.say(f"not backed up, because in another region than {config.region}: {', '.join(elsewhere)}")
     chosen = matching(here, names or config.include or ("*",))
     excluded = () if names else matching(here, config.exclude)
     chosen = [volume for volume in chosen if volume not in excluded]
     if not chosen:
-        raise UsageError('"include" and "exclude" in conf.json leave no volume to back up')
+        raise UsageError(f'"include" and "exclude" in conf.json leave no volume to back up; {there_are}')
     return sorted(chosen, key=lambda volume: volume.name)
 
 
