@@ -4033,11 +4033,11 @@ class Job:
     stop: Stop
 
     @classmethod
-    def open(cls, arguments: argparse.Namespace, report: Reporter, stop: Stop, patience: float = Api.PATIENCE) -> Job:
+    def open(cls, arguments: argparse.Namespace, report: Reporter, stop: Stop, patience: float | None = None) -> Job:
         """Read the configuration; raises UsageError."""
         config = Config.load(arguments.config, os.environ, report.warn)
         report.secret = config.token
-        api = Api(config, stop, report.say, report.detail, patience)
+        api = Api(config, stop, report.say, report.detail, Api.PATIENCE if patience is None else patience)
         return cls(config, api, Home(arguments.backups), report, stop)
 
 
@@ -4465,17 +4465,18 @@ def select_volumes(job: Job, names: Sequence[str]) -> list[Volume]:
                 + (f'did you mean the command "{near[0]}"? ' if near else "")
                 + f"there are {', '.join(sorted(volume.name for volume in here))}"
             )
+    there_are = f"there are {', '.join(sorted(volume.name for volume in here))}"
     for key, patterns in (("include", config.include), ("exclude", config.exclude)):
         for pattern in patterns:
             if not matching(here, [pattern]):
-                report.warn(f'"{key}" in conf.json: no volume in {config.region} matches "{pattern}"')
+                report.warn(f'"{key}" in conf.json: no volume in {config.region} matches "{pattern}"; {there_are}')
     if elsewhere:
         report.say(f"not backed up, because in another region than {config.region}: {', '.join(elsewhere)}")
     chosen = matching(here, names or config.include or ("*",))
     excluded = () if names else matching(here, config.exclude)
     chosen = [volume for volume in chosen if volume not in excluded]
     if not chosen:
-        raise UsageError('"include" and "exclude" in conf.json leave no volume to back up')
+        raise UsageError(f'"include" and "exclude" in conf.json leave no volume to back up; {there_are}')
     return sorted(chosen, key=lambda volume: volume.name)
 
 

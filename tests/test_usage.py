@@ -239,10 +239,30 @@ def test_what_is_not_on_offer(sim: Simulator, home: Home, keys: dict[str, str], 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"include": ["dta"]}, ('"dta"', "data, web")),
-        ({"include": ["data", "db-*"]}, ('"db-*"', "data, web")),
-        ({"exclude": ["scratch"]}, ('"scratch"', "data, web")),
-        ({"exclude": ["*"]}, ("leave no volume",)),
+        ({"include": ["dta"]}, ('"dta"', '"include"', "conf.json", "data, web")),
+        ({"include": ["data", "db-*"]}, ('"db-*"', '"include"', "conf.json", "data, web")),
+        ({"exclude": ["scratch"]}, ('"scratch"', '"exclude"', "conf.json", "data, web")),
+    ],
+)
+def test_patterns_that_fit_no_volume(
+    sim: Simulator, home: Home, keys: dict[str, list[str]], says: tuple[str, ...]
+) -> None:
+    """A warning says so, with what there is: a volume may have been deleted. It is an error if nothing is left."""
+    sim.add_volume("data")
+    sim.add_volume("web")
+    home.configure(**keys)
+    if keys == {"include": ["dta"]}:
+        assert_refused(home, says=("leave no volume", "data, web"))
+    done = home.run("--dry-run", expect=None)
+    (warning,) = [line for line in done.stderr.splitlines() if "warning: " in line]
+    assert [text for text in says if text not in warning] == []
+    assert (done.returncode == 0) == ("would back up data" in done.stdout) == (keys != {"include": ["dta"]})
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"exclude": ["*"]}, ("leave no volume", "data, web")),
         ({"region": "sgp1"}, ("no volumes in sgp1", "data (fra1), web (fra1)", '"region"')),
     ],
 )
@@ -261,7 +281,7 @@ def test_a_wrong_token(sim: Simulator, home: Home) -> None:
     sim.add_volume("data")
     sim.revoke_token()
     page = "https://cloud.digitalocean.com/account/api/tokens"
-    assert_refused(home, code=1, says=("Unable to authenticate you", "401", page))
+    assert_refused(home, says=('the token in "do_token" in conf.json', "401", page))
 
 
 @pytest.mark.parametrize("url", ["http://api.digitalocean.com", "ftp://localhost", "api.digitalocean.com", "https://"])

@@ -29,6 +29,7 @@ def set_constant(name: str, value: Any) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[0] = dosvob.__file__  # which messages name
     for constant, wanted in json.loads(sys.argv[1]).items():
         set_constant(constant, wanted)
     sys.exit(dosvob.main(sys.argv[2:]))
