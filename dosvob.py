@@ -1754,6 +1754,15 @@ class State:
         expected = (state.digests, state.snapshot.size // CHUNK * DIGEST_SIZE)
         return state if not whole or (table.hexdigest(), length) == expected else cls.unpack(b"", path)
 
+    @classmethod
+    def doubt(cls, path: Path) -> None:
+        """Record that the image may not be what its state says, until the next sync."""
+        with contextlib.suppress(Damaged):
+            if (state := cls.load(path, whole=False)) is not None:
+                with contextlib.closing(SparseFile(path, os.O_RDWR)) as file:
+                    file.write(seal("state", dataclasses.asdict(dataclasses.replace(state, identity=None))), 0)
+                    os.fsync(file.fd)
+
     @property
     def moment(self) -> datetime.datetime:
         """When the snapshot was taken; if what DigitalOcean says is not a time, when it was backed up."""
@@ -2151,6 +2160,7 @@ class Journal:
             except Damaged as problem:
                 aside = paths.journal.with_name(f"{paths.name}.journal.damaged-{utc_now().strftime('%Y%m%dT%H%M%SZ')}")
                 paths.journal.rename(aside)
+                State.doubt(paths.state)  # a part of it may have been applied before
                 sync_directory(paths.metadata)
                 raise Damaged(
                     f"the journal of {paths.name} is damaged or does not belong to its image ({problem}); it was set "
@@ -2663,16 +2673,10 @@ class Chain:
 
 
 def rename_new(old: Path, new: Path) -> None:
-    """Rename, durably, but never over an existing file; raises DosvobError then, and leaves the old name."""
-    try:
-        os.link(old, new)
-        old.unlink()
-    except FileExistsError:
-        raise DosvobError(f"{new} has appeared meanwhile: move it away") from None
-    except OSError as problem:
-        if problem.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-            raise
-        old.rename(new)  # a file system without hard links
+    """Rename, durably, but not over an existing file; raises DosvobError then, and leaves the old name."""
+    if os.path.lexists(new):
+        raise DosvobError(f"{new} has appeared meanwhile: move it away")
+    old.rename(new)
     sync_directory(new.parent)
 
 
@@ -3388,17 +3392,6 @@ class RunKeys:
         return "#cloud-config\n" + json.dumps(content)
 
 
-@contextlib.contextmanager
-def closing_after(limit: float, transport: paramiko.Transport) -> Iterator[None]:
-    """Close the transport if the block takes more than `limit` seconds, with which the block fails."""
-    timer = threading.Timer(limit, transport.close)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 class AgentStream:
     """A running agent at the other end of an SSH connection. To be closed, by which the agent ends."""
 
@@ -3414,8 +3407,8 @@ class AgentStream:
             self._channel = transport.open_session(self._window, PACKET_SIZE, SSH_TIMEOUT)
             self._round_trip = time.monotonic() - start  # seconds
             self._channel.settimeout(Stop.NAP)
-            with closing_after(SSH_TIMEOUT, transport):  # paramiko waits for the answer without a limit
-                self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'")
+            # paramiko waits for the answer without a limit
+            within(SSH_TIMEOUT, lambda: self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'"))
         except (paramiko.SSHException, OSError, EOFError) as problem:
             raise self._lost(f"the agent could not be started: {problem}") from problem
         self.send(program)
@@ -3538,15 +3531,16 @@ class Link:
         """Where a droplet has an attached volume: https://docs.digitalocean.com/products/volumes/how-to/mount/"""
         return f"/dev/disk/by-id/scsi-0DO_Volume_{volume_name}"
 
-    def run(self, command: str) -> None:
-        """Run a command to its end, whatever it returns; raises ConnectionLost."""
-        transport = self.open(RECONNECT_LIMIT)
+    def run(self, command: str, limit: float) -> None:
+        """Connect within `limit` seconds and run a command to its end, whatever it returns; raises ConnectionLost."""
+        transport = self.open(limit)
         try:
-            with closing_after(SSH_TIMEOUT, transport), contextlib.closing(transport.open_session()) as channel:
-                channel.exec_command(command)
-                channel.recv_exit_status()
+            with contextlib.closing(transport.open_session(timeout=SSH_TIMEOUT)) as channel:
+                within(SSH_TIMEOUT, lambda: channel.exec_command(command))
+                within(SSH_TIMEOUT, channel.recv_exit_status)
         except (paramiko.SSHException, OSError, EOFError) as problem:
-            raise ConnectionLost(f"the connection to the droplet broke: {problem}") from problem
+            transport.close()
+            raise ConnectionLost(f"the connection to the droplet broke: {problem or 'no answer'}") from problem
 
     def start_agent(self, program: bytes) -> AgentStream:
         """An agent with this program; raises ConnectionLost."""
@@ -3811,8 +3805,8 @@ class Reporter:
 
 def command_line(*words: str) -> str:
     """A command of ours as the user called this one, to be copied."""
-    script = os.path.basename(sys.argv[0]) or "dosvob.py"
-    return " ".join(["python" if "/" not in sys.executable else os.path.relpath(sys.executable), script, *words])
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else Path(sys.executable).name
+    return " ".join([python, os.path.basename(sys.argv[0]) or "dosvob.py", *words])
 
 
 class Meter:
@@ -3824,6 +3818,7 @@ class Meter:
         self._stop = stop
         self._what = what
         self._total = total
+        self._start = time.monotonic()
 
     def __call__(self, size: int) -> None:
         """So many bytes more; raises Interrupted."""
@@ -3832,26 +3827,13 @@ class Meter:
         of = f" of {human_size(self._total)}" if self._total else ""
         self._report.progress(f"{self._what}: {human_size(self.done)}{of}")
 
-
-class Progress:
-    """How far one volume's sync is."""
-
-    def __init__(self, report: Reporter, name: str, update: Update) -> None:
-        self._report = report
-        self._name = name
-        self._update = update
-        self._start = time.monotonic()
-        self._from = update.settled
-
-    def __call__(self, received: int) -> None:
-        """Show it; `received` is in bytes."""
-        update = self._update
-        seconds = max(time.monotonic() - self._start, 0.001)
-        done = (update.settled - self._from) * CHUNK
-        left = (update.chunks - update.settled) * CHUNK / (done / seconds) if done else 0
+    def show_sync(self, settled: int, begun: int, received: int) -> None:
+        """How far a sync is that began at the byte `begun`; all in bytes."""
+        rate = (settled - begun) / max(time.monotonic() - self._start, 0.001)
+        left = f", {human_time((self._total - settled) / rate)} left" if rate else ""
         self._report.progress(
-            f"{self._name}: {human_size(update.settled * CHUNK)} of {human_size(update.chunks * CHUNK)} scanned, "
-            f"{human_size(received)} fetched, {human_size(done / seconds)}/s{f', {human_time(left)} left' * bool(done)}"
+            f"{self._what}: {human_size(settled)} of {human_size(self._total)} scanned, "
+            f"{human_size(received)} fetched, {human_size(rate)}/s{left}"
         )
 
 
@@ -4112,11 +4094,15 @@ class Hosts:
             self._key_id = self._ephemeral.upload_key(self._keys.public)
         droplet = self._ephemeral.create_droplet(self._plan, self._key_id, self._keys.user_data())
         link = self._links.enter_context(contextlib.closing(Link(droplet.address, self._keys, self._job.stop)))
-        try:
-            link.open(SSH_LIMIT)
-            link.run("; ".join(DISARM))  # once more, in case something wrote the rule after bootcmd
-        except ConnectionLost as problem:
-            raise DropletLost(str(problem)) from problem
+        limit = float(SSH_LIMIT)
+        for attempt in itertools.count(1):
+            try:
+                link.run("; ".join(DISARM), limit)  # once more, in case something wrote the rule after bootcmd
+                break
+            except ConnectionLost as problem:
+                if attempt == ATTEMPTS or self._ephemeral.is_gone(droplet):
+                    raise DropletLost(str(problem)) from problem
+            limit = RECONNECT_LIMIT
         self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
         return Host(droplet, link)
 
@@ -4386,7 +4372,8 @@ class Backup:
     def _fetch(self, volume: Volume, prepared: Prepared, hosts: Hosts, update: Update) -> int:
         """Sync over the droplet, or another one if it is lost; returns the bytes received."""
         device = Link.device(prepared.clone.name)
-        progress = Progress(self._report, volume.name, update)
+        meter = Meter(self._report, self._job.stop, volume.name, update.chunks * CHUNK)
+        begun = update.settled * CHUNK
         while True:
             try:
                 host = hosts.get()
@@ -4395,7 +4382,7 @@ class Backup:
                     lambda first, window: host.link.start_agent(agent_source(device, first, window)),  # noqa: B023
                     update,
                     self._report.warn,
-                    progress,
+                    lambda received: meter.show_sync(update.settled * CHUNK, begun, received),
                     lambda: self._ephemeral.is_gone(host.droplet),  # noqa: B023 - called while it is this one
                 )
             except DropletLost as problem:
@@ -4684,48 +4671,43 @@ def health(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int: 
         names = arguments.names or sorted(wanted | {name for name in states if ImagePaths.VOLUME_NAME.fullmatch(name)})
         if not names:
             raise DosvobError(f"there is no backup in {home.path} yet")
-        problems = [health_problem(home, name, arguments.max_age, wanted, report) for name in names]
+        failed = False
+        for name in names:
+            try:
+                report.say(f"{name}: {health_of(home, name, arguments.max_age, is_wanted=name in wanted)}")
+            except DosvobError as problem:
+                report.error(f"{name}: {problem}")
+                failed = True
     except OSError as problem:
         raise DosvobError(disk_problem(problem, home.path)) from problem
-    for told in filter(None, problems):
-        report.error(told)
-    return EXIT_FAILED if any(problems) else EXIT_OK
+    return EXIT_FAILED if failed else EXIT_OK
 
 
-def health_problem(home: Home, name: str, max_age: float, wanted: set[str], report: Reporter) -> str:
-    """What is wrong with a backup: it is missing, not complete, or its snapshot more than `max_age` hours old.
-
-    Nothing: "", and its age is said.
-    """
-    try:
-        paths = ImagePaths(home.path, name)
-        paths.check_link()
-        with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as journal:
-            if journal.end is not None:
-                finish = command_line("verify", name)
-                return f"{name}: its image must still be completed from its journal: run {finish}"
-        with paths.state.open("rb") as file:
-            state = State.unpack(file.read(BLOCK), paths.state)
-    except FileNotFoundError:
-        return f"{name}: there is no complete backup of it yet"
-    except DosvobError as problem:
-        return str(problem)
+def health_of(home: Home, name: str, max_age: float, *, is_wanted: bool) -> str:
+    """What to say of a backup; raises DosvobError if it is missing, not complete, or more than `max_age` hours old."""
+    paths = ImagePaths(home.path, name)
+    paths.check_link()
+    with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as journal:
+        if journal.end is not None:
+            raise DosvobError(f"its image must still be completed from its journal: {command_line('verify', name)}")
+    state = State.load(paths.state, whole=False)
+    if state is None:
+        raise DosvobError("there is no complete backup of it yet")
     if not paths.image.exists():
-        return f"{name}: {paths.image} is missing: the next backup fetches all of it"
+        raise DosvobError(f"{paths.image} is missing: the next backup fetches all of it")
+    if state.identity is None:
+        raise DosvobError(f"{paths.image} may not be what was backed up: the next backup compares and mends it")
     seconds = max((utc_now() - state.moment).total_seconds(), 0)
-    told = f"{name}: its last complete backup is {human_time(seconds)} old"
+    told = f"its last complete backup is {human_time(seconds)} old"
     if seconds > max_age * 3600:
         unwanted = f"; if it is not to be backed up any more, move it and {paths.state} elsewhere"
-        return f"{told}, more than {max_age:g} h{unwanted * (name not in wanted)}"
+        raise DosvobError(f"{told}, more than {max_age:g} h{unwanted * (not is_wanted)}")
     versions = Versions(paths).all()
-    broken = [version for version in versions if version.snapshot is None]
-    if broken:
-        return (
-            f"{told}, but the version {broken[0].path} is damaged, and all that are older: run {command_line('verify')}"
-        )
-    back = f"; {len(versions)} older versions, back to {local_time(versions[-1].moment)}" if versions else ""
-    report.say(told + back)
-    return ""
+    for version in versions:
+        if version.snapshot is None:
+            verify = command_line("verify", name)
+            raise DosvobError(f"{told}, but the version {version.path} is damaged, which all older ones need: {verify}")
+    return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
 
 
 def list_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:  # noqa: ARG001 - as every command

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from signals import ignore_for_ourselves_only
 from simulator import Behaviour, Simulator
 
 SCRIPT = Path(__file__).resolve().parent.parent / "dosvob.py"
@@ -20,6 +22,11 @@ WITH_CONSTANTS = Path(__file__).resolve().parent / "with_constants.py"
 OPENAPI = os.environ.get("DIGITALOCEAN_OPENAPI")
 MIB = 1 << 20
 T = TypeVar("T")
+
+ignore_for_ourselves_only()
+for ending in (signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(ending) is signal.SIG_DFL:  # end as with Ctrl-C, which gives back what the tests use
+        signal.signal(ending, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,25 +1,31 @@
 """The main job, without an account: three simulated volumes are backed up, changed, backed up again, looked into.
 
-Everything but the account is real: the script, HTTP, SSH, the file system. Exit code 1 if anything differs.
+Then a file is lost on a volume, and comes back from an older version. Everything but the account is real: the script, HTTP, SSH, the file system. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
+from signals import Stop, Stopped, ignore_for_ourselves_only
 from simulator import Simulator, Volume
 from simulator.storage import LoopDevice
 
 SCRIPT = Path(__file__).resolve().parent.parent / "dosvob.py"
 MIB = 1 << 20
+ENDING_LIMIT = 30  # seconds for the script to remove what it created
 
 
 def tell(text: str) -> None:
@@ -83,11 +89,28 @@ def change(volumes: dict[str, Volume], scratch: Path) -> None:
             file.write(random.randbytes(10_000))
 
 
-def back_up(home: Path, simulator: Simulator) -> None:
-    """Run the script as a user does."""
-    print("$ python dosvob.py", flush=True)
-    environment = {**os.environ, **simulator.environment()}
-    subprocess.run([sys.executable, SCRIPT], cwd=home, env=environment, check=True)
+def delete(volumes: dict[str, Volume], scratch: Path) -> None:
+    """Delete a letter, as happens."""
+    with mounted(volumes["files"].path, scratch, "rw") as root:
+        (root / "letters/to-ada.txt").unlink()
+
+
+def dosvob(home: Path, simulator: Simulator, *arguments: str) -> None:
+    """Run the script as a user does; when the demonstration is stopped, the script is too, and ends in order."""
+    print(f"$ {shlex.join(['python', 'dosvob.py', *arguments])}", flush=True)
+    command = ["setpriv", "--pdeathsig", "TERM", sys.executable, str(SCRIPT), *arguments]
+    process = subprocess.Popen(command, cwd=home, env={**os.environ, **simulator.environment()})
+    try:
+        code = process.wait()
+    except Stopped:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(ENDING_LIMIT)
+        process.kill()
+        process.wait()
+        raise
+    if code:
+        raise subprocess.CalledProcessError(code, "dosvob.py")
 
 
 def compare(home: Path, volumes: dict[str, Volume]) -> None:
@@ -112,14 +135,14 @@ def demonstrate(directory: Path, simulator: Simulator) -> None:
     conf.chmod(0o600)
 
     tell("The first backup fetches all that is not zeros")
-    back_up(home, simulator)
+    dosvob(home, simulator)
     tell("Each image is, byte for byte, its volume")
     compare(home, volumes)
 
     tell("Now the volumes change: one letter grows, one is new, and 3 places of the random data are overwritten")
     change(volumes, scratch)
     tell("The second backup fetches only the changes")
-    back_up(home, simulator)
+    dosvob(home, simulator)
     tell("Again each image is its volume")
     compare(home, volumes)
 
@@ -130,21 +153,74 @@ def demonstrate(directory: Path, simulator: Simulator) -> None:
         if not (root / "letters/to-ada.txt").read_text().endswith("Bernoulli numbers.\n"):
             sys.exit("The restored letter is not the latest one.")
 
+    tell("One letter is deleted from the volume by mistake, and a third backup is made before anybody notices")
+    delete(volumes, scratch)
+    dosvob(home, simulator)
+    dosvob(home, simulator, "list", "files")
+    tell("Each backup that was is kept as what differs: the version before brings the letter back")
+    time = version_before(home)
+    dosvob(home, simulator, "restore", "files", "files-before.img", "--at", time)
+    print("$ mount -o ro,loop files-before.img /mnt")
+    with mounted(home / "files-before.img", restored, "ro,noload") as root:
+        print(list_files(root))
+        if not (root / "letters/to-ada.txt").read_text().endswith("Bernoulli numbers.\n"):
+            sys.exit("The letter did not come back.")
+
     tell("The account has its three volumes, and nothing that costs money was left behind")
     if simulator.alive():
         sys.exit(f"Left behind: {simulator.alive()}")
 
 
+def version_before(home: Path) -> str:
+    """When the second backup of the volume files was taken, from what `list --json` tells."""
+    command = [sys.executable, str(SCRIPT), "list", "files", "--json"]
+    told = subprocess.run(command, cwd=home, check=True, capture_output=True).stdout
+    time: str = json.loads(told)["volumes"][0]["versions"][1]["time"]
+    return time
+
+
+def unmount_all(directory: Path) -> None:
+    """Unmount what is still mounted below a directory, when the story was stopped in the middle."""
+    targets = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for target in targets:
+        if Path(target).is_relative_to(directory):
+            subprocess.run(["umount", "--lazy", target], check=False)
+
+
+def show() -> None:
+    """Tell the story in a temporary directory, and remove everything at its end, however that comes."""
+    stop = Stop()
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dosvob-demo-")))
+        stack.callback(unmount_all, directory)
+        simulator = Simulator(directory / "cloud", openapi=os.environ.get("DIGITALOCEAN_OPENAPI"))
+        stack.enter_context(simulator)
+        with stop.ends_this():
+            demonstrate(directory, simulator)
+
+
 def main() -> None:
-    """Run the demonstration in a temporary directory."""
-    with tempfile.TemporaryDirectory(prefix="dosvob-demo-") as name:
-        directory = Path(name)
-        with Simulator(directory / "cloud", openapi=os.environ.get("DIGITALOCEAN_OPENAPI")) as simulator:
-            try:
-                demonstrate(directory, simulator)
-            except subprocess.CalledProcessError as problem:
-                sys.exit(f"Failed: {problem}")
-    tell("All is well; the temporary directory is removed.")
+    """Run the demonstration; a signal is answered by a line, and by its exit code, as is a reader who has gone."""
+    ignore_for_ourselves_only()
+    try:
+        show()
+        tell("All is well; the temporary directory is removed.")
+    except subprocess.CalledProcessError as problem:
+        sys.exit(f"Failed: {problem}")
+    except Stopped as stopped:
+        leave(stopped.number, f"{stopped.number.name}: the demonstration is over; its directory is removed.")
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe or a terminal that has gone
+            raise
+        leave(signal.SIGPIPE, "")
+
+
+def leave(number: signal.Signals, last_words: str) -> NoReturn:
+    """Exit as programs do that a signal ended, also when there is nobody any more to write to."""
+    with contextlib.suppress(OSError):
+        print(last_words, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    os._exit(128 + number)  # all is done: Python would only complain of what it cannot write
 
 
 if __name__ == "__main__":

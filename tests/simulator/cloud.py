@@ -289,13 +289,15 @@ class Cloud:
             self._clock.launch(lambda: self._start(droplet, action, public_keys, faults, body.get("volumes") or []))
         return droplet, action
 
-    def delete_droplet(self, droplet_id: str) -> None:
-        """Delete a droplet; its volumes count as attached for a while."""
+    def delete_droplet(self, droplet_id: str, *, keep_address: bool = False) -> None:
+        """Delete a droplet; its volumes count as attached for a while. A kept address is nobody else's, and silent."""
         with self.lock:
             droplet = self.find(Droplet, droplet_id, fresh=True)
             self._delete(droplet)
             attached = [volume for volume in self.living(Volume) if volume.droplet_id == droplet.id]
-        if droplet.machine:
+        if droplet.machine and keep_address:
+            droplet.machine.power_off()
+        elif droplet.machine:
             droplet.machine.destroy()
         self._clock.after(self.behaviour.release_seconds, lambda: self._release(attached, droplet))
 
@@ -360,7 +362,9 @@ class Cloud:
         spent = time.monotonic() - begun
         kinds = {fault.kind for fault in faults}
         self._clock.after(boot / 2 - spent, lambda: self._show_private_address(droplet))
-        if "never-active" in kinds:
+        if "creation-errored" in kinds:
+            self._clock.after(boot - spent, lambda: self._finish(action, "errored"))
+        if kinds & {"never-active", "creation-errored"}:
             return
         outcome: Literal["completed", "errored"] = "errored" if "action-errored" in kinds else "completed"
         if "action-stuck" not in kinds:
@@ -370,7 +374,7 @@ class Cloud:
     def _boot(self, droplet: Droplet, public_keys: list[str], faults: Sequence[Fault]) -> Machine:
         by_kind = {fault.kind: fault for fault in faults}
         cut, stall, python = by_kind.get("ssh-cut"), by_kind.get("ssh-stalled"), by_kind.get("python")
-        deaf = by_kind.get("ssh-deaf")
+        deaf, slow = by_kind.get("ssh-deaf"), by_kind.get("ssh-slow")
         options = MachineOptions(
             own_host_key="wrong-host-key" not in by_kind,
             cut_after=cut.bytes if cut else 0,
@@ -378,7 +382,10 @@ class Cloud:
             stall_after=stall.bytes if stall else 0,
             stall_connections=stall.times_on_droplet if stall else 0,
             deaf_connections=deaf.times_on_droplet if deaf else 0,
+            bytes_per_second=slow.bytes if slow else 0,
             python=python.text if python else "",
+            late_automount="late-automount" in by_kind,
+            holds_devices="device-held" in by_kind,
         )
         log = self._files / f"droplet-{droplet.id}.log"
         return Machine(

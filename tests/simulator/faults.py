@@ -30,6 +30,7 @@ ActionKind = Literal[
 ]
 DropletKind = Literal[
     "never-active",  # the droplet that this call creates stays `new`
+    "creation-errored",  # ... stays `new`, and the action of its creation ends `errored`
     "no-address",  # ... becomes active and never gets a public address
     "ssh-refused",  # ... never has a listening sshd
     "wrong-host-key",  # ... has another host key than its user_data says
@@ -37,7 +38,10 @@ DropletKind = Literal[
     "ssh-cut",  # ... cuts its first `times_on_droplet` connections after `bytes` sent
     "ssh-stalled",  # ... drops all packets once one of its first `times_on_droplet` connections has sent `bytes`
     "ssh-deaf",  # ... opens a channel on each of its first `times_on_droplet` connections and hears nothing after that
+    "ssh-slow",  # ... sends `bytes` a second, and no more
     "python",  # ... has the command `text` as its python3
+    "late-automount",  # ... gets the auto-mount rule anew when its boot commands are done
+    "device-held",  # ... has something that holds each volume's device exclusively, as a mount or a device-mapper does
 ]
 Kind = Literal[CallKind, ActionKind, DropletKind]
 

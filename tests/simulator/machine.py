@@ -84,13 +84,19 @@ class MachineOptions:
     stall_connections: int = 1
     deaf_connections: int = 0
     """So many connections are not heard any more once a channel is open."""
+    bytes_per_second: int = 0
+    """What a connection takes from it; 0 for no limit."""
     python: str = ""
     """A command to be run as `python3`."""
+    late_automount: bool = False
+    """Whether the auto-mount rule is written once more when SSH opens."""
+    holds_devices: bool = False
+    """Whether something holds each device exclusively."""
 
     @property
     def has_relay(self) -> bool:
         """Whether its connections go through a relay."""
-        return bool(self.cut_after or self.stall_after or self.deaf_connections)
+        return bool(self.cut_after or self.stall_after or self.deaf_connections or self.bytes_per_second)
 
 
 class Machine:
@@ -113,6 +119,7 @@ class Machine:
         self._options = options
         self._public_keys = public_keys
         self._devices: dict[str, LoopDevice] = {}
+        self._holders: dict[str, int] = {}
         self._changing = threading.RLock()
         self._off = False
         self._relay: Relay | None = None
@@ -148,6 +155,11 @@ class Machine:
         return Path(f"/proc/{self._init}/root")
 
     @property
+    def automount_rule(self) -> Path:
+        """Where the rule is that has volumes mounted as they appear."""
+        return self.root.joinpath(*AUTOMOUNT_RULE.parts[1:])
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes that have left it over the network, headers and all."""
         self._bytes_sent = max(self._bytes_sent, self.link.bytes_received)
@@ -158,12 +170,26 @@ class Machine:
         with self._changing:
             if self._off:
                 return
+            if self._options.late_automount:
+                self.automount_rule.write_text("# as a package that is set up late leaves it\n")
             assert self._process.stdin is not None
             with contextlib.suppress(OSError):
                 self._process.stdin.write(b"ssh\n")
                 self._process.stdin.flush()
             if self._options.has_relay:
                 self._relay = self._start_relay()
+
+    def restart_ssh(self) -> None:
+        """Have sshd read its files again; its connections stay."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._init, signal.SIGHUP)
+
+    def kernel_setting(self, name: str) -> str:
+        """What a setting of its network, such as net.ipv4.tcp_sack, is after those boot commands that speak of it."""
+        for command in self.user_data.bootcmd:
+            if name in command:
+                self._network("sh", "-c", command)
+        return self._network("cat", f"/proc/sys/{name.replace('.', '/')}").strip()
 
     def plug(self, volume_name: str, backing: Path) -> None:
         """A volume's device appears; the auto-mount rule is obeyed if it is there."""
@@ -172,8 +198,10 @@ class Machine:
                 return
             device = LoopDevice(backing)
             self._devices[volume_name] = device
+            if self._options.holds_devices:
+                self._holders[volume_name] = os.open(device.path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
             self._by_id(volume_name).symlink_to(device.path)
-            if self.root.joinpath(*AUTOMOUNT_RULE.parts[1:]).is_file():
+            if self.automount_rule.is_file():
                 self._automount(volume_name, device.path)
 
     def unplug(self, volume_name: str) -> None:
@@ -186,6 +214,8 @@ class Machine:
                 self._by_id(volume_name).unlink(missing_ok=True)
                 for target in self._mounts_of(device.path):
                     self._inside("umount", "--lazy", target)
+            if volume_name in self._holders:
+                os.close(self._holders.pop(volume_name))
             device.close()
 
     def cut(self) -> None:
@@ -302,6 +332,8 @@ class Machine:
 
     def _start_relay(self) -> Relay:
         options = self._options
+        if options.bytes_per_second:
+            return Relay(self._init, self.address, 0, 0, None, options.bytes_per_second)
         if options.deaf_connections:
             return Relay(self._init, self.address, 0, options.deaf_connections, None)
         if options.cut_after:
@@ -346,11 +378,10 @@ class Machine:
         return []
 
     def _sessions(self) -> list[int]:
-        """The sshd processes that serve connections."""
-        with contextlib.suppress(OSError):
-            children = Path(f"/proc/{self._init}/task/{self._init}/children").read_text().split()
-            return [int(child) for child in children]
-        return []
+        """The sshd processes that serve connections: one for each, and from OpenSSH 10 on another one below it."""
+        if not self._init:
+            return []
+        return [child for child in _descendants(self._init) if _program(child).startswith("sshd")]
 
     def _kill_processes(self) -> None:
         """End the first process, and with it all others."""
@@ -365,6 +396,22 @@ class Machine:
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+
+def _descendants(pid: int) -> list[int]:
+    """A process's children, and theirs."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+            found += [child, *_descendants(child)]
+    return found
+
+
+def _program(pid: int) -> str:
+    """What a process runs; empty once it is over."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def _clear_first_mount_mark(device: str) -> None:

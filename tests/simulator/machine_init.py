@@ -6,17 +6,20 @@ It uses the standard library alone, and starts as fast as Python can.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 PRIVATE = Path("/run/sshd")
 AUTOMOUNT_RULE = Path("/etc/udev/rules.d/99-digitalocean-automount.rules")
-_PRIVATE_DIRECTORIES = ("/dev/disk", "/mnt", "/root", "/etc/udev/rules.d", str(PRIVATE))
+_PRIVATE_DIRECTORIES = (str(PRIVATE), "/dev/disk", "/mnt", "/root", "/etc/udev/rules.d")
+_TESTS = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
@@ -42,9 +45,25 @@ def _set_up_mounts() -> None:
         if source.startswith("/dev/loop"):
             _run("umount", "--lazy", target)
     for directory in _PRIVATE_DIRECTORIES:
-        os.makedirs(directory, exist_ok=True)
-        _run("mount", "-t", "tmpfs", "-o", "mode=755", "droplet", directory)
+        with _still_there(_TESTS, directory):
+            os.makedirs(directory, exist_ok=True)
+            _run("mount", "-t", "tmpfs", "-o", "mode=755", "droplet", directory)
     os.mkdir("/dev/disk/by-id")
+
+
+@contextlib.contextmanager
+def _still_there(kept: Path, covered: str) -> Iterator[None]:
+    """Keep a directory where it is while another one is covered: what tests write is wanted, in root's home too."""
+    if not kept.is_relative_to(covered):
+        yield
+        return
+    aside = PRIVATE / "aside"
+    aside.mkdir()
+    _run("mount", "--bind", str(kept), str(aside))
+    yield
+    kept.mkdir(parents=True)
+    _run("mount", "--move", str(aside), str(kept))
+    aside.rmdir()
 
 
 def _write_files(settings: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import os
 import re
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 _LOCK = Path("/run/lock/do-simulator.lock")
 _CLONE_NEWNET = 0x40000000
 _RELAY_STEP = 256 * 1024
+_SLOW_STEP = 64 * 1024
 _POLL = 0.01
 
 
@@ -131,13 +133,23 @@ class Relay:
     """
 
     def __init__(
-        self, namespace_pid: int, address: str, limit: int, connections: int, on_limit: Callable[[], None] | None
+        self,
+        namespace_pid: int,
+        address: str,
+        limit: int,
+        connections: int,
+        on_limit: Callable[[], None] | None,
+        bytes_per_second: int = 0,
     ) -> None:
-        """Relay from `address` port 22 to 127.0.0.1 port 22; without `on_limit`, the connection is cut there."""
+        """Relay from `address` port 22 to 127.0.0.1 port 22; without `on_limit`, the connection is cut there.
+
+        The first so many connections are limited; of all, at most `bytes_per_second` come from sshd, if that is not 0.
+        """
         self._address = address
         self._limit = limit
         self._connections = connections
         self._on_limit = on_limit
+        self._pause = 1 / bytes_per_second if bytes_per_second else 0.0  # seconds for each byte
         self._namespace_pid = namespace_pid
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -199,10 +211,16 @@ class Relay:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limited: bool) -> None:
         """Forward both directions until either ends or the limit is reached."""
-        from_sshd, to_sshd = await asyncio.open_connection("127.0.0.1", 22, limit=_RELAY_STEP)
+        connection = socket.create_connection(("127.0.0.1", 22))
+        if self._pause:  # what is under way to us is as good as sent
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SLOW_STEP)
+        from_sshd, to_sshd = await asyncio.open_connection(sock=connection, limit=_RELAY_STEP)
         try:
             upstream = asyncio.ensure_future(self._forward_up(reader, to_sshd, limited))
-            downstream = asyncio.ensure_future(self._forward(from_sshd, writer, self._limit if limited else 0))
+            downward = self._forward_slowly(from_sshd, writer) if self._pause else None
+            downstream = asyncio.ensure_future(
+                downward or self._forward(from_sshd, writer, self._limit if limited else 0)
+            )
             try:
                 await asyncio.wait((upstream, downstream), return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -230,6 +248,13 @@ class Relay:
             if limit and (left := left - len(chunk)) <= 0:
                 await self._at_limit()
                 return
+
+    async def _forward_slowly(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forward until the end, only so fast."""
+        while chunk := await reader.read(_SLOW_STEP):
+            writer.write(chunk)
+            await writer.drain()
+            await asyncio.sleep(len(chunk) * self._pause)
 
     async def _at_limit(self) -> None:
         """Cut by returning, or do what was ordered and keep the connection."""

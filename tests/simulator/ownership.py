@@ -1,7 +1,7 @@
 """Who owns what on this machine, so that what a killed simulator left behind is found and removed.
 
 Everything a simulator makes outside of its own memory carries its owner's mark: the process's PID namespace, id and
-start time. Loop devices need no sweep: the kernel frees them with the process that holds them.
+start time. Loop devices are freed by the kernel with the process that holds them, but stay read-only if they were.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+
+from .storage import mend_free_devices
 
 _MARK = re.compile(r"do-simulator-(\d+)-(\d+)-(\d+)")
 
@@ -31,9 +33,10 @@ def is_stale(text: str) -> bool:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what dead simulators left: processes, network interfaces, and files in `directory`."""
+    """Remove what dead simulators left: processes, network interfaces, and files in `directory`; free loop devices."""
     _sweep_processes()
     _sweep_interfaces()
+    mend_free_devices()
     for entry in directory.iterdir():
         if entry.is_dir() and is_stale(entry.name):
             shutil.rmtree(entry, ignore_errors=True)

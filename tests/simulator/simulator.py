@@ -171,6 +171,10 @@ class Simulator:
         """A tag that exists already."""
         return self._cloud.create_tag(name, decoy=True)
 
+    def remove_droplet(self, droplet: Droplet) -> None:
+        """Somebody deletes a droplet, in the control panel or elsewhere; nobody answers at its address."""
+        self._cloud.delete_droplet(droplet.id, keep_address=True)
+
     def remove_volume(self, volume: Volume) -> None:
         """The user deletes a volume."""
         self._cloud.delete_volume(volume.id)

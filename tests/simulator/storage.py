@@ -78,7 +78,13 @@ class LoopDevice:
         if self._fd < 0:
             return
         with contextlib.suppress(OSError):
+            _make_writable(self._fd)
+        with contextlib.suppress(OSError):
             fcntl.ioctl(self._fd, _LOOP_CLR_FD)
+        self.forsake()
+
+    def forsake(self) -> None:
+        """Leave the device to the kernel, which is what becomes of it when this process is killed."""
         os.close(self._fd)
         self._fd = -1
 
@@ -96,8 +102,25 @@ def _configure_loop(backing: int) -> tuple[int, str]:
             if error.errno != errno.EBUSY:  # somebody else was quicker: take the next one
                 raise
         else:
-            fcntl.ioctl(device, _BLKROSET, struct.pack("i", 0))  # its last user may have left it read-only
+            _make_writable(device)  # its last user may have left it read-only
             return device, path
+
+
+def _make_writable(device: int) -> None:
+    """Undo what `blockdev --setro` did; the device would stay like that for whoever gets it next."""
+    fcntl.ioctl(device, _BLKROSET, struct.pack("i", 0))
+
+
+def mend_free_devices() -> None:
+    """Make those loop devices writable again that a killed simulator left read-only: free ones have no reason to be."""
+    for device in Path("/sys/block").glob("loop*"):
+        with contextlib.suppress(OSError):
+            if (device / "ro").read_text() == "1\n" and not (device / "loop").exists():
+                node = os.open(f"/dev/{device.name}", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    _make_writable(node)
+                finally:
+                    os.close(node)
 
 
 def _open_free_loop() -> tuple[int, str]:
