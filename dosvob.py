@@ -2322,7 +2322,9 @@ class Versions:
         """The bytes that they take."""
         return sum(version.occupied for version in self.all())
 
-    def write(self, image: SparseFile, state: State | None, newer: Snapshot, journal: Journal) -> None:
+    def write(
+        self, image: SparseFile, state: State | None, newer: Snapshot, journal: Journal, heed: Callable[[int], None]
+    ) -> None:
         """Step 2 of a sync: keep of the image what the journal will change in it. It gets its name with step 6.
 
         Whether a chunk differs is told by the tables of digests, for it is the snapshots that a version leads between:
@@ -2345,7 +2347,9 @@ class Versions:
         with contextlib.closing(writer.file):
             for index, digest in self._differing(image, state, journal):
                 patch = journal.header(index)
-                writer.append(Patch.of_image(image, index, patch.pages if patch else 0, digest))
+                old = Patch.of_image(image, index, patch.pages if patch else 0, digest)
+                writer.append(old)
+                heed(old.room)
             writer.complete({})
 
     def _differing(self, image: SparseFile, state: State | None, journal: Journal) -> Iterator[tuple[int, bytes]]:
@@ -2362,7 +2366,7 @@ class Versions:
                 if digest != new.read(DIGEST_SIZE):
                     yield index, digest
 
-    def thin(self, image_moment: datetime.datetime, keep: Keep) -> None:
+    def thin(self, image_moment: datetime.datetime, keep: Keep, heed: Callable[[int], None] = lambda _: None) -> None:
         """Drop those that `keep` does not ask for; raises OSError, Damaged, and has dropped none wrongly then.
 
         What a version has that is to be dropped goes into the next older one that stays: that one's new file, which
@@ -2376,7 +2380,7 @@ class Versions:
         dropped: list[Version] = []
         for version, stays in zip(versions, wanted, strict=True):
             if stays and dropped:
-                self._merge([*dropped, version])
+                self._merge([*dropped, version], heed)
                 self._remove(dropped)
             dropped = [] if stays else [*dropped, version]
         self._remove(dropped)
@@ -2387,7 +2391,7 @@ class Versions:
             version.path.unlink()
             sync_directory(self._paths.versions)
 
-    def _merge(self, versions: Sequence[Version]) -> None:
+    def _merge(self, versions: Sequence[Version], heed: Callable[[int], None]) -> None:
         """Let the last of the versions, the oldest, lead back over all of them, which come the newest first."""
         oldest = versions[-1]
         target = oldest.path.with_name(f"{oldest.path.name}.new")
@@ -2403,6 +2407,7 @@ class Versions:
                 for index, patches in PatchStream.by_chunk(streams):
                     if index < oldest.snapshot.size // CHUNK:
                         writer.append(self._one_of([patch for _, patch in patches]))
+                    heed(sum(patch.room for _, patch in patches))
                 writer.complete({})
             except BaseException:
                 target.unlink(missing_ok=True)
@@ -2818,9 +2823,8 @@ class Update:
         self._warn = warn
         self._digests: dict[int, bytes] = {}  # of chunks that are done, beyond `settled`
         self._is_committed = False
-        seal(
-            "end", {"snapshot": dataclasses.asdict(snapshot), "newer": dataclasses.asdict(snapshot)}
-        )  # must be possible
+        described = dataclasses.asdict(snapshot)
+        seal("end", {"snapshot": described, "newer": described})  # must be possible
         paths.check_link()
         self._state = self._fitting_state()
         self.is_first = not paths.image.exists()  # whether there is no image yet
@@ -2969,7 +2973,7 @@ class Update:
         writer.file.flush()
         self._new_state.file.flush()
         if self._makes_version:
-            Versions(paths).write(self._image, self._state, self._snapshot, journal)
+            Versions(paths).write(self._image, self._state, self._snapshot, journal, heed)
         if journal.room_needed(self._image) > self._image.free_room():  # fallocate(2) would touch the image's time
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths.image))
         writer.make_durable()
@@ -4423,7 +4427,10 @@ class Backup:
     def _thin(self, paths: ImagePaths, snapshot: Snapshot) -> None:
         """Drop the versions that are not to be kept; what cannot be dropped now is at the next run."""
         try:
-            Versions(paths).thin(parse_time(snapshot.taken_at) or utc_now(), self._job.config.keep)
+            meter = Meter(self._report, self._job.stop, f"{paths.name}: thinning its versions")
+            Versions(paths).thin(parse_time(snapshot.taken_at) or utc_now(), self._job.config.keep, meter)
+        except Interrupted:
+            raise
         except (OSError, DosvobError) as problem:
             told = disk_problem(problem, paths.versions) if isinstance(problem, OSError) else str(problem)
             held = human_size(Versions(paths).occupied())
