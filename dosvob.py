@@ -3654,11 +3654,11 @@ def sync_device(
             stream = start_agent(settled, window)
             Sync(stream, update, lambda: progress(received + stream.received)).run()  # noqa: B023 - used in here only
             return received + stream.received
-        except ConnectionLost as problem:
+        except (ConnectionLost, HostKeyMismatch) as problem:
             failures = failures + 1 if update.settled == settled else 1
-            if is_gone():
+            if is_gone():  # its address may be somebody else's by now
                 raise DropletLost(f"{problem}; the droplet is gone") from problem
-            if failures >= ATTEMPTS:
+            if failures >= ATTEMPTS or isinstance(problem, HostKeyMismatch):
                 raise
             warn(f"{problem}; connecting again")
         finally:
@@ -4430,7 +4430,7 @@ class Backup:
             meter = Meter(self._report, self._job.stop, f"{paths.name}: thinning its versions")
             Versions(paths).thin(parse_time(snapshot.taken_at) or utc_now(), self._job.config.keep, meter)
         except Interrupted:
-            raise
+            return  # the volume is backed up; whoever waits next ends the run
         except (OSError, DosvobError) as problem:
             told = disk_problem(problem, paths.versions) if isinstance(problem, OSError) else str(problem)
             held = human_size(Versions(paths).occupied())
