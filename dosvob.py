@@ -3950,6 +3950,7 @@ class Home:
         except OSError as problem:
             raise UsageError(f"cannot write to {self.path}: {problem.strerror}: is it there, and yours?") from problem
         with self._held(fd, fcntl.LOCK_EX):
+            self._make_id()
             yield
 
     @contextlib.contextmanager
@@ -3980,25 +3981,28 @@ class Home:
         if not self.path.is_dir():
             raise UsageError(f"there is no {self.path}: say where the images are with --backups")
 
-    def known_id(self) -> str:
+    @property
+    def id(self) -> str:
         """Its id, which is in the names of all that is created for it; empty if it has none yet."""
         with contextlib.suppress(OSError, ValueError):
             text = (self.metadata / "home").read_text(encoding="ascii").strip()
             return text if re.fullmatch(r"[0-9a-f]{8}", text) else ""
         return ""
 
-    def make_id(self) -> str:
-        """Its id, durable before anything is named by it. To be called with the lock held."""
-        if found := self.known_id():
-            return found
+    def _make_id(self) -> None:
+        """See that it has an id, durable before anything is named by it; raises UsageError."""
+        if self.id:
+            return
         new = self.metadata / "home.new"
-        with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
-            file.write(secrets.token_hex(4) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(self.metadata / "home")
-        sync_directory(self.metadata)
-        return self.known_id()
+        try:
+            with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+                file.write(secrets.token_hex(4) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            new.rename(self.metadata / "home")
+            sync_directory(self.metadata)
+        except OSError as problem:
+            raise UsageError(f"cannot write to {self.metadata}: {problem.strerror}: is there room?") from problem
 
     def names(self) -> set[str]:
         """The volumes that have an image or a state here."""
@@ -4171,7 +4175,7 @@ class Backup:
         self._plan = plan
         self._reread = reread
         self._report = job.report
-        self._ephemeral = Ephemeral(job.api, job.home.make_id(), job.report)
+        self._ephemeral = Ephemeral(job.api, job.home.id, job.report)
         self._results: dict[str, Result] = {}
         self._has_no_droplet = False
 
@@ -4498,7 +4502,7 @@ def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False) -> Non
     What another home has may be in use: `everything` removes it too. With `not_before` (time.monotonic) it is gone on
     until a list shows nothing that was asked for after that.
     """
-    ours = ("", job.home.known_id())
+    ours = ("", job.home.id)
     found = Resource.list(job.api)
     leftovers = [resource for resource in found if everything or resource.home in ours]
     tell_foreign(job, [resource for resource in found if resource not in leftovers])
@@ -4590,7 +4594,7 @@ def dry_run(job: Job, names: Sequence[str]) -> int:
     """Say what a backup would do; changes nothing."""
     report = job.report
     for resource in Resource.list(job.api):
-        if resource.home in ("", job.home.known_id()):
+        if resource.home in ("", job.home.id):
             report.say(f"would remove what an earlier run left: {resource}")
         else:
             tell_foreign(job, [resource])
@@ -4614,7 +4618,7 @@ def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> i
         raise UsageError("sweep takes no names: it removes all that dosvob left behind")
     job = Job.open(arguments, report, stop)
     if arguments.dry_run:
-        ours = ("", job.home.known_id())
+        ours = ("", job.home.id)
         found = Resource.list(job.api)
         leftovers = [resource for resource in found if arguments.all or resource.home in ours]
         for resource in leftovers:
@@ -4624,7 +4628,6 @@ def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> i
             report.say("there is nothing to remove")
         return EXIT_OK
     with job.home.locked():
-        job.home.make_id()
         sweep(job, time.monotonic() + LIST_LAG, everything=arguments.all)  # what was created a moment ago shows late
         damaged = finish_journals(job.home, report, stop)
     if not report.has_left:
