@@ -4123,17 +4123,23 @@ class Hosts:
             self._key_id = self._ephemeral.upload_key(self._keys.public)
         droplet = self._ephemeral.create_droplet(self._plan, self._key_id, self._keys.user_data())
         link = self._links.enter_context(contextlib.closing(Link(droplet.address, self._keys, self._job.stop)))
-        limit = float(SSH_LIMIT)
-        for attempt in itertools.count(1):
-            try:
-                link.run("; ".join(DISARM), limit)  # once more, in case something wrote the rule after bootcmd
-                break
-            except ConnectionLost as problem:
-                if attempt == ATTEMPTS or self._ephemeral.is_gone(droplet):
-                    raise DropletLost(str(problem)) from problem
-            limit = RECONNECT_LIMIT
+        try:
+            link.open(SSH_LIMIT)
+            self._disarm(link, droplet)
+        except ConnectionLost as problem:
+            raise DropletLost(str(problem)) from problem
         self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
         return Host(droplet, link)
+
+    def _disarm(self, link: Link, droplet: Droplet) -> None:
+        """Once more, in case something wrote the rule after bootcmd."""
+        for attempt in itertools.count(1):
+            try:
+                link.run("; ".join(DISARM), RECONNECT_LIMIT)
+                break
+            except ConnectionLost:
+                if attempt == ATTEMPTS or self._ephemeral.is_gone(droplet):
+                    raise
 
     def close(self) -> None:
         """Wait for what goes on in the background, and close the connections."""
