@@ -4520,11 +4520,11 @@ def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False) -> Non
 
 
 def tell_foreign(job: Job, resources: Iterable[Resource]) -> None:
-    """Name what belongs to other homes; loudly what is older than a run is."""
+    """Name what belongs to other homes; loudly what is older than a run is, and billed."""
     for resource in resources:
         seconds = age(resource.created_at)
         how_old = "of unknown age" if seconds == float("inf") else f"{human_time(max(seconds, 0))} old"
-        tell = job.report.say if seconds < 24 * 3600 else job.report.warn
+        tell = job.report.say if seconds < 24 * 3600 or not resource.hourly else job.report.warn
         tell(
             f"not touched, because it belongs to another backups directory (its id is {resource.home}): {resource}, "
             f"{how_old}. If nothing backs up to that any more: {command_line('sweep', '--all')}"
