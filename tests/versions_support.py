@@ -124,7 +124,7 @@ def recover(backups: Path) -> bool:
     return dosvob.Journal.finish(dosvob.ImagePaths(backups, NAME), lambda text: None, lambda size: None)
 
 
-def leave_committed(backups: Path, device: Path, moment: datetime.datetime) -> None:
+def leave_committed(backups: Path, device: Path, moment: datetime.datetime, **options: Any) -> None:
     """Back up up to the commit mark, as if the power went then: nothing of the journal is applied."""
 
     def cut(*_: object) -> None:
@@ -132,7 +132,7 @@ def leave_committed(backups: Path, device: Path, moment: datetime.datetime) -> N
 
     with pytest.MonkeyPatch.context() as patches, contextlib.suppress(PowerCut):
         patches.setattr(dosvob.Journal, "apply", cut)
-        back_up(backups, device, moment)
+        back_up(backups, device, moment, **options)
     assert dosvob.ImagePaths(backups, NAME).journal.exists()
 
 
@@ -332,6 +332,7 @@ class Lineage:
         self.now = FIRST_DAY
         self.size = mebibytes * MIB
         self.truth: dict[str, str] = {}
+        self.volume_id = "volume-1"
         self._seed = 0
 
     def change(self) -> None:
@@ -346,6 +347,7 @@ class Lineage:
 
     def back_up(self, **options: Any) -> dosvob.Tally:
         """Back it up as it is."""
+        options = {"volume_id": self.volume_id, **options}
         return back_up(self.backups, self.device, self.now, self.keep, **options)
 
     def go_on(self, times: int = 1, hours: float = 4) -> None:
