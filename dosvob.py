@@ -4210,11 +4210,8 @@ class Backup:
 
     def _run(self, volumes: list[Volume]) -> None:
         pool = concurrent.futures.ThreadPoolExecutor
-        with (
-            contextlib.closing(Hosts(self._job, self._ephemeral, self._plan)) as hosts,
-            pool(1) as ahead,
-            pool(1) as behind,
-        ):
+        hosts = Hosts(self._job, self._ephemeral, self._plan)
+        with contextlib.closing(hosts), pool(1) as ahead, pool(1) as behind:
             try:
                 turns = [Turn(volume, number) for number, volume in enumerate(volumes) if self._is_fit(volume)]
                 self._take_turns(collections.deque(turns), hosts, ahead, behind)
