@@ -858,7 +858,8 @@ class Removal:
         self._not_before = not_before
         self._note = note
         self._kinds = dict.fromkeys(KINDS, False)  # those that are not done, and whether their last list was empty
-        self._gone: set[Resource] = set()
+        self._known: list[Resource] = []
+        self._gone: set[Resource] = set()  # whose deletion was accepted
 
     def run(self, known: Iterable[Resource] = (), asked: Mapping[str, str] | None = None) -> dict[Resource, str]:
         """Remove; returns what stays, with the reason.
@@ -866,7 +867,8 @@ class Removal:
         `known` was created, with certainty. `asked` has kinds by name of what was asked for without an answer: if its
         kind cannot be listed, it is returned too, with the id UNKNOWN.
         """
-        self._delete(sorted(known, key=lambda resource: list(KINDS).index(resource.kind)))
+        self._known = sorted(known, key=lambda resource: list(KINDS).index(resource.kind))
+        self._delete(self._known)
         since, fewest = time.monotonic(), sys.maxsize
         for pause in pauses(0.3, 5, 1.5):
             left = self._round()
@@ -875,28 +877,32 @@ class Removal:
             if len(left) < fewest:  # it gets on
                 since, fewest = time.monotonic(), len(left)
             if left and (self._is_hopeless(left) or time.monotonic() - since > self.LIMIT):
-                return self._named(left, known, asked or {})
+                return self._named(left, asked or {})
             self._api.stop.sleep(pause if left else max(self._not_before - time.monotonic(), 0))
         raise AssertionError("unreachable")
 
     def _round(self) -> dict[Resource, Exception | None]:
-        """List and delete what is there of each kind; what is left, and what went wrong with it, None for nothing."""
+        """List and delete what is there of each kind; what is left, and what went wrong with it, None for nothing.
+
+        What is known, and would not be deleted, is there whatever a list says.
+        """
         left: dict[Resource, Exception | None] = {}
         for kind, was_empty in list(self._kinds.items()):
             asked = time.monotonic()
             if was_empty and asked < self._not_before:  # DigitalOcean answers ten lists of keys a minute, and no more
                 continue
+            found = [resource for resource in self._known if resource.kind == kind and resource not in self._gone]
             try:
-                found = [resource for resource in Resource.list(self._api, [kind]) if self._is_ours(resource)]
+                found += [resource for resource in Resource.list(self._api, [kind]) if self._is_ours(resource)]
             except Interrupted:
                 raise
             except Exception as problem:  # noqa: BLE001 - no answer is so odd that the rest must stay for it
                 left[Resource(kind, UNKNOWN, f"{TAG}-*")] = problem
-                continue
-            self._kinds[kind] = not found
+            else:
+                self._kinds[kind] = not found
+                if not found and asked >= self._not_before:
+                    del self._kinds[kind]
             left |= self._delete(found)
-            if not found and asked >= self._not_before:
-                del self._kinds[kind]
         return left
 
     def _delete(self, found: Iterable[Resource]) -> dict[Resource, Exception | None]:
@@ -922,15 +928,13 @@ class Removal:
             DROPLET in refused and {resource.kind for resource in left} <= {*refused, VOLUME}
         )
 
-    def _named(
-        self, left: Mapping[Resource, Exception | None], known: Iterable[Resource], asked: Mapping[str, str]
-    ) -> dict[Resource, str]:
+    @staticmethod
+    def _named(left: Mapping[Resource, Exception | None], asked: Mapping[str, str]) -> dict[Resource, str]:
         """What is left, with reasons; of a kind that could not be listed, each thing by name that may be there."""
         named: dict[Resource, str] = {}
         for resource, problem in left.items():
             reason = str(problem or "it is still listed")
             if resource.id == UNKNOWN:
-                named |= {one: reason for one in known if one.kind == resource.kind and one not in self._gone}
                 names = [name for name, kind in asked.items() if kind == resource.kind]
                 resource = Resource(resource.kind, UNKNOWN, ", ".join(names) or resource.name)  # noqa: PLW2901
             named[resource] = reason
@@ -4206,11 +4210,8 @@ class Backup:
 
     def _run(self, volumes: list[Volume]) -> None:
         pool = concurrent.futures.ThreadPoolExecutor
-        with (
-            contextlib.closing(Hosts(self._job, self._ephemeral, self._plan)) as hosts,
-            pool(1) as ahead,
-            pool(1) as behind,
-        ):
+        hosts = Hosts(self._job, self._ephemeral, self._plan)
+        with contextlib.closing(hosts), pool(1) as ahead, pool(1) as behind:
             try:
                 turns = [Turn(volume, number) for number, volume in enumerate(volumes) if self._is_fit(volume)]
                 self._take_turns(collections.deque(turns), hosts, ahead, behind)
