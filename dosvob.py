@@ -133,8 +133,8 @@ class Busy(UsageError):
     """Another dosvob is at work in the same place."""
 
 
-class Interrupted(DosvobError):
-    """The run was asked to stop."""
+class Interrupted(BaseException):
+    """The run was asked to stop: as KeyboardInterrupt it is no error, so only who ends a run, or a part, catches it."""
 
 
 class Stop:
@@ -211,6 +211,11 @@ def root_cause(problem: BaseException) -> BaseException:
     return problem
 
 
+def reason(problem: BaseException) -> str:
+    """What an exception says; its name if that is nothing."""
+    return str(problem) or type(problem).__name__
+
+
 def utc_now() -> datetime.datetime:
     """The time now, in UTC, with whole seconds."""
     return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
@@ -260,7 +265,7 @@ def local_time(moment: datetime.datetime) -> str:
 
 @dataclass(frozen=True)
 class Keep:
-    """How many versions are kept; None for none, as before there were versions.
+    """How many versions are kept: all numbers 0 for none, as before there were versions.
 
     `last` beside the image; and the newest of each of the last `daily` days, `weekly` weeks and `monthly` months that
     have one, in UTC, the image counting: what `restic forget` means by it. The default is that of conf.json.example.
@@ -415,9 +420,7 @@ class Config:
         """Whether what is sent to an address stays secret on its way: by HTTPS, or within this very machine."""
         try:
             parts = urllib.parse.urlsplit(url)
-            host = (
-                parts.hostname if parts.port != 0 else None
-            )  # an impossible port is a ValueError only when it is read
+            host = parts.hostname if parts.port != 0 else None  # reading an impossible port raises ValueError
         except ValueError:
             return False
         return bool(host) and (
@@ -495,18 +498,6 @@ class ApiError(DosvobError):
         return self.status in (401, 403)
 
 
-class TokenAuth(requests.auth.AuthBase):
-    """Sets the token on each request; as an auth object it keeps a ~/.netrc from replacing it."""
-
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Set it."""
-        request.headers["Authorization"] = f"Bearer {self._token}"
-        return request
-
-
 class Api:
     """The calls, each with the patience that suits it: `patience` is for how many seconds a failing one is repeated.
 
@@ -539,7 +530,9 @@ class Api:
 
     def for_teardown(self) -> Api:
         """The same API, which no signal stops, and no call holds up for long, save by the rate limit."""
-        return Api(self._config, Stop(), self._say, self._detail, self.TEARDOWN_PATIENCE)
+        api = Api(self._config, Stop(), self._say, self._detail, self.TEARDOWN_PATIENCE)
+        api._is_token_known = self._is_token_known
+        return api
 
     def get(self, path: str, **params: str | int) -> Json:
         """GET, repeated while it fails in a way that may pass."""
@@ -638,7 +631,7 @@ class Api:
             cause = root_cause(problem)
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise DosvobError(f"{url} has no certificate to be trusted: {cause}") from None
-            raise ApiError(None, f"{call}: no answer from {url}: {cause or type(cause).__name__}") from problem
+            raise ApiError(None, f"{call}: no answer from {url}: {reason(cause)}") from problem
         self._detail(f"{call} → {response.status_code}")
         self._limited_since = (self._limited_since or time.monotonic()) if response.status_code == 429 else None
         return self._answer(call, response)
@@ -683,11 +676,15 @@ class Api:
         except AttributeError:
             raise DosvobError("DigitalOcean's list does not say whether it has more pages: try again later") from None
 
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self._config.token}"
+        return request
+
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._sessions, "session", None)
         if session is None:
             session = self._sessions.session = requests.Session()
-            session.auth = TokenAuth(self._config.token)
+            session.auth = self._authorize  # what is set as a header a ~/.netrc would replace
             session.headers["User-Agent"] = f"dosvob/{VERSION}"
         return session
 
@@ -894,8 +891,6 @@ class Removal:
             found = [resource for resource in self._known if resource.kind == kind and resource not in self._gone]
             try:
                 found += [resource for resource in Resource.list(self._api, [kind]) if self._is_ours(resource)]
-            except Interrupted:
-                raise
             except Exception as problem:  # noqa: BLE001 - no answer is so odd that the rest must stay for it
                 left[Resource(kind, UNKNOWN, f"{TAG}-*")] = problem
             else:
@@ -913,8 +908,6 @@ class Removal:
             try:
                 self._api.delete(resource.path)
                 self._gone.add(resource)
-            except Interrupted:
-                raise
             except Exception as problem:  # noqa: BLE001 - as above
                 problems[resource] = problem
         return problems
@@ -2319,8 +2312,12 @@ class Versions:
 
     def all(self) -> list[Version]:
         """All of them, the newest first."""
-        names = sorted((path.name for path in self._paths.versions.glob("*")), reverse=True)
-        return [Version.load(self._paths.versions / name) for name in names if re.fullmatch(r"\d{8}T\d{6}Z", name)]
+        versions = []
+        for path in sorted(self._paths.versions.glob("*"), reverse=True):
+            with contextlib.suppress(FileNotFoundError):  # thinned by a run that goes on
+                if re.fullmatch(r"\d{8}T\d{6}Z", path.name):
+                    versions.append(Version.load(path))
+        return versions
 
     def occupied(self) -> int:
         """The bytes that they take."""
@@ -2336,7 +2333,11 @@ class Versions:
         older snapshot by that is told by its digest. Without a state, the image is what the newest version leads from.
         """
         older = self.all()
-        snapshot = state.snapshot if state else older[0].newer or newer
+        if state is None and older[0].newer is None:  # nobody knows more than that it is later than that version
+            size = os.fstat(image.fd).st_size // CHUNK * CHUNK
+            snapshot = dataclasses.replace(newer, size=size, taken_at=older[0].moment.isoformat())
+        else:
+            snapshot = state.snapshot if state else older[0].newer or newer
         moment = state.moment if state else parse_time(snapshot.taken_at) or utc_now()
         if older:  # the order of their names is that of the chain
             moment = max(moment, older[0].moment + datetime.timedelta(seconds=1))
@@ -2403,7 +2404,8 @@ class Versions:
             opened = [files.enter_context(PatchFile(version.path, "version")) for version in versions]
             streams = [PatchStream(file) for file in opened]
             if oldest.snapshot is None or versions[0].newer is None:
-                raise Damaged(f"{oldest.path} is damaged")
+                damaged = oldest if oldest.snapshot is None else versions[0]
+                raise Damaged(f"{damaged.path} is damaged")
             head = {**opened[-1].head, "id": secrets.token_hex(16), "newer": dataclasses.asdict(versions[0].newer)}
             writer = PatchWriter(target, "version", head)
             files.enter_context(contextlib.closing(writer.file))
@@ -2449,26 +2451,31 @@ class Versions:
 
 
 class PatchStream:
-    """A version's patches in the order of the chunks; `problem` tells where that ended early."""
+    """A version's patches in the order of the chunks.
+
+    `problem` tells where that ended early; what it says of chunks up to `sound_until` is right all the same.
+    """
 
     def __init__(self, file: PatchFile) -> None:
         is_whole = file.head and file.end is not None
         self.problem = None if is_whole else Damaged(f"{file.path} is damaged")
+        self.sound_until = -1
         self._patches = file.patches()
         self.next: Patch | None = None
         self.advance()
 
     def advance(self) -> None:
         """Go to the next patch; at the end, or where it is damaged, there is none."""
-        last = -1 if self.next is None else self.next.index
+        if self.next is not None:
+            self.sound_until = self.next.index
         self.next = None
         try:
             patch = None if self.problem else next((patch for _, patch in self._patches), None)
         except Damaged as problem:
             self.problem = problem
             return
-        if patch is not None and patch.index <= last:
-            self.problem = Damaged(f"the patches of a version are not in order behind chunk {last}")
+        if patch is not None and patch.index <= self.sound_until:
+            self.problem = Damaged(f"the patches of a version are not in order behind chunk {self.sound_until}")
         else:
             self.next = patch
 
@@ -2508,7 +2515,7 @@ class Ranges:
         self.ranges.append((first, start + CHUNK))
 
     def __str__(self) -> str:
-        told = [f"{start} to {end - 1}" for start, end in self.ranges[:20]]
+        told = [f"{start} to {end - 1}" for start, end in sorted(self.ranges)[:20]]
         return "bytes " + ", ".join(told) + f" and {len(self.ranges) - 20} more places" * (len(self.ranges) > 20)
 
 
@@ -2529,6 +2536,7 @@ class Chain:
             if from_disk:
                 self.image.forget_cached()
             self._journal = self._committed_journal()
+            self.problem: Damaged | None = None  # of the state, without which versions can be restored all the same
             self.state, table = self._state_of_all()
             self._table = self._files.enter_context(table.open("rb", buffering=128 << 10)) if self.state else None
         except BaseException:
@@ -2552,14 +2560,24 @@ class Chain:
         return journal
 
     def _state_of_all(self) -> tuple[State | None, Path]:
-        """The state of what the journal makes of the image, and where it is."""
-        if self._journal is None:
-            return State.load(self.paths.state), self.paths.state
-        for path in (self.paths.new_state, self.paths.state):
-            state = State.load(path)
-            if state is not None and state.journal == self._journal.file.head["id"]:
+        """The state of what the journal makes of the image, and where it is; None if it is damaged: see `problem`."""
+        paths = (self.paths.new_state, self.paths.state) if self._journal else (self.paths.state,)
+        for path in paths:
+            try:
+                state = State.load(path)
+            except Damaged as problem:
+                self.problem = problem
+                continue
+            if state is not None and (self._journal is None or state.journal == self._journal.file.head["id"]):
+                self.problem = None
                 return state, path
         return None, self.paths.state
+
+    @property
+    def moment(self) -> datetime.datetime | None:
+        """When the image's snapshot was taken, also by what the newest version leads back from; None if unknown."""
+        newer = self.versions[0].newer if self.versions else None
+        return self.state.moment if self.state else parse_time(newer.taken_at if newer else "")
 
     def depth_at(self, moment: datetime.datetime | None) -> int:
         """How many steps back the newest snapshot is that is not later than a time; 0, the image's, without a time.
@@ -2568,9 +2586,9 @@ class Chain:
         """
         if moment is None:
             return 0
-        if self.state is None:
+        if self.moment is None:
             raise UsageError(f"no snapshot is recorded for {self.paths.image}, so there is no version by time")
-        moments = [self.state.moment, *(version.moment for version in self.versions)]
+        moments = [self.moment, *(version.moment for version in self.versions)]
         for depth, candidate in enumerate(moments):
             if candidate <= moment:
                 return depth
@@ -2606,7 +2624,7 @@ class Chain:
                     if number in patches:
                         chunk = patches[number].over(chunk)
                         is_sound = chunk_digest(page_digests(chunk)) == patches[number].digest
-                    elif stream.problem:  # nobody knows whether it had one
+                    elif stream.problem and index > stream.sound_until:  # nobody knows whether it had one
                         is_sound = False
                     contents.append(chunk)
                     soundness.append(is_sound)
@@ -3436,7 +3454,7 @@ class AgentStream:
             # paramiko waits for the answer without a limit
             within(SSH_TIMEOUT, lambda: self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'"))
         except (paramiko.SSHException, OSError, EOFError) as problem:
-            raise self._lost(f"the agent could not be started: {problem}") from problem
+            raise self._lost(f"the agent could not be started: {reason(problem)}") from problem
         self.send(program)
 
     def send(self, data: bytes) -> None:
@@ -3479,10 +3497,12 @@ class AgentStream:
             try:
                 return transfer()
             except TimeoutError:
-                if time.monotonic() > end or not self._transport.is_active():
+                if not self._transport.is_active():
+                    raise self._lost("the connection to the droplet ended") from None
+                if time.monotonic() > end:
                     raise self._lost(f"the connection to the droplet was silent for {STALL_LIMIT} s") from None
             except (OSError, EOFError, paramiko.SSHException) as problem:
-                raise self._lost(f"the connection to the droplet broke: {problem}") from problem
+                raise self._lost(f"the connection to the droplet broke: {reason(problem)}") from problem
 
     def _lost(self, what: str) -> ConnectionLost:
         """The error for a connection that is not to be used any more."""
@@ -3566,7 +3586,7 @@ class Link:
                 within(SSH_TIMEOUT, channel.recv_exit_status)
         except (paramiko.SSHException, OSError, EOFError) as problem:
             transport.close()
-            raise ConnectionLost(f"the connection to the droplet broke: {problem or 'no answer'}") from problem
+            raise ConnectionLost(f"the connection to the droplet broke: {reason(problem)}") from problem
 
     def start_agent(self, program: bytes) -> AgentStream:
         """An agent with this program; raises ConnectionLost."""
@@ -3597,7 +3617,7 @@ class Link:
         try:
             sock = ReadAheadSocket(socket.create_connection((self._address, SSH_PORT), timeout=SSH_TIMEOUT))
         except OSError as problem:
-            raise ConnectionLost(f"no connection to the droplet at {self._address}: {problem}") from problem
+            raise ConnectionLost(f"no connection to the droplet at {self._address}: {reason(problem)}") from problem
         # Without it each window adjustment waits for an acknowledgement: half the speed.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport = paramiko.Transport(
@@ -3628,7 +3648,7 @@ class Link:
         except paramiko.ssh_exception.IncompatiblePeer as problem:  # it has no host key of this kind at all
             raise HostKeyMismatch(self._address) from problem
         except (paramiko.SSHException, OSError, EOFError) as problem:
-            raise ConnectionLost(f"the droplet at {self._address} does not let us in: {problem}") from problem
+            raise ConnectionLost(f"the droplet at {self._address} does not let us in: {reason(problem)}") from problem
 
     def close(self) -> None:
         """Close the connection, and with it whatever runs at its other end."""
@@ -3819,7 +3839,7 @@ class Reporter:
     def _write(self, writer: Writer, text: str) -> None:
         lines = self._lines(writer, text)
         with self._lock:
-            writer.put(f"\r\x1b[2K{lines}{self._live}" if self._live else lines)
+            writer.put(f"\r\x1b[2K{lines}{self._live}" if self._live and writer.is_terminal else lines)
 
     def clean(self, text: str) -> str:
         """The text without the secret and without what could steer a terminal."""
@@ -3891,7 +3911,7 @@ def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> No
         failure = f"no answer within {limit} s"
     except Exception as unreachable:  # noqa: BLE001 - whatever it is, the backup is what matters
         cause = root_cause(unreachable)
-        failure = str(cause) or type(cause).__name__
+        failure = reason(cause)
     if failure:
         report.warn(f"the ping to {parts.hostname} failed: {failure}; the backup is not affected")
 
@@ -3969,6 +3989,14 @@ class Home:
         with self._held(fd, fcntl.LOCK_SH):
             yield
 
+    def is_busy(self) -> bool:
+        """Whether somebody is at work in it."""
+        try:
+            with self.unchanged():
+                return False
+        except Busy:
+            return True
+
     @contextlib.contextmanager
     def _held(self, fd: int, kind: int) -> Iterator[None]:
         try:
@@ -4014,9 +4042,19 @@ class Home:
         states = {path.name.removesuffix(".state") for path in self.metadata.glob("*.state")}
         return {name for name in images | states if ImagePaths.VOLUME_NAME.fullmatch(name)}
 
-    def set_aside(self) -> set[str]:
-        """The names of the images that were set aside."""
+    def aside_names(self) -> set[str]:
+        """The images that were set aside."""
         return {path.name for path in self.path.iterdir() if ImagePaths.ASIDE.fullmatch(path.name)}
+
+    def chosen(self, names: list[str]) -> list[str]:
+        """The names, which must all be of images here; raises UsageError."""
+        there = self.names() | self.aside_names()
+        for name in names:
+            if name not in there:
+                near = difflib.get_close_matches(name, there, n=1)
+                hint = f": did you mean {near[0]}?" if near else ""
+                raise UsageError(f"there is no image of {name} in {self.path}{hint}")
+        return names
 
     def wanted(self) -> set[str]:
         """What the last run was to back up."""
@@ -4107,7 +4145,7 @@ class Hosts:
         while True:
             try:
                 return self._boot()
-            except (Interrupted, NoDroplet):
+            except NoDroplet:
                 raise
             except DropletLost as problem:
                 self._give_up_on(problem)
@@ -4165,14 +4203,6 @@ class Turn:
     give_up: float = float("inf")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A clone that is attached, and when its snapshot was taken."""
-
-    clone: Volume
-    taken_at: str
-
-
 class Backup:
     """One run over some volumes."""
 
@@ -4210,10 +4240,12 @@ class Backup:
 
     def _run(self, volumes: list[Volume]) -> None:
         pool = concurrent.futures.ThreadPoolExecutor
+        turns = [Turn(volume, number) for number, volume in enumerate(volumes) if self._is_fit(volume)]
+        if not turns:
+            return
         hosts = Hosts(self._job, self._ephemeral, self._plan)
         with contextlib.closing(hosts), pool(1) as ahead, pool(1) as behind:
             try:
-                turns = [Turn(volume, number) for number, volume in enumerate(volumes) if self._is_fit(volume)]
                 self._take_turns(collections.deque(turns), hosts, ahead, behind)
             finally:
                 self._job.stop.request()  # what goes on in the background is of no use any more
@@ -4257,12 +4289,12 @@ class Backup:
     ) -> None:
         """One volume after the other; the next one is prepared, and the last one released, while one syncs."""
 
-        def start() -> tuple[Turn, concurrent.futures.Future[Prepared]] | None:
+        def start() -> tuple[Turn, concurrent.futures.Future[tuple[Volume, str]]] | None:
             turn = turns.popleft() if turns else None
             return (turn, ahead.submit(self._prepare, turn, hosts)) if turn else None
 
         upcoming = start()
-        last: Prepared | None = None
+        last: Volume | None = None
         while upcoming is not None:
             turn, future = upcoming
             prepared = self._prepared(turn, future, turns)
@@ -4270,18 +4302,16 @@ class Backup:
             if prepared is None:
                 continue
             if last is not None and upcoming is not None:  # the last clones go with the droplet
-                behind.submit(self._release, last.clone, hosts, upcoming[1])
-            self._sync(turn.volume, prepared, hosts, turns)
-            last = prepared
+                behind.submit(self._release, last, hosts, upcoming[1])
+            self._sync(turn.volume, *prepared, hosts, turns)
+            last = prepared[0]
 
     def _prepared(
-        self, turn: Turn, future: concurrent.futures.Future[Prepared], turns: collections.deque[Turn]
-    ) -> Prepared | None:
+        self, turn: Turn, future: concurrent.futures.Future[tuple[Volume, str]], turns: collections.deque[Turn]
+    ) -> tuple[Volume, str] | None:
         """What was prepared for the turn; None if it failed, or is to be taken later."""
         try:
             return self._await(turn, future)
-        except Interrupted:
-            raise
         except SnapshotTooSoon as problem:
             wait, until = self._next_snapshot(turn, problem.wait)
             now = time.monotonic()
@@ -4297,7 +4327,7 @@ class Backup:
             self._fail(turn.volume, str(problem))
         return None
 
-    def _await(self, turn: Turn, future: concurrent.futures.Future[Prepared]) -> Prepared:
+    def _await(self, turn: Turn, future: concurrent.futures.Future[tuple[Volume, str]]) -> tuple[Volume, str]:
         start = time.monotonic()
         while not future.done():
             left = max(turn.until, turn.not_before) - time.monotonic()
@@ -4335,33 +4365,31 @@ class Backup:
 
     # In the background
 
-    def _prepare(self, turn: Turn, hosts: Hosts) -> Prepared:
+    def _prepare(self, turn: Turn, hosts: Hosts) -> tuple[Volume, str]:
         """Make the volume's clone and attach it."""
         self._job.stop.sleep(turn.not_before - time.monotonic())
         hosts.check()  # a clone would be of no use without a droplet
         clone, taken_at = self._ephemeral.make_clone(turn.volume, turn.number)
         with contextlib.suppress(DropletLost):  # then it is attached to another one, before its sync
             self._ephemeral.attach(clone, hosts.get().droplet)
-        return Prepared(clone, taken_at)
+        return clone, taken_at
 
-    def _release(self, clone: Volume, hosts: Hosts, upcoming: concurrent.futures.Future[Prepared]) -> None:
+    def _release(self, clone: Volume, hosts: Hosts, upcoming: concurrent.futures.Future[tuple[Volume, str]]) -> None:
         """Detach the clone and delete it, after the next one's attachment: that one is waited for first."""
         concurrent.futures.wait([upcoming], timeout=self.RELEASE_DELAY)
         try:
             self._ephemeral.release(clone, hosts.get().droplet)
-        except DosvobError as problem:  # or Interrupted
+        except (DosvobError, Interrupted) as problem:
             self._report.detail(f"{problem}; {clone.name} is removed at the end of the run")
 
     # In the foreground
 
-    def _sync(self, volume: Volume, prepared: Prepared, hosts: Hosts, turns: collections.deque[Turn]) -> None:
+    def _sync(self, volume: Volume, clone: Volume, taken_at: str, hosts: Hosts, turns: collections.deque[Turn]) -> None:
         start = time.monotonic()
         self._report.current = f"backing up {volume.name}"
         self._results[volume.name] = Result(volume.name, volume.size, "begun")
         try:
-            result = self._sync_image(volume, prepared, hosts)
-        except Interrupted:
-            raise
+            result = self._sync_image(volume, clone, taken_at, hosts)
         except NoDroplet as problem:
             self._fail_all([Turn(volume, 0), *turns], problem)
             turns.clear()
@@ -4388,14 +4416,14 @@ class Backup:
                 )
         return told
 
-    def _sync_image(self, volume: Volume, prepared: Prepared, hosts: Hosts) -> Result:
+    def _sync_image(self, volume: Volume, clone: Volume, taken_at: str, hosts: Hosts) -> Result:
         paths = ImagePaths(self._job.home.path, volume.name)
-        snapshot = Snapshot(volume.id, volume.name, volume.region, prepared.clone.size, prepared.taken_at)
-        self._report.detail(f"{volume.name}: syncing its snapshot of {prepared.taken_at}")
+        snapshot = Snapshot(volume.id, volume.name, volume.region, clone.size, taken_at)
+        self._report.detail(f"{volume.name}: syncing its snapshot of {taken_at}")
         keep = self._job.config.keep
         with contextlib.closing(Update(paths, snapshot, keep, self._warn_of(volume), reread=self._reread)) as update:
             try:
-                received = self._fetch(volume, prepared, hosts, update)
+                received = self._fetch(volume, clone, hosts, update)
                 update.finish(Meter(self._report, self._job.stop, f"{volume.name}: writing what changed"))
             except OSError as problem:
                 if problem.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -4405,15 +4433,15 @@ class Backup:
         self._thin(paths, snapshot)
         return Result(volume.name, snapshot.size, "ok", update.tally.changed, received)
 
-    def _fetch(self, volume: Volume, prepared: Prepared, hosts: Hosts, update: Update) -> int:
+    def _fetch(self, volume: Volume, clone: Volume, hosts: Hosts, update: Update) -> int:
         """Sync over the droplet, or another one if it is lost; returns the bytes received."""
-        device = Link.device(prepared.clone.name)
+        device = Link.device(clone.name)
         meter = Meter(self._report, self._job.stop, volume.name, update.chunks * CHUNK)
         begun = update.settled * CHUNK
         while True:
             try:
                 host = hosts.get()
-                self._ephemeral.attach(prepared.clone, host.droplet)
+                self._ephemeral.attach(clone, host.droplet)
                 return sync_device(
                     lambda first, window: host.link.start_agent(agent_source(device, first, window)),  # noqa: B023
                     update,
@@ -4446,8 +4474,9 @@ class Backup:
             told = disk_problem(problem, paths.versions) if isinstance(problem, OSError) else str(problem)
             held = human_size(Versions(paths).occupied())
             self._report.warn(
-                f"{paths.name}: older versions could not be thinned, so all of them stay: {told}. They hold {held}; to "
-                f'keep fewer change "keep" in conf.json, to see which are damaged: {command_line("verify", paths.name)}'
+                f"{paths.name}: its older versions could not all be thinned, and none is lost by that: {told}. They "
+                f'hold {held}; to keep fewer change "keep" in conf.json; to see which are damaged: '
+                + command_line("verify", paths.name)
             )
 
 
@@ -4542,8 +4571,6 @@ def finish_journals(home: Home, report: Reporter, stop: Stop) -> set[str]:
             if Journal.finish(ImagePaths(home.path, name), report.warn, meter):
                 report.end_progress()
                 report.say(f"{name}: an interrupted backup was completed from its journal")
-        except Interrupted:
-            raise
         except DosvobError as problem:
             report.error(str(problem))
             failed.add(name)
@@ -4567,7 +4594,7 @@ def back_up(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
             code = back_up_all(job, arguments)
     except Busy:
         raise  # the one that is at work tells how it goes
-    except Exception as problem:
+    except (Exception, Interrupted) as problem:
         ping(url, "/fail", report, str(problem))
         raise
     ping(url, "" if code == EXIT_OK else "/fail", report)
@@ -4648,16 +4675,12 @@ def verify_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> i
     home.check()
     with home.locked():
         failed = bool(finish_journals(home, report, stop))
-        names = arguments.names or sorted(home.names())
+        names = home.chosen(arguments.names) or sorted(home.names())
         if not names:
             raise DosvobError(f"there is no backup in {home.path} yet, so nothing was verified")
         for name in names:
-            if name not in home.names() | home.set_aside():
-                raise UsageError(f"there is no image of {name} in {home.path}{near_to(name, home.names())}")
             try:
                 failed |= not verify_one(ImagePaths(home.path, name), report, stop)
-            except Interrupted:
-                raise
             except (OSError, DosvobError) as problem:
                 told = disk_problem(problem, home.path) if isinstance(problem, OSError) else str(problem)
                 report.error(told if told.startswith(name) else f"{name}: {told}")
@@ -4665,20 +4688,17 @@ def verify_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> i
     return EXIT_FAILED if failed else EXIT_OK
 
 
-def near_to(name: str, known: Iterable[str]) -> str:
-    """What to say after a name that is not known."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f": did you mean {near[0]}?" if near else ""
-
-
 def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> bool:
     """Verify one image and its versions and say what was found; returns whether all is sound."""
     paths.check_link()
     with contextlib.closing(Chain(paths, from_disk=True)) as chain:
         length, meter = os.fstat(chain.image.fd).st_size, Meter(report, stop, f"{paths.name}: verified", chain.size)
-        if chain.state is None:
+        if chain.problem:
+            report.error(f"{paths.name}: {chain.problem}")
+        elif chain.state is None:
             report.say(f"{paths.name}: no digests are recorded yet, the next backup records them")
-            return not chain.versions
+        if chain.state is None and not chain.versions:
+            return not chain.problem
         image, *versions = chain.verify(meter)
     report.end_progress()
     if length != chain.size:
@@ -4694,7 +4714,7 @@ def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> bool:
                 f"{paths.name}: the version of {local_time(version.moment)} cannot be restored in {ranges}"
                 + f"; {version.path} is damaged" * (version.snapshot is None)
             )
-    is_sound = length == chain.size and not any(ranges.ranges for ranges in (image, *versions))
+    is_sound = length == chain.size and not chain.problem and not any(each.ranges for each in (image, *versions))
     if is_sound:
         and_versions = f", and {len(versions)} older version{'s' * (len(versions) > 1)}" if versions else ""
         report.say(f"{paths.name}: sound, {human_size(chain.size)}{and_versions}")
@@ -4728,7 +4748,7 @@ def health_of(home: Home, name: str, max_age: float, *, is_wanted: bool) -> str:
     paths = ImagePaths(home.path, name)
     paths.check_link()
     with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as journal:
-        if journal.end is not None:
+        if journal.end is not None and not home.is_busy():
             raise DosvobError(f"its image must still be completed from its journal: {command_line('verify', name)}")
     state = State.load(paths.state, whole=False)
     if state is None:
@@ -4754,11 +4774,7 @@ def list_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int
     """Say what is there to be restored, without network, account or lock."""
     home = Home(arguments.backups)
     home.check()
-    there = home.names() | home.set_aside()
-    for name in arguments.names:
-        if name not in there:
-            raise UsageError(f"there is no image of {name} in {home.path}{near_to(name, there)}")
-    names = arguments.names or sorted(there)
+    names = home.chosen(arguments.names) or sorted(home.names() | home.aside_names())
     try:
         described = [describe(ImagePaths(home.path, name)) for name in names]
     except OSError as problem:
@@ -4831,15 +4847,12 @@ def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> 
     name, target = arguments.names[0], Path(arguments.names[1])
     home = Home(arguments.backups)
     with home.unchanged():
-        there = home.names() | home.set_aside()
-        if name not in there:
-            raise UsageError(f"there is no image of {name} in {home.path}{near_to(name, there)}")
-        paths = ImagePaths(home.path, name)
+        paths = ImagePaths(home.path, *home.chosen([name]))
         paths.check_link()
         try:
             with contextlib.closing(Chain(paths)) as chain:
                 depth = chain.depth_at(parse_wanted_time(arguments.at) if arguments.at else None)
-                version = chain.versions[depth - 1].moment if depth else chain.state.moment if chain.state else None
+                version = chain.versions[depth - 1].moment if depth else chain.moment
                 told = f"{name} of {local_time(version)}" if version else f"{name}, of which no digests are recorded,"
                 meter = Meter(report, stop, f"{name}: restored", chain.size)
                 final, damaged = chain.restore(depth, target, meter)
