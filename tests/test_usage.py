@@ -15,11 +15,11 @@ from simulator import Simulator
 
 
 def listing(directory: Path) -> dict[str, bytes]:
-    """All files below a directory, but for those of the lock, with their content."""
+    """All files below a directory, but for the lock and the id of the home, with their content."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in directory.rglob("*")
-        if path.is_file() and path.name != "lock"
+        if path.is_file() and path.name not in ("lock", "home")
     }
 
 

@@ -241,7 +241,7 @@ class Versions(RuleBasedStateMachine):
             read = {time: digest(content) for time, content in Reader(self.lineage.backups, NAME).all()}
             assert read == {time: self.lineage.truth[time] for time in times}
             assert not list(paths.metadata.glob("*.damaged*"))
-            for aside in dosvob.Home(self.lineage.backups).set_aside():
+            for aside in dosvob.Home(self.lineage.backups).aside_names():
                 if (paths.metadata / f"{aside}.state").exists():
                     check_all(self.lineage.backups, self.lineage.truth, aside, lambda depths: depths[-1:])
 
