@@ -275,7 +275,6 @@ def sync_here(link: Link, source: Path, backups: Path, size: int) -> None:
         paramiko.Ed25519Key.from_private_key_file(str(link.directory / "id")),  # type: ignore[arg-type]
         paramiko.Ed25519Key.from_private_key_file(str(link.directory / "hostkey")),  # type: ignore[arg-type]
     )
-    cancellation = dosvob.Cancellation()
     report = dosvob.Reporter(quiet=True)
     paths = dosvob.ImagePaths(backups, "bench")
     paths.metadata.mkdir(parents=True, exist_ok=True)
@@ -285,12 +284,12 @@ def sync_here(link: Link, source: Path, backups: Path, size: int) -> None:
         return way.start_agent(dosvob.agent_source(str(source), first, window))
 
     read_before = bytes_read()
-    with contextlib.closing(dosvob.Link(link.address, keys, cancellation)) as way:
+    with contextlib.closing(dosvob.Link(link.address, keys, dosvob.Stop())) as way:
         way.open(60)  # as a run does it while the clone is being made
         start = time.monotonic()
-        with contextlib.closing(dosvob.Update(paths, snapshot, report.warn, reread=False)) as update:
-            received = dosvob.sync_device(start_agent, update, report, lambda received: None)
-            update.finish(report.warn)
+        with contextlib.closing(dosvob.Update(paths, snapshot, dosvob.Keep(), report.warn)) as update:
+            received = dosvob.sync_device(start_agent, update, report.warn, lambda received: None)
+            update.finish()
         seconds = time.monotonic() - start
     memory = peak_memory(Path("/proc/self"))
     print(json.dumps({"seconds": seconds, "received": received, "memory": memory, "read": bytes_read() - read_before}))

@@ -9,6 +9,7 @@ As a program it does one such sync, or one recovery, so that it can be killed or
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import random
 import re
@@ -26,12 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dosvob
 
 DRIVER = Path(__file__).resolve()
-REGION, TAKEN_AT = "fra1", "2026-01-01T00:00:00Z"
+REGION, FIRST_TAKEN_AT = "fra1", datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 MIB = 1 << 20
 PAGE = dosvob.PAGE
-COMMIT_RECORD = dosvob.RECORD_SIZE + dosvob.COMMIT_SIZE
+COMMIT_MARK = dosvob.BLOCK  # bytes
+MOST_VERSIONS = 20  # that a test makes
 
-CHANGING_CALLS = "write,pwrite64,fsync,fdatasync,ftruncate,fallocate,?rename,renameat,renameat2,?unlink,unlinkat"
+CHANGING_CALLS = (
+    "write,pwrite64,fsync,fdatasync,ftruncate,fallocate,utimensat,?mkdir,mkdirat,"
+    "?rename,renameat,renameat2,?unlink,unlinkat"
+)
 """The system calls by which the script changes files and makes the changes durable."""
 
 _CALL = re.compile(r"^(\w+)\((.*)$")
@@ -43,7 +48,7 @@ _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 class AgentProcess:
     """The real agent over pipes, as a stream.
 
-    Reads return at most `most` bytes, and break after `cut` bytes in all; `edit` changes the agent's program; `pipe` is
+    Reads return at most `most` bytes, and break after `cut` bytes in all; `edit` changes the agent's source; `pipe` is
     how much its pipes hold.
     """
 
@@ -55,13 +60,15 @@ class AgentProcess:
         *,
         most: int = 1 << 20,
         cut: int | None = None,
-        edit: Callable[[bytes], bytes] = bytes,
+        edit: Callable[[str], str] = str,
         pipe: int = 64 << 10,
     ) -> None:
         self.received = 0
         self._most = most
         self._cut = cut
-        program = edit(dosvob.agent_source(str(device), first, window))
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(dosvob, "AGENT", edit(dosvob.AGENT))
+            program = dosvob.agent_source(str(device), first, window)
         bootstrap = f"import sys; exec(sys.stdin.buffer.read({len(program)}))"
         command = [sys.executable, "-I", "-c", bootstrap]
         self._process = subprocess.Popen(
@@ -102,9 +109,25 @@ class AgentProcess:
         self._process.stdout.close()
 
 
-def snapshot_of(device: Path, name: str, volume_id: str = "volume-1") -> dosvob.Snapshot:
+def set_constants(patches: pytest.MonkeyPatch, **values: Any) -> None:
+    """Give some of the module's constants other values, here and in the agents that are started."""
+    for name, value in values.items():
+        patches.setattr(dosvob, name, value)
+        patches.setattr(dosvob, "AGENT", re.sub(rf"(?m)^{name} = .*$", f"{name} = {value!r}", dosvob.AGENT))
+
+
+def snapshot_of(device: Path, name: str, volume_id: str = "volume-1", taken_at: str = "") -> dosvob.Snapshot:
     """What the API would tell of a volume with this content."""
-    return dosvob.Snapshot(volume_id, name, REGION, device.stat().st_size, TAKEN_AT)
+    size = device.stat().st_size
+    return dosvob.Snapshot(volume_id, name, REGION, size, taken_at or FIRST_TAKEN_AT.isoformat())
+
+
+def next_time(paths: dosvob.ImagePaths) -> str:
+    """When the next snapshot is taken: an hour after that of the image."""
+    with contextlib.suppress(dosvob.DosvobError):
+        if (state := dosvob.State.load(paths.state)) is not None:
+            return (state.moment + datetime.timedelta(hours=1)).isoformat()
+    return FIRST_TAKEN_AT.isoformat()
 
 
 def back_up(
@@ -114,34 +137,66 @@ def back_up(
     *,
     volume_id: str = "volume-1",
     reread: bool = False,
+    keep: dosvob.Keep = dosvob.Keep(),  # noqa: B008 - frozen
     connect: Callable[[int, int], Any] | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dosvob.Tally:
     """What a run of the script does locally: lock, recovery, sync, finish; `connect` takes first chunk and window."""
-    report = dosvob.Reporter(quiet=True)
     stream_to = connect or (lambda first, window: AgentProcess(device, first, window))
-    with dosvob.locked(backups):
-        recover(backups, name)
-        snapshot = snapshot_of(device, name, volume_id)
+    with dosvob.Home(backups).locked():
+        recover(backups, name, warn)
         paths = dosvob.ImagePaths(backups, name)
-        with contextlib.closing(dosvob.Update(paths, snapshot, warn, reread=reread)) as update:
+        snapshot = snapshot_of(device, name, volume_id, next_time(paths))
+        with contextlib.closing(dosvob.Update(paths, snapshot, keep, warn, reread=reread)) as update:
             dosvob.sync_device(
-                cast("Callable[[int, int], dosvob.AgentStream]", stream_to), update, report, lambda received: None
+                cast("Callable[[int, int], dosvob.AgentStream]", stream_to), update, warn, lambda received: None
             )
-            update.finish(warn)
-    return update.tally
+            update.finish()
+        return update.tally
 
 
 def leave_committed(backups: Path, name: str, device: Path) -> None:
     """Back up up to the commit mark, as if the power went then: nothing of the journal is applied."""
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(dosvob, "apply_journal", lambda paths, journal: None)
+        patches.setattr(dosvob.Journal, "apply", lambda journal, paths, heed: None)
         back_up(backups, name, device)
 
 
-def recover(backups: Path, name: str) -> bool:
+def leave_uncommitted(backups: Path, name: str, device: Path) -> None:
+    """Back up up to just before the commit mark."""
+    leave_committed(backups, name, device)
+    journal = dosvob.ImagePaths(backups, name).journal
+    os.truncate(journal, journal.stat().st_size - COMMIT_MARK)
+
+
+def recover(backups: Path, name: str, warn: Callable[[str], None] = lambda text: None) -> bool:
     """What every command does first."""
-    return dosvob.recover(dosvob.ImagePaths(backups, name), lambda text: None)
+    return dosvob.Journal.finish(dosvob.ImagePaths(backups, name), warn, lambda count: None)
+
+
+def finish_journals(backups: Path) -> set[str]:
+    """The same for all volumes: the names for which it failed."""
+    return dosvob.finish_journals(dosvob.Home(backups), dosvob.Reporter(quiet=True), dosvob.Stop())
+
+
+def verify(paths: dosvob.ImagePaths) -> list[list[tuple[int, int]]]:
+    """The ranges that are damaged of the image, of the version before it, and so on."""
+    with contextlib.closing(dosvob.Chain(paths, from_disk=True)) as chain:
+        assert chain.state is not None
+        return [damaged.ranges for damaged in chain.verify(lambda count: None)]
+
+
+def restored(paths: dosvob.ImagePaths, directory: Path) -> dict[str, bytes]:
+    """What all versions that are listed are restored to, by their times; all of them must be whole."""
+    contents = {}
+    with contextlib.closing(dosvob.Chain(paths)) as chain:
+        for depth, version in enumerate(chain.versions, start=1):
+            target = directory / f"restored-{version.moment:{dosvob.Version.TIME}}"
+            final, damaged = chain.restore(depth, target, lambda count: None)
+            assert not damaged.ranges, (version, damaged)
+            contents[target.name.removeprefix("restored-")] = final.read_bytes()
+            final.unlink()
+    return contents
 
 
 def driver(*arguments: object) -> list[str]:
@@ -165,16 +220,25 @@ class Call:
         """Whether it was carried out."""
         return self.result is not None and self.result >= 0
 
-    @property
-    def commits(self) -> bool:
-        """Whether this wrote the commit mark of a journal, which is told by its size."""
-        return self.name == "write" and self.files[0].endswith(".journal") and self.result == COMMIT_RECORD
+
+def commits(calls: list[Call]) -> list[bool]:
+    """Which of the calls write the commit mark of a journal: one block, behind what was made durable."""
+    found, is_durable = [], False
+    for call in calls:
+        is_journal = bool(call.files) and call.files[0].endswith(".journal")
+        found.append(is_journal and is_durable and (call.name, call.result) == ("write", COMMIT_MARK))
+        is_durable |= is_journal and call.name == "fsync" and call.succeeded
+    return found
 
 
 def files_of(backups: Path, name: str) -> list[Path]:
     """The files whose changes matter to the image of a volume, and their directories."""
     paths = dosvob.ImagePaths(backups, name)
-    return [paths.image, paths.partial, paths.state, paths.new_state, paths.journal, paths.backups, paths.metadata]
+    images = [paths.image, paths.partial, paths.state, paths.new_state, paths.journal, paths.new_version]
+    times = [FIRST_TAKEN_AT + datetime.timedelta(hours=number) for number in range(MOST_VERSIONS)]
+    versions = [paths.versions / f"{time:{dosvob.Version.TIME}}" for time in times]
+    there = sorted(paths.versions.glob("*"))
+    return list(dict.fromkeys([*images, *versions, *there, paths.backups, paths.metadata, paths.versions]))
 
 
 def strace(backups: Path, name: str, *options: str, calls: str = CHANGING_CALLS) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from typing import TypeVar
 
 import pytest
 from conftest import MIB, Home, same, sampled, write_at
-from crash_support import PAGE, AgentProcess, back_up, recover, scatter, snapshot_of
+from crash_support import PAGE, AgentProcess, back_up, recover, scatter, set_constants, snapshot_of, verify
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulator import FOREVER, Fault
@@ -122,10 +122,10 @@ class Target:
 
     def sync(self, stream: dosvob.Stream) -> None:
         """One conversation, and the end of it if it comes to one; nothing else is repaired or repeated."""
-        update = dosvob.Update(self.paths, snapshot_of(self.device, NAME), lambda text: None, reread=False)
+        update = dosvob.Update(self.paths, snapshot_of(self.device, NAME), dosvob.Keep(), lambda text: None)
         with contextlib.closing(update):
             dosvob.Sync(stream, update, lambda: None).run()
-            update.finish(lambda text: None)
+            update.finish()
 
     def check_untouched(self) -> None:
         """The image is as it was, also after a recovery."""
@@ -214,7 +214,7 @@ def test_a_droplet_that_keeps_a_chunk_back_and_announces_without_end_is_refused(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it announces meanwhile is kept in memory."""
-    monkeypatch.setattr(dosvob, "MOST_AHEAD", 1000)
+    set_constants(monkeypatch, MOST_AHEAD=1000)
     with target.device.open("r+b") as file:
         file.truncate(100_000 * CHUNK)
     said = [hello(100_000), frame(DIGEST, 0, digest_of(THEIRS))]
@@ -222,12 +222,12 @@ def test_a_droplet_that_keeps_a_chunk_back_and_announces_without_end_is_refused(
     stream = Script(*said)
     with pytest.raises(dosvob.BadAgent, match="does not send others"):
         target.sync(stream)
-    assert stream.pieces <= 2 + 1000
+    assert stream.pieces <= 3 + dosvob.Sync.BOUND * 1000
     target.check_untouched()
 
 
 def test_zeros_without_end_are_no_lie_if_nothing_is_kept_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dosvob, "MOST_AHEAD", 4)
+    set_constants(monkeypatch, MOST_AHEAD=4)
     device, backups = tmp_path / "device", tmp_path / "backups"
     device.write_bytes(bytes(100 * CHUNK) + THEIRS)
     for _ in ("a first sync", "a later one"):
@@ -481,7 +481,7 @@ def check_fuzzed(target: Target, stream: dosvob.Stream, announced: list[bytes]) 
     digests = [digest_of(content[start : start + CHUNK]) for start in range(0, len(content), CHUNK)]
     if announced:
         assert digests == announced[: len(digests)]
-    assert dosvob.verify_image(target.paths, lambda size: None) == []
+    assert not any(verify(target.paths))
 
 
 commands = st.builds(
@@ -534,7 +534,14 @@ def drained(items: queue.Queue[T] | queue.SimpleQueue[T]) -> Iterator[T]:
 
 
 NARROW = 4096  # bytes; no pipe holds less
-TIGHT = {"WINDOW": 1, "HELD": 1, "READ_AHEAD": 1, "QUEUED_FRAMES": 1, "READERS": 1, "BATCH": 1, "READ_AHEAD_LOCAL": 1}
+TIGHT = {"WINDOW": 1, "HELD": 1, "READ_AHEAD": 1, "QUEUED_FRAMES": 1, "READERS": 1, "BATCH": 1, "LOCAL": 1}
+
+
+def tighten(patches: pytest.MonkeyPatch, tight: dict[str, int]) -> None:
+    """Give the constants these values; LOCAL is how far the local image is read ahead."""
+    values = dict(tight)
+    patches.setattr(dosvob.LocalImage, "READ_AHEAD", values.pop("LOCAL", dosvob.LocalImage.READ_AHEAD))
+    set_constants(patches, **values)
 
 
 def in_time(streams: list[AgentProcess], work: Callable[[], object]) -> None:
@@ -554,7 +561,7 @@ def in_time(streams: list[AgentProcess], work: Callable[[], object]) -> None:
         timer.cancel()
 
 
-def back_up_tightly(directory: Path, *, most: int = 1 << 20, edit: Callable[[bytes], bytes] = bytes) -> None:
+def back_up_tightly(directory: Path, *, most: int = 1 << 20, edit: Callable[[str], str] = str) -> None:
     """A first and a later sync over narrow pipes."""
     device, backups = directory / "device", directory / "backups"
     streams: list[AgentProcess] = []
@@ -572,14 +579,12 @@ def back_up_tightly(directory: Path, *, most: int = 1 << 20, edit: Callable[[byt
 
 @pytest.mark.parametrize("tight", [{}, TIGHT, *({name: value, "HELD": 1} for name, value in TIGHT.items())], ids=str)
 def test_no_deadlock_with_tight_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tight: dict[str, int]) -> None:
-    for name, value in tight.items():
-        monkeypatch.setattr(dosvob, name, value)
+    tighten(monkeypatch, tight)
     back_up_tightly(tmp_path, most=5000)
 
 
 def test_no_deadlock_with_one_byte_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in TIGHT.items():
-        monkeypatch.setattr(dosvob, name, value)
+    tighten(monkeypatch, TIGHT)
     device, backups = tmp_path / "device", tmp_path / "backups"
     scatter(device, 1, 4 * MIB)
     back_up(backups, NAME, device)
@@ -594,25 +599,29 @@ def test_no_deadlock_with_one_byte_at_a_time(tmp_path: Path, monkeypatch: pytest
 
 def test_no_deadlock_with_a_slow_local_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent is done long before what it sends is stored."""
-    write_all, barrier = dosvob.write_all, threading.Event()
+    write, append, barrier = dosvob.SparseFile.write, dosvob.PatchWriter.append, threading.Event()
 
-    def slowly(fd: int, data: bytes | memoryview, offset: int) -> None:
+    def write_slowly(file: dosvob.SparseFile, data: bytes | memoryview, offset: int) -> None:
         barrier.wait(0.005)
-        write_all(fd, data, offset)
+        write(file, data, offset)
 
-    monkeypatch.setattr(dosvob, "write_all", slowly)
+    def append_slowly(writer: dosvob.PatchWriter, patch: dosvob.Patch) -> int:
+        barrier.wait(0.05)
+        return append(writer, patch)
+
+    monkeypatch.setattr(dosvob.SparseFile, "write", write_slowly)
+    monkeypatch.setattr(dosvob.PatchWriter, "append", append_slowly)
     back_up_tightly(tmp_path)
 
 
 def test_no_deadlock_with_a_slow_agent(tmp_path: Path) -> None:
-    read, slowly = b"chunk = os.pread(", b"time.sleep(0.05); chunk = os.pread("
-    back_up_tightly(tmp_path, edit=lambda program: edited(program, read, slowly))
+    read, slowly = "chunk = os.pread(", "time.sleep(0.05); chunk = os.pread("
+    back_up_tightly(tmp_path, edit=lambda source: edited(source, read, slowly))
 
 
 def test_nothing_stands_still_with_all_chunks_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More chunks than the scan may be ahead, and than the agent holds, each of which is compared and sent."""
-    monkeypatch.setattr(dosvob, "WINDOW", 72)
-    monkeypatch.setattr(dosvob, "HELD", 20)
+    set_constants(monkeypatch, WINDOW=72, HELD=20)
     device, backups = tmp_path / "device", tmp_path / "backups"
     chunks = dosvob.WINDOW + 20
     device.write_bytes(os.urandom(PAGE) * (chunks * PAGES))
@@ -636,8 +645,7 @@ def test_many_pages_that_collide_in_their_short_digests(tmp_path: Path, monkeypa
     one, other = COLLIDING
     assert one != other
     assert dosvob.page_digests(one)[:SHORT_SIZE] == dosvob.page_digests(other)[:SHORT_SIZE]
-    monkeypatch.setattr(dosvob, "WINDOW", 8)
-    monkeypatch.setattr(dosvob, "HELD", 8)
+    set_constants(monkeypatch, WINDOW=8, HELD=8)
     device, backups = tmp_path / "device", tmp_path / "backups"
     chunks = 5 * dosvob.WINDOW
 
@@ -654,9 +662,8 @@ def test_many_pages_that_collide_in_their_short_digests(tmp_path: Path, monkeypa
 
 
 def test_chunks_that_the_agent_does_not_hold_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dosvob, "WINDOW", 8)
-    monkeypatch.setattr(dosvob, "HELD", 2)
-    monkeypatch.setattr(dosvob, "BATCH_SECONDS", 3600)  # so that more are announced than held before any is asked for
+    # The batch is so long that more are announced than held before any is asked for.
+    set_constants(monkeypatch, WINDOW=8, HELD=2, BATCH_SECONDS=3600)
     device, backups, reads = tmp_path / "device", tmp_path / "backups", tmp_path / "reads"
     chunks = 30
     device.write_bytes(os.urandom(PAGE) * (chunks * PAGES))
@@ -665,9 +672,9 @@ def test_chunks_that_the_agent_does_not_hold_are_read_again(tmp_path: Path, monk
     for chunk in range(0, chunks, 3):
         write_at(device, chunk * MIB + chunk * PAGE, os.urandom(PAGE))
 
-    def edit(program: bytes) -> bytes:
-        noted = f"open({str(reads)!r}, 'a').write(f'{{index}}\\n'); chunk = os.pread(".encode()
-        return edited(program, b"chunk = os.pread(", noted)
+    def edit(source: str) -> str:
+        noted = f"open({str(reads)!r}, 'a').write(f'{{index}}\\n'); chunk = os.pread("
+        return edited(source, "chunk = os.pread(", noted)
 
     stream = AgentProcess(device, 0, dosvob.WINDOW, pipe=NARROW, edit=edit)
     in_time([stream], lambda: back_up(backups, NAME, device, connect=lambda first, window: stream))
@@ -682,8 +689,8 @@ def test_chunks_are_dropped_while_an_answer_waits(tmp_path: Path) -> None:
     window = 4
     device = tmp_path / "device"
     device.write_bytes(os.urandom(PAGE) * (4 * window * PAGES))
-    answer = b"self.answer(*self.requests.get())"
-    stream = AgentProcess(device, 0, window, edit=lambda program: edited(program, answer, b"time.sleep(3600)"))
+    answer = "self.answer(*self.requests.get())"
+    stream = AgentProcess(device, 0, window, edit=lambda source: edited(source, answer, "time.sleep(3600)"))
     parser = dosvob.FrameParser()
 
     def announced(count: int) -> list[int]:
@@ -702,10 +709,10 @@ def test_chunks_are_dropped_while_an_answer_waits(tmp_path: Path) -> None:
         in_time([stream], talk)
 
 
-def edited(program: bytes, old: bytes, new: bytes) -> bytes:
-    """The agent's program with a change."""
-    assert program.count(old) == 1
-    return program.replace(old, new)
+def edited(source: str, old: str, new: str) -> str:
+    """The agent's source with a change."""
+    assert source.count(old) == 1
+    return source.replace(old, new)
 
 
 # -- any image becomes any other
@@ -781,4 +788,4 @@ def test_a_sync_makes_the_image_the_volume(
             else:
                 back_up(backups, NAME, device, connect=connect, reread=reread)
             assert (backups / NAME).read_bytes() == device.read_bytes()
-            assert dosvob.verify_image(dosvob.ImagePaths(backups, NAME), lambda size: None) == []
+            assert not any(verify(dosvob.ImagePaths(backups, NAME)))

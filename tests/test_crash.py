@@ -1,12 +1,16 @@
 """The image survives a kill at every system call that changes a file: it is the old snapshot or the new one.
 
+So do its versions: each that is listed restores to the very bytes that it had.
+
 strace delivers SIGKILL when the process is about to make one such call; which calls there are is read off a run that
 is left alone. Most cases run the local part with the real agent as a local process; a sample runs the whole script.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +18,19 @@ from pathlib import Path
 import pytest
 from conftest import MIB, Home, same, sampled
 from crash_support import (
-    CHANGING_CALLS,
     Call,
     back_up,
     calls_in,
+    commits,
     driver,
     files_of,
     killing,
     recover,
+    restored,
     run_driver,
     scatter,
     strace,
+    verify,
 )
 from simulator import Volume
 
@@ -102,22 +108,48 @@ class Scene:
         return self.paths.image.read_bytes()
 
     def check_state(self) -> None:
-        """If there is a state, it describes the image as it is."""
-        assert not dosvob.verify_image(self.paths, lambda size: None)
+        """If there is a state, it describes the image as it is; and there are no damaged versions."""
+        if self.paths.state.exists():
+            assert not any(verify(self.paths))
+
+    def versions(self) -> dict[str, bytes]:
+        """What the versions that are listed restore to, by their times."""
+        return restored(self.paths, self.device.parent)
 
     def check_settled(self, content: bytes) -> None:
-        """The image has the content and a state, and nothing is left beside it."""
+        """The image has the content and a state, and nothing is left beside it but whole versions."""
         assert self.image() == content
-        assert dosvob.verify_image(self.paths, lambda size: None) == []
-        assert {path.name for path in self.backups.rglob(f"{NAME}*")} == {NAME, f"{NAME}.state"}
+        assert not any(verify(self.paths))
+        there = {path.name for path in self.backups.rglob(f"{NAME}*")} - {self.paths.versions.name}
+        assert there == {NAME, f"{NAME}.state"}
+        assert {path.name for path in self.paths.versions.glob("*")} == set(self.versions())
 
 
-def later_scene(directory: Path) -> tuple[Scene, bytes, bytes]:
-    """A scene with a backup, and a volume that has changed and grown since: also the old and the new content."""
-    scene = Scene(directory)
-    old = scene.change(1, 8)
-    scene.back_up()
-    return scene, old, scene.change(2, 10)
+@dataclass(frozen=True)
+class Later:
+    """A scene with a backup that has a version, and a volume that has changed and grown since; and all the contents."""
+
+    scene: Scene
+    oldest: bytes
+    old: bytes
+    new: bytes
+
+    @classmethod
+    def make(cls, directory: Path) -> Later:
+        """In a new directory."""
+        scene = Scene(directory)
+        contents = []
+        for seed, mebibytes in ((3, 7), (1, 8)):
+            contents.append(scene.change(seed, mebibytes))
+            scene.back_up()
+        assert list(scene.versions().values()) == contents[:1]
+        return cls(scene, contents[0], contents[1], scene.change(2, 10))
+
+    def check(self, *, is_new: bool) -> None:
+        """The image is the old or the new one, and so many versions are there with just what they had."""
+        assert self.scene.image() == (self.new if is_new else self.old)
+        self.scene.check_state()
+        assert list(self.scene.versions().values()) == [*([self.old] if is_new else []), self.oldest]
 
 
 def first_change_of(calls: list[Call], path: Path) -> int:
@@ -129,18 +161,39 @@ def first_change_of(calls: list[Call], path: Path) -> int:
 def test_a_later_sync_killed_anywhere_leaves_the_old_or_the_new_image(
     tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    scene, _, _ = later_scene(tmp_path / "whole")
-    calls = scene.record("sync")
-    assert sum(call.commits for call in calls) == 1
+    calls = Later.make(tmp_path / "whole").scene.record("sync")
+    assert sum(commits(calls)) == 1
     assert {call.name for call in calls} >= {"write", "pwrite64", "fsync", "rename", "ftruncate", "fallocate", "unlink"}
+    changed = {file for call in calls for file in call.files}
+    assert {f"{NAME}.version.new", f"{NAME}.versions"} <= {Path(file).name for file in changed}
     for case in sampled(pytestconfig, cases_of(calls), 7):
-        scene, old, new = later_scene(tmp_path / str(case.position))
-        committed = any(call.commits for call in scene.kill("sync", case))
+        later = Later.make(tmp_path / str(case.position))
+        scene = later.scene
+        committed = any(commits(scene.kill("sync", case)))
         recover(scene.backups, NAME)  # what every command does first, also without a network
-        assert scene.image() == (new if committed else old), case
-        scene.check_state()
+        later.check(is_new=committed)
         scene.back_up()
-        scene.check_settled(new)
+        scene.check_settled(later.new)
+        expected = [later.old, later.oldest]
+        assert list(scene.versions().values()) == ([later.new, *expected] if committed else expected)
+
+
+def test_before_its_recovery_a_killed_sync_can_be_restored_from(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """A committed journal is laid over, also one that was applied in part; one that is not counts for nothing."""
+    calls = Later.make(tmp_path / "whole").scene.record("sync")
+    cases = cases_of(calls)
+    committed = commits(calls).index(True)
+    chosen = [*sampled(pytestconfig, cases[:committed], 1), *sampled(pytestconfig, cases[committed + 1 :], 3)]
+    for case in chosen:
+        later = Later.make(tmp_path / str(case.position))
+        scene = later.scene
+        is_new = any(commits(scene.kill("sync", case)))
+        target = tmp_path / f"restored-{case.position}"
+        with contextlib.closing(dosvob.Chain(scene.paths)) as chain:
+            final, damaged = chain.restore(0, target, lambda count: None)
+        assert not damaged.ranges
+        assert final.read_bytes() == (later.new if is_new else later.old), case
+        assert list(scene.versions().values()) == [*([later.old] if is_new else []), later.oldest], case
 
 
 def test_a_first_sync_killed_anywhere_leaves_no_image_or_a_whole_one(
@@ -149,13 +202,13 @@ def test_a_first_sync_killed_anywhere_leaves_no_image_or_a_whole_one(
     scene = Scene(tmp_path / "whole")
     scene.change(1, 8)
     calls = scene.record("sync")
-    renamed = next(n for n, call in enumerate(calls) if call.name == "rename" and str(scene.paths.image) in call.files)
+    named = becomes_the_image(calls, scene.paths)
     for case in sampled(pytestconfig, cases_of(calls), 4):
         scene = Scene(tmp_path / str(case.position))
         content = scene.change(1, 8)
         scene.kill("sync", case)
         recover(scene.backups, NAME)
-        assert scene.paths.image.exists() == (case.position > renamed), case
+        assert scene.paths.image.exists() == (case.position > named), case
         if scene.paths.image.exists():
             assert scene.image() == content, case
             scene.check_state()
@@ -163,46 +216,51 @@ def test_a_first_sync_killed_anywhere_leaves_no_image_or_a_whole_one(
         scene.check_settled(content)
 
 
-def test_a_recovery_killed_anywhere_is_finished_by_the_next(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    def interrupted(directory: Path, case: Case) -> tuple[Scene, bytes]:
-        scene, _, new = later_scene(directory)
-        scene.kill("sync", case)
-        return scene, new
+def becomes_the_image(calls: list[Call], paths: dosvob.ImagePaths) -> int:
+    """Where what a first sync fetched gets its name."""
+    return next(n for n, call in enumerate(calls) if call.name == "rename" and str(paths.image) in call.files)
 
-    scene, _, _ = later_scene(tmp_path / "sync")
-    sync = scene.record("sync")
-    begun = cases_of(sync)[first_change_of(sync, scene.paths.image)]
-    scene, _ = interrupted(tmp_path / "recovery", begun)
-    calls = scene.record("recover")
+
+def test_a_recovery_killed_anywhere_is_finished_by_the_next(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    def interrupted(directory: Path, case: Case) -> Later:
+        later = Later.make(directory)
+        later.scene.kill("sync", case)
+        return later
+
+    sync = Later.make(tmp_path / "sync").scene.record("sync")
+    begun = cases_of(sync)[first_change_of(sync, dosvob.ImagePaths(tmp_path / "sync" / "backups", NAME).image)]
+    calls = interrupted(tmp_path / "recovery", begun).scene.record("recover")
     chance = random.Random(pytestconfig.option.seed)
     for case in sampled(pytestconfig, cases_of(calls), 3):
-        scene, new = interrupted(tmp_path / str(case.position), begun)
+        later = interrupted(tmp_path / str(case.position), begun)
+        scene = later.scene
         scene.kill("recover", case)
         # And the one after it, so that a journal is found that was applied in part, twice. It has no more calls to
         # make than the first one, so this one may also come to its end.
         again = chance.choice(cases_of(calls))
         assert scene.run("recover", again.injection).returncode in (KILLED, 0)
         recover(scene.backups, NAME)
-        assert scene.image() == new, (case, again)
+        later.check(is_new=True)
         assert not scene.paths.journal.exists()
-        scene.check_state()
         scene.back_up()
-        scene.check_settled(new)
+        scene.check_settled(later.new)
 
 
 def test_killed_again_and_again_the_sync_gets_on(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """Each sync takes up what the one before it left, while the volume goes on changing."""
-    scene, old, new = later_scene(tmp_path / "scene")
+    later = Later.make(tmp_path / "scene")
+    scene = later.scene
     chance = random.Random(pytestconfig.option.seed)
-    versions = [old, new]
+    contents = [later.oldest, later.old, later.new]
     for seed in range(3, 8):
         call, occurrence = chance.choice((("write", 2), ("fsync", 1), ("pwrite64", 3), ("rename", 1), ("unlink", 2)))
         scene.run("sync", killing(occurrence, call))
         recover(scene.backups, NAME)
-        assert scene.image() in versions, (call, occurrence)
-        versions.append(scene.change(seed, 8 + seed))
+        assert scene.image() in contents, (call, occurrence)
+        assert all(content in contents for content in scene.versions().values())
+        contents.append(scene.change(seed, 8 + seed))
     scene.back_up()
-    scene.check_settled(versions[-1])
+    scene.check_settled(contents[-1])
 
 
 # -- what is durable when
@@ -215,14 +273,15 @@ class PowerCut:
         self.volatile: set[str] = set()
         self._paths = paths
         self._written: set[str] = set()
-        self._created = {str(path) for path in (paths.journal, paths.new_state, paths.partial)}
+        self._created = {str(path) for path in (paths.journal, paths.new_state, paths.new_version, paths.partial)}
 
     def follow(self, call: Call) -> None:
         """What becomes volatile or durable by the call."""
         if call.name in ("fsync", "fdatasync"):
             self.volatile.discard(call.files[0])
         elif call.name.startswith(("mkdir", "rename", "unlink")):
-            self.volatile.add(parent(call.files[-1]))
+            if call.files[-1] != str(self._paths.backups):  # whose parent is the user's
+                self.volatile.add(parent(call.files[-1]))
         else:
             self.volatile.add(call.files[0])
             if call.files[0] in self._created - self._written:  # perhaps just now
@@ -233,13 +292,18 @@ class PowerCut:
         """What must be durable before the call is made."""
         paths = self._paths
         image, journal, metadata = str(paths.image), str(paths.journal), str(paths.metadata)
-        if call.name.startswith("rename"):  # something becomes the image or its state
-            return {call.files[0], image}
+        if call.name.startswith("rename"):  # something becomes the image, a version, or the state
+            return {call.files[0]} | (set() if call.files[-1] == image else {image, str(paths.backups)})
         if call.name.startswith("unlink"):
-            return {image, str(paths.state), metadata} if call.files[0] == journal else set()
-        if call.commits:
-            return {journal, str(paths.new_state), metadata, str(paths.backups)}
+            settled = {image, str(paths.state), metadata, str(paths.versions)}
+            return settled if call.files[0] == journal else set()
         return {journal, metadata} if call.files[0] == image else set()
+
+    def commit_relies_on(self) -> set[str]:
+        """What must be durable before the commit mark is written."""
+        paths = self._paths
+        files = (paths.journal, paths.new_state, paths.new_version, paths.metadata, paths.backups)
+        return {str(path) for path in files}
 
 
 def parent(path: str) -> str:
@@ -251,21 +315,22 @@ def check_durability(calls: list[Call], paths: dosvob.ImagePaths) -> None:
     """Every step is durable before the next one relies on it, and all is in the end."""
     power = PowerCut(paths)
     changes = [call for call in calls if call.succeeded]
-    for number, call in enumerate(changes):
+    committed = commits(changes)
+    for number, (call, is_commit) in enumerate(zip(changes, committed, strict=True)):
         if call.name not in ("fsync", "fdatasync"):
-            assert not power.volatile & power.relies_on(call), (number, call)
+            relied_on = power.commit_relies_on() if is_commit else power.relies_on(call)
+            assert not power.volatile & relied_on, (number, call)
         power.follow(call)
     assert not power.volatile
-    applied = [call.files == (str(paths.image),) and call.name != "fsync" for call in changes]
-    committed = [call.commits for call in changes]
+    applied = [call.files == (str(paths.image),) and call.name not in ("fsync", "fdatasync") for call in changes]
     assert True not in applied or committed.index(True) < applied.index(True)
 
 
-CALLS_WITH_MKDIR = f"{CHANGING_CALLS},?mkdir,mkdirat"
-
-
 def test_everything_is_durable_before_the_next_step_relies_on_it(tmp_path: Path) -> None:
-    scene, _, _ = later_scene(tmp_path / "later")
+    scene = Later.make(tmp_path / "later").scene
+    check_durability(scene.record("sync"), scene.paths)
+    shutil.rmtree(scene.paths.versions)  # so that its directory is made
+    scene.change(5, 10)
     check_durability(scene.record("sync"), scene.paths)
     first = Scene(tmp_path / "first")
     first.change(1, 8)
@@ -277,7 +342,7 @@ def test_the_directory_of_the_journal_is_durable_when_an_image_is_adopted(tmp_pa
     scene.backups.mkdir()
     scene.paths.image.write_bytes(scene.change(1, 8))
     scene.change(2, 8)
-    trace = strace(scene.backups, NAME, "-o", str(scene.trace), calls=CALLS_WITH_MKDIR)
+    trace = strace(scene.backups, NAME, "-o", str(scene.trace))
     subprocess.run([*trace, *driver("sync", scene.backups, NAME, scene.device)], check=True, timeout=60)
     calls = calls_in(scene.trace)
     assert [call.files for call in calls if call.name == "mkdir" and call.succeeded] == [(str(scene.paths.metadata),)]
@@ -285,17 +350,23 @@ def test_the_directory_of_the_journal_is_durable_when_an_image_is_adopted(tmp_pa
 
 
 def test_an_interrupted_sync_that_was_recovered_is_durable_too(tmp_path: Path) -> None:
-    scene, _, _ = later_scene(tmp_path / "sync")
+    scene = Later.make(tmp_path / "sync").scene
     calls = scene.record("sync")
     begun = cases_of(calls)[first_change_of(calls, scene.paths.image)]
-    scene, _, _ = later_scene(tmp_path / "recovery")
+    scene = Later.make(tmp_path / "recovery").scene
     scene.kill("sync", begun)
-    recovery = scene.record("recover")
-    names = [(call.name, Path(call.files[-1]).name) for call in recovery]
-    synced, renamed = names.index(("fsync", NAME)), names.index(("rename", f"{NAME}.state"))
+    recovery = [call for call in scene.record("recover") if call.name != "fdatasync"]  # of what is read
+    names = [(call.name, Path(call.files[-1]).name) for call in recovery if call.succeeded]
+    synced, state, journal = (
+        names.index(step)
+        for step in (("fsync", NAME), ("rename", f"{NAME}.state"), ("unlink", f"{NAME}.journal"))
+    )
+    version = next(n for n, call in enumerate(recovery) if str(scene.paths.new_version) in call.files)
     assert all(name != NAME or call == "fsync" for call, name in names[synced:])
-    assert synced < renamed < names.index(("unlink", f"{NAME}.journal"))
-    assert names[renamed + 1] == names[-1] == ("fsync", ".dosvob")
+    assert synced < state < journal
+    assert synced < version < journal
+    assert ("fsync", f"{NAME}.versions") in names[version:journal]
+    assert names[journal - 1] == names[-1] == ("fsync", ".dosvob")
 
 
 # -- the whole script
@@ -334,11 +405,20 @@ class WholeScript:
 
     def check_settled(self, case: Case) -> None:
         """The next run succeeds and leaves nothing, here or there."""
-        assert self.home.simulator.alive() or case.position == 0  # the directory is synced before anything is created
+        created_from = self.created_from()  # the directory is synced before anything is created
+        assert self.home.simulator.alive() or case.position <= created_from
         self.home.run()
         assert same(self.paths.image, self.volume.path)
         assert not self.home.simulator.alive()
-        assert {path.name for path in self.home.backups.rglob(f"{NAME}*")} == {NAME, f"{NAME}.state"}
+        there = {path.name for path in self.home.backups.rglob(f"{NAME}*")} - {self.paths.versions.name}
+        assert there == {NAME, f"{NAME}.state"}
+        assert not any(verify(self.paths))
+
+    def created_from(self) -> int:
+        """How many calls, all about directories, the last run made before its first about a file."""
+        directories = {str(self.paths.backups), str(self.paths.metadata)}
+        calls = calls_in(self.trace)
+        return next((n for n, call in enumerate(calls) if not set(call.files) <= directories), len(calls))
 
 
 def copy(source: Path, target: Path) -> None:
@@ -353,13 +433,13 @@ def test_the_whole_script_killed_in_a_later_sync(home: Home, pytestconfig: pytes
     script.put(script.new)
     calls = script.run(expect=0)
     check_durability(calls, script.paths)
-    assert sum(call.commits for call in calls) == 1
+    assert sum(commits(calls)) == 1
     # A write too many would be one that does not come when the answers come in another order: the driver does those.
     for case in sampled(pytestconfig, [case for case in cases_of(calls) if case.call != "write"], 1):
         script.put(script.old)
         home.run()
         script.put(script.new)
-        committed = any(call.commits for call in script.run(case.injection, expect=KILLED))
+        committed = any(commits(script.run(case.injection, expect=KILLED)))
         script.start_without_the_cloud(case)
         assert same(script.paths.image, script.new if committed else script.old), case
         script.check_settled(case)
@@ -369,13 +449,14 @@ def test_the_whole_script_killed_in_a_first_sync(home: Home, pytestconfig: pytes
     script = WholeScript(home, home.simulator.add_volume(NAME))
     calls = script.run(expect=0)
     check_durability(calls, script.paths)
-    renamed = next(n for n, call in enumerate(calls) if call.name == "rename" and str(script.paths.image) in call.files)
+    named = becomes_the_image(calls, script.paths)
     for case in sampled(pytestconfig, cases_of(calls), 1):
         for path in files_of(home.backups, NAME):
             if path.is_file():
                 path.unlink()
+        shutil.rmtree(script.paths.versions, ignore_errors=True)
         script.run(case.injection, expect=KILLED)
         script.start_without_the_cloud(case)
-        assert script.paths.image.exists() == (case.position > renamed), case
+        assert script.paths.image.exists() == (case.position > named), case
         assert not script.paths.image.exists() or same(script.paths.image, script.new), case
         script.check_settled(case)
