@@ -539,7 +539,9 @@ class Api:
 
     def for_teardown(self) -> Api:
         """The same API, which no signal stops, and no call holds up for long, save by the rate limit."""
-        return Api(self._config, Stop(), self._say, self._detail, self.TEARDOWN_PATIENCE)
+        api = Api(self._config, Stop(), self._say, self._detail, self.TEARDOWN_PATIENCE)
+        api._is_token_known = self._is_token_known
+        return api
 
     def get(self, path: str, **params: str | int) -> Json:
         """GET, repeated while it fails in a way that may pass."""
