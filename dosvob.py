@@ -3438,7 +3438,7 @@ class AgentStream:
             # paramiko waits for the answer without a limit
             within(SSH_TIMEOUT, lambda: self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'"))
         except (paramiko.SSHException, OSError, EOFError) as problem:
-            raise self._lost(f"the agent could not be started: {problem}") from problem
+            raise self._lost(f"the agent could not be started: {str(problem) or 'no answer'}") from problem
         self.send(program)
 
     def send(self, data: bytes) -> None:
@@ -3568,7 +3568,7 @@ class Link:
                 within(SSH_TIMEOUT, channel.recv_exit_status)
         except (paramiko.SSHException, OSError, EOFError) as problem:
             transport.close()
-            raise ConnectionLost(f"the connection to the droplet broke: {problem or 'no answer'}") from problem
+            raise ConnectionLost(f"the connection to the droplet broke: {str(problem) or 'no answer'}") from problem
 
     def start_agent(self, program: bytes) -> AgentStream:
         """An agent with this program; raises ConnectionLost."""
