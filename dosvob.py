@@ -212,8 +212,8 @@ def root_cause(problem: BaseException) -> BaseException:
 
 
 def reason(problem: BaseException) -> str:
-    """What an exception says; its name if that is nothing."""
-    return str(problem) or type(problem).__name__
+    """What an exception says, or is."""
+    return str(problem) or ("no answer" if isinstance(problem, TimeoutError) else type(problem).__name__)
 
 
 def utc_now() -> datetime.datetime:

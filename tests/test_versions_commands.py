@@ -141,7 +141,7 @@ def test_list_for_programs(user: User) -> None:
     first = volume["versions"][1]
     versions = dosvob.Versions(user.paths)
     newest, second, _ = versions.all()
-    versions._merge([newest, second])  # as thinning does
+    versions._merge([newest, second], lambda _: None)  # as thinning does
     versions._remove([newest])
     after = sum(path.stat().st_size for path in user.paths.versions.iterdir())
     assert before - after == first["frees"]
