@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import os
 import random
@@ -215,6 +216,30 @@ def test_a_snapshot_that_is_said_to_be_older_than_the_last(lineage: Lineage) -> 
         assert digest(restored(lineage.backups, depth + 3)) == lineage.truth[time]
 
 
+def test_a_damaged_version_does_not_keep_others_for_ever(lineage: Lineage) -> None:
+    """Nothing can be merged with it, and it stays as long as it is wanted; all else is thinned."""
+    lineage.go_on(16)
+    times = listed(lineage.backups)
+    keep = dosvob.Keep(last=0, daily=3, weekly=0, monthly=0)
+    stay = [number for number, wanted in enumerate(keep.wanted(moments_of(lineage))) if wanted]
+    spoilt = stay[-1] - 1  # to be merged into the oldest one that stays
+    victim = lineage.paths.versions / times[spoilt]
+    os.truncate(victim, victim.stat().st_size - 5000)
+    with pytest.raises(dosvob.Damaged, match=times[spoilt]):
+        thin(lineage.backups, keep)
+    left = listed(lineage.backups)
+    assert left == [time for number, time in enumerate(times) if number in stay or stay[-2] < number < stay[-1]]
+    thin(lineage.backups, dosvob.Keep(1, 0, 0, 0))  # and once it is too old it goes, with what needs it
+    assert lineage.check() == [times[0], times[stay[1]]]
+
+
+def moments_of(lineage: Lineage) -> list[datetime.datetime]:
+    """The times of image and versions."""
+    with contextlib.closing(dosvob.Chain(lineage.paths)) as chain:
+        assert chain.state is not None
+        return [chain.state.moment, *(version.moment for version in chain.versions)]
+
+
 # -- a full disk
 
 
@@ -265,7 +290,7 @@ def test_a_disk_that_is_full_while_versions_are_thinned(tmp_path: Path, tmpfs: T
     tmpfs.leave_free(60 * MIB)
     assert lineage.check() == before
     assert len(warnings) == 1
-    assert "could not be thinned, so all of them stay" in warnings[0]
+    assert "older versions could not be thinned and stay" in warnings[0]
     assert 'to keep fewer change "keep" in conf.json' in warnings[0]
     assert not list(lineage.paths.versions.glob("*.new"))
     thin(lineage.backups, keep)
