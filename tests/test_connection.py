@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from simulator import FOREVER, Behaviour, Droplet, Fault, Simulator
 from trouble_support import (
     FAST,
     PausingPython,
+    Running,
     account,
     add_volume,
     assert_backed_up,
@@ -124,35 +126,84 @@ def test_what_had_arrived_is_not_fetched_again(home: Home, sim: Simulator, tmp_p
 IMPATIENT = {"SSH_TIMEOUT": 2}
 
 
+def test_connection_that_hears_nothing_is_made_anew(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    """Before the droplet counts as being up."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("ssh-deaf", times_on_droplet=2))
+    assert run(home, constants=IMPATIENT).stderr == ""
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+    assert logins(tmp_path) == 3
+    assert len([item for item in sim.ever if item.kind == "droplet"]) == 1
+
+
+@pytest.mark.parametrize("droplets", [1, FOREVER])
+def test_droplet_that_hears_nothing_on_any_connection_is_given_up(home: Home, sim: Simulator, droplets: int) -> None:
+    """Another one may do; if it does not, that is the end."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("ssh-deaf", times=droplets, times_on_droplet=FOREVER))
+    done = run(home, expect=0 if droplets == 1 else 1, constants={**IMPATIENT, "ATTEMPTS": 2})
+    assert "warning: the connection to the droplet broke: no answer; making another one" in done.stderr
+    if droplets == 1:
+        assert_backed_up(home, volume)
+    else:
+        assert re.search("error: no volume .*, a second one too: the connection to the droplet broke", done.stderr)
+    assert_nothing_left(sim)
+
+
+def start_deaf(home: Home, sim: Simulator) -> tuple[Running, Droplet]:
+    """A run whose droplet is up, and hears nothing of the agent that is being started there."""
+    sim.faults.add(Fault("delay", method="POST", path="/actions$", seconds=2))  # it is attached after that
+    running = start(home, constants={**IMPATIENT, "ATTEMPTS": 2, "RECONNECT_LIMIT": 3})
+    running.wait_for(" is up at ")
+    droplet = sim.droplets[0]
+    droplet.stall()
+    return running, droplet
+
+
 def test_agent_that_is_never_started_is_asked_for_on_another_connection(
     home: Home, sim: Simulator, tmp_path: Path
 ) -> None:
     volume = add_volume(sim, "data")
-    sim.faults.add(Fault("ssh-deaf", times_on_droplet=2))
-    done = run(home, constants=IMPATIENT)
-    assert done.stderr.count("the agent could not be started") == done.stderr.count("connecting again") == 2
+    running, droplet = start_deaf(home, sim)
+    running.wait_for("connecting again")
+    droplet.resume()
+    assert running.end() == 0, running.output
+    assert running.output.count("the agent could not be started") == 1
     assert_backed_up(home, volume)
     assert_nothing_left(sim)
-    assert logins(tmp_path) == 3
+    assert logins(tmp_path) == 2
 
 
 def test_agent_that_is_never_started_on_any_connection_is_given_up(home: Home, sim: Simulator) -> None:
     add_volume(sim, "data")
-    sim.faults.add(Fault("ssh-deaf", times_on_droplet=FOREVER))
-    done = run(home, expect=1, constants={**IMPATIENT, "ATTEMPTS": 2})
-    assert "error: data: the agent could not be started" in done.stderr
+    running, _ = start_deaf(home, sim)
+    assert running.end() == 1
+    assert "the agent could not be started" in running.output
+    assert "error: data: no connection to the droplet" in running.output
     assert_nothing_left(sim)
 
 
 def test_signal_while_an_agent_is_being_started(home: Home, sim: Simulator) -> None:
     add_volume(sim, "data")
-    sim.faults.add(Fault("ssh-deaf", times_on_droplet=FOREVER))
-    running = start(home, constants=IMPATIENT)
+    running, _ = start_deaf(home, sim)
     running.wait_for("the agent could not be started")
     running.signal(signal.SIGTERM)
     assert running.end() == 128 + signal.SIGTERM
     assert_nothing_left(sim)
-    assert running.output.count("connecting again") <= 2  # the one that was being made is not followed by others
+    assert running.output.count("connecting again") == 1  # the one that was being made is not followed by others
+    assert "error: " not in running.output
+
+
+def test_signal_while_a_droplet_hears_nothing(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    add_volume(sim, "data")
+    sim.faults.add(Fault("ssh-deaf", times_on_droplet=FOREVER))
+    running = start(home, constants=IMPATIENT)
+    until(lambda: logins(tmp_path))
+    running.signal(signal.SIGTERM)
+    assert running.end() == 128 + signal.SIGTERM
+    assert_nothing_left(sim)
+    assert logins(tmp_path) <= 2
     assert "error: " not in running.output
 
 
@@ -192,13 +243,13 @@ def test_ssh_comes_late(tmp_path: Path) -> None:
 def test_host_key_of_another_kind(home: Home, sim: Simulator, tmp_path: Path) -> None:
     add_volume(sim, "data")
     sim.faults.add(Fault("wrong-host-key"))
-    assert_refused(run(home, expect=1).stderr, sim, tmp_path)
+    assert_refused(run(home, expect=1, constants={"STRANGER_LIMIT": 1}).stderr, sim, tmp_path)
 
 
 def test_host_key_of_the_same_kind(tmp_path: Path) -> None:
     with account(tmp_path / "account", replace(FAST, ssh_seconds=2)) as (sim, home):
         add_volume(sim, "data")
-        running = start(home)
+        running = start(home, constants={"STRANGER_LIMIT": 1})
         until(lambda: sim.droplets and sim.droplets[0].machine)
         machine = sim.droplets[0].machine
         assert machine is not None

@@ -251,7 +251,7 @@ class TestStopping:
 
     def test_stop_tears_down(self, at_work: Project, sim: Simulator) -> None:
         """The signal reaches the run, and the container waits for it."""
-        assert at_work.inspect()["Config"]["StopTimeout"] > 600  # REMOVE_LIMIT
+        assert at_work.inspect()["Config"]["StopTimeout"] > 600  # Removal.LIMIT
         at_work.compose("stop")
         assert not sim.alive()
         state = at_work.inspect()["State"]
@@ -296,8 +296,9 @@ def test_wrong_token_is_told_and_not_tried_again(project: Project, sim: Simulato
     project.configure(token="dop_v1_wrong")
     project.up()
     project.until_health("unhealthy")
-    project.until_logged(f"{ENDED} 1")
-    assert "The token is wrong, expired or revoked: make a new one at" in project.log()
+    project.until_logged(f"{ENDED} 2")
+    assert 'the token in "do_token" in conf.json (HTTP 401): it is wrong, expired or revoked' in project.log()
+    assert "make a new one at https://cloud.digitalocean.com/account/api/tokens" in project.log()
     assert "Traceback" not in project.log()
     asked = len(sim.requests)
     failed = failing_streak(project)

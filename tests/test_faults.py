@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Home, sampled
-from simulator import FOREVER, Behaviour, Fault, RequestRecord, Simulator, Volume
+from simulator import FOREVER, Behaviour, Droplet, Fault, RequestRecord, Simulator, Volume
 from simulator.faults import ActionKind, CallKind, DropletKind
 from trouble_support import (
     FAST,
@@ -68,6 +68,11 @@ class Call:
     def is_of_a_release(self) -> bool:
         """Whether it may detach or delete a clone that was synced, for which the run may end too soon."""
         return (self.method, "/v2/volumes/" in self.path) in (("POST", True), ("DELETE", True))
+
+    @property
+    def is_of_the_end(self) -> bool:
+        """Whether it may be a list that shows what is left, of which a teardown asks for as many as it takes."""
+        return self.method == "GET" and self.nth > 2
 
 
 def calls_of(requests: list[RequestRecord]) -> list[Call]:
@@ -134,7 +139,7 @@ def run_with_fault(directory: Path, fault: Fault, call: Call) -> None:
         volumes = add_three(sim)
         sim.faults.add(fault)
         done = run(home, expect=None)
-        assert sim.faults.fired or call.is_poll or call.is_of_a_release
+        assert sim.faults.fired or call.is_poll or call.is_of_a_release or call.is_of_the_end
         assert_nothing_left(sim)
         if done.returncode == 0:
             assert_backed_up(home, *volumes)
@@ -167,24 +172,61 @@ def test_answer_is_lost_and_lists_lag(pytestconfig: pytest.Config, tmp_path: Pat
 UNIQUE = {  # what may exist once only, so that it is not created again while no list shows it
     "account/keys": "key",
     "volumes": "volume",
-    "volumes/.*/snapshots": "snapshot",  # one in ten minutes
 }
 
 
-@behaving(list_lag_seconds=1000, snapshot_interval=600)
+@behaving(list_lag_seconds=1000)
 @pytest.mark.parametrize("path", UNIQUE)
 def test_answer_is_lost_and_no_list_shows_what_was_created(home: Home, sim: Simulator, path: str) -> None:
-    """Longer than lists are known to lag: it cannot be found, so that it may be there is said, by its name."""
+    """Longer than lists are known to lag: it is not created twice, and removed by whatever run finds it listed."""
     add_volume(sim, "data")
     sim.faults.add(Fault("lost", method="POST", path=f"^/v2/{path}$"))
     done = run(home, expect=1, constants={"LIST_LAG": 0.3})
     (left,) = sim.alive()
     assert left.kind == UNIQUE[path]
-    (line,) = [line for line in done.stderr.splitlines() if "LEFT BEHIND" in line]
-    assert "there may be something LEFT BEHIND" in line
-    assert f" {left.name} " in line
-    assert "python dosvob.py sweep" in line
+    assert "LEFT BEHIND" not in done.stderr  # the lists were had, and there is nothing in them to be removed
     left.listed = 0
+    run(home, "sweep")
+    assert_nothing_left(sim)
+
+
+@behaving(list_lag_seconds=1000, snapshot_interval=4)
+def test_answer_is_lost_and_no_list_shows_the_snapshot(home: Home, sim: Simulator) -> None:
+    """Of which there is one in ten minutes: another one is taken then."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("lost", method="POST", path="^/v2/volumes/.*/snapshots$"))
+    done = run(home, constants={"LIST_LAG": 0.3})
+    assert "one snapshot of a volume per 10 minutes" in done.stdout
+    assert_backed_up(home, volume)
+    (left,) = sim.alive()
+    assert left.kind == "snapshot"
+    left.listed = 0
+    run(home, "sweep")
+    assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize("path", CREATIONS)
+def test_answer_is_lost_and_there_are_no_more_lists(home: Home, sim: Simulator, path: str) -> None:
+    """Whether it was created cannot be known, so that it may be there is said, by its name."""
+    add_volume(sim, "data")
+    kind = "snapshot" if "snapshots" in path else path.rpartition("/")[2].removesuffix("s")
+    lists = {"snapshot": "snapshots"}.get(kind, path)
+    before = {"volume": 3, "key": 2, "snapshot": 2, "droplet": 2}[kind]  # what comes before the creation has its lists
+    sim.faults.add(
+        Fault("lost", method="POST", path=f"^/v2/{path}$"),
+        Fault("error", method="GET", path=f"^/v2/{lists.replace('volumes/.*/', '')}$", nth=before, times=FOREVER),
+    )
+    if kind == "key":
+        sim.faults.add(Fault("never-active"))
+    done = run(home, expect=1, constants={"PATIENCE": 0.3, "TEARDOWN_PATIENCE": 0.3, "LIMIT": 1})
+    (left,) = [item for item in sim.alive() if item.kind != "tag"]
+    assert left.kind == kind
+    (line,) = [line for line in done.stderr.splitlines() if "LEFT BEHIND" in line]
+    assert "there may be something LEFT BEHIND, and billed until you remove it" in line
+    assert f" {left.name} " in line
+    assert "https://cloud.digitalocean.com/" in line
+    assert "dosvob.py sweep" in line
+    sim.faults.clear()
     run(home, "sweep")
     assert_nothing_left(sim)
 
@@ -194,8 +236,9 @@ def test_answer_is_lost_and_a_list_shows_the_droplet_at_the_end(home: Home, sim:
     """There are two by then; the late one is removed as part of the run, too."""
     volume = add_volume(sim, "data")
     sim.faults.add(Fault("lost", method="POST", path="^/v2/droplets$"))
+    sim.faults.add(Fault("delay", method="DELETE", path="^/v2/account/keys/", seconds=0.5))  # lists come after it
     running = start(home, constants={"LIST_LAG": 1})
-    until(lambda: any(item.kind == "volume" and item.deleted and not item.decoy for item in sim.ever))
+    until(lambda: any(item.kind == "droplet" and item.deleted for item in sim.ever))
     late, _ = [item for item in sim.ever if item.kind == "droplet"]
     assert not late.deleted
     late.listed = 0
@@ -235,7 +278,7 @@ def test_signal_before_a_creation_of_a_kind_that_was_in_doubt_before(home: Home,
 def test_api_is_down_for_good(home: Home, sim: Simulator) -> None:
     add_volume(sim, "data")
     sim.faults.add(Fault("error", status=503, times=FOREVER))
-    done = run(home, expect=1, constants={"RETRY_LIMIT": 0.5})
+    done = run(home, expect=1, constants={"PATIENCE": 0.5})
     assert "HTTP 503" in done.stderr
     assert "https://status.digitalocean.com" in done.stderr
     assert_nothing_left(sim)
@@ -245,8 +288,10 @@ def test_an_answer_that_trickles_for_ever(home: Home, sim: Simulator) -> None:
     """Each byte comes in time, the answer never does: the call ends, is repeated for a while, and then the run ends."""
     add_volume(sim, "data")
     sim.faults.add(Fault("trickle", method="GET", path=r"^/v2/droplets/\d+$", times=FOREVER, seconds=0.1))
-    done = run(home, expect=1, constants={"CALL_LIMIT": 0.5, "RETRY_LIMIT": 1})
-    assert re.search(r"error: the droplet could not be had: GET /v2/droplets/\d+: no complete answer", done.stderr)
+    done = run(home, expect=1, constants={"CALL_LIMIT": 0.5, "PATIENCE": 1})
+    assert re.search(
+        r"error: no volume .*, for want of a droplet: GET /v2/droplets/\d+: no complete answer", done.stderr
+    )
     assert_nothing_left(sim)
 
 
@@ -275,10 +320,10 @@ def test_a_list_that_fails_does_not_keep_the_rest_from_being_removed(home: Home,
     """The lists of the teardown fail for ever: what is known is deleted, and that more may be there is said."""
     volume = add_volume(sim, "data")
     sim.faults.add(Fault("error", method="GET", path="^/v2/droplets$", nth=2, times=FOREVER))
-    done = run(home, expect=1, constants={"RETRY_LIMIT": 0.3, "REMOVE_LIMIT": 1})
+    done = run(home, expect=1, constants={"PATIENCE": 0.3, "LIMIT": 1})
     assert_nothing_left(sim)
     assert_backed_up(home, volume)
-    assert re.search(r"there may be something LEFT BEHIND.*droplet dosvob-ephemeral-\w+-\*", done.stderr)
+    assert re.search(r"there may be something LEFT BEHIND.*droplet dosvob-ephemeral-\*", done.stderr)
     first = next(record.number for record in sim.requests if record.method == "DELETE" and "droplets" in record.path)
     assert first < min(number for number, _ in sim.faults.fired)  # a list that takes its time costs no droplet's time
 
@@ -330,33 +375,65 @@ def test_detach_fails(home: Home, sim: Simulator, kind: ActionKind) -> None:
 @pytest.mark.parametrize(
     ("kind", "constants", "message"),
     [
-        ("never-active", {"ACTIVE_LIMIT": 0.5}, "was not active, with an address, within"),
-        ("no-address", {"ACTIVE_LIMIT": 0.5}, "was not active, with an address, within"),
+        ("never-active", {"ADDRESS_LIMIT": 0.5}, "was not active, with an address, within"),
+        ("creation-errored", {}, "failed on DigitalOcean's side"),
+        ("no-address", {"ADDRESS_LIMIT": 0.5}, "was not active, with an address, within"),
         ("ssh-refused", {"SSH_LIMIT": 0.5}, "no connection to the droplet at 10.78"),
     ],
 )
 def test_droplet_is_not_to_be_had(
     home: Home, sim: Simulator, kind: DropletKind, constants: dict[str, float], message: str
 ) -> None:
+    """Nor is a second one, with which it is tried once."""
     add_volume(sim, "data")
     add_volume(sim, "other")
-    sim.faults.add(Fault(kind))
+    sim.faults.add(Fault(kind, times=FOREVER))
     done = run(home, expect=1, constants=constants)
-    assert message in done.stderr
+    first, second = done.stderr.splitlines()
+    assert "warning: " in first
+    assert message in first
+    assert "making another one" in first
+    assert "error: no volume can be backed up, for want of a droplet, a second one too: " in second
+    assert message in second
     assert len(re.findall(r"(data|other) .* FAILED", done.stdout)) == 2
+    assert len([item for item in sim.ever if item.kind == "droplet"]) == 2
     assert_nothing_left(sim)
 
 
-def test_droplet_dies_during_the_sync(home: Home, sim: Simulator, tmp_path: Path) -> None:
-    """It is noticed, and given up after some attempts; what had arrived is kept for the next run."""
+@pytest.mark.parametrize(
+    "fault", [Fault("never-active"), Fault("creation-errored"), Fault("no-address"), Fault("ssh-refused")]
+)
+def test_another_droplet_takes_the_place_of_one_that_does_not_come_up(home: Home, sim: Simulator, fault: Fault) -> None:
+    volumes = [add_volume(sim, "data"), add_volume(sim, "other")]
+    sim.faults.add(fault)
+    done = run(home, constants={"ADDRESS_LIMIT": 0.5, "SSH_LIMIT": 0.5, "RECONNECT_LIMIT": 0.3})
+    assert re.fullmatch(r"\S+ warning: .*; making another one\n", done.stderr)
+    assert sim.faults.fired
+    assert_backed_up(home, *volumes)
+    assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_droplet_dies_during_the_sync(home: Home, sim: Simulator, tmp_path: Path, kills: int) -> None:
+    """Another one goes on from where it was; and if that dies as well, what had arrived is kept for the next run."""
     volume = add_volume(sim, "data", size=12 << 20)
     pausing = PausingPython(tmp_path, 6 << 20)
     sim.faults.add(pausing.fault)
-    running = start(home, constants={"STALL_LIMIT": 1, "RECONNECT_LIMIT": 0.3, "SSH_TIMEOUT": 0.5, "ATTEMPTS": 2})
+    impatient = {"STALL_LIMIT": 1, "RECONNECT_LIMIT": 0.3, "SSH_TIMEOUT": 0.5, "ATTEMPTS": 2, "SSH_LIMIT": 3}
+    running = start(home, constants=impatient)
     pausing.wait()
     sim.droplets[0].kill()
+    if kills == 1:
+        assert running.end() == 0, running.output
+        assert running.output.count("making another one") == 1
+        assert_backed_up(home, volume)
+        assert_nothing_left(sim)
+        first, second = [item for item in sim.ever if isinstance(item, Droplet)]
+        assert first.bytes_sent + second.bytes_sent < (12 << 20) * 1.3  # what had arrived is not fetched again
+        return
+    sim.faults.add(Fault("ssh-refused"))
     assert running.end() == 1
-    assert "error: data: no connection to the droplet" in running.output
+    assert re.search(r"error: no volume .* a second one too: no connection to the droplet", running.output)
     assert_nothing_left(sim)
     assert home.image("data.partial").exists()
     sim.faults.clear()
@@ -503,7 +580,7 @@ def test_rate_limit_that_tells_no_time_worth_waiting(home: Home, sim: Simulator)
     sim.faults.add(*(Fault("rate-limit", path=f"^{path}$", text=text) for path, text in told.items()))
     output = run(home).stdout
     assert output.count("rate limit is reached; trying again in 1 s") == 3
-    assert output.count("trying again in 1 s, after the other volumes") == 1
+    assert output.count("the other volumes go first") == 1
     for path in told:
         assert [record.status // 100 for record in sim.requests if record.path == path] == [4, 2]
     assert_backed_up(home, volume)
@@ -515,7 +592,7 @@ def test_snapshot_meets_the_hourly_limit(home: Home, sim: Simulator) -> None:
     volume = add_volume(sim, "data")
     sim.faults.add(Fault("rate-limit-reset", method="POST", path="^/v2/volumes/.*/snapshots$", seconds=2))
     done = run(home, constants={"SNAPSHOT_INTERVAL": 0.1})
-    assert "after the other volumes" in done.stdout
+    assert "the other volumes go first" in done.stdout
     assert_backed_up(home, volume)
     assert_nothing_left(sim)
 

@@ -459,7 +459,7 @@ def test_a_token_that_is_revoked_in_the_middle_is_a_failure(home: Home, sim: Sim
     """And what could not be removed is named."""
     add_volume(sim, "data")
     sim.faults.add(Fault("never-active"))
-    running = start(home, constants={"REMOVE_LIMIT": 0.5, "BUSY_LIMIT": 0.5})
+    running = start(home, constants={"LIMIT": 0.5, "BUSY_LIMIT": 0.5})
     until(lambda: sim.droplets)
     sim.revoke_token()
     assert running.end() == 1, running.output

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import threading
@@ -178,7 +179,7 @@ def test_what_cannot_be_removed_is_named(home: Home, sim: Simulator, path: str, 
     """With its id, what it costs, where to remove it; the next run removes it."""
     volume = add_volume(sim, "data")
     sim.faults.add(Fault("error", method="DELETE", path=f"^/v2/{path}/", status=409, times=FOREVER))
-    done = run(home, expect=1, constants={"REMOVE_LIMIT": 1.5})
+    done = run(home, expect=1, constants={"LIMIT": 1.5})
     assert_backed_up(home, volume)
     left = [item for item in sim.alive() if item.kind == kind]
     assert len(left) == 1
@@ -197,7 +198,7 @@ def test_droplet_whose_deletion_meets_a_rate_limit_without_an_end(home: Home, si
     """It is waited for with an end: the rest is removed, but for what is attached to the droplet."""
     volume = add_volume(sim, "data")
     sim.faults.add(Fault("rate-limit", method="DELETE", path="^/v2/droplets/", seconds=1, times=FOREVER))
-    done = run(home, expect=1, constants={"RATE_LIMIT_PATIENCE": 1.5, "REMOVE_LIMIT": 0.5})
+    done = run(home, expect=1, constants={"RATE_LIMIT_PATIENCE": 1.5, "LIMIT": 0.5})
     assert_backed_up(home, volume)
     assert {item.kind for item in sim.alive()} == {"droplet", "volume"}
     assert_named(sim, done.stderr)
@@ -208,7 +209,7 @@ def test_signal_while_the_droplet_cannot_be_deleted(home: Home, sim: Simulator) 
     add_volume(sim, "data")
     sim.faults.add(Fault("never-active"))
     sim.faults.add(Fault("error", method="DELETE", path="^/v2/droplets/", status=409, times=FOREVER))
-    running = start(home, constants={"REMOVE_LIMIT": 0.5})
+    running = start(home, constants={"LIMIT": 0.5})
     until(lambda: sim.droplets)
     running.signal(signal.SIGTERM)
     assert running.end() == 1
@@ -225,7 +226,7 @@ def test_outage_in_the_first_round_of_the_teardown(home: Home, sim: Simulator, o
     volume = add_volume(sim, "data")
     ours = "^/v2/(droplets|volumes|account/keys)/"
     sim.faults.add(replace(OUTAGES[outage], method="DELETE", path=ours, times=FOREVER))
-    running = start(home, constants={"TEARDOWN_RETRY_LIMIT": 1, "REMOVE_LIMIT": 1.2})
+    running = start(home, constants={"TEARDOWN_PATIENCE": 1, "LIMIT": 1.2})
     until(lambda: any(record.method == "DELETE" and "keys" in record.path for record in sim.requests))  # the last one
     sim.faults.clear()
     assert running.end() == 0, running.output
@@ -239,7 +240,7 @@ def test_answers_to_deletions_trickle_for_ever(home: Home, sim: Simulator) -> No
     volume = add_volume(sim, "data")
     for path in ("droplets", "volumes", "account/keys"):
         sim.faults.add(Fault("trickle", method="DELETE", path=f"^/v2/{path}/", effect=path == "droplets", seconds=0.1))
-    run(home, constants={"CALL_LIMIT": 0.5, "TEARDOWN_RETRY_LIMIT": 0.3})
+    run(home, constants={"CALL_LIMIT": 0.5, "TEARDOWN_PATIENCE": 0.3})
     assert len(sim.faults.fired) == 3
     assert_backed_up(home, volume)
     assert_nothing_left(sim)
@@ -250,7 +251,7 @@ def test_rate_limit_of_all_calls_without_an_end(home: Home, sim: Simulator) -> N
     add_volume(sim, "data")
     first = Fault("rate-limit", method="DELETE", path="^/v2/droplets/", seconds=1)
     sim.faults.add(first)
-    running = start(home, constants={"RATE_LIMIT_PATIENCE": 2.5, "REMOVE_LIMIT": 0.5})
+    running = start(home, constants={"RATE_LIMIT_PATIENCE": 2.5, "LIMIT": 0.5})
     until(lambda: sim.faults.fired)
     sim.faults.add(replace(first, method="", path="", times=FOREVER))
     assert running.end() == 1
@@ -274,15 +275,15 @@ def test_odd_answer_in_the_teardown(home: Home, sim: Simulator, fields: dict[str
     assert_nothing_left(sim)
 
 
-LAST_LISTS = {"odd": Fault("odd", text='{"volumes": {"tags": 7}}'), "503": Fault("error", status=503, times=FOREVER)}
+LAST_LISTS = {"odd": Fault("odd", text='{"volumes": {"tags": 7}}'), "503": Fault("error", status=503, times=5)}
 
 
 @pytest.mark.parametrize("how", LAST_LISTS)
 def test_last_look_goes_wrong(home: Home, sim: Simulator, how: str) -> None:
-    """All is backed up and removed by then; that it could not be looked for more is no failure."""
+    """All is backed up and removed by then; that it could not be looked for more at once is no failure."""
     volume = add_volume(sim, "data")
     sim.faults.add(Fault("delay", method="DELETE", path="^/v2/account/keys/", seconds=0.5))
-    running = start(home, constants={"TEARDOWN_RETRY_LIMIT": 0.5})
+    running = start(home, constants={"TEARDOWN_PATIENCE": 0.5})
     until(lambda: any(record.method == "DELETE" and "keys" in record.path for record in sim.requests))
     nth = 3  # the teardown has two, one that shows the volume, and one that does not
     sim.faults.add(replace(LAST_LISTS[how], method="GET", path="^/v2/volumes$", nth=nth))
@@ -325,7 +326,7 @@ def test_next_run_fails_while_something_is_left(home: Home, sim: Simulator) -> N
     volume = add_volume(sim, "data")
     stuck = sim.add_volume("dosvob-ephemeral-12345678-0")
     sim.faults.add(Fault("error", method="DELETE", path=f"^/v2/volumes/{stuck.id}", status=409, times=FOREVER))
-    done = run(home, expect=1, constants={"REMOVE_LIMIT": 0.5})
+    done = run(home, expect=1, constants={"LIMIT": 0.5})
     assert (
         f"LEFT BEHIND, and billed until you remove it: volume {stuck.name} (id {stuck.id}, $0.10 a month)"
         in done.stderr
@@ -339,7 +340,7 @@ def test_usage_error_while_something_is_left(home: Home, sim: Simulator) -> None
     home.configure(include=["old"])
     stuck = sim.add_volume("dosvob-ephemeral-12345678-0")
     sim.faults.add(Fault("error", method="DELETE", path="^/v2/volumes/", status=409, times=FOREVER))
-    done = run(home, expect=1, constants={"REMOVE_LIMIT": 0.5})
+    done = run(home, expect=1, constants={"LIMIT": 0.5})
     assert f"LEFT BEHIND, and billed until you remove it: volume {stuck.name} (id {stuck.id}" in done.stderr
     assert '"old"' in done.stderr
 
@@ -368,33 +369,56 @@ def test_second_run_in_a_directory_ends_at_once(home: Home, sim: Simulator) -> N
     assert_backed_up(home, volume)
 
 
-def test_droplet_of_another_machine_is_told_of_first(home: Home, sim: Simulator, tmp_path: Path) -> None:
-    """The other machine's run fails, says so, and leaves nothing."""
-    add_volume(sim, "data")
+def test_droplet_of_another_machine_is_told_of_and_not_touched(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    """The other machine's run goes on, and fails or not for reasons of its own."""
+    volume = add_volume(sim, "data")
     elsewhere = Home(tmp_path / "elsewhere", sim)
-    sim.faults.add(Fault("never-active"))
-    other = start(elsewhere, constants={"ACTIVE_LIMIT": 5})
+    sim.faults.add(Fault("never-active", times=2))
+    other = start(elsewhere, constants={"ADDRESS_LIMIT": 15})
     until(lambda: sim.droplets)
     droplet = sim.droplets[0]
-    done = run(home)
-    assert f"(id {droplet.id}" in done.stderr
-    assert "was created only 0 minutes ago: if another machine is backing up with this account" in done.stderr
-    assert other.end() == 1
-    assert "Traceback" not in other.output
+    done = run(home, "sweep")
+    assert droplet.deleted is None
+    (said,) = [line for line in done.stdout.splitlines() if f"(id {droplet.id}" in line]
+    assert "not touched, because it belongs to another backups directory" in said
+    assert re.search(r"\b\d+ s old\b", said)
+    assert "sweep --all" in said
+    assert done.stderr == ""
+    assert other.process.poll() is None
+    other.signal(signal.SIGTERM)
+    assert other.end() == 128 + signal.SIGTERM
     assert_nothing_left(sim)
+    sim.faults.clear()
+    run(elsewhere)
+    assert_backed_up(elsewhere, volume)
 
 
-def test_droplet_of_a_machine_whose_clock_is_ahead(home: Home, sim: Simulator) -> None:
-    """It was created in what is the future here."""
-    droplet = sim.add_droplet("dosvob-ephemeral-12345678-droplet", tags=["dosvob-ephemeral"])
-    droplet.created = time.time() + 60
-    assert "was created only 0 minutes ago: if another machine" in run(home, "sweep").stderr
+ANOTHER_HOMES = "dosvob-ephemeral-12345678-9abcdef0-droplet"
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(-60, "0 s old"), (3 * 3600, "3:00 h old"), (100 * 3600, "4 days old")])
+def test_how_old_it_is_what_another_home_has(home: Home, sim: Simulator, seconds: int, told: str) -> None:
+    """It may be created in what is the future here, and what is older than any run is warned of."""
+    droplet = sim.add_droplet(ANOTHER_HOMES, tags=["dosvob-ephemeral"])
+    droplet.created = time.time() - seconds
+    add_volume(sim, "data")
+    for arguments in ([], ["sweep"], ["--dry-run"], ["sweep", "--dry-run"]):
+        done = run(home, *arguments)
+        output, other = (done.stderr, done.stdout) if seconds > 24 * 3600 else (done.stdout, done.stderr)
+        (said,) = [line for line in output.splitlines() if f"(id {droplet.id}" in line]
+        assert told in said
+        assert "not touched" in said
+        assert ANOTHER_HOMES not in other
+        assert droplet.deleted is None
+    assert_nothing_left(sim)
+    run(home, "sweep", "--all")
     assert droplet.deleted
 
 
-def test_old_droplet_is_swept_without_a_warning(home: Home, sim: Simulator) -> None:
+@pytest.mark.parametrize("age", [-60, 0, 3600])
+def test_droplet_of_no_home_is_swept_without_a_warning(home: Home, sim: Simulator, age: int) -> None:
     droplet = sim.add_droplet("dosvob-ephemeral-12345678-droplet", tags=["dosvob-ephemeral"])
-    droplet.created = time.time() - 3600
+    droplet.created = time.time() - age
     assert run(home, "sweep").stderr == ""
     assert droplet.deleted
 
@@ -463,7 +487,7 @@ def test_errors_are_read_and_output_is_not(home: Home, sim: Simulator) -> None:
     sim.faults.add(Fault("error", method="DELETE", path="^/v2/droplets/", status=409, times=FOREVER))
     read, write = full_pipe()
     process = subprocess.Popen(
-        home.command("--verbose", constants={**QUICK, "STUCK_LIMIT": 0.5, "REMOVE_LIMIT": 0.5}),
+        home.command("--verbose", constants={**QUICK, "STUCK_LIMIT": 0.5, "LIMIT": 0.5}),
         cwd=home.directory,
         env=home.environment(),
         stdout=write,
