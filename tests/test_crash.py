@@ -396,6 +396,13 @@ class WholeScript:
         self.home.run("--backups", str(self.home.backups), wrapper=wrapper, expect=expect)
         return calls_in(self.trace)
 
+    def forget_volume(self) -> None:
+        """Remove all that is there of it, so that the next sync is the first."""
+        for path in files_of(self.home.backups, NAME):
+            if path.is_file():
+                path.unlink()
+        shutil.rmtree(self.paths.versions, ignore_errors=True)
+
     def start_without_the_cloud(self, case: Case) -> None:
         """One of the two ways in which the next start finds no network."""
         if case.position % 2:
@@ -447,14 +454,12 @@ def test_the_whole_script_killed_in_a_later_sync(home: Home, pytestconfig: pytes
 
 def test_the_whole_script_killed_in_a_first_sync(home: Home, pytestconfig: pytest.Config) -> None:
     script = WholeScript(home, home.simulator.add_volume(NAME))
+    check_durability(script.run(expect=0), script.paths)
+    script.forget_volume()  # and not the directory's id, which is made but once
     calls = script.run(expect=0)
-    check_durability(calls, script.paths)
     named = becomes_the_image(calls, script.paths)
     for case in sampled(pytestconfig, cases_of(calls), 1):
-        for path in files_of(home.backups, NAME):
-            if path.is_file():
-                path.unlink()
-        shutil.rmtree(script.paths.versions, ignore_errors=True)
+        script.forget_volume()
         script.run(case.injection, expect=KILLED)
         script.start_without_the_cloud(case)
         assert script.paths.image.exists() == (case.position > named), case

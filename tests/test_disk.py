@@ -921,6 +921,21 @@ def test_pages_that_the_volume_takes_back_between_syncs_are_not_what_was_journal
     disk.check_settled()
 
 
+def test_a_journalled_chunk_that_decayed_to_what_the_volume_has_is_left_as_it_is(disk: Disk) -> None:
+    """So that what was journalled for it is of no use any more, and must not be applied."""
+    write_at(disk.device, CHUNK_5, os.urandom(MIB))
+    disk.back_up()
+    before = disk.device.read_bytes()
+    write_at(disk.device, CHUNK_5, os.urandom(PAGE))
+    leave_uncommitted(disk.backups, NAME, disk.device)
+    write_at(disk.device, CHUNK_5, before[CHUNK_5 : CHUNK_5 + PAGE])
+    decay(disk.paths.image, CHUNK_5 + 9 * PAGE)
+    write_at(disk.device, CHUNK_5 + 9 * PAGE, disk.image()[CHUNK_5 + 9 * PAGE :][:PAGE])
+    disk.back_up()
+    assert disk.image() == disk.device.read_bytes()
+    assert verify(disk.paths)[0] == []
+
+
 @pytest.mark.parametrize("comes_back", ["what it was", "a part of it", "something else"])
 def test_a_chunk_that_was_zeros_in_an_interrupted_sync_gets_its_data_back(disk: Disk, comes_back: str) -> None:
     """What pages are in a patch is decided by the image, which has all of the data still."""
