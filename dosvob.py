@@ -1761,7 +1761,8 @@ class State:
     @property
     def moment(self) -> datetime.datetime:
         """When the snapshot was taken; if what DigitalOcean says is not a time, when it was backed up."""
-        return parse_time(self.snapshot.taken_at) or parse_time(self.completed_at) or utc_now()
+        moment = parse_time(self.snapshot.taken_at) or parse_time(self.completed_at) or utc_now()
+        return moment.replace(microsecond=0)  # as it is listed
 
 
 class StateWriter:
