@@ -215,15 +215,16 @@ def test_a_droplet_that_does_nothing_but_live_is_given_up(
     target.check_untouched()
 
 
+@pytest.mark.parametrize(("kind", "payload"), [(ZEROS, struct.pack(">I", 1)), (DIGEST, dosvob.ZERO_DIGEST)])
 def test_a_droplet_that_keeps_a_chunk_back_and_announces_without_end_is_refused(
-    target: Target, monkeypatch: pytest.MonkeyPatch
+    target: Target, monkeypatch: pytest.MonkeyPatch, kind: int, payload: bytes
 ) -> None:
     """What it announces meanwhile is kept in memory."""
     set_constants(monkeypatch, MOST_AHEAD=1000)
     with target.device.open("r+b") as file:
         file.truncate(100_000 * CHUNK)
     said = [hello(100_000), frame(DIGEST, 0, digest_of(THEIRS))]
-    said += [frame(ZEROS, index, struct.pack(">I", 1)) for index in range(1, 100_000)]
+    said += [frame(kind, index, payload) for index in range(1, 100_000)]
     stream = Script(*said)
     with pytest.raises(dosvob.BadAgent, match="does not send others"):
         target.sync(stream)
@@ -697,6 +698,14 @@ def test_many_pages_that_collide_in_their_short_digests(tmp_path: Path, monkeypa
     assert stream.received > 2 * chunks * PAGE  # the random pages
 
 
+def test_a_change_that_collides_in_all_short_digests_of_its_chunk_is_fetched(tmp_path: Path) -> None:
+    device, backups = tmp_path / "device", tmp_path / "backups"
+    for page in COLLIDING:
+        device.write_bytes(page + bytes(CHUNK - PAGE))
+        back_up(backups, NAME, device)
+        assert same(backups / NAME, device)
+
+
 def test_chunks_that_the_agent_does_not_hold_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The batch is so long that more are announced than held before any is asked for.
     set_constants(monkeypatch, WINDOW=8, HELD=2, BATCH_SECONDS=3600)
@@ -859,6 +868,25 @@ def edited(source: str, old: str, new: str) -> str:
     """The agent's source with a change."""
     assert source.count(old) == 1
     return source.replace(old, new)
+
+
+def test_what_was_done_before_a_connection_broke_is_not_counted_twice(tmp_path: Path) -> None:
+    """A chunk of zeros is done at once, while the data of the one before it is still to come."""
+    device, backups = tmp_path / "device", tmp_path / "backups"
+    device.write_bytes(os.urandom(2 * CHUNK))
+    back_up(backups, NAME, device)
+    device.write_bytes(os.urandom(CHUNK) + bytes(CHUNK))
+    cuts = [100, None]
+    streams: list[AgentProcess] = []
+
+    def connect(first: int, window: int) -> AgentProcess:
+        streams.append(AgentProcess(device, first, window, cut=cuts.pop(0), most=100))
+        return streams[-1]
+
+    tally = back_up(backups, NAME, device, connect=connect)
+    assert [stream.received < CHUNK for stream in streams] == [True, False]
+    assert tally.changed == 2 * CHUNK
+    assert same(backups / NAME, device)
 
 
 # -- any image becomes any other

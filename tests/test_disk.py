@@ -217,6 +217,26 @@ def test_a_disk_that_becomes_full_while_a_committed_journal_is_applied(
     assert not any(verify(disk.paths))
 
 
+@pytest.mark.parametrize("copies", [False, True])
+def test_the_room_that_a_journal_needs_in_the_image(disk: Disk, monkeypatch: pytest.MonkeyPatch, copies: bool) -> None:
+    """That of the pages that are holes there, or of all where the file system copies on write; and some for itself."""
+    monkeypatch.setattr(dosvob.SparseFile, "copies_on_write", lambda file: copies)
+    write_at(disk.device, 5 * MIB, os.urandom(MIB // 2) + bytes(MIB // 2 + MIB))
+    disk.back_up()
+    write_at(disk.device, 5 * MIB, os.urandom(3 * PAGE) + bytes(3 * PAGE))
+    write_at(disk.device, 6 * MIB - PAGE, os.urandom(5 * PAGE))
+    leave_committed(disk.backups, NAME, disk.device)
+    with (
+        dosvob.PatchFile(disk.paths.journal, "journal") as file,
+        contextlib.closing(dosvob.SparseFile(disk.paths.image)) as image,
+    ):
+        journal = dosvob.Journal(file, CHUNKS)
+        journal.read_places(lambda count: None)
+        needed = journal.room_needed(image)
+    pages = 8 if copies else 5
+    assert pages * PAGE < needed <= (pages + 1) * PAGE + 256 * KIB
+
+
 def test_a_disk_that_is_full_in_a_first_sync(tmp_path: Path, tmpfs: Tmpfs) -> None:
     for number, free in enumerate((0, PAGE, 16 * PAGE, MIB, 2 * MIB)):
         disk = Disk(tmp_path, tmpfs.path / str(number))
@@ -615,13 +635,12 @@ def flipped(content: bytes, position: int, bit: int) -> bytes:
 
 
 def check_set_aside(disk: Disk, journal: bytes, what: object) -> None:
-    """The journal is refused as a whole: set aside as it is, with the image untouched."""
-    before = dosvob.Identity.of(disk.paths.image)
+    """The journal is refused as a whole: set aside as it is, with the image as it was."""
     disk.paths.journal.write_bytes(journal)
     with pytest.raises(dosvob.DosvobError, match="set aside") as raised:
         recover(disk.backups, NAME)
     assert len(str(raised.value)) < 600
-    assert dosvob.Identity.of(disk.paths.image) == before, what
+    assert disk.image() == disk.old, what
     assert not disk.paths.journal.exists(), what
     (aside,) = disk.paths.metadata.glob("*.damaged-*")
     assert aside.read_bytes() == journal
@@ -690,6 +709,60 @@ def test_a_journal_cut_short_after_it_was_applied_in_part_is_told(disk: Disk) ->
     assert verify(disk.paths) == [[], [mebibyte(chunk)]]  # what the old one had there is lost, and that is known
 
 
+def test_what_a_damaged_journal_has_done_is_taken_back_also_its_growth(disk: Disk) -> None:
+    leave_committed(disk.backups, NAME, disk.device)
+    disk.paths.image.write_bytes(disk.new)
+    check_set_aside(disk, flipped(disk.paths.journal.read_bytes(), BLOCK + 40, 0), "applied")
+    assert not any(verify(disk.paths))
+    disk.check_settled()
+
+
+def other_version(disk: Disk, **head: str) -> None:
+    """A new version in good order that differs in its head."""
+    with dosvob.PatchFile(disk.paths.new_version, "version") as file:
+        content = {**file.head, **head}
+        patches = [dataclasses.replace(patch, data=bytes(patch.data)) for _, patch in file.patches()]
+    writer = dosvob.PatchWriter(disk.paths.new_version, "version", content)
+    for patch in patches:
+        writer.append(patch)
+    writer.complete({})
+    writer.file.close()
+
+
+NEW_VERSION_DAMAGES: dict[str, Callable[[Disk], object]] = {
+    "of another journal": lambda disk: other_version(disk, journal="0" * 32),
+    "without an end": lambda disk: os.truncate(disk.paths.new_version, disk.paths.new_version.stat().st_size - BLOCK),
+    "gone": lambda disk: disk.paths.new_version.unlink(),
+}
+
+
+@pytest.mark.parametrize("what", NEW_VERSION_DAMAGES)
+def test_a_version_that_does_not_fit_the_journal_is_not_used_and_gets_no_name(disk: Disk, what: str) -> None:
+    leave_committed(disk.backups, NAME, disk.device)
+    journal = disk.paths.journal.read_bytes()
+    NEW_VERSION_DAMAGES[what](disk)
+    with contextlib.closing(dosvob.Chain(disk.paths)) as chain:
+        assert chain.versions == []
+    disk.paths.journal.write_bytes(flipped(journal, BLOCK + 40, 0))
+    before = dosvob.Identity.of(disk.paths.image)
+    with pytest.raises(dosvob.Damaged, match="nothing of it was applied"):
+        recover(disk.backups, NAME)
+    assert dosvob.Identity.of(disk.paths.image) == before
+    disk.paths.journal.write_bytes(journal)
+    assert recover(disk.backups, NAME)
+    assert disk.image() == disk.new
+    assert disk.versions() == []
+    disk.check_settled()
+
+
+def test_a_new_image_has_another_time_than_the_old_one_also_within_a_second(disk: Disk) -> None:
+    for seed in range(3, 6):
+        before = dosvob.Identity.of(disk.paths.image)
+        scatter(disk.device, seed, CHUNKS * MIB)
+        disk.back_up()
+        assert dosvob.Identity.of(disk.paths.image).mtime_ns > before.mtime_ns
+
+
 def test_the_good_part_of_a_journal_is_used_again(disk: Disk) -> None:
     def received() -> int:
         streams: list[AgentProcess] = []
@@ -753,8 +826,9 @@ def test_patches_of_an_older_journal_behind_a_new_beginning_are_never_applied(di
     with disk.paths.journal.open("ab") as file:  # even if there is a mark behind them
         file.write(dosvob.seal("end", {"id": "0" * 32, "snapshot": {"size": CHUNKS * MIB}, "mtime_ns": 0}))
     committed = disk.paths.journal.read_bytes()
+    before = dosvob.Identity.of(disk.paths.image)
     check_set_aside(disk, committed, "older patches")
-    assert disk.image() == disk.old
+    assert dosvob.Identity.of(disk.paths.image) == before  # nor is the version that belongs to the older one
     write_at(disk.device, 0, os.urandom(CHUNKS * MIB))  # nothing of the older patches is there any more
     disk.paths.journal.write_bytes(committed[:-COMMIT_MARK])
     disk.check_settled()
@@ -878,7 +952,8 @@ def test_a_committed_journal_of_an_older_dosvob_is_kept_and_told(tmp_path: Path)
     """The image may have been changed in part, and only the older one can complete it."""
     disk = OlderDisk(tmp_path)
     disk.paths.journal.write_bytes(unpacked(OLDER_JOURNAL))
-    before = all_identities(disk.backups)
+    with dosvob.Home(disk.backups).locked():  # it makes an id, which the older one did not have
+        before = all_identities(disk.backups)
     for command in (lambda: recover(disk.backups, NAME), disk.back_up):
         with pytest.raises(dosvob.DosvobError, match=r"older dosvob.*must finish it"):
             command()
@@ -934,6 +1009,32 @@ def test_a_journalled_chunk_that_decayed_to_what_the_volume_has_is_left_as_it_is
     disk.back_up()
     assert disk.image() == disk.device.read_bytes()
     assert verify(disk.paths)[0] == []
+
+
+def test_a_journalled_chunk_that_decayed_elsewhere_is_mended(disk: Disk) -> None:
+    """Where its patch has nothing: with the patch it is not what the journal says that it becomes."""
+    write_at(disk.device, CHUNK_5, os.urandom(MIB))
+    disk.back_up()
+    write_at(disk.device, CHUNK_5, os.urandom(PAGE))
+    leave_uncommitted(disk.backups, NAME, disk.device)
+    decay(disk.paths.image, CHUNK_5 + 9 * PAGE)
+    assert disk.back_up()[0].differing.ranges == [mebibyte(5)]
+    assert disk.image() == disk.device.read_bytes()
+    assert verify(disk.paths)[0] == []
+
+
+def test_a_journalled_chunk_that_cannot_be_read_any_more_is_all_written(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its patch has all that is no zeros: what cannot be read may be elsewhere."""
+    write_at(disk.device, CHUNK_5, bytes(9 * PAGE) + os.urandom(PAGE) + bytes(MIB - 10 * PAGE))
+    disk.back_up()
+    write_at(disk.device, CHUNK_5 + 9 * PAGE, os.urandom(PAGE))
+    leave_uncommitted(disk.backups, NAME, disk.device)
+    bad = BadPages(disk, [CHUNK_5 // PAGE + 20], monkeypatch)
+    assert disk.back_up()[0].differing.ranges == [mebibyte(5)]
+    assert not bad.pages
+    assert disk.image() == disk.device.read_bytes()
 
 
 @pytest.mark.parametrize("comes_back", ["what it was", "a part of it", "something else"])
