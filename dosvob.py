@@ -525,7 +525,7 @@ class Api:
         self._detail = detail
         self._patience = patience
         self._is_token_known = False  # whether a call was let through
-        self._limited_since: float | None = None  # the first of the 429s that no other answer has come after
+        self.limited_since: float | None = None  # the first of the 429s that no other answer has come after
         self._sessions = threading.local()  # requests does not promise that a session can be shared by threads
 
     def for_teardown(self) -> Api:
@@ -599,7 +599,7 @@ class Api:
         """Wait before a repetition, visibly; raise the problem if that has gone on for too long since `start`."""
         limit, what = start + self._patience, str(problem)
         if problem.status == 429:  # of an account, so all calls share the patience
-            limit = min(start, self._limited_since or start) + self.RATE_LIMIT_PATIENCE
+            limit = min(start, self.limited_since or start) + self.RATE_LIMIT_PATIENCE
             pause = self.RATE_LIMIT_WAIT if problem.wait is None else problem.wait
             what = "DigitalOcean's rate limit is reached"
         if time.monotonic() + pause > limit:
@@ -633,7 +633,7 @@ class Api:
                 raise DosvobError(f"{url} has no certificate to be trusted: {cause}") from None
             raise ApiError(None, f"{call}: no answer from {url}: {reason(cause)}") from problem
         self._detail(f"{call} → {response.status_code}")
-        self._limited_since = (self._limited_since or time.monotonic()) if response.status_code == 429 else None
+        self.limited_since = (self.limited_since or time.monotonic()) if response.status_code == 429 else None
         return self._answer(call, response)
 
     def _answer(self, call: str, response: requests.Response) -> Json:
@@ -2078,7 +2078,7 @@ class PatchFile:
             self.close()
             raise
         self.end = None if end is None or (self.head and end["id"] != self.head["id"]) else end
-        self._limit = size - BLOCK * (self.end is not None)
+        self.limit = size - BLOCK * (self.end is not None)  # of the patches
 
     def header_at(self, position: int) -> Patch:
         """The patch at a position, without its data and not verified; raises Damaged if there is none."""
@@ -2098,10 +2098,23 @@ class PatchFile:
             raise Damaged(f"{self.path} is damaged at byte {position}")
         return patch
 
+    def find_patch(self, position: int) -> int:
+        """Where the next whole patch at or behind a position begins; `limit` if there is none."""
+        while position < self.limit:
+            block = self._file.read(position, min(CHUNK, self.limit - position))
+            found = block.find(Patch.MAGIC) if block is not None else -1
+            if found >= 0:
+                with contextlib.suppress(Damaged):
+                    self.patch_at(position + found)
+                    return position + found
+            # what cannot be read is passed over by its pages
+            position += found + 1 if found >= 0 else PAGE if block is None else max(len(block) - 3, 1)
+        return self.limit
+
     def patches(self, *, data: bool = True) -> Iterator[tuple[int, Patch]]:
         """All patches with their positions, or their headers; raises Damaged at the first one that is not whole."""
         position = BLOCK
-        while position < self._limit:
+        while position < self.limit:
             patch = self.patch_at(position) if data else self.header_at(position)
             yield position, patch
             position += Patch.HEADER.size + patch.filled.bit_count() * PAGE
@@ -2278,14 +2291,15 @@ class Journal:
 
 @dataclass(frozen=True)
 class Version:
-    """A version as its file tells; sizes in bytes. `snapshot` is None if the file's head or end is damaged.
+    """A version as its file tells; sizes in bytes. It is not whole if its head or its end is damaged.
 
     `newer` is the snapshot that it leads back from, `changed` how much differed between the two, `occupied` what the
-    file takes.
+    file takes. Without a head nothing is known but the time, by the file's name.
     """
 
     path: Path
     moment: datetime.datetime
+    is_whole: bool
     snapshot: Snapshot | None
     newer: Snapshot | None
     changed: int
@@ -2300,9 +2314,9 @@ class Version:
             head, end = file.head, file.end
         moment = datetime.datetime.strptime(head.get("time", path.name), cls.TIME).replace(tzinfo=datetime.UTC)
         occupied = path.stat().st_size
-        if not head or end is None:
-            return cls(path, moment, None, None, 0, occupied)
-        return cls(path, moment, Snapshot(**head["snapshot"]), Snapshot(**head["newer"]), end["changed"], occupied)
+        snapshot, newer = (Snapshot(**head[key]) if head else None for key in ("snapshot", "newer"))
+        is_whole = bool(head) and end is not None
+        return cls(path, moment, is_whole, snapshot, newer, end["changed"] if end else 0, occupied)
 
 
 class Versions:
@@ -2413,9 +2427,11 @@ class Versions:
         with contextlib.ExitStack() as files:
             opened = [files.enter_context(PatchFile(version.path, "version")) for version in versions]
             streams = [PatchStream(file) for file in opened]
-            if oldest.snapshot is None or versions[0].newer is None:
-                damaged = oldest if oldest.snapshot is None else versions[0]
-                raise Damaged(f"{damaged.path} is damaged")
+            for version in versions:
+                if not version.is_whole:
+                    raise Damaged(f"{version.path} is damaged")
+            assert oldest.snapshot is not None
+            assert versions[0].newer is not None
             head = {**opened[-1].head, "id": secrets.token_hex(16), "newer": dataclasses.asdict(versions[0].newer)}
             writer = PatchWriter(target, "version", head)
             files.enter_context(contextlib.closing(writer.file))
@@ -2463,31 +2479,40 @@ class Versions:
 class PatchStream:
     """A version's patches in the order of the chunks.
 
-    `problem` tells where that ended early; what it says of chunks up to `sound_until` is right all the same.
+    Of what is damaged `problem` tells; the chunks between the whole patches before and behind are in doubt.
     """
 
     def __init__(self, file: PatchFile) -> None:
-        is_whole = file.head and file.end is not None
-        self.problem = None if is_whole else Damaged(f"{file.path} is damaged")
-        self.sound_until = -1
-        self._patches = file.patches()
+        self.problem: Damaged | None = None
         self.next: Patch | None = None
+        self._file = file
+        self._position = BLOCK
+        self._last = -1
+        self._doubtful: list[tuple[int, float]] = []  # chunks, neither end included
         self.advance()
 
     def advance(self) -> None:
-        """Go to the next patch; at the end, or where it is damaged, there is none."""
+        """Go to the next whole patch; at the end there is none."""
+        file, self.next = self._file, None
+        is_damaged = not file.head
+        while self.next is None and file.head and self._position < file.limit:
+            try:
+                patch = file.patch_at(self._position)
+                self._position += patch.room
+                self.next = patch if patch.index > self._last else None
+                is_damaged |= self.next is None
+            except Damaged:
+                is_damaged = True
+                self._position = file.find_patch(self._position + 1)
+        if is_damaged or (self.next is None and file.end is None):
+            self.problem = Damaged(f"{file.path} is damaged")
+            self._doubtful.append((self._last, self.next.index if self.next else float("inf")))
         if self.next is not None:
-            self.sound_until = self.next.index
-        self.next = None
-        try:
-            patch = None if self.problem else next((patch for _, patch in self._patches), None)
-        except Damaged as problem:
-            self.problem = problem
-            return
-        if patch is not None and patch.index <= self.sound_until:
-            self.problem = Damaged(f"the patches of a version are not in order behind chunk {self.sound_until}")
-        else:
-            self.next = patch
+            self._last = self.next.index
+
+    def doubts(self, index: int) -> bool:
+        """Whether nobody knows if there was a patch for the chunk."""
+        return any(first < index < end for first, end in self._doubtful)
 
     @staticmethod
     def by_chunk(
@@ -2634,7 +2659,7 @@ class Chain:
                     if number in patches:
                         chunk = patches[number].over(chunk)
                         is_sound = chunk_digest(page_digests(chunk)) == patches[number].digest
-                    elif stream.problem and index > stream.sound_until:  # nobody knows whether it had one
+                    elif stream.doubts(index):
                         is_sound = False
                     contents.append(chunk)
                     soundness.append(is_sound)
@@ -4719,12 +4744,16 @@ def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> bool:
     if image.ranges:
         report.error(f"{paths.name}: differs from its snapshot in {image}: the next backup mends it")
     for version, ranges in zip(chain.versions, versions, strict=True):
-        if ranges.ranges:
+        if ranges.ranges or not version.is_whole:
+            lost = f"cannot be restored in {ranges}" if ranges.ranges else "can be restored whole"
             report.error(
-                f"{paths.name}: the version of {local_time(version.moment)} cannot be restored in {ranges}"
-                + f"; {version.path} is damaged" * (version.snapshot is None)
+                f"{paths.name}: the version of {local_time(version.moment)} {lost}"
+                + f"; {version.path} is damaged" * (not version.is_whole)
             )
-    is_sound = length == chain.size and not chain.problem and not any(each.ranges for each in (image, *versions))
+    all_sound = all(version.is_whole for version in chain.versions) and not any(
+        each.ranges for each in (image, *versions)
+    )
+    is_sound = all_sound and length == chain.size and not chain.problem
     if is_sound:
         and_versions = f", and {len(versions)} older version{'s' * (len(versions) > 1)}" if versions else ""
         report.say(f"{paths.name}: sound, {human_size(chain.size)}{and_versions}")
@@ -4774,7 +4803,7 @@ def health_of(home: Home, name: str, max_age: float, *, is_wanted: bool) -> str:
         raise DosvobError(f"{told}, more than {max_age:g} h{unwanted * (not is_wanted)}")
     versions = Versions(paths).all()
     for version in versions:
-        if version.snapshot is None:
+        if not version.is_whole:
             verify = command_line("verify", name)
             raise DosvobError(f"{told}, but the version {version.path} is damaged, which all older ones need: {verify}")
     return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
@@ -4819,7 +4848,7 @@ def describe(paths: ImagePaths) -> Json:
         )  # fmt: skip
     versions = Versions(paths).all()
     for version, older in itertools.zip_longest(versions, versions[1:]):
-        is_damaged = version.snapshot is None
+        is_damaged = not version.is_whole
         try:
             frees = Versions.freed_by(version, older)
         except Damaged:
