@@ -2382,13 +2382,22 @@ class Versions:
             unfinished.unlink()
         versions = self.all()
         wanted = keep.wanted([image_moment, *(version.moment for version in versions)])[1:]
-        dropped: list[Version] = []
+        groups: list[list[Version]] = [[]]  # each ends with one that stays, the last one has none
         for version, stays in zip(versions, wanted, strict=True):
-            if stays and dropped:
-                self._merge([*dropped, version], heed)
-                self._remove(dropped)
-            dropped = [] if stays else [*dropped, version]
-        self._remove(dropped)
+            groups[-1].append(version)
+            if stays:
+                groups.append([])
+        self._remove(groups.pop())  # first, for that needs no room, but makes some
+        damaged: Damaged | None = None
+        for *dropped, version in groups:
+            try:
+                if dropped:
+                    self._merge([*dropped, version], heed)
+                    self._remove(dropped)
+            except Damaged as problem:  # which is no reason to keep others for ever
+                damaged = problem
+        if damaged:
+            raise damaged
 
     def _remove(self, versions: Sequence[Version]) -> None:
         """Remove versions, the oldest first: what is left leads back to what it did. They come the newest first."""

@@ -49,7 +49,7 @@ class AgentProcess:
     """The real agent over pipes, as a stream.
 
     Reads return at most `most` bytes, and break after `cut` bytes in all; `edit` changes the agent's source; `pipe` is
-    how much its pipes hold.
+    how much its pipes hold, `python` what runs it.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class AgentProcess:
         cut: int | None = None,
         edit: Callable[[str], str] = str,
         pipe: int = 64 << 10,
+        python: str = sys.executable,
     ) -> None:
         self.received = 0
         self._most = most
@@ -70,7 +71,7 @@ class AgentProcess:
             patches.setattr(dosvob, "AGENT", edit(dosvob.AGENT))
             program = dosvob.agent_source(str(device), first, window)
         bootstrap = f"import sys; exec(sys.stdin.buffer.read({len(program)}))"
-        command = [sys.executable, "-I", "-c", bootstrap]
+        command = [python, "-I", "-c", bootstrap]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, pipesize=pipe
         )

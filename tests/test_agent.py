@@ -5,7 +5,10 @@ Only a DosvobError may come of it, and the image may change only to what was ann
 
 from __future__ import annotations
 
+import ast
+import builtins
 import contextlib
+import dis
 import io
 import itertools
 import os
@@ -13,6 +16,7 @@ import queue
 import shlex
 import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -22,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import TypeVar
 
 import pytest
@@ -223,6 +228,37 @@ def test_a_droplet_that_keeps_a_chunk_back_and_announces_without_end_is_refused(
     with pytest.raises(dosvob.BadAgent, match="does not send others"):
         target.sync(stream)
     assert stream.pieces <= 3 + dosvob.Sync.BOUND * 1000
+    target.check_untouched()
+
+
+@pytest.mark.parametrize("is_kept", [True, False], ids=["kept", "pending"])
+def test_digests_without_end_are_refused_while_a_chunk_is_kept_back(
+    target: Target, monkeypatch: pytest.MonkeyPatch, is_kept: bool
+) -> None:
+    """Whether they are of what the image has, and are kept until the table is written, or are to be asked for."""
+    set_constants(monkeypatch, WINDOW=100, MOST_AHEAD=1000)
+    chunks = 100_000
+    os.truncate(target.device, chunks * CHUNK)
+    digest = ZERO_DIGEST if is_kept else digest_of(THEIRS)
+    said = [hello(chunks), frame(DIGEST, 0, digest_of(THEIRS))]
+    said += [frame(DIGEST, index, digest) for index in range(1, chunks)]
+    stream = Script(*said)
+    with pytest.raises(dosvob.BadAgent, match="does not send"):
+        target.sync(stream)
+    assert stream.pieces <= 3 + (dosvob.Sync.BOUND * 1000 if is_kept else 2 * 100)
+    target.check_untouched()
+
+
+def test_a_page_that_was_not_asked_for_before_one_that_was_does_not_get_into_the_image(target: Target) -> None:
+    """It would be taken for the other one, which it is not: the digest would fit, and the image would not."""
+    page = os.urandom(PAGE)
+    theirs = target.content[:PAGE] + page + target.content[2 * PAGE : CHUNK]
+    digests = dosvob.page_digests(theirs)
+    shorts = b"".join(digests[at : at + SHORT_SIZE] for at in range(0, len(digests), DIGEST_SIZE))
+    said = hello(2) + frame(DIGEST, 0, digest_of(theirs)) + frame(SHORT, 0, shorts)
+    both = (3).to_bytes(PAGES // 8, "little")
+    with pytest.raises(dosvob.BadAgent, match="nobody asked"):
+        target.sync(Script(said + frame(RAW, 0, both + page + bytes(PAGE)) + frame(ZEROS, 1, struct.pack(">I", 1))))
     target.check_untouched()
 
 
@@ -707,6 +743,116 @@ def test_chunks_are_dropped_while_an_answer_waits(tmp_path: Path) -> None:
 
     with contextlib.closing(stream):
         in_time([stream], talk)
+
+
+def test_the_scan_is_bounded_by_its_position_also_when_all_it_meets_is_a_hole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a change that takes long: the other side keeps what is announced beyond it."""
+    most, chunks = 20, 400
+    set_constants(monkeypatch, MOST_AHEAD=most, HEARTBEAT=0.3)
+    device = tmp_path / "device"
+    device.write_bytes(os.urandom(CHUNK))
+    os.truncate(device, chunks * CHUNK)
+    stream = AgentProcess(device, 0, dosvob.WINDOW)
+    parser = dosvob.FrameParser()
+
+    def announced_until(is_last: Callable[[dosvob.Frame], bool]) -> int:
+        """How many chunks are announced by then."""
+        end = 0
+        while True:
+            for item in parser.feed(stream.receive()):
+                if item.kind == ZEROS:
+                    end = item.index + struct.unpack(">I", item.payload)[0]
+                if is_last(item) or end == chunks:
+                    return end
+
+    def talk() -> None:
+        assert announced_until(lambda item: item.kind == ALIVE) == most + 1
+        stream.send(struct.pack(COMMAND, DROP, 0, 1, NONE))
+        assert announced_until(lambda item: False) == chunks
+
+    with contextlib.closing(stream):
+        in_time([stream], talk)
+
+
+def test_a_chunk_that_grows_by_compression_is_sent_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What begins as text may go on as noise; of a frame that is too long the other side would have none."""
+    device = tmp_path / "device"
+    device.write_bytes(os.urandom(CHUNK) + b"text" * (CHUNK // 4))
+    monkeypatch.setattr(dosvob.Agent, "compressing_pays", lambda agent, data: True)
+    agent = dosvob.Agent(str(device), 0, 2, io.BytesIO(), -1)
+    with device.open("rb") as file:
+        agent.fd = file.fileno()
+        agent.send_pages(0, dosvob.ALL_PAGES)
+        agent.send_pages(1, dosvob.ALL_PAGES)
+    parser = dosvob.FrameParser()
+    assert [found.kind for data in drained(agent.frames) for found in parser.feed(data)] == [RAW, PACKED]
+
+
+# -- the agent's source
+
+
+def inner_source() -> str:
+    """What an agent's program executes once the droplet's Python has been looked at."""
+    last = ast.parse(dosvob.agent_source("/dev/null", 0, 1)).body[-1]
+    assert isinstance(last, ast.Expr)
+    assert isinstance(last.value, ast.Call)
+    return str(ast.literal_eval(last.value.args[0]))
+
+
+def code_objects(code: CodeType) -> Iterator[CodeType]:
+    """A code object and all within it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from code_objects(constant)
+
+
+def test_the_agents_source_is_that_of_python_3_8() -> None:
+    ast.parse(dosvob.agent_source("/dev/null", 0, 1), feature_version=(3, 8))
+    ast.parse(inner_source(), feature_version=(3, 8))
+
+
+def test_the_agents_source_needs_nothing_but_itself_and_the_standard_library() -> None:
+    tree, code = ast.parse(inner_source()), compile(inner_source(), "agent", "exec")
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
+    defined = {
+        step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_NAME", "STORE_GLOBAL")
+    } | set(dir(builtins))
+    used = {
+        step.argval
+        for part in code_objects(code)
+        for step in dis.get_instructions(part)
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    assert used - defined <= {"__name__"}  # which a class's body asks for
+
+
+@pytest.mark.parametrize("version", ["3.6", "3.8", "3.9", "3.10", "3.12", "3.13"])
+def test_the_agent_runs_on_the_pythons_that_droplets_have(tmp_path: Path, version: str) -> None:
+    python = shutil.which(f"python{version}")
+    tell = "import sys; print('%d.%d' % sys.version_info[:2])"
+    asked = python and subprocess.run([python, "-c", tell], capture_output=True, text=True, check=False)
+    if not asked or asked.stdout.strip() != version:
+        pytest.skip(f"there is no Python {version} here")
+    device, backups = tmp_path / "device", tmp_path / "backups"
+    warnings: list[str] = []
+
+    def connect(first: int, window: int) -> AgentProcess:
+        return AgentProcess(device, first, window, python=str(python))
+
+    for seed in (1, 2):
+        scatter(device, seed, 6 * MIB)
+        if version == "3.6":
+            with pytest.raises(dosvob.BadAgent, match=r'it has Python 3\.6, and 3\.8 is needed: set "droplet_image"'):
+                back_up(backups, NAME, device, connect=connect)
+        else:
+            back_up(backups, NAME, device, connect=connect, warn=warnings.append)
+            assert same(backups / NAME, device)
+    assert not warnings
 
 
 def edited(source: str, old: str, new: str) -> str:

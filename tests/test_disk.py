@@ -6,15 +6,18 @@ the whole script.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import os
 import random
 import shutil
 import stat
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +178,43 @@ def fill(disk: Disk) -> str:
     with contextlib.suppress(FileNotFoundError), dosvob.PatchFile(disk.paths.new_version, "version") as file:
         return "version" if file.end is None else "image"
     return "journal"
+
+
+@pytest.mark.parametrize("is_at_once", [True, False])
+def test_a_disk_that_becomes_full_while_a_committed_journal_is_applied(
+    tmp_path: Path, tmpfs: Tmpfs, monkeypatch: pytest.MonkeyPatch, is_at_once: bool
+) -> None:
+    """By somebody else: the journal stays, and whatever starts next completes it."""
+    disk = Disk(tmp_path, tmpfs.path / "backups")
+    disk.begin()
+    apply = dosvob.Journal.apply
+
+    def apply_without_room(*arguments: Any) -> None:
+        tmpfs.leave_free(0 if is_at_once else 40 * PAGE)
+        apply(*arguments)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(dosvob.Journal, "apply", apply_without_room)
+        snapshot = snapshot_of(disk.device, NAME, taken_at="2026-01-02T00:00:00Z")
+        with contextlib.closing(dosvob.Update(disk.paths, snapshot, dosvob.Keep(), print)) as update:
+            connect: Any = lambda first, window: AgentProcess(disk.device, first, window)  # noqa: E731
+            dosvob.sync_device(connect, update, print, lambda received: None)
+            with pytest.raises(OSError, match="No space left"):
+                update.finish()
+            update.give_room()  # as a run does it for the other volumes
+    kept = disk.paths.journal.read_bytes()
+    for _ in range(2):
+        assert finish_journals(disk.backups) == {NAME}
+        assert disk.paths.journal.read_bytes() == kept
+        with contextlib.closing(dosvob.Chain(disk.paths)) as chain:  # nor is it taken for complete meanwhile
+            assert not any(damaged.ranges for damaged in chain.verify(lambda count: None))
+            assert chain.state is not None
+            assert chain.state.snapshot == snapshot
+    tmpfs.leave_free(64 * MIB)
+    assert recover(disk.backups, NAME)
+    assert disk.image() == disk.new
+    assert disk.versions() == [disk.old]
+    assert not any(verify(disk.paths))
 
 
 def test_a_disk_that_is_full_in_a_first_sync(tmp_path: Path, tmpfs: Tmpfs) -> None:
@@ -487,7 +527,7 @@ def pages_of(offset: int, length: int) -> range:
     return range(offset // PAGE, (offset + length - 1) // PAGE + 1)
 
 
-@pytest.mark.parametrize("becomes", ["what it was", "another page", "zeros", "noise"])
+@pytest.mark.parametrize("becomes", ["what it was", "another page", "zeros in part", "zeros", "noise"])
 @pytest.mark.parametrize("reread", [True, False])
 def test_a_mebibyte_that_the_disk_cannot_read_is_fetched_and_written_again(
     disk: Disk, monkeypatch: pytest.MonkeyPatch, becomes: str, reread: bool
@@ -497,7 +537,13 @@ def test_a_mebibyte_that_the_disk_cannot_read_is_fetched_and_written_again(
     disk.back_up()
     bad = BadPages(disk, range(chunk * PAGES, (chunk + 1) * PAGES), monkeypatch)
     assert verify(disk.paths)[0] == [(chunk * MIB, (chunk + 1) * MIB)]
-    change = {"what it was": b"", "another page": os.urandom(PAGE), "zeros": bytes(MIB), "noise": os.urandom(MIB)}
+    change = {
+        "what it was": b"",
+        "another page": os.urandom(PAGE),
+        "zeros in part": bytes(9 * PAGE),
+        "zeros": bytes(MIB),
+        "noise": os.urandom(MIB),
+    }
     write_at(disk.device, chunk * MIB, change[becomes])
     decayed = [disk.back_up(reread=reread)[0].differing.ranges for _ in range(1 if reread else dosvob.LocalImage.PARTS)]
     assert [places for places in decayed if places] == [[mebibyte(chunk)]]
@@ -763,6 +809,249 @@ def make_journal(paths: dosvob.ImagePaths, volume_id: str, **more: object) -> do
     writer = dosvob.PatchWriter(paths.journal, "journal", head)
     writer.append(dosvob.Patch(0, 1, 1, b"n" * PAGE, bytes(32)))
     return writer
+
+
+OLDER_JOURNAL = (
+    "c-nJfKm{wO?6j_pTH`ju<B1`^=;No=)k<ZlMa7x<c}i9ahB^vLnJGYql0h1Ns0375mY-9an;H+%0O9Bwf+X@1b5lWLDTyVCAbwI}"
+    "F^FHSRGe7_Vi*}%nj4xLfh^0*PXURT1KGJHnLyL>ib3u$H#0XfGBq<mfZAFYu=@qzK4Ios>bCHXbH~}Fqvua|mrs?*OD*?6^{fEH"
+    "$!U9?&DTy$k<}7%y|U<GvNJ@2ksm^{F!0~m^_A~d*n54^t1BkVNlmOK-djbf>5yPkN-IhPtHAJINn&<tUVLH+NRg3&k(sW6ArOTa"
+    "7+8T(lv1t2C>RB!V9)>ncZuT_"
+)
+OLDER_STATE = (
+    "c-l+JFD}bZQYbD-EJ;-`<f>LGOD!tS%+FJ@QZUp}P%6$#EGW*%F9C9aQu#ThxvBA)DL@{Sqid)HRF#*Qn+g(3Ni0bO@rzQ^Ax0>r"
+    "6(xdI6lYd}R2Ugpnj4xL0R>7Dvs3fp6F~+m85tOv=^7XUQHX(o6&OV+)dCeI=jRsWq?V+nU{`1gRHzMB4zaW-H4)@AV<0ChzqBYX"
+    "F$bi{APqkR=}pN@Pc1Gf1}itQOfg9`OEWi0OR+REOEXF{GBGnSv`9=eF*ZuIFf&QBG_^D~v`98gwluOdu}DcuwJ^0zv`n%zw=^(G"
+    "G6xx#nUb1Ul37v-4mAv~XXfRnfJDrJ?A($}V2I{{Y&JAEGdD6aH8Vhf+FCA!Q7{Td!6+C7qhJ(_f>AIEM!_f;1*3onkhE3#CG)K>"
+    "pVTs+R4qKj>D(sao69->-`mgLyPMk7;`QZ1t|TdSF1miQNb1Ith5Gq%x7{^n&$`TTdaB;U?<el-Nrp6p?ls9&3H@*J^6Yh{y}LHD"
+    "#cs}6=r=J}WAn4v$1?!D`fDZ"
+)
+"""Of the dosvob of commit 55eb527: a committed journal for an image of 2 MiB, and a state of one; compressed."""
+
+
+def unpacked(text: str) -> bytes:
+    """One of these."""
+    return zlib.decompress(base64.b85decode(text))
+
+
+class OlderDisk(Disk):
+    """The image of an older dosvob: its first chunk begins with "old", the second is zeros."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.old = b"old".ljust(2 * MIB, b"\0")
+        self.device.write_bytes(self.old)
+        self.paths.metadata.mkdir(parents=True)
+        self.paths.image.write_bytes(self.old)
+        self.paths.state.write_bytes(unpacked(OLDER_STATE))
+
+
+def test_a_state_of_an_older_dosvob_is_read_as_before(tmp_path: Path) -> None:
+    disk = OlderDisk(tmp_path)
+    assert dosvob.State.load(disk.paths.state) == dosvob.State(
+        dosvob.Snapshot("volume-1", NAME, "fra1", 2 * MIB, "2026-01-01T00:00:00Z"),
+        "2026-01-01T00:05:00+00:00",
+        3,
+        "0f" * 16,
+        hashlib.sha256(disk.paths.state.read_bytes()[BLOCK:]).hexdigest(),
+        dosvob.Identity(2 * MIB, 7, 1767225600 * 10**9),
+    )
+    assert verify(disk.paths) == [[]]
+    decay(disk.paths.image, 5)
+    assert verify(disk.paths) == [[mebibyte(0)]]
+    tally, warnings = disk.back_up()
+    assert (tally.differing.ranges, warnings) == ([mebibyte(0)], [])
+    assert disk.image() == disk.old
+    disk.check_settled()
+
+
+@pytest.mark.parametrize("lost", [1, 1057, 1058, 1100], ids=lambda lost: f"{lost} bytes lost")
+def test_a_journal_of_an_older_dosvob_that_was_not_committed_is_dropped(tmp_path: Path, lost: int) -> None:
+    disk = OlderDisk(tmp_path)
+    disk.paths.journal.write_bytes(unpacked(OLDER_JOURNAL)[:-lost])
+    assert not recover(disk.backups, NAME)
+    assert not disk.paths.journal.exists()
+    assert disk.image() == disk.old
+    disk.check_settled()
+
+
+def test_a_committed_journal_of_an_older_dosvob_is_kept_and_told(tmp_path: Path) -> None:
+    """The image may have been changed in part, and only the older one can complete it."""
+    disk = OlderDisk(tmp_path)
+    disk.paths.journal.write_bytes(unpacked(OLDER_JOURNAL))
+    before = all_identities(disk.backups)
+    for command in (lambda: recover(disk.backups, NAME), disk.back_up):
+        with pytest.raises(dosvob.DosvobError, match=r"older dosvob.*must finish it"):
+            command()
+    assert finish_journals(disk.backups) == {NAME}
+    assert all_identities(disk.backups) == before
+
+
+# -- a journal that is taken up
+
+
+CHUNK_5 = 5 * MIB
+
+
+@pytest.mark.parametrize("taken_back", [1, 2])
+@pytest.mark.parametrize("between", [[], [{0: b"b"}], [{0: b"b"}, {0: b"c", 9: b"c"}], [{}, {9: b"d"}]], ids=str)
+def test_pages_that_the_volume_takes_back_between_syncs_are_not_what_was_journalled(
+    disk: Disk, between: list[dict[int, bytes]], taken_back: int
+) -> None:
+    """An interrupted sync changed two pages of a chunk, and others may be interrupted before one comes to its end."""
+    write_at(disk.device, CHUNK_5, os.urandom(MIB))
+    disk.back_up()
+    before = disk.device.read_bytes()
+
+    def change(pages: dict[int, bytes]) -> None:
+        write_at(disk.device, CHUNK_5, before[CHUNK_5 : CHUNK_5 + MIB])
+        for page, content in pages.items():
+            write_at(disk.device, CHUNK_5 + page * PAGE, content * PAGE)
+
+    ids = set()
+    for pages in ({0: b"a", 9: b"a"}, *between):
+        change(pages)
+        leave_uncommitted(disk.backups, NAME, disk.device)
+        with dosvob.PatchFile(disk.paths.journal, "journal") as file:
+            ids.add(file.head["id"])
+    assert len(ids) == 1  # it is taken up each time
+    change({9: b"a"} if taken_back == 1 else {})
+    disk.back_up()
+    assert disk.image() == disk.device.read_bytes()
+    assert disk.versions()[0] == before
+    disk.check_settled()
+
+
+@pytest.mark.parametrize("comes_back", ["what it was", "a part of it", "something else"])
+def test_a_chunk_that_was_zeros_in_an_interrupted_sync_gets_its_data_back(disk: Disk, comes_back: str) -> None:
+    """What pages are in a patch is decided by the image, which has all of the data still."""
+    data = os.urandom(MIB)
+    write_at(disk.device, CHUNK_5, data)
+    disk.back_up()
+    write_at(disk.device, CHUNK_5, bytes(MIB))
+    leave_uncommitted(disk.backups, NAME, disk.device)
+    contents = {
+        "what it was": data,
+        "a part of it": bytes(MIB // 2) + data[MIB // 2 :],
+        "something else": os.urandom(3 * PAGE) + bytes(MIB - 3 * PAGE),
+    }
+    write_at(disk.device, CHUNK_5, contents[comes_back])
+    disk.back_up()
+    assert disk.image() == disk.device.read_bytes()
+    disk.check_settled()
+
+
+# -- what goes wrong behind the commit mark
+
+
+def foreign_state(disk: Disk) -> bytes:
+    """A state in good order that does not belong to the journal: the one before, or of another sync."""
+    state = dosvob.State.load(disk.paths.new_state)
+    assert state is not None
+    other = dosvob.seal("state", dataclasses.asdict(dataclasses.replace(state, journal="0" * 32)))
+    return other + disk.paths.new_state.read_bytes()[BLOCK:]
+
+
+NEW_STATE_DAMAGES: dict[str, Callable[[Disk], bytes | None]] = {
+    "head": lambda disk: flipped(disk.paths.new_state.read_bytes(), 100, 1),
+    "table": lambda disk: flipped(disk.paths.new_state.read_bytes(), BLOCK + 40, 1),
+    "cut": lambda disk: disk.paths.new_state.read_bytes()[:-1],
+    "gone": lambda disk: None,
+    "of another journal": foreign_state,
+    "the old one": lambda disk: disk.paths.state.read_bytes(),
+}
+
+
+@pytest.mark.parametrize("what", NEW_STATE_DAMAGES)
+def test_a_new_state_that_does_not_fit_the_journal_is_not_trusted_nor_is_the_old_one(disk: Disk, what: str) -> None:
+    leave_committed(disk.backups, NAME, disk.device)
+    content = NEW_STATE_DAMAGES[what](disk)
+    if content is None:
+        disk.paths.new_state.unlink()
+    else:
+        disk.paths.new_state.write_bytes(content)
+    with contextlib.suppress(dosvob.Damaged), contextlib.closing(dosvob.Chain(disk.paths)) as chain:
+        assert chain.state is None
+    assert recover(disk.backups, NAME)
+    assert disk.image() == disk.new
+    assert not disk.paths.state.exists()
+    assert not disk.paths.new_state.exists()
+    assert disk.versions() == [disk.old]
+    tally, _ = disk.back_up()
+    assert (tally.changed, tally.differing.ranges) == (0, [])
+    disk.check_settled()
+    assert disk.old in disk.versions()
+
+
+def test_a_crash_between_the_new_states_name_and_the_journals_removal_loses_neither(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_committed(disk.backups, NAME, disk.device)
+    unlink = Path.unlink
+
+    def crash(path: Path, missing_ok: bool = False) -> None:
+        if path == disk.paths.journal:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Path, "unlink", crash)
+        with pytest.raises(KeyboardInterrupt):
+            recover(disk.backups, NAME)
+    state, new = disk.paths.state.read_bytes(), disk.paths.new_state.exists()
+    assert not new
+    assert recover(disk.backups, NAME)
+    assert disk.paths.state.read_bytes() == state
+    assert disk.image() == disk.new
+    assert not any(verify(disk.paths))
+    assert disk.versions() == [disk.old]
+    disk.check_settled()
+
+
+def test_a_journal_that_decays_between_its_check_and_its_application_is_no_success(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is applied by then is; no state is made of it that would be trusted."""
+    leave_committed(disk.backups, NAME, disk.device)
+    patches = all_patches(disk.paths.journal)
+    position, patch = max((found for found in patches if found[1].filled), key=lambda found: found[1].index)
+    heeded: list[int] = []
+
+    def heed(count: int) -> None:
+        heeded.append(count)
+        if len(heeded) == len(patches) + 1:  # all were checked, and the first is applied
+            write_at(disk.paths.journal, position + patch.room - 9, b"decayed")
+
+    state = disk.paths.state.read_bytes()
+    with pytest.raises(dosvob.Damaged):
+        dosvob.Journal.finish(disk.paths, lambda text: None, heed)
+    assert len(patches) < len(heeded) < 2 * len(patches)
+    assert disk.paths.journal.exists()
+    assert disk.paths.state.read_bytes() == state
+    kept = dosvob.State.load(disk.paths.state)
+    assert kept is not None
+    assert kept.identity != dosvob.Identity.of(disk.paths.image)
+    with pytest.raises(dosvob.Damaged):  # so nothing is restored of it
+        dosvob.Chain(disk.paths)
+    assert finish_journals(disk.backups) == {NAME}
+    disk.back_up()
+    assert disk.image() == disk.new
+    assert verify(disk.paths)[0] == []
+
+
+def test_an_image_that_appears_during_a_first_sync_is_not_overwritten(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+
+    def connect(first: int, window: int) -> AgentProcess:
+        disk.paths.image.write_bytes(b"somebody's")
+        return AgentProcess(disk.device, first, window)
+
+    with pytest.raises(dosvob.DosvobError, match="has appeared meanwhile"):
+        back_up(disk.backups, NAME, disk.device, connect=connect)
+    assert disk.image() == b"somebody's"
+    assert disk.paths.partial.read_bytes() == disk.device.read_bytes()
+    assert not disk.paths.state.exists()
+    disk.paths.image.unlink()
+    disk.check_settled()
 
 
 @pytest.mark.parametrize("is_committed", [True, False])
@@ -1055,6 +1344,40 @@ def test_a_flipped_bit_is_found_within_eight_backups(disk: Disk, chunk: int) -> 
     found = [disk.back_up()[0].differing.ranges for _ in range(dosvob.LocalImage.PARTS)]
     assert sorted(found) == [[]] * (dosvob.LocalImage.PARTS - 1) + [[mebibyte(chunk)]]
     assert disk.image() == disk.device.read_bytes()
+
+
+def test_decay_anywhere_in_a_large_image_is_found_within_eight_backups(tmp_path: Path) -> None:
+    """Of more chunks than are in a part by more than one division."""
+    chunks = 70
+    disk = Disk(tmp_path)
+    with disk.device.open("wb") as file:
+        for chunk in range(chunks):
+            file.seek(chunk * MIB)
+            file.write(os.urandom(PAGE))
+        file.truncate(chunks * MIB)
+    disk.back_up()
+    for chunk in range(chunks):
+        decay(disk.paths.image, chunk * MIB + 100)
+    found = [disk.back_up()[0].differing for _ in range(dosvob.LocalImage.PARTS)]
+    places = [set(range(*ranges)) for differing in found for ranges in differing.ranges]
+    assert sum(map(len, places)) == len(set().union(*places)) == chunks * MIB  # each of them once
+    assert min(len(differing.ranges) for differing in found) == 1
+    assert same(disk.paths.image, disk.device)
+    assert verify(disk.paths)[0] == []
+
+
+def test_data_that_became_a_hole_is_told(disk: Disk) -> None:
+    """Without being read, so at once."""
+    write_at(disk.device, 6 * MIB, os.urandom(2 * MIB))
+    disk.back_up()
+    status = disk.paths.image.stat()
+    with contextlib.closing(dosvob.SparseFile(disk.paths.image, os.O_RDWR)) as image:
+        assert image.punch(7 * MIB, MIB)
+    os.utime(disk.paths.image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert verify(disk.paths)[0] == [mebibyte(7)]
+    assert disk.back_up()[0].differing.ranges == [mebibyte(7)]
+    assert disk.image() == disk.device.read_bytes()
+    assert verify(disk.paths)[0] == []
 
 
 def test_a_flipped_bit_is_found_at_once_when_all_is_read_again(disk: Disk) -> None:

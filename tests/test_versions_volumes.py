@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import os
 import random
+import shutil
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,8 +117,25 @@ def test_a_state_that_is_lost_costs_no_version(lineage: Lineage) -> None:
     assert len(lineage.check()) == 6
 
 
-def test_without_a_state_verify_and_restore_say_how_it_is(lineage: Lineage) -> None:
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_versions_are_restored_without_a_state_or_with_a_damaged_one(lineage: Lineage, *, is_gone: bool) -> None:
+    """The day on which they are needed is no day to mend that: each patch has its own digest."""
+    times = listed(lineage.backups)
+    if is_gone:
+        lineage.paths.state.unlink()
+    else:
+        write_at(lineage.paths.state, 100, b"decay")
+    with contextlib.closing(dosvob.Chain(lineage.paths)) as chain:
+        assert (chain.problem is None) == is_gone
+        assert chain.depth_at(lineage.now) == 0
+        assert chain.depth_at(chain.versions[1].moment) == 2
+    for depth, time in enumerate(times):
+        assert digest(restored(lineage.backups, depth)) == lineage.truth[time]
+
+
+def test_an_image_without_state_and_versions_has_no_time(lineage: Lineage) -> None:
     lineage.paths.state.unlink()
+    shutil.rmtree(lineage.paths.versions)
     with (
         contextlib.closing(dosvob.Chain(lineage.paths)) as chain,
         pytest.raises(dosvob.UsageError, match="no snapshot is recorded"),
@@ -215,6 +234,30 @@ def test_a_snapshot_that_is_said_to_be_older_than_the_last(lineage: Lineage) -> 
         assert digest(restored(lineage.backups, depth + 3)) == lineage.truth[time]
 
 
+def test_a_damaged_version_does_not_keep_others_for_ever(lineage: Lineage) -> None:
+    """Nothing can be merged with it, and it stays as long as it is wanted; all else is thinned."""
+    lineage.go_on(16)
+    times = listed(lineage.backups)
+    keep = dosvob.Keep(last=0, daily=3, weekly=0, monthly=0)
+    stay = [number for number, wanted in enumerate(keep.wanted(moments_of(lineage))) if wanted]
+    spoilt = stay[-1] - 1  # to be merged into the oldest one that stays
+    victim = lineage.paths.versions / times[spoilt]
+    os.truncate(victim, victim.stat().st_size - 5000)
+    with pytest.raises(dosvob.Damaged, match=times[spoilt]):
+        thin(lineage.backups, keep)
+    left = listed(lineage.backups)
+    assert left == [time for number, time in enumerate(times) if number in stay or stay[-2] < number < stay[-1]]
+    thin(lineage.backups, dosvob.Keep(1, 0, 0, 0))  # and once it is too old it goes, with what needs it
+    assert lineage.check() == [times[0], times[stay[1]]]
+
+
+def moments_of(lineage: Lineage) -> list[datetime.datetime]:
+    """The times of image and versions."""
+    with contextlib.closing(dosvob.Chain(lineage.paths)) as chain:
+        assert chain.state is not None
+        return [chain.state.moment, *(version.moment for version in chain.versions)]
+
+
 # -- a full disk
 
 
@@ -258,14 +301,15 @@ def test_a_disk_that_is_full_while_versions_are_thinned(tmp_path: Path, tmpfs: T
     keep = dosvob.Keep(last=0, daily=0, weekly=3, monthly=0)
     config = types.SimpleNamespace(keep=keep)
     backup: Any = types.SimpleNamespace(
-        _job=types.SimpleNamespace(config=config), _report=types.SimpleNamespace(warn=warnings.append)
+        _job=types.SimpleNamespace(config=config, stop=dosvob.Stop()),
+        _report=types.SimpleNamespace(warn=warnings.append, progress=lambda text: None),
     )
     tmpfs.leave_free(PAGE)
     dosvob.Backup._thin(cast("dosvob.Backup", backup), lineage.paths, state.snapshot)
     tmpfs.leave_free(60 * MIB)
     assert lineage.check() == before
     assert len(warnings) == 1
-    assert "could not be thinned, so all of them stay" in warnings[0]
+    assert "older versions could not all be thinned" in warnings[0]
     assert 'to keep fewer change "keep" in conf.json' in warnings[0]
     assert not list(lineage.paths.versions.glob("*.new"))
     thin(lineage.backups, keep)

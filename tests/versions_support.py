@@ -107,7 +107,10 @@ def back_up(
         with contextlib.closing(dosvob.Update(paths, snapshot, keep, warn, reread=reread)) as update:
             dosvob.sync_device(stream, update, warn, lambda received: None)
             update.finish(lambda size: None)
-        dosvob.Versions(paths).thin(moment, keep)
+        try:
+            dosvob.Versions(paths).thin(moment, keep)
+        except dosvob.Damaged as problem:
+            warn(f"not thinned: {problem}")
     return update.tally
 
 
