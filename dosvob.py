@@ -868,12 +868,15 @@ class Removal:
         self._delete(self._known)
         since, fewest = time.monotonic(), sys.maxsize
         for pause in pauses(0.3, 5, 1.5):
+            begun = time.monotonic()
             left = self._round()
             if not self._kinds:
                 return {}
             if len(left) < fewest:  # it gets on
                 since, fewest = time.monotonic(), len(left)
-            if left and (self._is_hopeless(left) or time.monotonic() - since > self.LIMIT):
+            if left and (
+                (begun >= self._not_before and self._is_hopeless(left)) or time.monotonic() - since > self.LIMIT
+            ):
                 return self._named(left, asked or {})
             self._api.stop.sleep(pause if left else max(self._not_before - time.monotonic(), 0))
         raise AssertionError("unreachable")
@@ -2159,6 +2162,10 @@ class Journal:
             if file.end is None:
                 cls._refuse_older_commit(paths.journal)
                 if not cls.fits(paths, file):
+                    # It was complete: so it may have had a mark, which has decayed, and have been applied in part.
+                    was_ready = file.head and paths.image.exists() and cls._led_to(file.head["id"], paths.new_state)
+                    if was_ready and not cls._undo(paths, file, heed):
+                        State.doubt(paths.state)
                     paths.journal.unlink()
                 return False
             try:
@@ -2167,6 +2174,9 @@ class Journal:
                 journal = cls(file, file.end["snapshot"]["size"] // CHUNK)
                 journal.read_places(heed)
             except Damaged as problem:
+                if paths.image.exists() and cls._led_to(file.end["id"], paths.state):  # all was applied before
+                    cls._settle(paths, file.end["id"])
+                    return True
                 is_undone = cls._undo(paths, file, heed)
                 if not is_undone:
                     State.doubt(paths.state)  # a part of it may have been applied before
@@ -2189,7 +2199,7 @@ class Journal:
         """Take back what may have been applied of a damaged journal, by the version that it would have left."""
         try:
             with PatchFile(paths.new_version, "version", from_disk=True) as version:
-                if version.end is None or not file.head or version.head.get("journal") != file.head["id"]:
+                if version.end is None or version.head.get("journal") != (file.end or file.head).get("id"):
                     return False
                 with contextlib.closing(SparseFile(paths.image, os.O_RDWR)) as image:
                     for _, patch in version.patches():
@@ -2264,8 +2274,21 @@ class Journal:
                 os.utime(image.fd, ns=(end["mtime_ns"], end["mtime_ns"]))
             os.fsync(image.fd)
         self._adopt_state(paths)
+        self._settle(paths, head["id"])
+
+    @staticmethod
+    def _led_to(journal: str, state: Path) -> bool:
+        """Whether a state file is whole, and that of a journal."""
+        with contextlib.suppress(Damaged):
+            loaded = State.load(state)
+            return loaded is not None and loaded.journal == journal
+        return False
+
+    @staticmethod
+    def _settle(paths: ImagePaths, journal: str) -> None:
+        """Give the version that belongs to an applied journal its name, and remove the journal."""
         with contextlib.suppress(FileNotFoundError), PatchFile(paths.new_version, "version") as version:
-            if version.end and version.head["journal"] == head["id"]:
+            if version.head.get("journal") == journal:  # a damaged one too: all older ones lead back over it
                 paths.versions.mkdir(mode=0o700, exist_ok=True)
                 paths.new_version.rename(paths.versions / version.head["time"])
                 sync_directory(paths.versions)
@@ -2274,12 +2297,11 @@ class Journal:
         sync_directory(paths.metadata)
 
     def _adopt_state(self, paths: ImagePaths) -> None:
-        """Make the state that belongs to it the image's; without that no digest is trusted any more."""
+        """Make the state that belongs to it the image's; without that the image is compared in full."""
         for path in (paths.new_state, paths.state):  # the second if a crash came after the rename
-            with contextlib.suppress(Damaged):  # which is as good as none: the image is compared in full
-                if (state := State.load(path)) is not None and state.journal == self.file.head["id"]:
-                    path.rename(paths.state)
-                    return
+            if self._led_to(self.file.head["id"], path):
+                path.rename(paths.state)
+                return
         for path in (paths.new_state, paths.state):
             path.unlink(missing_ok=True)
 
@@ -2376,7 +2398,8 @@ class Versions:
         """The chunks that differ between the image's snapshot and the new one, with their old digests."""
         if state is None:
             for index in (index for index, place in enumerate(journal.places) if place):
-                yield index, chunk_digest(page_digests(image.chunk(index) or ZERO_CHUNK))
+                chunk = image.chunk(index)  # what cannot be read gets a digest that nothing has
+                yield index, bytes(DIGEST_SIZE) if chunk is None else chunk_digest(page_digests(chunk))
             return
         with self._paths.state.open("rb") as old, self._paths.new_state.open("rb") as new:
             old.seek(BLOCK)
@@ -2432,6 +2455,9 @@ class Versions:
                     raise Damaged(f"{version.path} is damaged")
             assert oldest.snapshot is not None
             assert versions[0].newer is not None
+            for number, version in enumerate(versions[1:], start=1):
+                if version.newer not in [versions[0].newer, *(newer.snapshot for newer in versions[:number])]:
+                    raise Damaged(f"what {version.path} leads back from is missing")
             head = {**opened[-1].head, "id": secrets.token_hex(16), "newer": dataclasses.asdict(versions[0].newer)}
             writer = PatchWriter(target, "version", head)
             files.enter_context(contextlib.closing(writer.file))
@@ -2643,6 +2669,7 @@ class Chain:
                 PatchStream(files.enter_context(PatchFile(version.path, "version", from_disk=self._from_disk)))
                 for version in self.versions[:depth]
             ]
+            is_loose = [self._is_loose(number) for number in range(depth)]
             patched = PatchStream.by_chunk(streams, tolerant=True)
             upcoming = next(patched, None)
             hole_until = 0
@@ -2659,11 +2686,19 @@ class Chain:
                     if number in patches:
                         chunk = patches[number].over(chunk)
                         is_sound = chunk_digest(page_digests(chunk)) == patches[number].digest
-                    elif stream.doubts(index):
+                    elif is_loose[number] or stream.doubts(index):  # it may have had one
                         is_sound = False
                     contents.append(chunk)
                     soundness.append(is_sound)
                 yield index, contents, soundness
+
+    def _is_loose(self, number: int) -> bool:
+        """Whether a version leads back from a snapshot that is not here: what is between is missing."""
+        version, newer = self.versions[number], self.versions[:number]
+        if version.newer is None or any(one.snapshot is None for one in newer):
+            return False  # a damaged one tells by itself
+        origin = self.state.snapshot if self.state else self.versions[0].newer
+        return version.newer not in [origin, *(one.snapshot for one in newer)]
 
     def _image_chunk(self, index: int, *, is_hole: bool) -> tuple[bytes, bool]:
         """A chunk as the journal makes it, and whether it is sound."""
@@ -4574,14 +4609,24 @@ def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False) -> Non
     until a list shows nothing that was asked for after that.
     """
     ours = ("", job.home.id)
-    found = Resource.list(job.api)
+    found: list[Resource] = []
+    problem: DosvobError | None = None
+    for kind in KINDS:
+        try:
+            found += Resource.list(job.api, [kind])
+        except UsageError:
+            raise
+        except DosvobError as refused:  # what can be listed costs money meanwhile
+            problem = refused
     leftovers = [resource for resource in found if everything or resource.home in ours]
     tell_foreign(job, [resource for resource in found if resource not in leftovers])
     for resource in leftovers:
         job.report.say(f"left over from an earlier run: {resource}")
-    if leftovers or not_before:
+    if leftovers or not_before or problem:
         removal = Removal(job.api, lambda resource: everything or resource.home in ours, not_before, job.report.doing)
         job.report.left_behind(removal.run())
+    if problem:
+        raise problem
 
 
 def tell_foreign(job: Job, resources: Iterable[Resource]) -> None:
@@ -4894,6 +4939,7 @@ def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> 
                 version = chain.versions[depth - 1].moment if depth else chain.moment
                 told = f"{name} of {local_time(version)}" if version else f"{name}, of which no digests are recorded,"
                 meter = Meter(report, stop, f"{name}: restored", chain.size)
+                is_recorded = chain.state is not None
                 final, damaged = chain.restore(depth, target, meter)
         except OSError as problem:
             raise DosvobError(f"{name} could not be restored: {disk_problem(problem, target)}") from problem
@@ -4903,7 +4949,7 @@ def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> 
     if damaged.ranges:
         report.error(f"{told} is damaged in {damaged}; the rest of it is in {final}, {figures}")
         return EXIT_FAILED
-    report.say(f"{told} is restored to {final}: {figures}" + ", every chunk as it was recorded" * bool(version))
+    report.say(f"{told} is restored to {final}: {figures}" + ", every chunk as it was recorded" * is_recorded)
     return EXIT_OK
 
 
