@@ -4037,7 +4037,9 @@ class Home:
     def locked(self) -> Iterator[None]:
         """Hold its lock, making what is missing; UsageError if it is held, or cannot be had."""
         try:
-            self.path.mkdir(mode=0o700, exist_ok=True)
+            if not self.path.is_dir():
+                self.path.mkdir(mode=0o700)
+                sync_directory(self.path.resolve().parent)
             self.metadata.mkdir(mode=0o700, exist_ok=True)
             sync_directory(self.path)  # a journal counts only if its directory survives a power cut
             fd = create_private(self.metadata / "lock")
