@@ -525,7 +525,7 @@ class Api:
         self._detail = detail
         self._patience = patience
         self._is_token_known = False  # whether a call was let through
-        self._limited_since: float | None = None  # the first of the 429s that no other answer has come after
+        self.limited_since: float | None = None  # the first of the 429s that no other answer has come after
         self._sessions = threading.local()  # requests does not promise that a session can be shared by threads
 
     def for_teardown(self) -> Api:
@@ -599,7 +599,7 @@ class Api:
         """Wait before a repetition, visibly; raise the problem if that has gone on for too long since `start`."""
         limit, what = start + self._patience, str(problem)
         if problem.status == 429:  # of an account, so all calls share the patience
-            limit = min(start, self._limited_since or start) + self.RATE_LIMIT_PATIENCE
+            limit = min(start, self.limited_since or start) + self.RATE_LIMIT_PATIENCE
             pause = self.RATE_LIMIT_WAIT if problem.wait is None else problem.wait
             what = "DigitalOcean's rate limit is reached"
         if time.monotonic() + pause > limit:
@@ -633,7 +633,7 @@ class Api:
                 raise DosvobError(f"{url} has no certificate to be trusted: {cause}") from None
             raise ApiError(None, f"{call}: no answer from {url}: {reason(cause)}") from problem
         self._detail(f"{call} → {response.status_code}")
-        self._limited_since = (self._limited_since or time.monotonic()) if response.status_code == 429 else None
+        self.limited_since = (self.limited_since or time.monotonic()) if response.status_code == 429 else None
         return self._answer(call, response)
 
     def _answer(self, call: str, response: requests.Response) -> Json:
@@ -868,12 +868,15 @@ class Removal:
         self._delete(self._known)
         since, fewest = time.monotonic(), sys.maxsize
         for pause in pauses(0.3, 5, 1.5):
+            begun = time.monotonic()
             left = self._round()
             if not self._kinds:
                 return {}
             if len(left) < fewest:  # it gets on
                 since, fewest = time.monotonic(), len(left)
-            if left and (self._is_hopeless(left) or time.monotonic() - since > self.LIMIT):
+            if left and (
+                (begun >= self._not_before and self._is_hopeless(left)) or time.monotonic() - since > self.LIMIT
+            ):
                 return self._named(left, asked or {})
             self._api.stop.sleep(pause if left else max(self._not_before - time.monotonic(), 0))
         raise AssertionError("unreachable")
@@ -2078,7 +2081,7 @@ class PatchFile:
             self.close()
             raise
         self.end = None if end is None or (self.head and end["id"] != self.head["id"]) else end
-        self._limit = size - BLOCK * (self.end is not None)
+        self.limit = size - BLOCK * (self.end is not None)  # of the patches
 
     def header_at(self, position: int) -> Patch:
         """The patch at a position, without its data and not verified; raises Damaged if there is none."""
@@ -2098,10 +2101,23 @@ class PatchFile:
             raise Damaged(f"{self.path} is damaged at byte {position}")
         return patch
 
+    def find_patch(self, position: int) -> int:
+        """Where the next whole patch at or behind a position begins; `limit` if there is none."""
+        while position < self.limit:
+            block = self._file.read(position, min(CHUNK, self.limit - position))
+            found = block.find(Patch.MAGIC) if block is not None else -1
+            if found >= 0:
+                with contextlib.suppress(Damaged):
+                    self.patch_at(position + found)
+                    return position + found
+            # what cannot be read is passed over by its pages
+            position += found + 1 if found >= 0 else PAGE if block is None else max(len(block) - 3, 1)
+        return self.limit
+
     def patches(self, *, data: bool = True) -> Iterator[tuple[int, Patch]]:
         """All patches with their positions, or their headers; raises Damaged at the first one that is not whole."""
         position = BLOCK
-        while position < self._limit:
+        while position < self.limit:
             patch = self.patch_at(position) if data else self.header_at(position)
             yield position, patch
             position += Patch.HEADER.size + patch.filled.bit_count() * PAGE
@@ -2146,6 +2162,10 @@ class Journal:
             if file.end is None:
                 cls._refuse_older_commit(paths.journal)
                 if not cls.fits(paths, file):
+                    # It was complete: so it may have had a mark, which has decayed, and have been applied in part.
+                    was_ready = file.head and paths.image.exists() and cls._led_to(file.head["id"], paths.new_state)
+                    if was_ready and not cls._undo(paths, file, heed):
+                        State.doubt(paths.state)
                     paths.journal.unlink()
                 return False
             try:
@@ -2154,6 +2174,9 @@ class Journal:
                 journal = cls(file, file.end["snapshot"]["size"] // CHUNK)
                 journal.read_places(heed)
             except Damaged as problem:
+                if paths.image.exists() and cls._led_to(file.end["id"], paths.state):  # all was applied before
+                    cls._settle(paths, file.end["id"])
+                    return True
                 is_undone = cls._undo(paths, file, heed)
                 if not is_undone:
                     State.doubt(paths.state)  # a part of it may have been applied before
@@ -2176,7 +2199,7 @@ class Journal:
         """Take back what may have been applied of a damaged journal, by the version that it would have left."""
         try:
             with PatchFile(paths.new_version, "version", from_disk=True) as version:
-                if version.end is None or not file.head or version.head.get("journal") != file.head["id"]:
+                if version.end is None or version.head.get("journal") != (file.end or file.head).get("id"):
                     return False
                 with contextlib.closing(SparseFile(paths.image, os.O_RDWR)) as image:
                     for _, patch in version.patches():
@@ -2251,8 +2274,21 @@ class Journal:
                 os.utime(image.fd, ns=(end["mtime_ns"], end["mtime_ns"]))
             os.fsync(image.fd)
         self._adopt_state(paths)
+        self._settle(paths, head["id"])
+
+    @staticmethod
+    def _led_to(journal: str, state: Path) -> bool:
+        """Whether a state file is whole, and that of a journal."""
+        with contextlib.suppress(Damaged):
+            loaded = State.load(state)
+            return loaded is not None and loaded.journal == journal
+        return False
+
+    @staticmethod
+    def _settle(paths: ImagePaths, journal: str) -> None:
+        """Give the version that belongs to an applied journal its name, and remove the journal."""
         with contextlib.suppress(FileNotFoundError), PatchFile(paths.new_version, "version") as version:
-            if version.end and version.head["journal"] == head["id"]:
+            if version.head.get("journal") == journal:  # a damaged one too: all older ones lead back over it
                 paths.versions.mkdir(mode=0o700, exist_ok=True)
                 paths.new_version.rename(paths.versions / version.head["time"])
                 sync_directory(paths.versions)
@@ -2261,12 +2297,11 @@ class Journal:
         sync_directory(paths.metadata)
 
     def _adopt_state(self, paths: ImagePaths) -> None:
-        """Make the state that belongs to it the image's; without that no digest is trusted any more."""
+        """Make the state that belongs to it the image's; without that the image is compared in full."""
         for path in (paths.new_state, paths.state):  # the second if a crash came after the rename
-            with contextlib.suppress(Damaged):  # which is as good as none: the image is compared in full
-                if (state := State.load(path)) is not None and state.journal == self.file.head["id"]:
-                    path.rename(paths.state)
-                    return
+            if self._led_to(self.file.head["id"], path):
+                path.rename(paths.state)
+                return
         for path in (paths.new_state, paths.state):
             path.unlink(missing_ok=True)
 
@@ -2278,14 +2313,15 @@ class Journal:
 
 @dataclass(frozen=True)
 class Version:
-    """A version as its file tells; sizes in bytes. `snapshot` is None if the file's head or end is damaged.
+    """A version as its file tells; sizes in bytes. It is not whole if its head or its end is damaged.
 
     `newer` is the snapshot that it leads back from, `changed` how much differed between the two, `occupied` what the
-    file takes.
+    file takes. Without a head nothing is known but the time, by the file's name.
     """
 
     path: Path
     moment: datetime.datetime
+    is_whole: bool
     snapshot: Snapshot | None
     newer: Snapshot | None
     changed: int
@@ -2300,9 +2336,9 @@ class Version:
             head, end = file.head, file.end
         moment = datetime.datetime.strptime(head.get("time", path.name), cls.TIME).replace(tzinfo=datetime.UTC)
         occupied = path.stat().st_size
-        if not head or end is None:
-            return cls(path, moment, None, None, 0, occupied)
-        return cls(path, moment, Snapshot(**head["snapshot"]), Snapshot(**head["newer"]), end["changed"], occupied)
+        snapshot, newer = (Snapshot(**head[key]) if head else None for key in ("snapshot", "newer"))
+        is_whole = bool(head) and end is not None
+        return cls(path, moment, is_whole, snapshot, newer, end["changed"] if end else 0, occupied)
 
 
 class Versions:
@@ -2362,7 +2398,8 @@ class Versions:
         """The chunks that differ between the image's snapshot and the new one, with their old digests."""
         if state is None:
             for index in (index for index, place in enumerate(journal.places) if place):
-                yield index, chunk_digest(page_digests(image.chunk(index) or ZERO_CHUNK))
+                chunk = image.chunk(index)  # what cannot be read gets a digest that nothing has
+                yield index, bytes(DIGEST_SIZE) if chunk is None else chunk_digest(page_digests(chunk))
             return
         with self._paths.state.open("rb") as old, self._paths.new_state.open("rb") as new:
             old.seek(BLOCK)
@@ -2413,9 +2450,14 @@ class Versions:
         with contextlib.ExitStack() as files:
             opened = [files.enter_context(PatchFile(version.path, "version")) for version in versions]
             streams = [PatchStream(file) for file in opened]
-            if oldest.snapshot is None or versions[0].newer is None:
-                damaged = oldest if oldest.snapshot is None else versions[0]
-                raise Damaged(f"{damaged.path} is damaged")
+            for version in versions:
+                if not version.is_whole:
+                    raise Damaged(f"{version.path} is damaged")
+            assert oldest.snapshot is not None
+            assert versions[0].newer is not None
+            for number, version in enumerate(versions[1:], start=1):
+                if version.newer not in [versions[0].newer, *(newer.snapshot for newer in versions[:number])]:
+                    raise Damaged(f"what {version.path} leads back from is missing")
             head = {**opened[-1].head, "id": secrets.token_hex(16), "newer": dataclasses.asdict(versions[0].newer)}
             writer = PatchWriter(target, "version", head)
             files.enter_context(contextlib.closing(writer.file))
@@ -2463,31 +2505,40 @@ class Versions:
 class PatchStream:
     """A version's patches in the order of the chunks.
 
-    `problem` tells where that ended early; what it says of chunks up to `sound_until` is right all the same.
+    Of what is damaged `problem` tells; the chunks between the whole patches before and behind are in doubt.
     """
 
     def __init__(self, file: PatchFile) -> None:
-        is_whole = file.head and file.end is not None
-        self.problem = None if is_whole else Damaged(f"{file.path} is damaged")
-        self.sound_until = -1
-        self._patches = file.patches()
+        self.problem: Damaged | None = None
         self.next: Patch | None = None
+        self._file = file
+        self._position = BLOCK
+        self._last = -1
+        self._doubtful: list[tuple[int, float]] = []  # chunks, neither end included
         self.advance()
 
     def advance(self) -> None:
-        """Go to the next patch; at the end, or where it is damaged, there is none."""
+        """Go to the next whole patch; at the end there is none."""
+        file, self.next = self._file, None
+        is_damaged = not file.head
+        while self.next is None and file.head and self._position < file.limit:
+            try:
+                patch = file.patch_at(self._position)
+                self._position += patch.room
+                self.next = patch if patch.index > self._last else None
+                is_damaged |= self.next is None
+            except Damaged:
+                is_damaged = True
+                self._position = file.find_patch(self._position + 1)
+        if is_damaged or (self.next is None and file.end is None):
+            self.problem = Damaged(f"{file.path} is damaged")
+            self._doubtful.append((self._last, self.next.index if self.next else float("inf")))
         if self.next is not None:
-            self.sound_until = self.next.index
-        self.next = None
-        try:
-            patch = None if self.problem else next((patch for _, patch in self._patches), None)
-        except Damaged as problem:
-            self.problem = problem
-            return
-        if patch is not None and patch.index <= self.sound_until:
-            self.problem = Damaged(f"the patches of a version are not in order behind chunk {self.sound_until}")
-        else:
-            self.next = patch
+            self._last = self.next.index
+
+    def doubts(self, index: int) -> bool:
+        """Whether nobody knows if there was a patch for the chunk."""
+        return any(first < index < end for first, end in self._doubtful)
 
     @staticmethod
     def by_chunk(
@@ -2618,6 +2669,7 @@ class Chain:
                 PatchStream(files.enter_context(PatchFile(version.path, "version", from_disk=self._from_disk)))
                 for version in self.versions[:depth]
             ]
+            is_loose = [self._is_loose(number) for number in range(depth)]
             patched = PatchStream.by_chunk(streams, tolerant=True)
             upcoming = next(patched, None)
             hole_until = 0
@@ -2634,11 +2686,19 @@ class Chain:
                     if number in patches:
                         chunk = patches[number].over(chunk)
                         is_sound = chunk_digest(page_digests(chunk)) == patches[number].digest
-                    elif stream.problem and index > stream.sound_until:  # nobody knows whether it had one
+                    elif is_loose[number] or stream.doubts(index):  # it may have had one
                         is_sound = False
                     contents.append(chunk)
                     soundness.append(is_sound)
                 yield index, contents, soundness
+
+    def _is_loose(self, number: int) -> bool:
+        """Whether a version leads back from a snapshot that is not here: what is between is missing."""
+        version, newer = self.versions[number], self.versions[:number]
+        if version.newer is None or any(one.snapshot is None for one in newer):
+            return False  # a damaged one tells by itself
+        origin = self.state.snapshot if self.state else self.versions[0].newer
+        return version.newer not in [origin, *(one.snapshot for one in newer)]
 
     def _image_chunk(self, index: int, *, is_hole: bool) -> tuple[bytes, bool]:
         """A chunk as the journal makes it, and whether it is sound."""
@@ -3977,7 +4037,9 @@ class Home:
     def locked(self) -> Iterator[None]:
         """Hold its lock, making what is missing; UsageError if it is held, or cannot be had."""
         try:
-            self.path.mkdir(mode=0o700, exist_ok=True)
+            if not self.path.is_dir():
+                self.path.mkdir(mode=0o700)
+                sync_directory(self.path.resolve().parent)
             self.metadata.mkdir(mode=0o700, exist_ok=True)
             sync_directory(self.path)  # a journal counts only if its directory survives a power cut
             fd = create_private(self.metadata / "lock")
@@ -4549,14 +4611,24 @@ def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False) -> Non
     until a list shows nothing that was asked for after that.
     """
     ours = ("", job.home.id)
-    found = Resource.list(job.api)
+    found: list[Resource] = []
+    problem: DosvobError | None = None
+    for kind in KINDS:
+        try:
+            found += Resource.list(job.api, [kind])
+        except UsageError:
+            raise
+        except DosvobError as refused:  # what can be listed costs money meanwhile
+            problem = refused
     leftovers = [resource for resource in found if everything or resource.home in ours]
     tell_foreign(job, [resource for resource in found if resource not in leftovers])
     for resource in leftovers:
         job.report.say(f"left over from an earlier run: {resource}")
-    if leftovers or not_before:
+    if leftovers or not_before or problem:
         removal = Removal(job.api, lambda resource: everything or resource.home in ours, not_before, job.report.doing)
         job.report.left_behind(removal.run())
+    if problem:
+        raise problem
 
 
 def tell_foreign(job: Job, resources: Iterable[Resource]) -> None:
@@ -4719,12 +4791,16 @@ def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> bool:
     if image.ranges:
         report.error(f"{paths.name}: differs from its snapshot in {image}: the next backup mends it")
     for version, ranges in zip(chain.versions, versions, strict=True):
-        if ranges.ranges:
+        if ranges.ranges or not version.is_whole:
+            lost = f"cannot be restored in {ranges}" if ranges.ranges else "can be restored whole"
             report.error(
-                f"{paths.name}: the version of {local_time(version.moment)} cannot be restored in {ranges}"
-                + f"; {version.path} is damaged" * (version.snapshot is None)
+                f"{paths.name}: the version of {local_time(version.moment)} {lost}"
+                + f"; {version.path} is damaged" * (not version.is_whole)
             )
-    is_sound = length == chain.size and not chain.problem and not any(each.ranges for each in (image, *versions))
+    all_sound = all(version.is_whole for version in chain.versions) and not any(
+        each.ranges for each in (image, *versions)
+    )
+    is_sound = all_sound and length == chain.size and not chain.problem
     if is_sound:
         and_versions = f", and {len(versions)} older version{'s' * (len(versions) > 1)}" if versions else ""
         report.say(f"{paths.name}: sound, {human_size(chain.size)}{and_versions}")
@@ -4774,7 +4850,7 @@ def health_of(home: Home, name: str, max_age: float, *, is_wanted: bool) -> str:
         raise DosvobError(f"{told}, more than {max_age:g} h{unwanted * (not is_wanted)}")
     versions = Versions(paths).all()
     for version in versions:
-        if version.snapshot is None:
+        if not version.is_whole:
             verify = command_line("verify", name)
             raise DosvobError(f"{told}, but the version {version.path} is damaged, which all older ones need: {verify}")
     return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
@@ -4819,7 +4895,7 @@ def describe(paths: ImagePaths) -> Json:
         )  # fmt: skip
     versions = Versions(paths).all()
     for version, older in itertools.zip_longest(versions, versions[1:]):
-        is_damaged = version.snapshot is None
+        is_damaged = not version.is_whole
         try:
             frees = Versions.freed_by(version, older)
         except Damaged:
@@ -4865,6 +4941,7 @@ def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> 
                 version = chain.versions[depth - 1].moment if depth else chain.moment
                 told = f"{name} of {local_time(version)}" if version else f"{name}, of which no digests are recorded,"
                 meter = Meter(report, stop, f"{name}: restored", chain.size)
+                is_recorded = chain.state is not None
                 final, damaged = chain.restore(depth, target, meter)
         except OSError as problem:
             raise DosvobError(f"{name} could not be restored: {disk_problem(problem, target)}") from problem
@@ -4874,7 +4951,7 @@ def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> 
     if damaged.ranges:
         report.error(f"{told} is damaged in {damaged}; the rest of it is in {final}, {figures}")
         return EXIT_FAILED
-    report.say(f"{told} is restored to {final}: {figures}" + ", every chunk as it was recorded" * bool(version))
+    report.say(f"{told} is restored to {final}: {figures}" + ", every chunk as it was recorded" * is_recorded)
     return EXIT_OK
 
 

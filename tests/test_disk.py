@@ -1098,6 +1098,20 @@ def test_a_new_state_that_does_not_fit_the_journal_is_not_trusted_nor_is_the_old
     assert disk.old in disk.versions()
 
 
+@pytest.mark.parametrize("is_torn", [True, False])
+def test_a_version_that_is_torn_or_not_of_the_journal_is_not_listed(disk: Disk, is_torn: bool) -> None:
+    leave_committed(disk.backups, NAME, disk.device)
+    version = disk.paths.new_version.read_bytes()
+    with dosvob.PatchFile(disk.paths.new_version, "version") as file:
+        head = dosvob.seal("version", {**file.head, "journal": "0" * 32})
+    disk.paths.new_version.write_bytes(version[:-1] if is_torn else head + version[BLOCK:])
+    assert disk.versions() == []
+    assert recover(disk.backups, NAME)
+    assert disk.image() == disk.new
+    assert disk.versions() == []
+    disk.check_settled()
+
+
 def test_a_crash_between_the_new_states_name_and_the_journals_removal_loses_neither(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -406,7 +406,7 @@ def test_droplet_is_not_to_be_had(
 def test_another_droplet_takes_the_place_of_one_that_does_not_come_up(home: Home, sim: Simulator, fault: Fault) -> None:
     volumes = [add_volume(sim, "data"), add_volume(sim, "other")]
     sim.faults.add(fault)
-    done = run(home, constants={"ADDRESS_LIMIT": 0.5, "SSH_LIMIT": 0.5, "RECONNECT_LIMIT": 0.3})
+    done = run(home, constants={"ADDRESS_LIMIT": 4, "SSH_LIMIT": 4, "RECONNECT_LIMIT": 2})
     assert re.fullmatch(r"\S+ warning: .*; making another one\n", done.stderr)
     assert sim.faults.fired
     assert_backed_up(home, *volumes)
@@ -419,7 +419,7 @@ def test_droplet_dies_during_the_sync(home: Home, sim: Simulator, tmp_path: Path
     volume = add_volume(sim, "data", size=12 << 20)
     pausing = PausingPython(tmp_path, 6 << 20)
     sim.faults.add(pausing.fault)
-    impatient = {"STALL_LIMIT": 1, "RECONNECT_LIMIT": 0.3, "SSH_TIMEOUT": 0.5, "ATTEMPTS": 2, "SSH_LIMIT": 3}
+    impatient = {"STALL_LIMIT": 1, "RECONNECT_LIMIT": 0.3, "SSH_TIMEOUT": 0.5, "ATTEMPTS": 2, "SSH_LIMIT": 4}
     running = start(home, constants=impatient)
     pausing.wait()
     sim.droplets[0].kill()

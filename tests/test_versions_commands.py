@@ -311,6 +311,9 @@ def test_a_damaged_version_is_named_and_the_rest_restored(user: User, where: str
     assert user.restore("--at", versions[0].name) == versions[0].name
     for version in versions[1:]:
         target = user.directory / "target"
+        if where == "end":  # nothing but the number of its patches is lost, and the last one is of the last chunk
+            assert user.restore("--at", version.name) == version.name
+            continue
         said = user.run("restore", NAME, target, "--at", version.name, expect=1)
         assert "is damaged in bytes " in said
         assert not target.exists()
@@ -332,7 +335,7 @@ def test_a_damaged_version_is_named_and_the_rest_restored(user: User, where: str
         rest.unlink()
         truth.unlink()
     said = user.run("verify", expect=1)
-    assert said.count("cannot be restored in bytes") == 2
+    assert said.count("cannot be restored in bytes") == (0 if where == "end" else 2)
     assert "is sound" not in said
     described = json.loads(user.run("list", "--json"))["volumes"][0]["versions"]
     if where != "data":
@@ -534,3 +537,24 @@ def test_a_restore_waits_for_nobody(user: User) -> None:
     with dosvob.Home(user.backups).unchanged():
         assert user.restore() == file_name(user.now)
     assert len(listed(user.backups)) == 4
+
+
+@pytest.mark.parametrize("where", ["data", "header", "end"])
+def test_only_what_is_damaged_of_a_version_is_lost(user: User, where: str) -> None:
+    """One bit in one patch costs that patch, and not what comes behind it."""
+    path = sorted(user.paths.versions.iterdir())[-1]
+    with contextlib.closing(dosvob.PatchFile(path, "version")) as file:
+        positions = [position for position, _ in file.patches()]
+        patches = [patch for _, patch in file.patches()]
+    assert len(patches) > 2
+    place = {"data": positions[1] + dosvob.Patch.HEADER.size + 7, "header": positions[1] + 6}.get(where, 0)
+    write_at(path, place or path.stat().st_size - 100, b"decay")
+    with contextlib.closing(dosvob.Chain(user.paths)) as chain:
+        told = chain.verify(lambda size: None)[1]
+        chunks = chain.size // MIB
+    lost = {place // MIB for start, end in told.ranges for place in range(start, end, MIB)}
+    if where == "end":  # whether there were more patches at the end of it nobody knows
+        assert lost == set(range(patches[-1].index + 1, chunks))
+    else:
+        assert patches[1].index in lost
+        assert lost <= set(range(patches[0].index + 1, patches[2].index))
