@@ -436,9 +436,7 @@ def test_a_read_only_directory_is_told_before_anything_is_created(
     assert not [request for request in home.simulator.requests if request.method == "POST"]
 
 
-def test_a_read_only_image_is_told_and_completed_once_it_can_be(
-    home: Home, read_only: Callable[[Path], None]
-) -> None:
+def test_a_read_only_image_is_told_and_completed_once_it_can_be(home: Home, read_only: Callable[[Path], None]) -> None:
     volume, other = home.simulator.add_volume(NAME), home.simulator.add_volume("other")
     home.run()
     write_at(volume.path, 3 * MIB, b"new")
@@ -695,18 +693,19 @@ def test_a_journal_of_any_length_is_applied_as_a_whole_or_not_at_all(disk: Disk,
     disk.check_settled()
 
 
-def test_a_journal_cut_short_after_it_was_applied_in_part_is_told(disk: Disk) -> None:
-    """Without its mark it promises nothing and is dropped: what it did to the image is told, and mended."""
+def test_a_journal_cut_short_after_it_was_applied_in_part_is_taken_back(disk: Disk) -> None:
+    """Without its mark it promises nothing and is dropped, but the version that it would have left undoes it."""
     leave_committed(disk.backups, NAME, disk.device)
     chunk = next(n for n in range(CHUNKS - 2) if disk.old[n * MIB : (n + 1) * MIB] != disk.new[n * MIB : (n + 1) * MIB])
     write_at(disk.paths.image, chunk * MIB, disk.new[chunk * MIB : (chunk + 1) * MIB])
     os.truncate(disk.paths.journal, disk.paths.journal.stat().st_size - 1)
     assert not recover(disk.backups, NAME)
     assert not disk.paths.journal.exists()
-    assert verify(disk.paths) == [[mebibyte(chunk)]]
-    assert disk.back_up()[0].differing.ranges == [mebibyte(chunk)]
+    assert disk.image() == disk.old
+    assert verify(disk.paths) == [[]]
+    disk.back_up()
     assert disk.image() == disk.new
-    assert verify(disk.paths) == [[], [mebibyte(chunk)]]  # what the old one had there is lost, and that is known
+    assert verify(disk.paths) == [[], []]
 
 
 def test_what_a_damaged_journal_has_done_is_taken_back_also_its_growth(disk: Disk) -> None:
@@ -1099,7 +1098,8 @@ def test_a_new_state_that_does_not_fit_the_journal_is_not_trusted_nor_is_the_old
 
 
 @pytest.mark.parametrize("is_torn", [True, False])
-def test_a_version_that_is_torn_or_not_of_the_journal_is_not_listed(disk: Disk, is_torn: bool) -> None:
+def test_a_version_that_is_torn_is_listed_so_and_one_of_another_journal_is_not(disk: Disk, is_torn: bool) -> None:
+    """A torn one keeps its place in the chain: all that are older lead back over it."""
     leave_committed(disk.backups, NAME, disk.device)
     version = disk.paths.new_version.read_bytes()
     with dosvob.PatchFile(disk.paths.new_version, "version") as file:
@@ -1108,7 +1108,7 @@ def test_a_version_that_is_torn_or_not_of_the_journal_is_not_listed(disk: Disk, 
     assert disk.versions() == []
     assert recover(disk.backups, NAME)
     assert disk.image() == disk.new
-    assert disk.versions() == []
+    assert [version.is_whole for version in dosvob.Versions(disk.paths).all()] == ([False] if is_torn else [])
     disk.check_settled()
 
 
