@@ -1764,7 +1764,9 @@ class State:
     @property
     def moment(self) -> datetime.datetime:
         """When the snapshot was taken; if what DigitalOcean says is not a time, when it was backed up."""
-        moment = parse_time(self.snapshot.taken_at) or parse_time(self.completed_at) or utc_now()
+        moment = parse_time(self.snapshot.taken_at)
+        if moment is None or not 2000 <= moment.year < 9000:
+            moment = parse_time(self.completed_at) or utc_now()
         return moment.replace(microsecond=0)  # as it is listed
 
 
@@ -2018,9 +2020,12 @@ class Patch:
     @classmethod
     def of_image(cls, file: SparseFile, index: int, pages: int, digest: bytes) -> Patch:
         """What these pages of an image have now; zeros for what the disk cannot read, which the digest will tell."""
-        runs = cls(index, pages, 0, b"", digest).runs()
-        parts = [file.read(index * CHUNK + start, length) or bytes(length) for start, length, _ in runs]
-        return cls.of(index, pages, b"".join(parts), digest, pages)
+        places = [index * CHUNK + page * PAGE for page in range(PAGES) if pages >> page & 1]
+        runs = [(index * CHUNK + start, length) for start, length, _ in cls(index, pages, 0, b"", digest).runs()]
+        parts = [file.read(start, length) for start, length in runs]
+        if None in parts:  # then page by page: what can be read is kept
+            parts = [file.read(place, PAGE) or ZERO_PAGE for place in places]
+        return cls.of(index, pages, b"".join(part or b"" for part in parts), digest, pages)
 
 
 class PatchWriter:
@@ -2202,6 +2207,8 @@ class Journal:
                 if version.end is None or version.head.get("journal") != (file.end or file.head).get("id"):
                     return False
                 with contextlib.closing(SparseFile(paths.image, os.O_RDWR)) as image:
+                    if file.head and Identity.of(image.fd).inode != file.head["base"]["inode"]:
+                        return False  # another file
                     for _, patch in version.patches():
                         patch.write_to(image)
                         heed(patch.room)
@@ -2603,7 +2610,9 @@ class Chain:
         except BaseException:
             self.close()
             raise
-        self.size = self.state.snapshot.size if self.state else -(-os.fstat(self.image.fd).st_size // CHUNK) * CHUNK
+        end = self._journal.file.end if self._journal else None
+        size = end["snapshot"]["size"] if end else -(-os.fstat(self.image.fd).st_size // CHUNK) * CHUNK
+        self.size: int = self.state.snapshot.size if self.state else size
 
     def _committed_journal(self) -> Journal | None:
         """The journal that is to complete the image, and the version that gets its name with it."""
@@ -2922,7 +2931,6 @@ class Update:
         self.is_first = not paths.image.exists()  # whether there is no image yet
         has_versions = bool(Versions(paths).all())
         self._makes_version = has_versions or (keep.anything and self._state is not None)
-        paths.new_version.unlink(missing_ok=True)
         self._writer: PatchWriter | None = None
         self.journal: Journal | None = None
         if self.is_first:
@@ -2931,6 +2939,7 @@ class Update:
         else:
             self._image = SparseFile(paths.image)
             self._writer, self.journal = self._open_journal()
+        paths.new_version.unlink(missing_ok=True)
         self._new_state = StateWriter(paths.new_state)
         self.local = LocalImage(paths, self._image, self.chunks, self._state, self.journal, reread=reread)
 
@@ -2979,7 +2988,8 @@ class Update:
         versions = Versions(self._paths).all()
         newer = versions[0].newer if versions else None
         if newer is not None and newer != state.snapshot:
-            aside = self._paths.versions.with_name(f"{self._paths.versions.name}.of-{newer.taken_at.replace(':', '')}")
+            stamp = (parse_time(newer.taken_at) or utc_now()).strftime(Version.TIME)
+            aside = self._paths.versions.with_name(f"{self._paths.versions.name}.of-{stamp}-{secrets.token_hex(2)}")
             self._paths.versions.rename(aside)
             self._warn(
                 f"the versions of {self._paths.name} do not lead back from its image; they were moved to {aside}"
@@ -4951,7 +4961,8 @@ def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> 
     if damaged.ranges:
         report.error(f"{told} is damaged in {damaged}; the rest of it is in {final}, {figures}")
         return EXIT_FAILED
-    report.say(f"{told} is restored to {final}: {figures}" + ", every chunk as it was recorded" * is_recorded)
+    checked = "every chunk as it was recorded" if is_recorded else "not checked, for want of the image's digests"
+    report.say(f"{told} is restored to {final}: {figures}, {checked}")
     return EXIT_OK
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import functools
 import hashlib
 import io
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from conftest import wait_for
 from simulator.storage import LoopDevice
 from version_reader import Reader
 
@@ -365,6 +367,17 @@ class Lineage:
         return check_all(self.backups, self.truth, choose=choose)
 
 
+def is_free(device: str) -> bool:
+    """Whether nothing has it mounted any more: a namespace of another test may have taken a copy of the mount along."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+    except OSError as problem:
+        if problem.errno != errno.EBUSY:
+            raise
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def mounted(device: Path, target: Path, *options: str) -> Iterator[Path]:
     """A file system that is in a file, mounted."""
@@ -376,6 +389,7 @@ def mounted(device: Path, target: Path, *options: str) -> Iterator[Path]:
             yield target
         finally:
             subprocess.run(["umount", target], check=True)
+            wait_for(lambda: is_free(loop.path), 300)
     finally:
         loop.close()
 
