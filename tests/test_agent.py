@@ -215,7 +215,9 @@ def test_a_droplet_that_does_nothing_but_live_is_given_up(
     target.check_untouched()
 
 
-@pytest.mark.parametrize(("kind", "payload"), [(ZEROS, struct.pack(">I", 1)), (DIGEST, dosvob.ZERO_DIGEST)])
+@pytest.mark.parametrize(
+    ("kind", "payload"), [(ZEROS, struct.pack(">I", 1)), (DIGEST, dosvob.ZERO_DIGEST)], ids=["zeros", "digests"]
+)
 def test_a_droplet_that_keeps_a_chunk_back_and_announces_without_end_is_refused(
     target: Target, monkeypatch: pytest.MonkeyPatch, kind: int, payload: bytes
 ) -> None:

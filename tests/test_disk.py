@@ -1052,6 +1052,27 @@ def test_a_journalled_chunk_that_cannot_be_read_any_more_is_all_written(
     assert disk.image() == disk.device.read_bytes()
 
 
+def test_of_two_patches_of_a_chunk_a_recovery_applies_the_last(disk: Disk) -> None:
+    disk.back_up()
+    for leave in (leave_uncommitted, leave_committed):
+        write_at(disk.device, CHUNK_5, os.urandom(PAGE))
+        leave(disk.backups, NAME, disk.device)
+    assert [patch.index for _, patch in all_patches(disk.paths.journal)] == [5, 5]
+    assert recover(disk.backups, NAME)
+    assert disk.image() == disk.device.read_bytes()
+
+
+def test_nothing_stays_behind_the_good_part_of_a_journal(disk: Disk) -> None:
+    leave_uncommitted(disk.backups, NAME, disk.device)
+    journal = disk.paths.journal.read_bytes()
+    disk.paths.journal.write_bytes(flipped(journal, BLOCK + 40, 0))
+    disk.device.write_bytes(disk.old)
+    leave_committed(disk.backups, NAME, disk.device)
+    assert disk.paths.journal.stat().st_size == 2 * BLOCK
+    assert recover(disk.backups, NAME)
+    disk.check_settled()
+
+
 @pytest.mark.parametrize("comes_back", ["what it was", "a part of it", "something else"])
 def test_a_chunk_that_was_zeros_in_an_interrupted_sync_gets_its_data_back(disk: Disk, comes_back: str) -> None:
     """What pages are in a patch is decided by the image, which has all of the data still."""
