@@ -215,7 +215,9 @@ def test_a_droplet_that_does_nothing_but_live_is_given_up(
     target.check_untouched()
 
 
-@pytest.mark.parametrize(("kind", "payload"), [(ZEROS, struct.pack(">I", 1)), (DIGEST, dosvob.ZERO_DIGEST)])
+@pytest.mark.parametrize(
+    ("kind", "payload"), [(ZEROS, struct.pack(">I", 1)), (DIGEST, dosvob.ZERO_DIGEST)], ids=["zeros", "digests"]
+)
 def test_a_droplet_that_keeps_a_chunk_back_and_announces_without_end_is_refused(
     target: Target, monkeypatch: pytest.MonkeyPatch, kind: int, payload: bytes
 ) -> None:
@@ -797,6 +799,20 @@ def test_a_chunk_that_grows_by_compression_is_sent_as_it_is(tmp_path: Path, monk
         agent.send_pages(1, dosvob.ALL_PAGES)
     parser = dosvob.FrameParser()
     assert [found.kind for data in drained(agent.frames) for found in parser.feed(data)] == [RAW, PACKED]
+
+
+@pytest.mark.parametrize("wanted", [dosvob.ALL_PAGES, 0b1110])
+def test_pages_of_zeros_are_not_sent(tmp_path: Path, wanted: int) -> None:
+    device = tmp_path / "device"
+    device.write_bytes(os.urandom(2 * PAGE) + bytes(PAGE) + os.urandom(PAGE) + bytes(CHUNK - 4 * PAGE))
+    agent = dosvob.Agent(str(device), 0, 1, io.BytesIO(), -1)
+    with device.open("rb") as file:
+        agent.fd = file.fileno()
+        agent.send_pages(0, wanted)
+    (answer,) = (found for data in drained(agent.frames) for found in dosvob.FrameParser().feed(data))
+    sent = wanted & 0b1011
+    assert int.from_bytes(answer.payload[: len(NONE)], "little") == sent
+    assert len(answer.payload) == len(NONE) + sent.bit_count() * PAGE
 
 
 # -- the agent's source
