@@ -45,8 +45,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def behaviour() -> Behaviour:
-    return FAST
+def behaviour(request: pytest.FixtureRequest) -> Behaviour:
+    return replace(FAST, **getattr(request, "param", {}))
 
 
 def after_call(running: Running, sim: Simulator, number: int) -> None:
@@ -558,3 +558,43 @@ def test_signal_while_a_creation_without_an_answer_is_looked_for(home: Home, sim
     assert running.end() == 128 + signal.SIGTERM
     assert "LEFT BEHIND" not in running.output
     assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize("how", ["forbidden", "failing"])
+def test_a_kind_that_cannot_be_listed_does_not_keep_the_others_from_being_swept(
+    home: Home, sim: Simulator, how: str
+) -> None:
+    """They cost money meanwhile."""
+    add_volume(sim, "data")
+    sim.faults.add(Fault("never-active"))
+    running = start(home)
+    until(lambda: {item.kind for item in sim.alive()} >= {"key", "droplet", "volume"})
+    running.signal(signal.SIGKILL)
+    running.end()
+    sim.faults.clear()
+    if how == "forbidden":
+        sim.token_lacks("ssh_key:read")
+    else:
+        sim.faults.add(Fault("error", method="GET", path="^/v2/account/keys", status=503, times=FOREVER))
+    run(home, "sweep", expect=None, constants={"PATIENCE": 2, "LIMIT": 3})
+    assert {item.kind for item in sim.alive()} <= {"key"}
+    sim.token_lacks()
+    sim.faults.clear()
+    run(home, "sweep")
+    assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize("behaviour", [{"list_lag_seconds": 2}], indirect=True)
+def test_what_may_not_be_removed_does_not_end_the_looking_for_what_lists_show_late(home: Home, sim: Simulator) -> None:
+    """A droplet whose creation was not answered is removed, or named, although the key must stay."""
+    add_volume(sim, "data")
+    sim.token_lacks("ssh_key:delete")
+    sim.faults.add(Fault("lost", method="POST", path="^/v2/droplets$"))
+    running = start(home, constants={"LIST_LAG": 4})
+    until(lambda: sim.droplets)
+    running.signal(signal.SIGTERM)
+    running.end()
+    for item in sim.alive():
+        assert f"(id {item.id}" in running.output, item.kind
+    sim.token_lacks()
+    run(home, "sweep")

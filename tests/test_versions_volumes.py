@@ -345,3 +345,16 @@ def test_the_whole_script_says_what_versions_hold_when_the_disk_is_full(
     assert restored(backups, 1) == image
     assert paths.image.stat().st_size == GIB
     assert "backup is" in home.run("--backups", str(backups), "health").stdout
+
+
+def test_a_version_that_somebody_removed_is_told_by_all_that_lead_back_over_it(lineage: Lineage) -> None:
+    """What differed only there, nothing else knows of: so nothing is said to be sound."""
+    times = listed(lineage.backups)
+    assert len(times) > 3
+    (lineage.paths.versions / times[2]).unlink()
+    told = damage_of(lineage)
+    assert set(times[3:]) <= set(told)
+    assert not set(times[:2]) & set(told)
+    versions = dosvob.Versions(lineage.paths)
+    with pytest.raises(dosvob.Damaged, match="missing"):
+        versions._merge(versions.all()[:2], lambda size: None)
