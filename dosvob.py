@@ -848,13 +848,18 @@ class Removal:
     LIMIT = 600  # seconds after which it is given up, if nothing more goes
 
     def __init__(
-        self, api: Api, is_ours: Callable[[Resource], bool], not_before: float, note: Callable[[str], None]
+        self,
+        api: Api,
+        is_ours: Callable[[Resource], bool],
+        not_before: float,
+        note: Callable[[str], None],
+        kinds: Iterable[str] = KINDS,
     ) -> None:
         self._api = api
         self._is_ours = is_ours
         self._not_before = not_before
         self._note = note
-        self._kinds = dict.fromkeys(KINDS, False)  # those that are not done, and whether their last list was empty
+        self._kinds = dict.fromkeys(kinds, False)  # those that are not done, and whether their last list was empty
         self._known: list[Resource] = []
         self._gone: set[Resource] = set()  # whose deletion was accepted
 
@@ -4622,20 +4627,23 @@ def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False) -> Non
     """
     ours = ("", job.home.id)
     found: list[Resource] = []
-    problem: DosvobError | None = None
+    kinds = list(KINDS)
+    problem: ApiError | None = None
     for kind in KINDS:
         try:
             found += Resource.list(job.api, [kind])
-        except UsageError:
-            raise
-        except DosvobError as refused:  # what can be listed costs money meanwhile
+        except ApiError as refused:
+            if refused.status is None:  # nobody answers
+                raise
+            kinds.remove(kind)  # the others cost money meanwhile
             problem = refused
     leftovers = [resource for resource in found if everything or resource.home in ours]
     tell_foreign(job, [resource for resource in found if resource not in leftovers])
     for resource in leftovers:
         job.report.say(f"left over from an earlier run: {resource}")
-    if leftovers or not_before or problem:
-        removal = Removal(job.api, lambda resource: everything or resource.home in ours, not_before, job.report.doing)
+    if leftovers or not_before:
+        note = job.report.doing
+        removal = Removal(job.api, lambda item: everything or item.home in ours, not_before, note, kinds)
         job.report.left_behind(removal.run())
     if problem:
         raise problem

@@ -183,6 +183,8 @@ def finish_journals(backups: Path) -> set[str]:
 def verify(paths: dosvob.ImagePaths) -> list[list[tuple[int, int]]]:
     """The ranges that are damaged of the image, of the version before it, and so on."""
     with contextlib.closing(dosvob.Chain(paths, from_disk=True)) as chain:
+        if chain.problem:
+            raise chain.problem
         assert chain.state is not None
         return [damaged.ranges for damaged in chain.verify(lambda count: None)]
 

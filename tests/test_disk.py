@@ -1374,8 +1374,8 @@ def test_a_volume_that_does_not_fit_into_a_commit_mark_is_refused_before_anythin
 
 
 def all_identities(directory: Path) -> dict[Path, dosvob.Identity]:
-    """What there is in a directory, but for the lock."""
-    files = [path for path in directory.rglob("*") if path.is_file() and path.name != "lock"]
+    """What there is in a directory, but for the lock and the home's id."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name not in ("lock", "home")]
     return {path: dosvob.Identity.of(path) for path in files}
 
 
