@@ -223,22 +223,26 @@ def reference_c(link: Link, path: Path, directory: Path) -> float:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One sync: seconds, bytes received, peak memory here and on the droplet, bytes of the image that were read."""
+    """One sync: seconds, bytes received, peak memory here and on the droplet, bytes read and written by calls."""
 
     seconds: float
     received: int
     memory: int
     agent_memory: int
     read: int
+    written: int
 
 
-def sync_once(link: Link, source: Path, backups: Path, size: int = SIZE) -> Measurement:
+def sync_once(link: Link, source: Path, backups: Path, size: int = SIZE, *, keep: bool = True) -> Measurement:
     """Sync in a process of its own, so that its memory can be measured."""
     command = [sys.executable, __file__, "--one", json.dumps(dataclasses.asdict(link), default=str)]
     watcher = AgentWatcher()
     with watcher:
         done = subprocess.run(
-            [*command, str(source), str(backups), str(size)], check=True, stdout=subprocess.PIPE, text=True
+            [*command, str(source), str(backups), str(size), "keep" if keep else "none"],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         )
     return Measurement(agent_memory=watcher.peak, **json.loads(done.stdout.splitlines()[-1]))
 
@@ -268,7 +272,7 @@ class AgentWatcher(threading.Thread):
                         self.peak = max(self.peak, peak_memory(process))
 
 
-def sync_here(link: Link, source: Path, backups: Path, size: int) -> None:
+def sync_here(link: Link, source: Path, backups: Path, size: int, keep: dosvob.Keep) -> None:
     """What the process of its own does; prints what it measured."""
     dosvob.SSH_PORT = link.port
     keys = dosvob.RunKeys(
@@ -283,16 +287,17 @@ def sync_here(link: Link, source: Path, backups: Path, size: int) -> None:
     def start_agent(first: int, window: int) -> dosvob.AgentStream:
         return way.start_agent(dosvob.agent_source(str(source), first, window))
 
-    read_before = bytes_read()
+    read_before, written_before = bytes_moved("rchar"), bytes_moved("wchar")
     with contextlib.closing(dosvob.Link(link.address, keys, dosvob.Stop())) as way:
         way.open(60)  # as a run does it while the clone is being made
         start = time.monotonic()
-        with contextlib.closing(dosvob.Update(paths, snapshot, dosvob.Keep(), report.warn)) as update:
+        with contextlib.closing(dosvob.Update(paths, snapshot, keep, report.warn)) as update:
             received = dosvob.sync_device(start_agent, update, report.warn, lambda received: None)
             update.finish()
         seconds = time.monotonic() - start
     memory = peak_memory(Path("/proc/self"))
-    print(json.dumps({"seconds": seconds, "received": received, "memory": memory, "read": bytes_read() - read_before}))
+    moved = {"read": bytes_moved("rchar") - read_before, "written": bytes_moved("wchar") - written_before}
+    print(json.dumps({"seconds": seconds, "received": received, "memory": memory, **moved}))
 
 
 def peak_memory(process: Path) -> int:
@@ -301,10 +306,10 @@ def peak_memory(process: Path) -> int:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
-def bytes_read() -> int:
-    """Bytes that this process has read from files and sockets by read calls."""
+def bytes_moved(field: str) -> int:
+    """Bytes that this process has read (rchar) or written (wchar) by calls, of files and sockets."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(fields["rchar"])
+    return int(fields[field])
 
 
 # ── The runs and the table ───────────────────────────────────────────────────────────────────────────────────────────
@@ -390,8 +395,28 @@ def table(rows: dict[str, Row], links: dict[str, Link], data: Data) -> str:
                 f"{memory} | {median(row.values['H']):.1f} |"
             )
     if "L0" in rows:
-        lines.append(f"\nC (`ssh cat` of the 2 GiB that are not zeros, no limit on the link): "
-                     f"{median(rows['L0'].values['C']):.1f} s")
+        lines.append(
+            f"\nC (`ssh cat` of the 2 GiB that are not zeros, no limit on the link): "
+            f"{median(rows['L0'].values['C']):.1f} s"
+        )
+    return "\n".join(lines)
+
+
+def versions_table(link: Link, data: Data, directory: Path, repetitions: int) -> str:
+    """What keeping a version costs a sync of a change in one piece (S4), in turns with one that keeps none."""
+    backups = directory / "backups"
+    runs: dict[bool, list[Measurement]] = {True: [], False: []}
+    for _ in range(repetitions):
+        for keep in (False, True):
+            shutil.rmtree(backups, ignore_errors=True)
+            sync_once(link, data.base, backups)
+            runs[keep].append(sync_once(link, data.piece, backups, keep=keep))
+    lines = ["| 205 MB changed | seconds | MB read | MB written |", "|---|---|---|---|"]
+    for keep, name in ((False, "without versions"), (True, "with a version")):
+        figures = [
+            statistics.median(getattr(run, what) for run in runs[keep]) for what in ("seconds", "read", "written")
+        ]
+        lines.append(f"| {name} | {figures[0]:.1f} | {figures[1] / 1e6:.0f} | {figures[2] / 1e6:.0f} |")
     return "\n".join(lines)
 
 
@@ -450,8 +475,14 @@ def control_plane(directory: Path) -> str:
 
 def machine() -> str:
     """What it ran on."""
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.machine())
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     sha = "with" if "sha_ni" in Path("/proc/cpuinfo").read_text() else "without"
     return (
         f"{os.cpu_count()} cores ({model}, {sha} SHA instructions) carrying both ends; Linux {platform.release()}, "
@@ -464,7 +495,8 @@ def main() -> None:
     if sys.argv[1:2] == ["--one"]:
         fields = json.loads(sys.argv[2])
         fields["directory"] = Path(fields["directory"])
-        sync_here(Link(**fields), Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))
+        keep = dosvob.Keep() if sys.argv[6] == "keep" else dosvob.Keep(0, 0, 0, 0)
+        sync_here(Link(**fields), Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]), keep)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", type=Path, metavar="SCRIPT", help="makes emulated links; without it only L0")
@@ -473,6 +505,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("/var/tmp/dosvob-bench"))
     parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench.md"))
     parser.add_argument("--memory", action="store_true", help="only the memory over 1, 4 and 16 GiB")
+    parser.add_argument("--versions", action="store_true", help="only what keeping a version costs")
     parser.add_argument("--control-plane", action="store_true", help="only a run over 8 volumes of a simulated account")
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
@@ -480,6 +513,10 @@ def main() -> None:
     keys.mkdir(exist_ok=True)
     if arguments.control_plane:
         result = control_plane(arguments.directory)
+    elif arguments.versions:
+        data = make_data(arguments.directory)
+        with loopback("L0", keys) as link:
+            result = versions_table(link, data, arguments.directory, arguments.repetitions)
     elif arguments.memory:
         with loopback("L0", keys) as link:
             result = memory_table(link, arguments.directory)
