@@ -409,7 +409,7 @@ def versions_table(link: Link, data: Data, directory: Path, repetitions: int) ->
     for _ in range(repetitions):
         for keep in (False, True):
             shutil.rmtree(backups, ignore_errors=True)
-            sync_once(link, data.base, backups)
+            sync_once(link, data.scattered, backups)
             runs[keep].append(sync_once(link, data.piece, backups, keep=keep))
     lines = ["| 205 MB changed | seconds | MB read | MB written |", "|---|---|---|---|"]
     for keep, name in ((False, "without versions"), (True, "with a version")):
