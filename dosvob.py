@@ -35,8 +35,9 @@ that is listed restores to the very bytes that it had, or says which are damaged
 
 What it does not promise: consistency beyond that of a disk whose power was cut, which a snapshot of a volume in use is.
 
-Lower chapters know nothing of higher ones: errors and waiting, configuration, the DigitalOcean API, ephemeral
-resources, the agent, patches and images, versions, the sync, the connection, reporting, the backup, commands, main.
+The chapters, each standing on those before it but for the reports that it is given a way to make: errors and waiting,
+configuration, the DigitalOcean API, ephemeral resources, the agent, patches and images, versions, the update of an
+image, the sync, the connection, reporting, the backup, commands, main.
 """
 # ruff: noqa: E402, UP031, UP036 - what the user lacks is told before it is imported, and in words of older Pythons
 
