@@ -85,6 +85,7 @@ import dataclasses
 import datetime
 import difflib
 import fnmatch
+import functools
 import io
 import itertools
 import json
@@ -96,11 +97,14 @@ import shutil
 import signal
 import socket
 import ssl
+import tempfile
 import traceback
 import urllib.parse
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import ClassVar
 
 try:
     import paramiko
@@ -115,6 +119,7 @@ except ImportError as missing:
 VERSION = "1.0.0"
 GIB = 1 << 30
 Json = dict[str, Any]
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -185,6 +190,18 @@ def pauses(first: float, most: float, growth: float = 1.3) -> Iterator[float]:
     while True:
         yield pause * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
         pause = min(pause * growth, most)
+
+
+def done_ahead(work: Callable[[S], T], items: Iterable[S], threads: int, most: int) -> Iterator[T]:
+    """What the work makes of each item, in order, done ahead for up to `most` of them by several threads."""
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        coming: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+        for item in items:
+            coming.append(pool.submit(work, item))
+            if len(coming) > most:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def within(limit: float, work: Callable[[], T]) -> T:
@@ -438,6 +455,7 @@ TOKENS_PAGE = "https://cloud.digitalocean.com/account/api/tokens"
 
 SCOPES = {
     # https://docs.digitalocean.com/reference/api/scopes/ ; a 403 does not name the missing scope, so we do.
+    "GET /v2/account": "account:read",
     "GET /v2/regions": "regions:read",
     "GET /v2/sizes": "sizes:read",
     "GET /v2/images": "image:read",
@@ -810,11 +828,15 @@ class Resource:
         return str(item.get("name")).startswith(TAG + "-") or TAG in (item.get("tags") or ())
 
     @classmethod
-    def list(cls, api: Api, kinds: Iterable[str] = KINDS) -> list[Resource]:
-        """All ephemeral resources of these kinds in the account, of whatever home."""
+    def list(cls, api: Api, kinds: Iterable[str] = KINDS, mark: str = "") -> list[Resource]:
+        """All ephemeral resources of these kinds in the account, of whatever home; and what is described by a mark."""
         items = [(kind, item) for kind in kinds
                  for item in api.list(KINDS[kind].path, KINDS[kind].key, **KINDS[kind].params)]  # fmt: skip
-        return [cls.parse(kind, item) for kind, item in items if cls.is_ephemeral(item)]
+        return [
+            cls.parse(kind, item)
+            for kind, item in items
+            if cls.is_ephemeral(item) or (mark and item.get("description") == mark)
+        ]
 
     @property
     def home(self) -> str:
@@ -855,8 +877,10 @@ class Removal:
         not_before: float,
         note: Callable[[str], None],
         kinds: Iterable[str] = KINDS,
+        mark: str = "",
     ) -> None:
         self._api = api
+        self._mark = mark  # of a volume that was to stay, see Ephemeral.make_volume
         self._is_ours = is_ours
         self._not_before = not_before
         self._note = note
@@ -899,7 +923,9 @@ class Removal:
                 continue
             found = [resource for resource in self._known if resource.kind == kind and resource not in self._gone]
             try:
-                found += [resource for resource in Resource.list(self._api, [kind]) if self._is_ours(resource)]
+                found += [
+                    resource for resource in Resource.list(self._api, [kind], self._mark) if self._is_ours(resource)
+                ]
             except Exception as problem:  # noqa: BLE001 - no answer is so odd that the rest must stay for it
                 left[Resource(kind, UNKNOWN, f"{TAG}-*")] = problem
             else:
@@ -1041,6 +1067,8 @@ class Ephemeral:
         self._last_post = time.monotonic()
         self._attached: dict[str, int] = {}  # droplets by clone
         self._events = threading.Lock()  # a droplet takes one attach or detach at a time
+        self._mark = ""  # describes a volume that is to stay when all is well
+        self.left: Mapping[Resource, str] = {}  # what could not be removed, with the reasons
 
     def __enter__(self) -> Ephemeral:
         return self
@@ -1054,13 +1082,15 @@ class Ephemeral:
             f"removing {', '.join(told) or 'what may have been created'}: all that is named {self.prefix}…"
         )
         try:
+            spared = self._spared(existing)
             removal = Removal(
                 self._api.for_teardown(),
                 lambda resource: resource.home in ("", self._home),
                 self._last_post + LIST_LAG,
                 self._report.doing,
+                mark="" if spared else self._mark,
             )
-            left = removal.run(existing, self._asked)
+            left = spared | removal.run([resource for resource in existing if resource not in spared], self._asked)
         except Exception as problem:  # noqa: BLE001 - even after a bug in here: tell what there may be
             self._report.detail(traceback.format_exc())
             unknown = [Resource(kind, UNKNOWN, name) for name, kind in self._asked.items()]
@@ -1068,7 +1098,19 @@ class Ephemeral:
         for resource in existing:
             if resource not in left:
                 self._removed[resource] = time.monotonic()
+        self.left = left
         self._report.left_behind(left)
+
+    def _spared(self, existing: Iterable[Resource]) -> dict[Resource, str]:
+        """The volume that was to stay, with the reason, if it is attached to a droplet that is not ours: it stays."""
+        ours = {resource.id for resource in self._created if resource.kind == DROPLET}
+        for resource in existing:
+            if resource.kind == VOLUME and not resource.name.startswith(TAG):
+                item = self._api.for_teardown().get_fresh(resource.path, "volume") or {}
+                foreign = [str(droplet) for droplet in item.get("droplet_ids") or () if str(droplet) not in ours]
+                if foreign:
+                    return {resource: f"It is attached to the droplet {', '.join(foreign)}, which is not of this run"}
+        return {}
 
     def cost(self) -> float:
         """Dollars for all that was created, by the seconds that it existed until now."""
@@ -1191,15 +1233,34 @@ class Ephemeral:
                 raise SnapshotTooSoon(problem.wait) from problem
             raise
 
+    def make_volume(self, name: str, region: str, size: int, mark: str) -> Volume:
+        """A new, empty volume of `size` bytes, which is removed with all the rest unless it is handed over.
+
+        No name and no tag tells that it is ours, lest anybody remove it later: the mark does, its description, which no
+        other volume has. So it is found, too, if the answer is lost.
+        """
+        self._mark = mark
+        body = {"name": name, "region": region, "size_gigabytes": size // GIB, "description": mark}
+        return Volume.parse(self._create(VOLUME, body))
+
+    def hand_over(self, volume: Volume) -> None:
+        """From now on it is its user's."""
+        self._mark = ""
+        self._created = {resource: since for resource, since in self._created.items() if resource.id != volume.id}
+
     def attach(self, clone: Volume, droplet: Droplet) -> None:
         """Attach the clone to the droplet, unless it is."""
         if self._attached.get(clone.id) != droplet.id:
             self._volume_event("attach", clone, droplet, lambda volume: droplet.id in volume.droplet_ids)
             self._attached[clone.id] = droplet.id
 
+    def detach(self, volume: Volume, droplet: Droplet) -> None:
+        """Detach it."""
+        self._volume_event("detach", volume, droplet, lambda volume: droplet.id not in volume.droplet_ids)
+
     def release(self, clone: Volume, droplet: Droplet) -> None:
         """Detach the clone and delete it."""
-        self._volume_event("detach", clone, droplet, lambda volume: droplet.id not in volume.droplet_ids)
+        self.detach(clone, droplet)
         self._remove_now(next(r for r in list(self._created) if r.kind == VOLUME and r.id == clone.id))
 
     def _create(self, kind: str, body: Json, post_path: str | None = None) -> Json:
@@ -1212,7 +1273,8 @@ class Ephemeral:
 
         def find() -> Json | None:
             items = self._api.list(where.path, where.key, **where.params)
-            return next((item for item in items if item.get("name") == name), None)
+            known = {key: body[key] for key in ("name", "description") if key in body}
+            return next((item for item in items if known.items() <= item.items()), None)
 
         for number, pause in enumerate(pauses(self._api.FIRST_BACKOFF, self._api.MAX_BACKOFF, 2)):
             self._api.stop.check()
@@ -1310,11 +1372,14 @@ class Ephemeral:
 #   PACKED   the same, the pages compressed with zlib                are not in the bitmap are all zeros
 #   ALIVE    nothing                                                 when there has been nothing to say for a while
 #   FAILED   a message                                               the agent cannot go on
+#   DURABLE  nothing                                                 a Receiver's: what came before the index is durable
 # Digests come in the order of the chunks, without gaps; answers in the order of the commands.
 # Commands (from here to the agent) are COMMAND (kind, index, count, bitmap), all of one length:
 #   DROP     forget `count` chunks from the index on                 COMPARE   send the chunk's SHORT
 #   SEND     send the pages in the bitmap, forget the chunk
 # The agent ends when no more commands can come.
+# On the way back, to a new volume, a Receiver is what runs on the droplet: RAW and PACKED frames go to it instead of
+# commands, in the order of the chunks.
 #
 # Why nothing can stand still: a thread of the agent's own takes the commands, which are few and small, as they come, so
 # whoever sends one never waits for the agent; so the reader here always goes on reading, and the agent's writing always
@@ -1345,7 +1410,7 @@ SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ of fcntl(2), which Python has had a name fo
 AGENT_MAGIC = b"dosvob agent 1\n"
 FRAME = ">BII"
 COMMAND = ">BII32s"
-HELLO, DIGEST, ZEROS, SHORT, RAW, PACKED, ALIVE, FAILED = range(1, 9)
+HELLO, DIGEST, ZEROS, SHORT, RAW, PACKED, ALIVE, FAILED, DURABLE = range(1, 10)
 DROP, COMPARE, SEND = range(1, 4)
 
 
@@ -1389,6 +1454,8 @@ class Agent:
     them, and the main thread, which writes.
     """
 
+    access = os.O_RDONLY
+
     def __init__(self, device: str, first: int, window: int, commands: BinaryIO, output: int) -> None:
         self.device = device
         self.first = first
@@ -1409,9 +1476,13 @@ class Agent:
         keep_freed_memory()
         if stat.S_ISFIFO(os.fstat(self.output).st_mode):  # a chunk at a time instead of 64 KiB to sshd
             fcntl.fcntl(self.output, SET_PIPE_SIZE, CHUNK)
-        for work in (self.scan, self.take_commands, self.answer_requests):
+        for work in self.works():
             threading.Thread(target=self.guarded, args=(work,), daemon=True).start()
         self.write_frames()
+
+    def works(self) -> tuple[Callable[[], None], ...]:
+        """What its threads do."""
+        return self.scan, self.take_commands, self.answer_requests
 
     def guarded(self, work: Callable[[], None]) -> None:
         """Do the work of a thread; tell the other side if it fails."""
@@ -1496,7 +1567,7 @@ class Agent:
         return struct.pack(FRAME + "I", ZEROS, end - count, 4, count) if count else b""
 
     def open_device(self) -> int:
-        """Wait for the device, protect it from writes, and say hello; returns its size in bytes."""
+        """Wait for the device, protect it from writes that are not ours, and say hello; returns its size in bytes."""
         end = time.monotonic() + DEVICE_LIMIT
         while not os.path.exists(self.device):
             if time.monotonic() > end:
@@ -1504,8 +1575,10 @@ class Agent:
             time.sleep(0.1)
         self.fd = os.open(self.device, os.O_RDONLY)
         if stat.S_ISBLK(os.fstat(self.fd).st_mode):
-            fcntl.ioctl(self.fd, 0x125D, struct.pack("i", 1))  # BLKROSET: as blockdev --setro
+            is_read_only = self.access == os.O_RDONLY
+            fcntl.ioctl(self.fd, 0x125D, struct.pack("i", is_read_only))  # BLKROSET: as blockdev --setro, or --setrw
             self.refuse_if_in_use()
+        self.fd = os.open(self.device, self.access)
         size = os.lseek(self.fd, 0, os.SEEK_END)
         self.put(HELLO, 0, AGENT_MAGIC, struct.pack(">Q", size))
         return size
@@ -1600,15 +1673,87 @@ class Agent:
         return saved > 0.1 and len(sample) * self.writing > self.written * seconds
 
 
+class Receiver(Agent):
+    """Writes what it is sent to a device, and says up to which chunk all of it is durable.
+
+    Two threads beside the main one: what has been written while the other one made durable what came before it is made
+    durable next, at once.
+    """
+
+    access = os.O_RDWR
+
+    def __init__(self, device: str, commands: BinaryIO, output: int) -> None:
+        super().__init__(device, 0, 0, commands, output)
+        self.end = 0  # all that was sent before this chunk is written
+
+    def works(self) -> tuple[Callable[[], None], ...]:
+        """What its threads do."""
+        return self.take_frames, self.make_durable
+
+    def take_frames(self) -> None:
+        """Write what comes until nothing more can; the process ends with that."""
+        self.open_device()
+        size = struct.calcsize(FRAME)
+        while len(header := self.commands.read(size)) == size:
+            kind, index, length = struct.unpack(FRAME, header)
+            payload = self.commands.read(length)
+            if len(payload) < length:
+                break
+            data = payload[PAGES // 8 :]
+            self.write_pages(
+                index,
+                int.from_bytes(payload[: PAGES // 8], "little"),
+                zlib.decompress(data) if kind == PACKED else data,
+            )
+            with self.room:
+                self.end = index + 1
+                self.room.notify()
+        os._exit(0)
+
+    def write_pages(self, index: int, pages: int, data: bytes) -> None:
+        """Write the pages of a chunk that are in the bitmap; the data has them in order."""
+        view, offset = memoryview(data), index * CHUNK
+        while pages:
+            skipped = (pages & -pages).bit_length() - 1
+            pages >>= skipped
+            run = (~pages & (pages + 1)).bit_length() - 1
+            pages >>= run
+            offset += skipped * PAGE
+            end = offset + run * PAGE
+            while offset < end:
+                written = os.pwrite(self.fd, view[: end - offset], offset)
+                view, offset = view[written:], offset + written
+
+    def make_durable(self) -> None:
+        """Make what is written durable, say so, and forget it: what reads it afterwards gets what the device has."""
+        durable = 0
+        while True:
+            with self.room:
+                self.room.wait_for(lambda: self.end > durable)  # noqa: B023 - called before it changes
+                durable = self.end
+            os.fdatasync(self.fd)
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            self.put(DURABLE, durable)
+
+
 # agent: end
 # Taken as this file is loaded: by the time an agent is started, an update may have changed the file.
 AGENT = "".join(re.findall(r"(?ms)^# agent: begin$(.*?)^# agent: end$", Path(__file__).read_text(encoding="utf-8")))
 
 
 def agent_source(device: str, first: int, window: int) -> bytes:
-    """The agent's program, which says in its own frames if the droplet's Python is too old for it."""
+    """The agent's program."""
+    return droplet_program(f"Agent({device!r}, {first}, {window}, sys.stdin.buffer, 1).run()\n")
+
+
+def receiver_source(device: str, _first: int, _window: int) -> bytes:
+    """The receiver's program, which is told by each frame where it belongs."""
+    return droplet_program(f"Receiver({device!r}, sys.stdin.buffer, 1).run()\n")
+
+
+def droplet_program(start: str) -> bytes:
+    """A program that says in the agent's frames if the droplet's Python is too old for it."""
     source = f"from __future__ import annotations\nimport sys\n{AGENT}"
-    start = f"Agent({device!r}, {first}, {window}, sys.stdin.buffer, 1).run()\n"
     return f"""import struct, sys
 if sys.version_info < (3, 8):
     text = "it has Python %d.%d, and 3.8 is needed: set \\"droplet_image\\" in conf.json" % sys.version_info[:2]
@@ -3153,6 +3298,7 @@ MOST_PAYLOAD = {  # bytes, by kind of frame
     PACKED: PAGES // 8 + CHUNK,
     ALIVE: 0,
     FAILED: 1000,
+    DURABLE: 0,
 }
 
 
@@ -3172,6 +3318,9 @@ class Stream(Protocol):
 
     def receive(self) -> bytes:
         """At least one byte; raises ConnectionLost when no more come."""
+
+    def has_received(self) -> bool:
+        """Whether `receive` would return at once."""
 
 
 @dataclass(frozen=True)
@@ -3279,6 +3428,7 @@ class Sync:
             PACKED: self._on_data,
             ALIVE: lambda _: None,
             FAILED: self._on_failed,
+            DURABLE: self._on_durable,
         }
         if not self._greeted and frame.kind not in (HELLO, ALIVE, FAILED):
             raise BadAgent("the droplet did not begin with a greeting")
@@ -3292,6 +3442,9 @@ class Sync:
 
     def _on_failed(self, frame: Frame) -> None:
         raise BadAgent(f"the droplet cannot go on: {frame.payload.decode(errors='replace')}")
+
+    def _on_durable(self, frame: Frame) -> None:
+        raise BadAgent(f"the droplet says that it has written up to chunk {frame.index}, and was to read")
 
     def _on_digest(self, frame: Frame) -> None:
         if frame.index != self._next or len(frame.payload) != DIGEST_SIZE:
@@ -3559,6 +3712,10 @@ class AgentStream:
         self._widen()
         return data
 
+    def has_received(self) -> bool:
+        """Whether something has come in."""
+        return self._channel.recv_ready()
+
     def _widen(self) -> None:
         """Let twice as much be under way as arrives in a round trip, as it takes to keep a long link full.
 
@@ -3749,6 +3906,7 @@ def sync_device(
     warn: Callable[[str], None],
     progress: Callable[[int], None],
     is_gone: Callable[[], bool] = lambda: False,
+    conversation: type[Sync] = Sync,
 ) -> int:
     """Sync over as many connections as it takes; returns the bytes received.
 
@@ -3762,7 +3920,7 @@ def sync_device(
         settled, stream = update.settled, None
         try:
             stream = start_agent(settled, window)
-            Sync(stream, update, lambda: progress(received + stream.received)).run()  # noqa: B023 - used in here only
+            conversation(stream, update, lambda: progress(received + stream.received)).run()  # noqa: B023 - used in here only
             return received + stream.received
         except (ConnectionLost, HostKeyMismatch) as problem:
             failures = failures + 1 if update.settled == settled else 1
@@ -3888,9 +4046,10 @@ class Reporter:
         for resource, reason in left.items():
             what = "there may be something " if resource.id == UNKNOWN else ""
             billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
+            run = command_line("sweep") if TAG in resource.name else f"doctl compute volume delete {resource.id}"
             self.error(
                 f"{what}LEFT BEHIND{billed}: {resource}. {reason}. Remove it at "
-                f"https://cloud.digitalocean.com{KINDS[resource.kind].panel} or run: {command_line('sweep')}"
+                f"https://cloud.digitalocean.com{KINDS[resource.kind].panel} or run: {run}"
             )
 
     def progress(self, text: str) -> None:
@@ -4568,6 +4727,457 @@ class Backup:
             )
 
 
+# ── The way back ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# A new volume is made of an image, of an older version or of any file: over a throwaway droplet, which writes what it
+# is sent, and then reads all of the volume, so that every chunk's digest is compared.
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a volume is made of; `size` in bytes, `region` where it was, if that is known.
+
+    `chunks` begins anew at each call; what it yields of a hole is ZERO_CHUNK. It raises Damaged.
+    """
+
+    name: str
+    size: int
+    region: str | None
+    is_checked: bool
+    chunks: Callable[[], Iterator[tuple[int, bytes]]]
+
+    @classmethod
+    @contextlib.contextmanager
+    def of_file(cls, path: Path) -> Iterator[Source]:
+        """A plain file; raises OSError, UsageError."""
+        if not path.is_file():
+            raise UsageError(f"there is no file {path}")
+        with contextlib.closing(SparseFile(path)) as file:
+            size = os.fstat(file.fd).st_size
+
+            def chunks() -> Iterator[tuple[int, bytes]]:
+                hole_until = 0
+                for index in range(-(-size // CHUNK)):
+                    if index * CHUNK >= hole_until:
+                        hole_until = file.end_of_hole(index * CHUNK, size)
+                    chunk = ZERO_CHUNK if (index + 1) * CHUNK <= hole_until else file.chunk(index)
+                    if chunk is None:
+                        raise Damaged(f"{path} cannot be read at byte {index * CHUNK}: the disk may be failing")
+                    yield index, chunk
+
+            yield cls(str(path), size, None, is_checked=False, chunks=chunks)
+
+    @classmethod
+    @contextlib.contextmanager
+    def of_image(cls, paths: ImagePaths, moment: datetime.datetime | None) -> Iterator[Source]:
+        """An image, or the version that it had at that time; raises Damaged for what is seen to be, without reading it.
+
+        Raises UsageError if there is none, OSError.
+        """
+        paths.check_link()
+        with contextlib.closing(Chain(paths)) as chain:
+            depth = chain.depth_at(moment)
+            snapshot = chain.versions[depth - 1].snapshot if depth else chain.state.snapshot if chain.state else None
+            time = chain.versions[depth - 1].moment if depth else chain.moment
+            name = f"{paths.name} of {local_time(time)}" if time else paths.name
+            at = ["--at", f"'{local_time(time)}'"] if time else []
+            rest = f"to restore the rest of it to a file: {command_line('restore', paths.name, 'FILE', *at)}"
+            size = snapshot.size if snapshot else chain.size
+            for version in chain.versions[:depth]:
+                if not version.is_whole:
+                    raise Damaged(f"{version.path} is damaged; {rest}")
+            length = os.fstat(chain.image.fd).st_size
+            if chain.problem or length < size:
+                raise Damaged(f"{chain.problem or f'{paths.image} has only {length} bytes of {size}'}; {rest}")
+
+            def chunks() -> Iterator[tuple[int, bytes]]:
+                for index, contents, soundness in itertools.islice(chain.chunks(depth), size // CHUNK):
+                    if not soundness[depth]:
+                        raise Damaged(f"{name} is damaged at byte {index * CHUNK}; {rest}")
+                    yield index, contents[depth]
+
+            yield cls(name, size, snapshot.region if snapshot else None, chain.state is not None, chunks)
+
+
+class Upload:
+    """What is sent to a volume of `chunks` chunks, over as many connections as it takes.
+
+    What is not durable there yet is kept, to be sent again. Zeros are not sent, which a new volume is full of, unless
+    `with_zeros`. `note` is told the digest of each chunk of the source, in order.
+    """
+
+    is_first = False
+    MOST_KEPT = 64 << 20  # bytes of frames that are not durable yet
+    PACKERS = 2
+    READ_AHEAD = 8  # chunks
+
+    def __init__(
+        self,
+        source: Iterator[tuple[int, bytes]],
+        chunks: int,
+        note: Callable[[bytes], object],
+        *,
+        with_zeros: bool = False,
+    ) -> None:
+        self.chunks = chunks
+        self.settled = 0  # chunks from the first on that are durable
+        self._source = source
+        self._note = note
+        self._with_zeros = with_zeros
+        self._frames = self._packed()
+        self._kept: collections.deque[tuple[int, bytes]] = collections.deque()  # indices and frames
+        self._kept_size = 0
+        self._sent = 0  # so many of those that are kept are sent
+
+    def local_digests(self) -> Iterator[bytes]:
+        """None: there is nothing to compare."""
+        yield from ()
+
+    def begin(self) -> None:
+        """Another connection: what is kept is to be sent again."""
+        self._sent = 0
+
+    def next_frame(self) -> bytes | None:
+        """What to send next; None if it was all, or what was sent must become durable first."""
+        if self._sent == len(self._kept):
+            if self._kept_size >= self.MOST_KEPT:
+                return None
+            upcoming = next(self._frames, None)
+            if upcoming is None:
+                self.settled = self.settled if self._kept else self.chunks
+                return None
+            self._kept.append(upcoming)
+            self._kept_size += len(upcoming[1])
+        self._sent += 1
+        return self._kept[self._sent - 1][1]
+
+    def made_durable(self, end: int) -> None:
+        """What was sent of the chunks before `end` is durable; raises BadAgent if that cannot be."""
+        if not self._sent or end > self._kept[self._sent - 1][0] + 1:
+            raise BadAgent(f"the droplet says that it has written up to chunk {end}, which was not sent")
+        while self._kept and self._kept[0][0] < end:
+            self.settled = self._kept[0][0] + 1
+            self._kept_size -= len(self._kept.popleft()[1])
+            self._sent -= 1
+
+    def _packed(self) -> Iterator[tuple[int, bytes]]:
+        """The indices and frames of what is to be sent."""
+        for index, digest, frame in done_ahead(self._pack, self._source, self.PACKERS, self.READ_AHEAD):
+            self._note(digest)
+            if frame:
+                yield index, frame
+
+    def _pack(self, chunk_at: tuple[int, bytes]) -> tuple[int, bytes, bytes]:
+        """A chunk's index, digest and frame; no frame if it need not be sent."""
+        index, chunk = chunk_at
+        if chunk == ZERO_CHUNK and not self._with_zeros:
+            return index, ZERO_DIGEST, b""
+        digest = chunk_digest(page_digests(chunk))
+        patch = Patch(index, ALL_PAGES, ALL_PAGES, chunk, digest)
+        if not self._with_zeros:
+            patch = Patch.of(index, ALL_PAGES, chunk, digest)
+        packed = zlib.compress(patch.data, 1)
+        kind, data = (PACKED, packed) if len(packed) < len(patch.data) else (RAW, patch.data)
+        header = struct.pack(FRAME, kind, index, PAGES // 8 + len(data))
+        return index, digest, b"".join((header, patch.filled.to_bytes(PAGES // 8, "little"), data))
+
+
+class Sending(Sync):
+    """One conversation with a Receiver."""
+
+    def __init__(self, stream: Stream, upload: Upload, progress: Callable[[], None]) -> None:
+        super().__init__(stream, upload, progress)
+        self._upload = upload
+        upload.begin()
+
+    def _flush(self) -> None:
+        """Send until something comes in, or must come in first."""
+        while self._greeted and not self._stream.has_received() and (frame := self._upload.next_frame()):
+            self._stream.send(frame)
+
+    def _on_durable(self, frame: Frame) -> None:
+        self._upload.made_durable(frame.index)
+
+    def _announced(self, index: int, digest: bytes) -> None:
+        raise BadAgent(f"the droplet sent {digest.hex()} of chunk {index}, and was to write")
+
+
+class Comparison:
+    """What a volume of `chunks` chunks must have, by the digests in a file; behind these, zeros."""
+
+    is_first = False
+    MOST_DIFFERING = 1024  # chunks; when more of what was written is not there, writing them once more is of no use
+
+    def __init__(self, chunks: int, digests: BinaryIO) -> None:
+        self.chunks = chunks
+        self.settled = 0
+        self.differing: set[int] = set()
+        self._digests = digests
+
+    def local_digests(self) -> Iterator[bytes]:
+        """The digests from the first chunk on that is not compared yet."""
+        self._digests.seek(self.settled * DIGEST_SIZE)
+        for _ in range(self.settled, self.chunks):
+            yield self._digests.read(DIGEST_SIZE) or ZERO_DIGEST
+
+    def compared(self, index: int, *, is_same: bool) -> None:
+        """A chunk is what it must be, or not; they come in order."""
+        if not is_same:
+            self.differing.add(index)
+        if len(self.differing) > self.MOST_DIFFERING:
+            raise BadAgent(
+                f"the volume does not have what was written to it, in the first {index} MiB {len(self.differing)} times"
+            )
+        self.settled = index + 1
+
+
+class ReadBack(Sync):
+    """One conversation with an agent that reads what was written."""
+
+    def __init__(self, stream: Stream, comparison: Comparison, progress: Callable[[], None]) -> None:
+        super().__init__(stream, comparison, progress)
+        self._comparison = comparison
+
+    def _announced(self, index: int, digest: bytes) -> None:
+        self._next = index + 1
+        self._comparison.compared(index, is_same=digest == next(self._local))
+        self._drop(index)
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A volume that is being made: written down before it is asked for, so that it can be named after a kill.
+
+    `size` in bytes; `mark` is its description, which no other volume has; `id` is empty until it is known.
+    """
+
+    name: str
+    region: str
+    size: int
+    mark: str
+    begun_at: str
+    id: str = ""
+
+    SHOWN_LIMIT: ClassVar[float] = 3600  # seconds after which a list shows whatever was asked for
+
+    @staticmethod
+    def all(home: Home, report: Reporter) -> list[Unfinished]:
+        """All that are written down."""
+        found = []
+        for path in sorted(home.metadata.glob("restore-*.json")):
+            try:
+                found.append(Unfinished(**json.loads(path.read_text())))
+            except (OSError, ValueError, TypeError) as problem:
+                report.warn(f"{path}, which names a volume that a restore may have left, cannot be read: {problem}")
+        return found
+
+    def path(self, home: Home) -> Path:
+        """Where it is written down."""
+        return home.metadata / f"restore-{self.region}-{self.name}.json"
+
+    def record(self, home: Home) -> None:
+        """Write it down, durably; raises OSError."""
+        new = self.path(home).with_suffix(".new")
+        with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+            json.dump(dataclasses.asdict(self), file)
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(self.path(home))
+        sync_directory(home.metadata)
+
+    def forget(self, home: Home) -> None:
+        """It is complete, or gone."""
+        self.path(home).unlink(missing_ok=True)
+        sync_directory(home.metadata)
+
+    def told(self, home: Home, identifier: str) -> str:
+        """What the user must know of it if it is there, with this id."""
+        hourly = self.size / GIB * KINDS[VOLUME].gib_hour
+        resource = Resource(VOLUME, identifier, self.name, hourly)
+        return (
+            f"a restore that was ended in the middle left in {self.region} the {resource}, which is not complete. "
+            f"Remove it at https://cloud.digitalocean.com{KINDS[VOLUME].panel} or run: doctl compute volume delete "
+            f"{identifier}. If it is to stay, delete {self.path(home)}"
+        )
+
+
+def tell_unfinished(home: Home, report: Reporter) -> None:
+    """Name what restores that were ended in the middle have left in the account, as far as is known without looking."""
+    unfinished = Unfinished.all(home, report)
+    for volume in unfinished if not home.is_busy() else ():  # such as with that restore
+        report.warn(f"unless it was removed since: {volume.told(home, volume.id or 'that is not known')}")
+
+
+def look_for_unfinished(job: Job) -> None:
+    """Look in the account for what restores that were ended in the middle have left, name it, and forget what is gone.
+
+    It is not removed, for it may be in use by now.
+    """
+    unfinished = Unfinished.all(job.home, job.report)
+    there = job.api.list("/v2/volumes", "volumes") if unfinished else []
+    for volume in unfinished:
+        found = [item for item in there if item.get("id") == volume.id or item.get("description") == volume.mark]
+        if found:
+            job.report.has_left = True
+            job.report.error(volume.told(job.home, required(found[0], "id", str)))
+        elif age(volume.begun_at) > Unfinished.SHOWN_LIMIT or volume.id:
+            volume.forget(job.home)
+
+
+@dataclass(frozen=True)
+class NewVolume:
+    """The volume that is wished for; `size` in bytes."""
+
+    name: str
+    region: str
+    size: int
+
+    NAME: ClassVar[re.Pattern[str]] = re.compile(r"[a-z][a-z0-9-]{0,63}")
+    LARGEST: ClassVar[int] = 16 << 10  # GiB
+
+    @classmethod
+    def of(cls, source: Source, arguments: argparse.Namespace, region: str) -> NewVolume:
+        """The one that is asked for, in the region where the source was, or else this one; raises UsageError."""
+        least = -(-source.size // GIB)
+        if not least:
+            raise UsageError(f"{source.name} is empty: there is nothing to make a volume of")
+        size = least if arguments.size is None else arguments.size
+        if size < least:
+            raise UsageError(f"{source.name} needs {least} GiB, and --size says {size}")
+        return cls(arguments.to_volume, arguments.region or source.region or region, size * GIB)
+
+    def check(self, api: Api) -> None:
+        """Raise UsageError for what DigitalOcean would refuse, while nothing has been created yet."""
+        if not self.NAME.fullmatch(self.name) or Resource.is_ephemeral({"name": self.name}):
+            raise UsageError(
+                f'"{self.name}" cannot be the name of the new volume: up to 64 lower-case letters, digits and dashes, '
+                f'beginning with a letter, and not with "{TAG}"'
+            )
+        if self.size > self.LARGEST * GIB:
+            raise UsageError(f"a volume has at most {self.LARGEST} GiB, and this one would have {self.size // GIB}")
+        volumes = api.list("/v2/volumes", "volumes")
+        if any((volume.name, volume.region) == (self.name, self.region) for volume in map(Volume.parse, volumes)):
+            raise UsageError(f"there is a volume {self.name} in {self.region} already: take another name")
+        account = required(api.get("/v2/account"), "account", dict)
+        for kind, count in ((VOLUME, len(volumes)), (DROPLET, len(api.list("/v2/droplets", "droplets")))):
+            limit = account.get(f"{kind}_limit")
+            if isinstance(limit, int) and count >= limit:
+                raise UsageError(
+                    f"your account may have {limit} {kind}s and has {count}: have it raised at {LIMITS_PAGE}"
+                )
+        self._check_scopes(api)
+
+    @staticmethod
+    def _check_scopes(api: Api) -> None:
+        """Raise UsageError for a scope that the token lacks: by calls that lack all they need, or about nothing."""
+        nothing = f"/v2/volumes/{uuid.UUID(int=0)}"
+        posts = ("/v2/volumes", "/v2/droplets", "/v2/account/keys", f"{nothing}/actions")
+        deletions = (nothing, "/v2/droplets/0", "/v2/account/keys/0")
+        for call in (*(functools.partial(api.post, path, {}) for path in posts),
+                     *(functools.partial(api.delete, path) for path in deletions)):  # fmt: skip
+            try:
+                call()
+            except ApiError as problem:
+                if problem.is_forbidden:
+                    raise UsageError(str(problem)) from problem
+
+
+class Restoration:
+    """One run that makes a new volume."""
+
+    def __init__(self, job: Job, plan: DropletPlan, source: Source, wish: NewVolume) -> None:
+        self._job = job
+        self._home = job.home
+        self._plan = plan
+        self._source = source
+        self._wish = wish
+        self._report = job.report
+        self._ephemeral = Ephemeral(job.api, job.home.id, job.report)
+
+    def run(self) -> Volume:
+        """Make it; returns it when all of it is there. If that fails, it is removed with all the rest."""
+        wish, mark = self._wish, f"restored by {self._ephemeral.prefix.rstrip('-')}"
+        unfinished = Unfinished(wish.name, wish.region, wish.size, mark, utc_now().isoformat())
+        unfinished.record(self._home)
+        try:
+            with self._ephemeral:
+                volume = self._complete(unfinished)
+        except BaseException:
+            if not any(item.kind == VOLUME and wish.name in item.name.split(", ") for item in self._ephemeral.left):
+                unfinished.forget(self._home)
+            raise
+        self._report.conclude(
+            f"this run cost about ${self._ephemeral.cost():.4f}, DigitalOcean's minimum charges included"
+        )
+        return volume
+
+    def _complete(self, unfinished: Unfinished) -> Volume:
+        """Make the volume, and hand it over when it has all that it is to have."""
+        wish = self._wish
+        volume = self._ephemeral.make_volume(wish.name, wish.region, wish.size, unfinished.mark)
+        dataclasses.replace(unfinished, id=volume.id).record(self._home)
+        with contextlib.closing(Hosts(self._job, self._ephemeral, self._plan)) as hosts:
+            try:
+                self._fill(volume, hosts)
+                self._ephemeral.detach(volume, hosts.get().droplet)
+            finally:
+                self._report.end_progress()
+                self._job.stop.request()  # a droplet that is still being made is of no use any more
+        self._ephemeral.hand_over(volume)
+        unfinished.forget(self._home)
+        return volume
+
+    def _fill(self, volume: Volume, hosts: Hosts) -> None:
+        """Write all, read all of it back, and write once more what is not there; raises DosvobError if that stays."""
+        chunks = volume.size // CHUNK
+        with tempfile.TemporaryFile(dir=self._home.metadata) as digests:
+            upload = Upload(self._source.chunks(), chunks, digests.write)
+            for attempt in (1, 2):
+                self._converse(volume, hosts, upload, Sending, receiver_source, "written")
+                comparison = Comparison(chunks, digests)
+                self._converse(volume, hosts, comparison, ReadBack, agent_source, "read back and compared")
+                differing = comparison.differing
+                if not differing:
+                    return
+                told = (
+                    f"{len(differing)} MiB of {volume.name} are not what was written, the first one at byte "
+                    f"{min(differing) * CHUNK}"
+                )
+                if attempt == 2:
+                    raise DosvobError(f"{told}, also when written once more: DigitalOcean's fault, try again later")
+                self._report.warn(f"{told}; they are written once more")
+                again = (chunk for chunk in self._source.chunks() if chunk[0] in differing)
+                upload = Upload(again, chunks, lambda _: None, with_zeros=True)
+
+    def _converse(
+        self,
+        volume: Volume,
+        hosts: Hosts,
+        work: Upload | Comparison,
+        conversation: type[Sync],
+        program: Callable[[str, int, int], bytes],
+        what: str,
+    ) -> None:
+        """Do a part of the work over the droplet, or another one if it is lost."""
+        device = Link.device(volume.name)
+        meter = Meter(self._report, self._job.stop, f"{volume.name}: {what}", volume.size)
+        while True:
+            try:
+                host = hosts.get()
+                self._ephemeral.attach(volume, host.droplet)
+                sync_device(
+                    lambda first, window: host.link.start_agent(program(device, first, window)),  # noqa: B023
+                    work,
+                    self._report.warn,
+                    lambda _: meter(work.settled * CHUNK - meter.done),
+                    lambda: self._ephemeral.is_gone(host.droplet),  # noqa: B023 - called while it is this one
+                    conversation,
+                )
+            except DropletLost as problem:
+                hosts.replace(problem)
+            else:
+                return
+
+
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # What the user can ask for. Those that need no account: verify, health, list, restore.
 
@@ -4648,6 +5258,7 @@ def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False) -> Non
         job.report.left_behind(removal.run())
     if problem:
         raise problem
+    look_for_unfinished(job)
 
 
 def tell_foreign(job: Job, resources: Iterable[Resource]) -> None:
@@ -4728,6 +5339,7 @@ def back_up_all(job: Job, arguments: argparse.Namespace) -> int:
 def dry_run(job: Job, names: Sequence[str]) -> int:
     """Say what a backup would do; changes nothing."""
     report = job.report
+    tell_unfinished(job.home, report)
     for resource in Resource.list(job.api):
         if resource.home in ("", job.home.id):
             report.say(f"would remove what an earlier run left: {resource}")
@@ -4753,6 +5365,7 @@ def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> i
         raise UsageError("sweep takes no names: it removes all that dosvob left behind")
     job = Job.open(arguments, report, stop)
     if arguments.dry_run:
+        tell_unfinished(job.home, report)
         ours = ("", job.home.id)
         found = Resource.list(job.api)
         leftovers = [resource for resource in found if arguments.all or resource.home in ours]
@@ -4774,6 +5387,7 @@ def verify_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> i
     """Compare images and versions with their recorded digests, without network or account."""
     home = Home(arguments.backups)
     home.check()
+    tell_unfinished(home, report)
     with home.locked():
         failed = bool(finish_journals(home, report, stop))
         names = home.chosen(arguments.names) or sorted(home.names())
@@ -4830,6 +5444,7 @@ def health(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int: 
     """Say how old each backup is, without network, account or lock; it fails if one is too old, or there is none."""
     home = Home(arguments.backups)
     home.check()
+    tell_unfinished(home, report)
     try:
         wanted = home.wanted()
         states = {path.name.removesuffix(".state") for path in home.metadata.glob("*.state")}
@@ -4880,6 +5495,7 @@ def list_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int
     home = Home(arguments.backups)
     home.check()
     names = home.chosen(arguments.names) or sorted(home.names() | home.aside_names())
+    tell_unfinished(home, report)
     try:
         described = [describe(ImagePaths(home.path, name)) for name in names]
     except OSError as problem:
@@ -4945,12 +5561,59 @@ def description_text(volume: Json) -> str:
     return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
 
 
-def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+def restore(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+    """Bring back an image or an older version."""
+    return (restore_to_volume if arguments.to_volume else restore_to_file)(arguments, report, stop)
+
+
+def restore_to_volume(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+    """Make a new volume of an image, an older version or any file; returns the exit code."""
+    file = vars(arguments)["from"]
+    if len(arguments.names) != (0 if file else 1) or (file and arguments.at):
+        raise UsageError(
+            "restore --to-volume takes a volume's name, or --from FILE without --at: "
+            + command_line("restore", "data", "--to-volume", "data-restored")
+        )
+    job = Job.open(arguments, report, stop)
+    try:
+        with job.home.locked():
+            sweep(job)
+            with open_source(job, file, arguments) as source:
+                wish = NewVolume.of(source, arguments, job.config.region)
+                plan = DropletPlan.make(job.api, dataclasses.replace(job.config, region=wish.region))
+                wish.check(job.api)
+                price = wish.size / GIB * KINDS[VOLUME].gib_hour * HOURS_PER_MONTH
+                report.say(f"making {wish.name} in {wish.region}, {wish.size // GIB} GiB, of {source.name}")
+                volume = Restoration(job, plan, source, wish).run()
+    except OSError as problem:
+        raise DosvobError(f"{arguments.to_volume} was not made: {disk_problem(problem, job.home.path)}") from problem
+    checked = "" if source.is_checked else "; what it was made of has no recorded digests, and was not checked"
+    report.conclude(
+        f"{wish.name} is made of {source.name}: the volume {volume.id} in {wish.region}, {wish.size // GIB} GiB, "
+        f"${price:.2f} a month; all of it was read back there and compared{checked}. To use it on a droplet of yours:\n"
+        f"doctl compute volume-action attach {volume.id} DROPLET-ID\n"
+        f"mount {Link.device(wish.name)} /mnt    # there"
+    )
+    return EXIT_FAILED if report.has_left else EXIT_OK
+
+
+def open_source(
+    job: Job, file: Path | None, arguments: argparse.Namespace
+) -> contextlib.AbstractContextManager[Source]:
+    """What is asked for; raises UsageError, Damaged, OSError."""
+    if file:
+        return Source.of_file(file)
+    paths = ImagePaths(job.home.path, *job.home.chosen(arguments.names))
+    return Source.of_image(paths, parse_wanted_time(arguments.at) if arguments.at else None)
+
+
+def restore_to_file(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
     """Write an image or an older version to a new file, without network, account or configuration."""
     if len(arguments.names) != 2:
         raise UsageError(f"restore takes a volume's name and a new file: {command_line('restore', 'data', 'data.img')}")
     name, target = arguments.names[0], Path(arguments.names[1])
     home = Home(arguments.backups)
+    tell_unfinished(home, report)
     with home.unchanged():
         paths = ImagePaths(home.path, *home.chosen([name]))
         paths.check_link()
@@ -5008,6 +5671,8 @@ examples:
   python dosvob.py list             say what there is to restore, with times, offline
   python dosvob.py restore data data.img --at '2026-11-24 08:00'
                                     write that version, or the latest, to a new file, offline
+  python dosvob.py restore data --to-volume data-2 --at yesterday
+                                    make a new volume of it, in the account
   python dosvob.py verify           compare images and versions with their recorded digests, offline
   python dosvob.py health           say how old each backup is, and fail if one is too old, offline
   python dosvob.py sweep            remove droplets, clones, snapshots and keys that a killed run left behind
@@ -5019,6 +5684,7 @@ exit codes:
   128+n  ended by signal n, after removing everything
 """
 ACCOUNT = {"config", "backups", "dry_run"}
+TO_VOLUME = {"config", "to_volume", "region", "size", "from"}
 COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Reporter, Stop], int], set[str]]] = {
     # what does it, and the options that it uses
     "": (back_up, {*ACCOUNT, "reread"}),
@@ -5026,9 +5692,14 @@ COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Reporter, Stop], int]
     "verify": (verify_all, {"backups"}),
     "health": (health, {"backups", "max_age"}),
     "list": (list_all, {"backups", "json"}),
-    "restore": (restore_one, {"backups", "at"}),
+    "restore": (restore, {"backups", "at", *TO_VOLUME}),
 }
-DEFAULTS: Json = {"config": Path("conf.json"), "backups": Path("backups"), "max_age": 24.0, "at": None}
+DEFAULTS: Json = {
+    "config": Path("conf.json"),
+    "backups": Path("backups"),
+    "max_age": 24.0,
+    **dict.fromkeys(("at", "to_volume", "region", "size", "from")),
+}
 
 
 def hours(text: str) -> float:
@@ -5055,6 +5726,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--reread", action="store_true", help="read all of the local images, not an eighth in turn")
     parser.add_argument("--all", action="store_true", help="for sweep: what other backups directories left, too")
     parser.add_argument("--at", metavar="TIME", help="for restore: the newest version that is not later")
+    parser.add_argument("--to-volume", metavar="NEW", help="for restore: make a new volume of it, in the account")
+    parser.add_argument("--region", help="for restore --to-volume; default: the image's own")
+    parser.add_argument("--size", type=int, metavar="GIB", help="for restore --to-volume; default: as large as it was")
+    parser.add_argument("--from", type=Path, metavar="FILE", help="for restore --to-volume: of any file, without NAME")
     parser.add_argument("--json", action="store_true", help="for list: for programs")
     parser.add_argument("--max-age", type=hours, metavar="HOURS", help="for health; default: 24")
     parser.add_argument("--verbose", action="store_true", help="tell every call, and tracebacks")
@@ -5065,6 +5740,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     command = names.pop(0) if names and names[0] in COMMANDS else ""
     for option in given.keys() - COMMANDS[command][1] - {"names", "verbose", "quiet"}:
         parser.error(f"{command or 'a backup'} does not use --{option.replace('_', '-')}")
+    if command == "restore" and "to_volume" not in given:
+        for option in TO_VOLUME & given.keys():
+            parser.error(f"restore uses --{option} with --to-volume alone")
     flags = dict.fromkeys(("dry_run", "reread", "all", "json", "verbose", "quiet"), False)
     return argparse.Namespace(**{**flags, **DEFAULTS, **given, "command": command})
 
