@@ -1364,16 +1364,18 @@ class Ephemeral:
 # standard library alone, as Python 3.8 had it.
 #
 # The frames and commands. Frames (agent to here) are FRAME (kind, index, length of the payload), then the payload:
-#   HELLO    AGENT_MAGIC, the device's size in bytes (8 bytes)       the first frame
+#   HELLO    AGENT_MAGIC, the device's size in bytes (8 bytes),      the first frame
+#            whether there is zstd there (1 byte)
 #   DIGEST   a chunk's digest                                        at most WINDOW are announced and not done with
 #   ZEROS    a count (4 bytes)                                       so many chunks from the index on are all zeros
 #   SHORT    the first SHORT bytes of each page digest               in answer to COMPARE
 #   RAW      a bitmap of the pages that follow, then the pages       in answer to SEND; pages that were asked for and
-#   PACKED   the same, the pages compressed with zlib                are not in the bitmap are all zeros
+#   ZLIB     the same, the pages compressed with zlib                are not in the bitmap are all zeros
+#   ZSTD     the same, the pages compressed with zstd
 #   ALIVE    nothing                                                 when there has been nothing to say for a while
 #   FAILED   a message                                               the agent cannot go on
 #   DURABLE  nothing                                                 a Receiver's: what came before the index is durable
-# Digests come in the order of the chunks, without gaps; answers in the order of the commands.
+# Digests come in the order of the chunks, without gaps; answers in any order.
 # Commands (from here to the agent) are COMMAND (kind, index, count, bitmap), all of one length:
 #   DROP     forget `count` chunks from the index on                 COMPARE   send the chunk's SHORT
 #   SEND     send the pages in the bitmap, forget the chunk
@@ -1403,14 +1405,17 @@ BATCH_SECONDS = 0.05  # after which a smaller batch will do
 QUEUED_FRAMES = 8
 HEARTBEAT = 5.0  # seconds
 KEPT_MEMORY = 32 << 20  # bytes; the most that glibc takes as M_MMAP_THRESHOLD
-SAMPLE = 8 << 10  # bytes that are compressed to see whether it pays
 DEVICE_LIMIT = 60.0  # seconds for the device to appear after its attach action completed
 EXCLUSIVE_LIMIT = 5.0  # seconds for which something, such as udev's probing, may have it for itself
 SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ of fcntl(2), which Python has had a name for since 3.10
-AGENT_MAGIC = b"dosvob agent 1\n"
+AGENT_MAGIC = b"dosvob agent 2\n"
 FRAME = ">BII"
 COMMAND = ">BII32s"
-HELLO, DIGEST, ZEROS, SHORT, RAW, PACKED, ALIVE, FAILED, DURABLE = range(1, 10)
+HELLO, DIGEST, ZEROS, SHORT, RAW, ZLIB, ZSTD, ALIVE, FAILED, DURABLE = range(1, 11)
+LEVELS = {  # of compression, each with its cost in multiples of the lowest one's; those above gain hardly anything
+    ZLIB: ((1, 1.0), (6, 2.0)),
+    ZSTD: ((1, 1.0), (3, 2.0), (6, 7.0)),
+}
 DROP, COMPARE, SEND = range(1, 4)
 
 
@@ -1447,6 +1452,132 @@ def keep_freed_memory() -> None:
         mallopt(-3, KEPT_MEMORY)
 
 
+class Zstd:
+    """zstd, as the system's C library has it: far faster than zlib, and it leaves less. Any thread may use it."""
+
+    MAGIC = b"\x28\xb5\x2f\xfd"  # of a frame; older formats and frames that are to be skipped have others
+
+    def __init__(self) -> None:
+        """Raises OSError or AttributeError where there is no such library."""
+        library = ctypes.CDLL("libzstd.so.1")  # which every Debian has: dpkg needs it
+        size, data = ctypes.c_size_t, ctypes.c_char_p
+        self._compress = library.ZSTD_compress
+        self._compress.argtypes, self._compress.restype = [data, size, data, size, ctypes.c_int], size
+        self._decompress = library.ZSTD_decompress
+        self._decompress.argtypes, self._decompress.restype = [data, size, data, size], size
+        self._frame_size = library.ZSTD_findFrameCompressedSize
+        self._frame_size.argtypes, self._frame_size.restype = [data, size], size
+
+    @classmethod
+    def load(cls) -> Zstd | None:
+        """None where there is no such library."""
+        try:
+            return cls()
+        except (OSError, AttributeError):
+            return None
+
+    def compress(self, data: bytes, level: int) -> bytes:
+        """The data compressed, as one frame; as it is if it does not become shorter by that."""
+        room = ctypes.create_string_buffer(len(data))
+        size = self._compress(room, len(data), data, len(data), level)
+        return ctypes.string_at(room, size) if size < len(data) else data  # errors are numbers beyond all sizes
+
+    def decompress(self, data: bytes, size: int) -> bytes:
+        """What was compressed, which must be one frame of `size` bytes: raises ValueError, and takes no more room.
+
+        In one step, so that the frame's own window, which may be huge, is not made.
+        """
+        if not data.startswith(self.MAGIC) or self._frame_size(data, len(data)) != len(data):
+            raise ValueError("not one frame of zstd")
+        room = ctypes.create_string_buffer(max(size, 1))
+        if self._decompress(room, size, data, len(data)) != size:
+            raise ValueError("not %d bytes compressed with zstd" % size)
+        return ctypes.string_at(room, size)
+
+
+LIBZSTD = Zstd.load()
+
+
+def unpacked(kind: int, data: bytes, size: int) -> bytes:
+    """The data of a frame that is RAW, ZLIB or ZSTD: `size` bytes, else ValueError; no more is unpacked than that."""
+    if kind == ZSTD:
+        if LIBZSTD is None:
+            raise ValueError("zstd, which is not here")
+        return LIBZSTD.decompress(data, size)
+    if kind == ZLIB:
+        decompressor = zlib.decompressobj()
+        try:
+            data = decompressor.decompress(data, size + 1)
+        except zlib.error as problem:
+            raise ValueError(str(problem)) from None
+        if len(data) == size and (not decompressor.eof or decompressor.unused_data):
+            raise ValueError("zlib that is cut off, or followed by something")
+    if len(data) != size:
+        raise ValueError("%d bytes, and not %d" % (len(data), size))
+    return data
+
+
+class Packer:
+    """Makes data ready for the link: as it is, or compressed so hard that the link still is what takes longest.
+
+    That is decided for each piece, by what compressing and sending of late took. Any thread may use it.
+    """
+
+    SHARE = 0.25  # of the time that the link takes for the data; the cores have reading, hashing and SSH to do as well
+    SAMPLES, SAMPLE = 4, 2 << 10  # pieces, and bytes of each, that are compressed to see whether it makes a difference
+    FADING = 0.9  # of the sums below, with each piece; sums, and not a mean of rates, which a buffer that fills spoils
+
+    def __init__(self, with_zstd: bool) -> None:
+        """`with_zstd` tells whether the other side can unpack it."""
+        self.kind = ZSTD if with_zstd and LIBZSTD is not None else ZLIB
+        self._cores = os.cpu_count() or 1
+        self._lock = threading.Lock()
+        self._packed = self._packing = 0.0  # bytes compressed of late, and the seconds that the lowest level takes
+        self._sent = self._sending = 0.0  # bytes sent of late, and the seconds that it took
+
+    def sent(self, size: int, seconds: float) -> None:
+        """So many bytes were sent, in so much time."""
+        with self._lock:
+            self._sent = self.FADING * self._sent + size
+            self._sending = self.FADING * self._sending + seconds
+
+    def pack(self, data: bytes) -> tuple[int, bytes]:
+        """What to send for the data: the kind of the frame (RAW, ZLIB, ZSTD) and the bytes."""
+        level, cost = self._level(len(data))
+        if not level or not self._gets_shorter(data):
+            return RAW, data
+        start = time.thread_time()  # which does not count waiting for the interpreter's lock
+        packed = self._compress(data, level)
+        seconds = time.thread_time() - start
+        with self._lock:
+            self._packed = self.FADING * self._packed + len(data)
+            self._packing = self.FADING * self._packing + seconds / cost
+        return (self.kind, packed) if len(packed) < len(data) else (RAW, data)
+
+    def _level(self, size: int) -> tuple[int, float]:
+        """How hard to compress so many bytes, and what that costs; level 0 for not at all."""
+        with self._lock:
+            on_link = size * self._sending / (self._sent or 1.0)
+            lowest = size * self._packing / (self._packed or 1.0)
+        levels = [
+            (level, cost) for level, cost in LEVELS[self.kind] if lowest * cost < on_link * self.SHARE * self._cores
+        ]
+        if not levels:
+            return 0, 0.0
+        return levels[-1 if self._packed else 0]
+
+    def _gets_shorter(self, data: bytes) -> bool:
+        step = max(len(data) // self.SAMPLES, 1)
+        sample = b"".join([data[start : start + min(step, self.SAMPLE)] for start in range(0, len(data), step)])
+        return len(self._compress(sample, 1)) < 0.9 * len(sample)
+
+    def _compress(self, data: bytes, level: int) -> bytes:
+        """Compressed, or as it is if zstd would make it longer; zlib may do so."""
+        if self.kind == ZSTD and LIBZSTD is not None:
+            return LIBZSTD.compress(data, level)
+        return zlib.compress(data, level)
+
+
 class Agent:
     """Serves one device to one reader, from the chunk `first` on, at most `window` chunks ahead of what is done with.
 
@@ -1456,10 +1587,11 @@ class Agent:
 
     access = os.O_RDONLY
 
-    def __init__(self, device: str, first: int, window: int, commands: BinaryIO, output: int) -> None:
+    def __init__(self, device: str, first: int, window: int, packer: Packer, commands: BinaryIO, output: int) -> None:
         self.device = device
         self.first = first
         self.window = window
+        self.packer = packer
         self.commands = commands
         self.output = output
         self.fd = -1
@@ -1468,8 +1600,6 @@ class Agent:
         self.room = threading.Condition()
         self.requests: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()  # kind, index and bitmap
         self.frames: queue.Queue[bytes] = queue.Queue(QUEUED_FRAMES)
-        self.written = 0.0  # bytes written of late, and the seconds that it took: what the link takes
-        self.writing = 0.0
 
     def run(self) -> None:
         """Serve until told to end; the process ends with it."""
@@ -1506,9 +1636,7 @@ class Agent:
             view = memoryview(frame)
             while view:
                 view = view[os.write(self.output, view) :]
-            # Sums that fade, and not a mean of rates: what only fills a buffer is written in no time.
-            self.written = 0.9 * self.written + len(frame)
-            self.writing = 0.9 * self.writing + time.monotonic() - start
+            self.packer.sent(len(frame), time.monotonic() - start)
 
     def scan(self) -> None:
         """Announce all chunks in order, holding those that may be asked for."""
@@ -1580,7 +1708,7 @@ class Agent:
             self.refuse_if_in_use()
         self.fd = os.open(self.device, self.access)
         size = os.lseek(self.fd, 0, os.SEEK_END)
-        self.put(HELLO, 0, AGENT_MAGIC, struct.pack(">Q", size))
+        self.put(HELLO, 0, AGENT_MAGIC, struct.pack(">Q?", size, LIBZSTD is not None))
         return size
 
     def refuse_if_in_use(self) -> None:
@@ -1656,21 +1784,8 @@ class Agent:
         is_whole = len(pages) * PAGE == len(chunk)
         data = chunk if is_whole else b"".join([chunk[page * PAGE : (page + 1) * PAGE] for page in pages])
         bitmap = included.to_bytes(len(chunk) // PAGE // 8, "little")
-        packed = zlib.compress(data, 1) if self.compressing_pays(data) else data
-        if len(packed) < len(data):  # what begins as text may go on as noise, which grows
-            self.put(PACKED, index, bitmap, packed)
-        else:
-            self.put(RAW, index, bitmap, data)
-
-    def compressing_pays(self, data: bytes) -> bool:
-        """Whether the link is slower than compressing, which a sample of the data tells."""
-        if self.frames.empty() or not data:
-            return False  # the link waits for us
-        sample = memoryview(data)[:SAMPLE]
-        start = time.thread_time()  # which does not count waiting for the interpreter's lock
-        saved = 1 - len(zlib.compress(sample, 1)) / len(sample)
-        seconds = time.thread_time() - start
-        return saved > 0.1 and len(sample) * self.writing > self.written * seconds
+        kind, packed = self.packer.pack(data)
+        self.put(kind, index, bitmap, packed)
 
 
 class Receiver(Agent):
@@ -1683,7 +1798,7 @@ class Receiver(Agent):
     access = os.O_RDWR
 
     def __init__(self, device: str, commands: BinaryIO, output: int) -> None:
-        super().__init__(device, 0, 0, commands, output)
+        super().__init__(device, 0, 0, Packer(with_zstd=False), commands, output)
         self.end = 0  # all that was sent before this chunk is written
 
     def works(self) -> tuple[Callable[[], None], ...]:
@@ -1699,12 +1814,9 @@ class Receiver(Agent):
             payload = self.commands.read(length)
             if len(payload) < length:
                 break
-            data = payload[PAGES // 8 :]
-            self.write_pages(
-                index,
-                int.from_bytes(payload[: PAGES // 8], "little"),
-                zlib.decompress(data) if kind == PACKED else data,
-            )
+            pages = int.from_bytes(payload[: PAGES // 8], "little")
+            size = bin(pages).count("1") * PAGE
+            self.write_pages(index, pages, unpacked(kind, payload[PAGES // 8 :], size))
             with self.room:
                 self.end = index + 1
                 self.room.notify()
@@ -1743,7 +1855,8 @@ AGENT = "".join(re.findall(r"(?ms)^# agent: begin$(.*?)^# agent: end$", Path(__f
 
 def agent_source(device: str, first: int, window: int) -> bytes:
     """The agent's program."""
-    return droplet_program(f"Agent({device!r}, {first}, {window}, sys.stdin.buffer, 1).run()\n")
+    packer = f"Packer({LIBZSTD is not None})"
+    return droplet_program(f"Agent({device!r}, {first}, {window}, {packer}, sys.stdin.buffer, 1).run()\n")
 
 
 def receiver_source(device: str, _first: int, _window: int) -> bytes:
@@ -3290,12 +3403,13 @@ class Update:
 
 PROGRESS_LIMIT = 600  # seconds in which at least one chunk must be settled
 MOST_PAYLOAD = {  # bytes, by kind of frame
-    HELLO: len(AGENT_MAGIC) + 8,
+    HELLO: len(AGENT_MAGIC) + 8 + 1,
     DIGEST: DIGEST_SIZE,
     ZEROS: 4,
     SHORT: PAGES * SHORT_SIZE,
     RAW: PAGES // 8 + CHUNK,
-    PACKED: PAGES // 8 + CHUNK,
+    ZLIB: PAGES // 8 + CHUNK,
+    ZSTD: PAGES // 8 + CHUNK,
     ALIVE: 0,
     FAILED: 1000,
     DURABLE: 0,
@@ -3425,7 +3539,8 @@ class Sync:
             ZEROS: self._on_zeros,
             SHORT: self._on_short,
             RAW: self._on_data,
-            PACKED: self._on_data,
+            ZLIB: self._on_data,
+            ZSTD: self._on_data,
             ALIVE: lambda _: None,
             FAILED: self._on_failed,
             DURABLE: self._on_durable,
@@ -3436,7 +3551,7 @@ class Sync:
 
     def _on_hello(self, frame: Frame) -> None:
         size = self._update.chunks * CHUNK
-        if frame.payload != AGENT_MAGIC + struct.pack(">Q", size):
+        if frame.payload[:-1] != AGENT_MAGIC + struct.pack(">Q", size):
             raise BadAgent(f"the device on the droplet is not one of {size // GIB} GiB: {frame.payload!r}")
         self._greeted = True
 
@@ -3512,7 +3627,10 @@ class Sync:
         included = int.from_bytes(frame.payload[: PAGES // 8], "little")
         if pending is None or not pending.wanted or len(frame.payload) < PAGES // 8 or included & ~pending.wanted:
             raise BadAgent(f"the droplet sent pages of chunk {frame.index} that nobody asked for")
-        data = self._unpacked(frame, included.bit_count() * PAGE)
+        try:
+            data = unpacked(frame.kind, frame.payload[PAGES // 8 :], included.bit_count() * PAGE)
+        except ValueError as problem:
+            raise BadAgent(f"the pages of chunk {frame.index} cannot be unpacked: {problem}") from None
         merged, changed = self._merged(pending.local, pending.wanted, included, data)
         if chunk_digest(merged) == pending.digest:
             del self._pending[frame.index]
@@ -3553,20 +3671,6 @@ class Sync:
         if self._commands:
             self._stream.send(b"".join(self._commands))
             self._commands.clear()
-
-    @staticmethod
-    def _unpacked(frame: Frame, size: int) -> bytes:
-        """The pages in a data frame, which must be `size` bytes; never more is unpacked than that."""
-        data = frame.payload[PAGES // 8 :]
-        if frame.kind == PACKED:
-            decompressor = zlib.decompressobj()
-            try:
-                data = decompressor.decompress(data, size + 1)
-            except zlib.error as problem:
-                raise BadAgent(f"the pages of chunk {frame.index} cannot be unpacked: {problem}") from None
-        if len(data) != size:
-            raise BadAgent(f"the droplet sent {len(data)} bytes of chunk {frame.index}, and announced {size}")
-        return data
 
     @staticmethod
     def _merged(local: bytes, wanted: int, included: int, data: bytes) -> tuple[bytes, int]:
@@ -4824,6 +4928,7 @@ class Upload:
         self._note = note
         self._with_zeros = with_zeros
         self._frames = self._packed()
+        self._packer: Packer | None = None
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()  # indices and frames
         self._kept_size = 0
         self._sent = 0  # so many of those that are kept are sent
@@ -4832,9 +4937,10 @@ class Upload:
         """None: there is nothing to compare."""
         yield from ()
 
-    def begin(self) -> None:
-        """Another connection: what is kept is to be sent again."""
+    def begin(self, packer: Packer) -> None:
+        """Another connection has its beginning: what is kept is to be sent again, what follows packed for it."""
         self._sent = 0
+        self._packer = packer
 
     def next_frame(self) -> bytes | None:
         """What to send next; None if it was all, or what was sent must become durable first."""
@@ -4875,8 +4981,8 @@ class Upload:
         patch = Patch(index, ALL_PAGES, ALL_PAGES, chunk, digest)
         if not self._with_zeros:
             patch = Patch.of(index, ALL_PAGES, chunk, digest)
-        packed = zlib.compress(patch.data, 1)
-        kind, data = (PACKED, packed) if len(packed) < len(patch.data) else (RAW, patch.data)
+        assert self._packer is not None
+        kind, data = self._packer.pack(bytes(patch.data))
         header = struct.pack(FRAME, kind, index, PAGES // 8 + len(data))
         return index, digest, b"".join((header, patch.filled.to_bytes(PAGES // 8, "little"), data))
 
@@ -4887,12 +4993,19 @@ class Sending(Sync):
     def __init__(self, stream: Stream, upload: Upload, progress: Callable[[], None]) -> None:
         super().__init__(stream, upload, progress)
         self._upload = upload
-        upload.begin()
+        self._packer = Packer(with_zstd=False)
+
+    def _on_hello(self, frame: Frame) -> None:
+        super()._on_hello(frame)
+        self._packer = Packer(with_zstd=frame.payload[-1:] == b"\1")
+        self._upload.begin(self._packer)
 
     def _flush(self) -> None:
-        """Send until something comes in, or must come in first."""
+        """Send until something has come in, or must come in first."""
         while self._greeted and not self._stream.has_received() and (frame := self._upload.next_frame()):
+            start = time.monotonic()
             self._stream.send(frame)
+            self._packer.sent(len(frame), time.monotonic() - start)
 
     def _on_durable(self, frame: Frame) -> None:
         self._upload.made_durable(frame.index)

@@ -49,7 +49,6 @@ from dosvob import (
     FAILED,
     FRAME,
     HELLO,
-    PACKED,
     PAGES,
     RAW,
     SEND,
@@ -57,6 +56,8 @@ from dosvob import (
     SHORT_SIZE,
     ZERO_DIGEST,
     ZEROS,
+    ZLIB,
+    ZSTD,
 )
 
 NAME = "data"
@@ -76,7 +77,7 @@ def frame(kind: int, index: int = 0, payload: bytes = b"") -> bytes:
 
 def hello(chunks: int) -> bytes:
     """The greeting for a device of so many chunks."""
-    return frame(HELLO, 0, AGENT_MAGIC + struct.pack(">Q", chunks * CHUNK))
+    return frame(HELLO, 0, AGENT_MAGIC + struct.pack(">Q?", chunks * CHUNK, True))
 
 
 def digest_of(chunk: bytes) -> bytes:
@@ -154,7 +155,7 @@ BOMB = zlib.compress(bytes(64 << 20), 9)
 LIES = {
     "message of the day": (b"Welcome to Debian GNU/Linux 12\n", "not a frame"),
     "another size": (hello(3), "not one of"),
-    "another magic": (frame(HELLO, 0, b"dosvob agent 9\n" + struct.pack(">Q", 2 * CHUNK)), "not one of"),
+    "another magic": (frame(HELLO, 0, b"dosvob agent 9\n" + struct.pack(">Q?", 2 * CHUNK, True)), "not one of"),
     "no greeting": (frame(DIGEST, 0, bytes(DIGEST_SIZE)), "greeting"),
     "unknown kind": (hello(2) + frame(99), "not a frame"),
     "a length beyond all bounds": (hello(2) + struct.pack(FRAME, RAW, 0, 0xFFFFFFFF), "not a frame"),
@@ -179,11 +180,16 @@ LIES = {
         "nobody asked",
     ),
     "pages without a bitmap": (ASKED + frame(RAW, 0, b"x"), "nobody asked"),
-    "fewer bytes than pages": (ASKED + frame(RAW, 0, ALL + THEIRS[:-1]), "announced 1048576"),
-    "more bytes than pages": (ASKED + frame(RAW, 0, b"\1" + bytes(31) + THEIRS), "announced 4096"),
-    "pages that are not packed": (ASKED + frame(PACKED, 0, ALL + b"not zlib"), "cannot be unpacked"),
-    "a bomb": (ASKED + frame(PACKED, 0, ALL + BOMB), "sent 1048577 bytes"),
-    "a bomb in place of zeros": (ASKED + frame(PACKED, 0, NONE + BOMB), "sent 1 bytes"),
+    "fewer bytes than pages": (ASKED + frame(RAW, 0, ALL + THEIRS[:-1]), "1048575 bytes, and not 1048576"),
+    "more bytes than pages": (ASKED + frame(RAW, 0, b"\1" + bytes(31) + THEIRS), "1048576 bytes, and not 4096"),
+    "pages that are not packed": (ASKED + frame(ZLIB, 0, ALL + b"not zlib"), "cannot be unpacked"),
+    "a bomb": (ASKED + frame(ZLIB, 0, ALL + BOMB), "1048577 bytes, and not 1048576"),
+    "a bomb in place of zeros": (ASKED + frame(ZLIB, 0, NONE + BOMB), "1 bytes, and not 0"),
+    "pages that are not packed with zstd": (ASKED + frame(ZSTD, 0, ALL + b"not zstd"), "cannot be unpacked"),
+    "pages that are packed and followed by others": (
+        ASKED + frame(ZLIB, 0, ALL + zlib.compress(THEIRS, 1) + b"x"),
+        "followed by something",
+    ),
     "other pages than announced": (ASKED + frame(RAW, 0, ALL + bytes(CHUNK)), "does not have the digest"),
     "zeros in place of pages": (ASKED + frame(RAW, 0, NONE) + frame(RAW, 0, NONE), "does not have the digest"),
     "failure": (hello(2) + frame(FAILED, 0, b"OSError: \x1b[2Jgone"), "cannot go on"),
@@ -298,7 +304,7 @@ import os, struct, sys, time
 def frame(kind, index=0, payload=b""):
     os.write(1, struct.pack(">BII", kind, index, len(payload)) + payload)
 def hello(size=1 << 30):
-    frame({HELLO}, 0, {AGENT_MAGIC!r} + struct.pack(">Q", size))
+    frame({HELLO}, 0, {AGENT_MAGIC!r} + struct.pack(">Q?", size, True))
 {body}
 time.sleep(3600)
 """
@@ -317,10 +323,10 @@ LIVE_LIES: dict[str, tuple[str, str]] = {
             "import zlib; hello(); frame(2, 0, b'x' * 32); frame(4, 0, bytes(1024));"
             "frame(6, 0, b'\\xff' * 32 + zlib.compress(bytes(64 << 20), 9))"
         ),
-        "sent 1048577 bytes",
+        "1048577 bytes, and not 1048576",
     ),
     "silence": ("", "silent"),
-    "life without end": ("hello()\nwhile True:\n  frame(7); time.sleep(0.05)", "says that it lives"),
+    "life without end": ("hello()\nwhile True:\n  frame(8); time.sleep(0.05)", "says that it lives"),
     "the end": ("sys.exit('no more')", "no more"),
 }
 IMPATIENCE = {"PROGRESS_LIMIT": 1, "STALL_LIMIT": 1, "ATTEMPTS": 2}
@@ -373,7 +379,8 @@ def some_frames() -> st.SearchStrategy[list[bytes]]:
         ZEROS: struct.pack(">I", 1),
         SHORT: bytes(PAGES * SHORT_SIZE),
         RAW: ALL + THEIRS,
-        PACKED: ALL + zlib.compress(THEIRS, 1),
+        ZLIB: ALL + zlib.compress(THEIRS, 1),
+        ZSTD: ALL + dosvob.Zstd().compress(THEIRS, 1),
         ALIVE: b"",
         FAILED: b"why",
     }
@@ -546,7 +553,7 @@ def test_the_agent_answers_commands_or_says_that_it_cannot(given_commands: list[
         device = Path(directory, "device")
         device.write_bytes(THEIRS + bytes(CHUNK))
         patches.setattr(os, "_exit", end)
-        agent = dosvob.Agent(str(device), 0, 1, io.BytesIO(b"".join(given_commands)), -1)
+        agent = dosvob.Agent(str(device), 0, 1, dosvob.Packer(True), io.BytesIO(b"".join(given_commands)), -1)
         agent.frames = queue.Queue()
         with device.open("rb") as file:
             agent.fd = file.fileno()
@@ -559,7 +566,7 @@ def test_the_agent_answers_commands_or_says_that_it_cannot(given_commands: list[
 
             agent.guarded(answer_all)
     answers = [answer for frame in drained(agent.frames) for answer in dosvob.FrameParser().feed(frame)]
-    assert {answer.kind for answer in answers} <= {SHORT, RAW, PACKED, FAILED}
+    assert {answer.kind for answer in answers} <= {SHORT, RAW, ZLIB, ZSTD, FAILED}
     assert FAILED not in {answer.kind for answer in answers[:-1]}
 
 
@@ -787,25 +794,11 @@ def test_the_scan_is_bounded_by_its_position_also_when_all_it_meets_is_a_hole(
         in_time([stream], talk)
 
 
-def test_a_chunk_that_grows_by_compression_is_sent_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What begins as text may go on as noise; of a frame that is too long the other side would have none."""
-    device = tmp_path / "device"
-    device.write_bytes(os.urandom(CHUNK) + b"text" * (CHUNK // 4))
-    monkeypatch.setattr(dosvob.Agent, "compressing_pays", lambda agent, data: True)
-    agent = dosvob.Agent(str(device), 0, 2, io.BytesIO(), -1)
-    with device.open("rb") as file:
-        agent.fd = file.fileno()
-        agent.send_pages(0, dosvob.ALL_PAGES)
-        agent.send_pages(1, dosvob.ALL_PAGES)
-    parser = dosvob.FrameParser()
-    assert [found.kind for data in drained(agent.frames) for found in parser.feed(data)] == [RAW, PACKED]
-
-
 @pytest.mark.parametrize("wanted", [dosvob.ALL_PAGES, 0b1110])
 def test_pages_of_zeros_are_not_sent(tmp_path: Path, wanted: int) -> None:
     device = tmp_path / "device"
     device.write_bytes(os.urandom(2 * PAGE) + bytes(PAGE) + os.urandom(PAGE) + bytes(CHUNK - 4 * PAGE))
-    agent = dosvob.Agent(str(device), 0, 1, io.BytesIO(), -1)
+    agent = dosvob.Agent(str(device), 0, 1, dosvob.Packer(True), io.BytesIO(), -1)
     with device.open("rb") as file:
         agent.fd = file.fileno()
         agent.send_pages(0, wanted)
@@ -813,6 +806,157 @@ def test_pages_of_zeros_are_not_sent(tmp_path: Path, wanted: int) -> None:
     sent = wanted & 0b1011
     assert int.from_bytes(answer.payload[: len(NONE)], "little") == sent
     assert len(answer.payload) == len(NONE) + sent.bit_count() * PAGE
+
+
+# -- compression
+
+
+TEXT = b"".join(b"%d bottles of beer on the wall, %x\n" % (n, n * n * n) for n in range(30_000))[:CHUNK]
+NOISE = os.urandom(CHUNK)
+PACKED = dosvob.Zstd().compress(TEXT, 1)
+ENDLESS = 31  # the exponent of a window of 2 GiB
+
+
+def zstd_frame(*blocks: bytes, window: int = 20) -> bytes:
+    """A frame of zstd that does not tell its size, with such a window; the last block has its bit set."""
+    return dosvob.Zstd.MAGIC + bytes((0, window - 10 << 3)) + b"".join(blocks)
+
+
+def zstd_block(content: bytes, times: int = 1, *, is_last: bool = True) -> bytes:
+    """A block that has its content as it is, or its only byte so many times."""
+    size = times if times > 1 else len(content)
+    return (size << 3 | 2 * (times > 1) | is_last).to_bytes(3, "little") + content
+
+
+def zstd_program(*options: str, data: bytes) -> bytes:
+    """What the program makes of it."""
+    return subprocess.run(["zstd", "-q", "-c", *options], input=data, stdout=subprocess.PIPE, check=True).stdout
+
+
+@pytest.mark.parametrize("data", [TEXT, NOISE, bytes(CHUNK), TEXT[:PAGE]], ids=["text", "noise", "zeros", "a page"])
+def test_what_zstd_packs_is_what_the_zstd_program_unpacks_and_the_other_way(data: bytes) -> None:
+    library = dosvob.Zstd()
+    for level, _ in dosvob.LEVELS[ZSTD]:
+        packed = library.compress(data, level)
+        if data == NOISE:
+            assert packed == data  # it does not become shorter
+        else:
+            assert len(packed) < len(data) / 2
+            assert zstd_program("-d", data=packed) == data
+            assert library.decompress(packed, len(data)) == data
+        assert library.decompress(zstd_program(f"-{level}", data=data), len(data)) == data
+
+
+HOSTILE = {
+    "nothing": b"",
+    "not zstd": TEXT,
+    "the beginning of a frame": PACKED[: len(PACKED) // 2],
+    "a frame without its last byte": PACKED[:-1],
+    "a frame and a byte": PACKED + b"\0",
+    "a frame and junk": PACKED + NOISE[:100],
+    "a frame and one that is to be skipped": PACKED + b"\x50\x2a\x4d\x18\4\0\0\0junk",
+    "a frame behind one that is to be skipped": b"\x50\x2a\x4d\x18\4\0\0\0junk" + PACKED,
+    "two halves": dosvob.Zstd().compress(TEXT[: CHUNK // 2], 1) + dosvob.Zstd().compress(TEXT[CHUNK // 2 :], 1),
+    "an old format": b"\x27\xb5\x2f\xfd" + PACKED[4:],
+    "less than is asked for": dosvob.Zstd().compress(TEXT[:-1], 1),
+    "more than is asked for": dosvob.Zstd().compress(TEXT + b"x", 1),
+    "a bomb": zstd_frame(*[zstd_block(b"x", 128 << 10, is_last=False)] * 10_000, zstd_block(b"")),
+    "no last block": zstd_frame(zstd_block(TEXT[: 128 << 10], is_last=False)),
+    "a block that is none": zstd_frame(b"\7\0\0"),
+    "a dictionary that is not here": dosvob.Zstd.MAGIC + b"\x21\7\xff" + PACKED[6:],
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_what_is_not_zstd_of_that_size_is_refused(hostile: str) -> None:
+    with pytest.raises(ValueError, match="zstd"):
+        dosvob.unpacked(ZSTD, HOSTILE[hostile], CHUNK)
+
+
+def test_a_window_beyond_all_bounds_takes_no_memory() -> None:
+    """One of 2 GiB, where there is less."""
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(dosvob.__file__).parent)!r})
+import dosvob
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+sys.stdout.buffer.write(dosvob.unpacked({ZSTD}, {zstd_frame(zstd_block(b"content"), window=ENDLESS)!r}, 7))
+"""
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout == b"content"
+
+
+@fuzz
+@given(st.sampled_from((ZLIB, ZSTD)), st.data())
+def test_damaged_data_is_unpacked_to_its_size_or_refused(kind: int, data: st.DataObject) -> None:
+    packed = bytearray(PACKED if kind == ZSTD else zlib.compress(TEXT, 1))
+    for _ in range(data.draw(st.integers(0, 3))):
+        packed[data.draw(st.integers(0, 100) | st.integers(0, len(packed) - 1))] = data.draw(st.integers(0, 255))
+    packed = packed[: data.draw(st.just(len(packed)) | st.integers(0, len(packed)))]
+    size = data.draw(st.sampled_from((CHUNK, CHUNK, PAGE, 0)))
+    with contextlib.suppress(ValueError):
+        assert len(dosvob.unpacked(kind, bytes(packed), size)) == size
+
+
+def clocked_packer(patches: pytest.MonkeyPatch, seconds: float, *, with_zstd: bool = True) -> dosvob.Packer:
+    """A packer on one core, whose lowest level takes so long for a chunk, as it has found out."""
+    ticks = itertools.count()
+    patches.setattr(os, "cpu_count", lambda: 1)
+    patches.setattr(time, "thread_time", lambda: next(ticks) * seconds)
+    packer = dosvob.Packer(with_zstd)
+    packer.sent(CHUNK, 1e9)
+    assert packer.pack(TEXT)[0] == (ZSTD if with_zstd else ZLIB)
+    for _ in range(1000):  # which is forgotten
+        packer.sent(0, 0)
+    return packer
+
+
+@pytest.mark.parametrize(("link", "level"), [(1, 0), (3, 0), (5, 1), (7, 1), (9, 3), (27, 3), (29, 6), (1e6, 6)])
+def test_it_is_compressed_as_hard_as_the_link_is_slow(monkeypatch: pytest.MonkeyPatch, link: float, level: int) -> None:
+    """In turns, and one core has a quarter of the time that the link takes."""
+    packer = clocked_packer(monkeypatch, 1)
+    packer.sent(CHUNK, link)
+    expected = (ZSTD, dosvob.Zstd().compress(TEXT, level)) if level else (RAW, TEXT)
+    assert packer.pack(TEXT) == expected
+    packer.sent(1 << 40, 0)  # now it is fast
+    assert packer.pack(TEXT) == (RAW, TEXT)
+
+
+@pytest.mark.parametrize("with_zstd", [True, False])
+def test_what_does_not_get_shorter_is_sent_as_it_is(monkeypatch: pytest.MonkeyPatch, with_zstd: bool) -> None:
+    """Also what begins as text and goes on as noise: of a frame that is too long the other side would have none."""
+    packer = clocked_packer(monkeypatch, 1, with_zstd=with_zstd)
+    packer.sent(CHUNK, 1e6)
+    monkeypatch.setattr(packer, "_compress", lambda data, level: data + b"longer" if len(data) == CHUNK else b"")
+    for data in (NOISE, TEXT, b""):
+        assert packer.pack(data) == (RAW, data)
+
+
+@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+def test_zstd_is_used_where_both_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool, there: bool
+) -> None:
+    device, backups = tmp_path / "device", tmp_path / "backups"
+    device.write_bytes(TEXT * 20)
+    if not here:
+        monkeypatch.setattr(dosvob, "LIBZSTD", None)
+
+    def edit(source: str) -> str:
+        source = edited(source, "SHARE = 0.25", "SHARE = 1e18")  # it pays in any case
+        return source if there else edited(source, '"libzstd.so.1"', '"libzstd.so.none"')
+
+    stream = AgentProcess(device, 0, dosvob.WINDOW, edit=edit)
+    kinds: Counter[int] = Counter()
+    handle = dosvob.Sync._handle
+
+    def note(sync: dosvob.Sync, item: dosvob.Frame) -> None:
+        kinds[item.kind] += 1
+        handle(sync, item)
+
+    monkeypatch.setattr(dosvob.Sync, "_handle", note)
+    in_time([stream], lambda: back_up(backups, NAME, device, connect=lambda first, window: stream))
+    assert same(backups / NAME, device)
+    assert kinds[ZSTD if here and there else ZLIB] == 20, kinds
 
 
 # -- the agent's source
