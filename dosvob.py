@@ -1815,8 +1815,8 @@ class Receiver(Agent):
             if len(payload) < length:
                 break
             pages = int.from_bytes(payload[: PAGES // 8], "little")
-            size = bin(pages).count("1") * PAGE
-            self.write_pages(index, pages, unpacked(kind, payload[PAGES // 8 :], size))
+            data = unpacked(kind, payload[PAGES // 8 :], bin(pages).count("1") * PAGE)
+            self.write_pages(index, pages, data)
             with self.room:
                 self.end = index + 1
                 self.room.notify()
@@ -4991,7 +4991,7 @@ class Sending(Sync):
     """One conversation with a Receiver."""
 
     def __init__(self, stream: Stream, upload: Upload, progress: Callable[[], None]) -> None:
-        super().__init__(stream, upload, progress)
+        super().__init__(stream, upload, progress)  # type: ignore[arg-type]
         self._upload = upload
         self._packer = Packer(with_zstd=False)
 
@@ -5047,7 +5047,7 @@ class ReadBack(Sync):
     """One conversation with an agent that reads what was written."""
 
     def __init__(self, stream: Stream, comparison: Comparison, progress: Callable[[], None]) -> None:
-        super().__init__(stream, comparison, progress)
+        super().__init__(stream, comparison, progress)  # type: ignore[arg-type]
         self._comparison = comparison
 
     def _announced(self, index: int, digest: bytes) -> None:
@@ -5185,8 +5185,9 @@ class NewVolume:
         nothing = f"/v2/volumes/{uuid.UUID(int=0)}"
         posts = ("/v2/volumes", "/v2/droplets", "/v2/account/keys", f"{nothing}/actions")
         deletions = (nothing, "/v2/droplets/0", "/v2/account/keys/0")
-        for call in (*(functools.partial(api.post, path, {}) for path in posts),
-                     *(functools.partial(api.delete, path) for path in deletions)):  # fmt: skip
+        calls: list[Callable[[], object]] = [functools.partial(api.post, path, {}) for path in posts]
+        calls += [functools.partial(api.delete, path) for path in deletions]
+        for call in calls:
             try:
                 call()
             except ApiError as problem:
