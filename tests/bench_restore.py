@@ -1,0 +1,160 @@
+"""How fast a restore into a new volume is, against what people do without it. `tests/bench --restore` runs it.
+
+The volume of the other measurements (4 GiB, of which 1 GiB is random and 1 GiB text) is written over real OpenSSH into a
+file that stands for the new volume, made durable, and read back. Beside it, in the same run and in turns with it:
+`zstd -1 | ssh 'zstd -d | dd conv=sparse,fsync'`, which compares nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import bench
+import paramiko
+
+import dosvob
+
+LINKS = {"L0": 1.3, "L1": 1.3, "L2": 1.15}  # of the reference; of L2: of what zlib leaves over the rate, and 5 s more
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One restore: seconds, those of them until all was durable, bytes sent, peak memory here and on the droplet."""
+
+    seconds: float
+    written: float
+    sent: int
+    memory: int
+    agent_memory: int
+
+
+def empty(target: Path) -> None:
+    """A new volume."""
+    target.unlink(missing_ok=True)
+    with target.open("wb") as file:
+        file.truncate(bench.SIZE)
+
+
+def restore_once(link: bench.Link, source: Path, target: Path) -> Measurement:
+    """Restore in a process of its own, so that its memory can be measured; what was restored must be the source."""
+    empty(target)
+    command = [sys.executable, __file__, json.dumps(dataclasses.asdict(link), default=str), str(source), str(target)]
+    watcher = bench.AgentWatcher()
+    with watcher:
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    bench.check_equal(source, target)
+    return Measurement(agent_memory=watcher.peak, **json.loads(done.stdout.splitlines()[-1]))
+
+
+def restore_here(link: bench.Link, source: Path, target: Path) -> None:
+    """What the process of its own does; prints what it measured."""
+    dosvob.SSH_PORT = link.port
+    keys = dosvob.RunKeys(
+        paramiko.Ed25519Key.from_private_key_file(str(link.directory / "id")),  # type: ignore[arg-type]
+        paramiko.Ed25519Key.from_private_key_file(str(link.directory / "hostkey")),  # type: ignore[arg-type]
+    )
+    sent = CountedSends()
+    with contextlib.ExitStack() as stack:
+        way = stack.enter_context(contextlib.closing(dosvob.Link(link.address, keys, dosvob.Stop())))
+        contents = stack.enter_context(dosvob.Source.of_file(source))
+        digests = stack.enter_context(tempfile.TemporaryFile())
+        way.open(60)  # as a run does it while the volume is being made
+        start = time.monotonic()
+        upload = dosvob.Upload(contents.chunks(), bench.SIZE // bench.MIB, digests.write)
+        converse(way, upload, dosvob.Sending, dosvob.receiver_source, target)
+        written = time.monotonic() - start
+        comparison = dosvob.Comparison(bench.SIZE // bench.MIB, digests)
+        converse(way, comparison, dosvob.ReadBack, dosvob.agent_source, target)
+        seconds = time.monotonic() - start
+    if comparison.differing:
+        sys.exit("what was read back is not what was written")
+    memory = bench.peak_memory(Path("/proc/self"))
+    print(json.dumps({"seconds": seconds, "written": written, "sent": sent.bytes, "memory": memory}))
+
+
+class CountedSends:
+    """Counts what is sent to agents."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        original = dosvob.AgentStream.send
+
+        def send(stream: dosvob.AgentStream, data: bytes) -> None:
+            self.bytes += len(data)
+            original(stream, data)
+
+        dosvob.AgentStream.send = send  # type: ignore[method-assign]
+
+
+def converse(
+    way: dosvob.Link,
+    work: dosvob.Upload | dosvob.Comparison,
+    conversation: type[dosvob.Sync],
+    program: Callable[[str, int, int], bytes],
+    target: Path,
+) -> None:
+    """One part of it, to its end."""
+
+    def start(first: int, window: int) -> dosvob.AgentStream:
+        return way.start_agent(program(str(target), first, window))
+
+    dosvob.sync_device(start, work, print, lambda _: None, conversation=conversation)  # type: ignore[arg-type]
+
+
+def reference(link: bench.Link, source: Path, target: Path) -> float:
+    """Seconds for what people do without it."""
+    empty(target)
+    there = f"zstd -d | dd of={shlex.quote(str(target))} bs=1M iflag=fullblock conv=sparse,fsync,notrunc status=none"
+    start = time.monotonic()
+    with subprocess.Popen(["zstd", "-1", "-q", "-c", source], stdout=subprocess.PIPE) as packing:
+        subprocess.run([*link.ssh(), there], stdin=packing.stdout, check=True)
+    seconds = time.monotonic() - start
+    bench.check_equal(source, target)
+    return seconds
+
+
+def measure(script: Path | None, links: str, directory: Path, keys: Path, repetitions: int) -> str:
+    """The table in Markdown."""
+    data = bench.make_data(directory)
+    target = directory / "restored"
+    heads = ("link", "seconds", "goal", "of the goal", "until durable", "MB sent", "memory here, droplet (MB)", "zstd")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in [name for name in links.split(",") if name in LINKS] if script else ["L0"]:
+        runs: list[Measurement] = []
+        references: list[float] = []
+        with bench.emulated(name, script, keys) if script else bench.loopback(name, keys) as link:
+            for _ in range(repetitions):
+                runs.append(restore_once(link, data.base, target))
+                if name != "L2":  # which takes a quarter of an hour
+                    references.append(reference(link, data.base, target))
+        seconds = statistics.median(run.seconds for run in runs)
+        beside = statistics.median(references) if references else 0.0
+        up = bench.LINKS[name][2] * 125_000
+        goal = LINKS[name] * beside if references else LINKS[name] * data.base_packed / up + 5
+        lines.append(
+            f"| {name} | {seconds:.1f} | {goal:.1f} | {seconds / goal:.2f} "
+            f"| {statistics.median(run.written for run in runs):.1f} "
+            f"| {statistics.median(run.sent for run in runs) / 1e6:.0f} "
+            f"| {max(run.memory for run in runs) / 1e6:.0f}, {max(run.agent_memory for run in runs) / 1e6:.0f} "
+            f"| {f'{beside:.1f}' if beside else ''} |"
+        )
+    target.unlink()
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    fields = json.loads(sys.argv[1])
+    fields["directory"] = Path(fields["directory"])
+    restore_here(bench.Link(**fields), Path(sys.argv[2]), Path(sys.argv[3]))
