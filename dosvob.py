@@ -1465,7 +1465,7 @@ class Packer:
     def __init__(self, with_zstd: bool) -> None:
         """`with_zstd` tells whether the other side can unpack it."""
         self.kind = ZSTD if with_zstd and LIBZSTD is not None else ZLIB
-        self._cores = os.cpu_count() or 1
+        self.cores = os.cpu_count() or 1
         self._lock = threading.Lock()
         self._packed = self._packing = 0.0  # bytes compressed of late, and the seconds that the lowest level takes
         self._sent = self._sending = 0.0  # bytes sent of late, and the seconds that it took
@@ -1495,7 +1495,7 @@ class Packer:
             on_link = size * self._sending / (self._sent or 1.0)
             lowest = size * self._packing / (self._packed or 1.0)
         levels = [
-            (level, cost) for level, cost in LEVELS[self.kind] if lowest * cost < on_link * self.SHARE * self._cores
+            (level, cost) for level, cost in LEVELS[self.kind] if lowest * cost < on_link * self.SHARE * self.cores
         ]
         if not levels:
             return 0, 0.0
@@ -1516,8 +1516,8 @@ class Packer:
 class Agent:
     """Serves one device to one reader, from the chunk `first` on, at most `window` chunks ahead of what is done with.
 
-    Five sorts of threads: readers that read ahead, a scanner that hashes, one that takes commands, one that answers
-    them, and the main thread, which writes.
+    Five sorts of threads: readers that read ahead, a scanner that hashes, one that takes commands, some that answer
+    them, as many as there are cores to compress on, and the main thread, which writes.
     """
 
     def __init__(self, device: str, first: int, window: int, packer: Packer, commands: BinaryIO, output: int) -> None:
@@ -1539,7 +1539,7 @@ class Agent:
         keep_freed_memory()
         if stat.S_ISFIFO(os.fstat(self.output).st_mode):  # a chunk at a time instead of 64 KiB to sshd
             fcntl.fcntl(self.output, SET_PIPE_SIZE, CHUNK)
-        for work in (self.scan, self.take_commands, self.answer_requests):
+        for work in (self.scan, self.take_commands, *[self.answer_requests] * max(2, self.packer.cores)):
             threading.Thread(target=self.guarded, args=(work,), daemon=True).start()
         self.write_frames()
 
@@ -1572,28 +1572,30 @@ class Agent:
         chunks = self.open_device() // CHUNK
         zero_chunk = bytes(CHUNK)
         batch: list[bytes] = []
-        zeros = 0  # the length of the run of zero chunks before this one
+        zeros = 0  # the length of the run of zero chunks up to this one
         flushed = time.monotonic()
         for index, chunk in self.read_chunks(chunks):
-            if chunk == zero_chunk:
-                zeros += 1
-            else:
-                pages = page_digests(chunk)
+            pages = b"" if chunk == zero_chunk else page_digests(chunk)
+            if pages:
                 with self.room:
                     self.announced[index] = pages
                     if len(self.held) < HELD:
                         self.held[index] = chunk
-                announcement = struct.pack(FRAME, DIGEST, index, DIGEST_SIZE) + chunk_digest(pages)
-                batch += [self.zeros_frame(index, zeros), announcement]
+            else:
+                zeros += 1
+            is_late = index + 1 == chunks or time.monotonic() - flushed > BATCH_SECONDS
+            is_due = is_late or len(batch) >= BATCH or not self.has_room(index)
+            if zeros and (pages or is_due):
+                batch.append(struct.pack(FRAME + "I", ZEROS, index + (not pages) - zeros, 4, zeros))
                 zeros = 0
-            is_due = index + 1 == chunks or time.monotonic() - flushed > BATCH_SECONDS
-            if is_due or len(batch) >= 2 * BATCH or not self.has_room(index):
-                self.frames.put(b"".join((*batch, self.zeros_frame(index + 1, zeros))))
+            if pages:
+                batch.append(struct.pack(FRAME, DIGEST, index, DIGEST_SIZE) + chunk_digest(pages))
+            if is_due:
+                self.frames.put(b"".join(batch))
                 batch.clear()
-                zeros = 0
                 flushed = time.monotonic()
-            with self.room:
-                self.room.wait_for(lambda: self.has_room(index))  # noqa: B023 - called before the next index
+                with self.room:
+                    self.room.wait_for(lambda: self.has_room(index))  # noqa: B023 - called before the next index
 
     def has_room(self, index: int) -> bool:
         """Whether the scan may go on beyond this chunk."""
@@ -1617,11 +1619,6 @@ class Agent:
         if len(chunk) != CHUNK:
             raise OSError(f"{self.device} ended at chunk {index}, after {len(chunk)} bytes of it")
         return chunk
-
-    @staticmethod
-    def zeros_frame(end: int, count: int) -> bytes:
-        """The frame for `count` chunks of zeros before the chunk `end`; none for none."""
-        return struct.pack(FRAME + "I", ZEROS, end - count, 4, count) if count else b""
 
     def open_device(self) -> int:
         """Wait for the device, protect it from writes, and say hello; returns its size in bytes."""
@@ -1692,25 +1689,21 @@ class Agent:
         else:
             raise ValueError(f"there is no command {kind}")
 
-    def chunk_of(self, index: int) -> bytes:
-        """A chunk, which is read again unless it is held."""
-        return self.held.get(index) or self.read(index)
-
     def pages_of(self, index: int) -> bytes:
         """The digests of a chunk's pages."""
-        return self.announced.get(index) or page_digests(self.chunk_of(index))
+        return self.announced.get(index) or page_digests(self.held.get(index) or self.read(index))
 
     def send_pages(self, index: int, wanted: int) -> None:
         """Send the wanted pages, save those that are zeros."""
-        chunk, digests = self.chunk_of(index), self.pages_of(index)
-        pages = []
-        for page in range(len(chunk) // PAGE):
-            if wanted >> page & 1 and digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] != ZERO_PAGE_DIGEST:
-                pages.append(page)
-        included = sum(1 << page for page in pages)
-        is_whole = len(pages) * PAGE == len(chunk)
-        data = chunk if is_whole else b"".join([chunk[page * PAGE : (page + 1) * PAGE] for page in pages])
-        bitmap = included.to_bytes(len(chunk) // PAGE // 8, "little")
+        chunk = self.held.get(index) or self.read(index)
+        digests = self.announced.get(index) or page_digests(chunk)
+        pages = [
+            page
+            for page in range(PAGES)
+            if wanted >> page & 1 and digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] != ZERO_PAGE_DIGEST
+        ]
+        bitmap = sum(1 << page for page in pages).to_bytes(PAGES // 8, "little")
+        data = chunk if len(pages) == PAGES else b"".join([chunk[page * PAGE : (page + 1) * PAGE] for page in pages])
         kind, packed = self.packer.pack(data)
         self.put(kind, index, bitmap, packed)
 
@@ -3291,13 +3284,7 @@ class Stream(Protocol):
         """At least one byte; raises ConnectionLost when no more come."""
 
 
-@dataclass(frozen=True)
-class Frame:
-    """One frame from the agent."""
-
-    kind: int
-    index: int
-    payload: bytes
+Frame = tuple[int, int, bytes]  # kind, index and payload
 
 
 class FrameParser:
@@ -3326,7 +3313,7 @@ class FrameParser:
             else:
                 kind, index = self._header
                 self._header, self._missing = None, self.HEADER
-                yield Frame(kind, index, part)
+                yield kind, index, part
         self._missing -= len(view)
         self._pieces.append(view)
         if len(self._pieces) > self.MOST_PIECES:
@@ -3378,7 +3365,7 @@ class Sync:
         with contextlib.closing(self._local):  # type: ignore[type-var] # a generator
             while self._update.settled < self._update.chunks:
                 for frame in self._parser.feed(self._stream.receive()):
-                    self._handle(frame)
+                    self._handle(*frame)
                 self._flush()
                 self._progress()
                 if self._update.settled != settled:
@@ -3386,57 +3373,43 @@ class Sync:
                 elif time.monotonic() > deadline:
                     raise ConnectionLost(f"the droplet says that it lives, but sent nothing for {PROGRESS_LIMIT} s")
 
-    def _handle(self, frame: Frame) -> None:
-        handlers = {
-            HELLO: self._on_hello,
-            DIGEST: self._on_digest,
-            ZEROS: self._on_zeros,
-            SHORT: self._on_short,
-            RAW: self._on_data,
-            ZLIB: self._on_data,
-            ZSTD: self._on_data,
-            ALIVE: lambda _: None,
-            FAILED: self._on_failed,
-        }
-        if not self._greeted and frame.kind not in (HELLO, ALIVE, FAILED):
+    def _handle(self, kind: int, index: int, payload: bytes) -> None:
+        if not self._greeted and kind not in (HELLO, ALIVE, FAILED):
             raise BadAgent("the droplet did not begin with a greeting")
-        handlers[frame.kind](frame)
+        if kind == FAILED:
+            raise BadAgent(f"the droplet cannot go on: {payload.decode(errors='replace')}")
+        if kind == HELLO:
+            self._on_hello(payload)
+        elif kind == DIGEST:
+            self._on_digests(index, 1, payload)
+        elif kind == ZEROS:
+            self._on_digests(index, int.from_bytes(payload, "big"), ZERO_DIGEST)
+        elif kind == SHORT:
+            self._on_short(index, payload)
+        elif kind != ALIVE:
+            self._on_data(kind, index, payload)
 
-    def _on_hello(self, frame: Frame) -> None:
+    def _on_hello(self, payload: bytes) -> None:
         size = self._update.chunks * CHUNK
-        if frame.payload[:-1] != AGENT_MAGIC + struct.pack(">Q", size):
-            raise BadAgent(f"the device on the droplet is not one of {size // GIB} GiB: {frame.payload!r}")
+        if payload[:-1] != AGENT_MAGIC + struct.pack(">Q", size):
+            raise BadAgent(f"the device on the droplet is not one of {size // GIB} GiB: {payload!r}")
         self._greeted = True
 
-    def _on_failed(self, frame: Frame) -> None:
-        raise BadAgent(f"the droplet cannot go on: {frame.payload.decode(errors='replace')}")
+    def _on_digests(self, index: int, count: int, digest: bytes) -> None:
+        """So many chunks are announced, with the same digest."""
+        due, chunks = self._next, self._update.chunks
+        if index != due or not 0 < count <= chunks - due or len(digest) != DIGEST_SIZE:
+            raise BadAgent(f"the droplet announced {count} chunks from {index} on, and {due} of {chunks} was due")
+        # It may have forgotten so many that are asked for once more. Digests behind one that is to come are kept.
+        is_far_ahead = bool(self._pending) and due + count - self._update.settled > self.BOUND * MOST_AHEAD
+        if len(self._pending) > 2 * WINDOW or is_far_ahead:
+            raise BadAgent(f"the droplet announced {count} chunks more, and does not send what it announced before")
+        for announced in range(index, index + count):
+            self._on_digest(announced, digest)
 
-    def _on_digest(self, frame: Frame) -> None:
-        if frame.index != self._next or len(frame.payload) != DIGEST_SIZE:
-            raise BadAgent(f"the droplet announced chunk {frame.index} when {self._next} was due")
-        if len(self._pending) > 2 * WINDOW:  # it may have forgotten so many that are asked for once more
-            raise BadAgent(f"the droplet announced {len(self._pending)} chunks and does not send them")
-        self._check_bound(1)
-        self._announced(frame.index, frame.payload)
-
-    def _on_zeros(self, frame: Frame) -> None:
-        (count,) = struct.unpack(">I", frame.payload) if len(frame.payload) == 4 else (0,)
-        if frame.index != self._next or not 0 < count <= self._update.chunks - self._next:
-            raise BadAgent(f"the droplet announced {count} chunks of zeros from {frame.index}, {self._next} was due")
-        self._check_bound(count)
-        for index in range(frame.index, frame.index + count):
-            self._announced(index, ZERO_DIGEST)
-
-    def _check_bound(self, count: int) -> None:
-        """Digests of so many more chunks may be kept while one before them is still to come."""
-        if self._pending and self._next + count - self._update.settled > self.BOUND * MOST_AHEAD:
-            raise BadAgent(f"the droplet announced {count} chunks more and does not send others")
-
-    def _announced(self, index: int, digest: bytes) -> None:
+    def _on_digest(self, index: int, digest: bytes) -> None:
         """Decide what is to be done about a chunk."""
-        local = next(self._local, None)
-        if local is None:
-            raise BadAgent(f"the droplet announced chunk {index}, which is beyond the volume's end")
+        local = next(self._local)
         self._next = index + 1
         if self._update.is_settled(index):
             self._drop(index)
@@ -3444,60 +3417,58 @@ class Sync:
             self._update.keep(index, digest)
             self._drop(index)
         elif digest == ZERO_DIGEST:
-            zeroed = self._zeroed(self._update.local.pages(index))
+            pages = self._update.local.pages(index)  # all of them change if there is nothing that can be read
+            starts = range(0, PAGES * DIGEST_SIZE, DIGEST_SIZE)
+            filled = [pages[start : start + DIGEST_SIZE] != ZERO_PAGE_DIGEST for start in starts]
+            zeroed = sum(1 << page for page in range(PAGES) if filled[page])
             self._update.store(Patch(index, zeroed, 0, b"", digest))
         elif self._update.has_nothing_at(index, local):
-            self._pending[index] = Pending(digest, ZERO_PAGES, is_unknown=local == b"")
-            self._ask(index, ALL_PAGES)
+            self._pending[index] = Pending(digest, ZERO_PAGES, ALL_PAGES, is_unknown=local == b"")
+            self._command(SEND, index, 1, ALL_PAGES)
         else:
             self._pending[index] = Pending(digest)
             self._command(COMPARE, index)
 
-    def _on_short(self, frame: Frame) -> None:
-        pending = self._pending.get(frame.index)
-        if pending is None or pending.local or len(frame.payload) != PAGES * SHORT_SIZE:
-            raise BadAgent(f"the droplet sent page digests of chunk {frame.index} that nobody asked for")
-        local = self._update.local.pages(frame.index)
+    def _on_short(self, index: int, theirs: bytes) -> None:
+        pending = self._pending.get(index)
+        if pending is None or pending.local or len(theirs) != PAGES * SHORT_SIZE:
+            raise BadAgent(f"the droplet sent page digests of chunk {index} that nobody asked for")
+        local = self._update.local.pages(index)
         pending.local, pending.is_unknown = local or ZERO_PAGES, not local
-        theirs = frame.payload
         differing = 0
         for page in range(PAGES):  # all of them, if there is nothing that can be read
             start = page * DIGEST_SIZE
             if local[start : start + SHORT_SIZE] != theirs[page * SHORT_SIZE : (page + 1) * SHORT_SIZE]:
                 differing |= 1 << page
         if not differing and chunk_digest(local) == pending.digest:  # the journal alone had something else
-            del self._pending[frame.index]
-            self._update.store(Patch(frame.index, 0, 0, b"", pending.digest))
-            self._drop(frame.index)
+            del self._pending[index]
+            self._update.store(Patch(index, 0, 0, b"", pending.digest))
+            self._drop(index)
         else:
-            self._ask(frame.index, differing or ALL_PAGES)
+            pending.wanted = differing or ALL_PAGES
+            self._command(SEND, index, 1, pending.wanted)
 
-    def _on_data(self, frame: Frame) -> None:
-        pending = self._pending.get(frame.index)
-        included = int.from_bytes(frame.payload[: PAGES // 8], "little")
-        if pending is None or not pending.wanted or len(frame.payload) < PAGES // 8 or included & ~pending.wanted:
-            raise BadAgent(f"the droplet sent pages of chunk {frame.index} that nobody asked for")
+    def _on_data(self, kind: int, index: int, payload: bytes) -> None:
+        pending = self._pending.get(index)
+        included = int.from_bytes(payload[: PAGES // 8], "little")
+        if pending is None or not pending.wanted or len(payload) < PAGES // 8 or included & ~pending.wanted:
+            raise BadAgent(f"the droplet sent pages of chunk {index} that nobody asked for")
         try:
-            data = unpacked(frame.kind, frame.payload[PAGES // 8 :], included.bit_count() * PAGE)
+            data = unpacked(kind, payload[PAGES // 8 :], included.bit_count() * PAGE)
         except ValueError as problem:
-            raise BadAgent(f"the pages of chunk {frame.index} cannot be unpacked: {problem}") from None
+            raise BadAgent(f"the pages of chunk {index} cannot be unpacked: {problem}") from None
         merged, changed = self._merged(pending.local, pending.wanted, included, data)
         if chunk_digest(merged) == pending.digest:
-            del self._pending[frame.index]
+            del self._pending[index]
             changed = ALL_PAGES if pending.is_unknown else changed
             filled = included & changed
-            self._update.store(
-                Patch(frame.index, changed, filled, Patch.select(data, filled, included), pending.digest)
-            )
+            self._update.store(Patch(index, changed, filled, Patch.select(data, filled, included), pending.digest))
         elif pending.wanted != ALL_PAGES:  # two pages alike in their short digests, or changed here just now
             pending.is_unknown = True
-            self._ask(frame.index, ALL_PAGES)
+            pending.wanted = ALL_PAGES
+            self._command(SEND, index, 1, ALL_PAGES)
         else:
-            raise BadAgent(f"chunk {frame.index} does not have the digest that was announced for it")
-
-    def _ask(self, index: int, wanted: int) -> None:
-        self._pending[index].wanted = wanted
-        self._command(SEND, index, 1, wanted)
+            raise BadAgent(f"chunk {index} does not have the digest that was announced for it")
 
     def _drop(self, index: int) -> None:
         """Tell the agent to forget a chunk, together with its neighbours."""
@@ -3541,12 +3512,6 @@ class Sync:
                     digests[page] = digest
                     changed |= 1 << page
         return b"".join(digests), changed
-
-    @staticmethod
-    def _zeroed(local: bytes) -> int:
-        """The pages of a chunk that change when it becomes zeros, given their digests; all, if it cannot be read."""
-        pages = (local[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] for page in range(PAGES))
-        return sum(1 << page for page, digest in enumerate(pages) if digest != ZERO_PAGE_DIGEST)
 
 
 # ── The connection ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3792,7 +3757,8 @@ class Link:
         Raises HostKeyMismatch for a stranger who stays there: nothing is sent to one.
         """
         start, stranger_since = time.monotonic(), float("inf")
-        for pause in pauses(0.25, 1.0):
+        waiting = pauses(0.25, 1.0)
+        while True:
             try:
                 return self._connect()
             except ConnectionLost:
@@ -3802,8 +3768,7 @@ class Link:
                 stranger_since = min(stranger_since, time.monotonic())
                 if time.monotonic() - stranger_since > STRANGER_LIMIT:
                     raise
-            self._stop.sleep(pause)
-        raise AssertionError("unreachable")
+            self._stop.sleep(next(waiting))
 
     def _connect(self) -> paramiko.Transport:
         """An authenticated connection; raises HostKeyMismatch, or ConnectionLost for what may pass."""
