@@ -1530,7 +1530,7 @@ class Packer:
     def __init__(self, with_zstd: bool) -> None:
         """`with_zstd` tells whether the other side can unpack it."""
         self.kind = ZSTD if with_zstd and LIBZSTD is not None else ZLIB
-        self._cores = os.cpu_count() or 1
+        self.cores = os.cpu_count() or 1
         self._lock = threading.Lock()
         self._packed = self._packing = 0.0  # bytes compressed of late, and the seconds that the lowest level takes
         self._sent = self._sending = 0.0  # bytes sent of late, and the seconds that it took
@@ -1560,7 +1560,7 @@ class Packer:
             on_link = size * self._sending / (self._sent or 1.0)
             lowest = size * self._packing / (self._packed or 1.0)
         levels = [
-            (level, cost) for level, cost in LEVELS[self.kind] if lowest * cost < on_link * self.SHARE * self._cores
+            (level, cost) for level, cost in LEVELS[self.kind] if lowest * cost < on_link * self.SHARE * self.cores
         ]
         if not levels:
             return 0, 0.0
@@ -1581,8 +1581,8 @@ class Packer:
 class Agent:
     """Serves one device to one reader, from the chunk `first` on, at most `window` chunks ahead of what is done with.
 
-    Five sorts of threads: readers that read ahead, a scanner that hashes, one that takes commands, one that answers
-    them, and the main thread, which writes.
+    Five sorts of threads: readers that read ahead, a scanner that hashes, one that takes commands, some that answer
+    them, as many as there are cores to compress on, and the main thread, which writes.
     """
 
     access = os.O_RDONLY
@@ -1612,7 +1612,7 @@ class Agent:
 
     def works(self) -> tuple[Callable[[], None], ...]:
         """What its threads do."""
-        return self.scan, self.take_commands, self.answer_requests
+        return (self.scan, self.take_commands, *[self.answer_requests] * max(2, self.packer.cores))
 
     def guarded(self, work: Callable[[], None]) -> None:
         """Do the work of a thread; tell the other side if it fails."""
@@ -1643,28 +1643,30 @@ class Agent:
         chunks = self.open_device() // CHUNK
         zero_chunk = bytes(CHUNK)
         batch: list[bytes] = []
-        zeros = 0  # the length of the run of zero chunks before this one
+        zeros = 0  # the length of the run of zero chunks up to this one
         flushed = time.monotonic()
         for index, chunk in self.read_chunks(chunks):
-            if chunk == zero_chunk:
-                zeros += 1
-            else:
-                pages = page_digests(chunk)
+            pages = b"" if chunk == zero_chunk else page_digests(chunk)
+            if pages:
                 with self.room:
                     self.announced[index] = pages
                     if len(self.held) < HELD:
                         self.held[index] = chunk
-                announcement = struct.pack(FRAME, DIGEST, index, DIGEST_SIZE) + chunk_digest(pages)
-                batch += [self.zeros_frame(index, zeros), announcement]
+            else:
+                zeros += 1
+            is_late = index + 1 == chunks or time.monotonic() - flushed > BATCH_SECONDS
+            is_due = is_late or len(batch) >= BATCH or not self.has_room(index)
+            if zeros and (pages or is_due):
+                batch.append(struct.pack(FRAME + "I", ZEROS, index + (not pages) - zeros, 4, zeros))
                 zeros = 0
-            is_due = index + 1 == chunks or time.monotonic() - flushed > BATCH_SECONDS
-            if is_due or len(batch) >= 2 * BATCH or not self.has_room(index):
-                self.frames.put(b"".join((*batch, self.zeros_frame(index + 1, zeros))))
+            if pages:
+                batch.append(struct.pack(FRAME, DIGEST, index, DIGEST_SIZE) + chunk_digest(pages))
+            if is_due:
+                self.frames.put(b"".join(batch))
                 batch.clear()
-                zeros = 0
                 flushed = time.monotonic()
-            with self.room:
-                self.room.wait_for(lambda: self.has_room(index))  # noqa: B023 - called before the next index
+                with self.room:
+                    self.room.wait_for(lambda: self.has_room(index))  # noqa: B023 - called before the next index
 
     def has_room(self, index: int) -> bool:
         """Whether the scan may go on beyond this chunk."""
@@ -1688,11 +1690,6 @@ class Agent:
         if len(chunk) != CHUNK:
             raise OSError(f"{self.device} ended at chunk {index}, after {len(chunk)} bytes of it")
         return chunk
-
-    @staticmethod
-    def zeros_frame(end: int, count: int) -> bytes:
-        """The frame for `count` chunks of zeros before the chunk `end`; none for none."""
-        return struct.pack(FRAME + "I", ZEROS, end - count, 4, count) if count else b""
 
     def open_device(self) -> int:
         """Wait for the device, protect it from writes that are not ours, and say hello; returns its size in bytes."""
@@ -1765,25 +1762,21 @@ class Agent:
         else:
             raise ValueError(f"there is no command {kind}")
 
-    def chunk_of(self, index: int) -> bytes:
-        """A chunk, which is read again unless it is held."""
-        return self.held.get(index) or self.read(index)
-
     def pages_of(self, index: int) -> bytes:
         """The digests of a chunk's pages."""
-        return self.announced.get(index) or page_digests(self.chunk_of(index))
+        return self.announced.get(index) or page_digests(self.held.get(index) or self.read(index))
 
     def send_pages(self, index: int, wanted: int) -> None:
         """Send the wanted pages, save those that are zeros."""
-        chunk, digests = self.chunk_of(index), self.pages_of(index)
-        pages = []
-        for page in range(len(chunk) // PAGE):
-            if wanted >> page & 1 and digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] != ZERO_PAGE_DIGEST:
-                pages.append(page)
-        included = sum(1 << page for page in pages)
-        is_whole = len(pages) * PAGE == len(chunk)
-        data = chunk if is_whole else b"".join([chunk[page * PAGE : (page + 1) * PAGE] for page in pages])
-        bitmap = included.to_bytes(len(chunk) // PAGE // 8, "little")
+        chunk = self.held.get(index) or self.read(index)
+        digests = self.announced.get(index) or page_digests(chunk)
+        pages = [
+            page
+            for page in range(PAGES)
+            if wanted >> page & 1 and digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] != ZERO_PAGE_DIGEST
+        ]
+        bitmap = sum(1 << page for page in pages).to_bytes(PAGES // 8, "little")
+        data = chunk if len(pages) == PAGES else b"".join([chunk[page * PAGE : (page + 1) * PAGE] for page in pages])
         kind, packed = self.packer.pack(data)
         self.put(kind, index, bitmap, packed)
 
@@ -1859,8 +1852,8 @@ def agent_source(device: str, first: int, window: int) -> bytes:
     return droplet_program(f"Agent({device!r}, {first}, {window}, {packer}, sys.stdin.buffer, 1).run()\n")
 
 
-def receiver_source(device: str, _first: int, _window: int) -> bytes:
-    """The receiver's program, which is told by each frame where it belongs."""
+def receiver_source(device: str) -> bytes:
+    """The receiver's program."""
     return droplet_program(f"Receiver({device!r}, sys.stdin.buffer, 1).run()\n")
 
 
@@ -3437,13 +3430,7 @@ class Stream(Protocol):
         """Whether `receive` would return at once."""
 
 
-@dataclass(frozen=True)
-class Frame:
-    """One frame from the agent."""
-
-    kind: int
-    index: int
-    payload: bytes
+Frame = tuple[int, int, bytes]  # kind, index and payload
 
 
 class FrameParser:
@@ -3472,7 +3459,7 @@ class FrameParser:
             else:
                 kind, index = self._header
                 self._header, self._missing = None, self.HEADER
-                yield Frame(kind, index, part)
+                yield kind, index, part
         self._missing -= len(view)
         self._pieces.append(view)
         if len(self._pieces) > self.MOST_PIECES:
@@ -3485,169 +3472,79 @@ class FrameParser:
         self._header, self._missing = (kind, index), length
 
 
-@dataclass
-class Pending:
-    """A chunk that was announced and is not settled.
+class Work(Protocol):
+    """What is to be got done for all chunks of a device, in as many conversations as it takes.
 
-    Its digest, and when they are known the digests of the local pages and a bitmap of the pages that are asked for;
-    `is_unknown` if what the local pages have cannot be relied on, so that all of them are to be written.
+    `chunks` is how many there are, `settled` how many of them are done with, from the first on.
     """
 
-    digest: bytes
-    local: bytes = b""
-    wanted: int = 0
-    is_unknown: bool = False
+    chunks: int
+    settled: int
 
 
-class Sync:
-    """One conversation, from the first chunk of `update` that is not settled to the last."""
+class Conversation:
+    """One conversation with an agent, from the first chunk that is not settled to the last."""
 
-    # The agent keeps to MOST_AHEAD, not counting chunks that are asked for a second time, which are few and seldom.
-    BOUND = 4
-
-    def __init__(self, stream: Stream, update: Update, progress: Callable[[], None]) -> None:
+    def __init__(self, stream: Stream, work: Work, progress: Callable[[], None]) -> None:
         self._stream = stream
-        self._update = update
+        self._work = work
         self._progress = progress
         self._parser = FrameParser()
         self._commands: list[bytes] = []
         self._drops: tuple[int, int] = (0, 0)  # chunks to drop, from and up to
-        self._pending: dict[int, Pending] = {}
-        self._next = update.settled  # the chunk that must be announced next
+        self._next = work.settled  # the chunk that must be announced next
         self._greeted = False
-        self._local = update.local_digests()
 
     def run(self) -> None:
         """Go on until all chunks are settled."""
         keep_freed_memory()
         settled, deadline = -1, 0.0
-        with contextlib.closing(self._local):  # type: ignore[type-var] # a generator
-            while self._update.settled < self._update.chunks:
-                for frame in self._parser.feed(self._stream.receive()):
-                    self._handle(frame)
-                self._flush()
-                self._progress()
-                if self._update.settled != settled:
-                    settled, deadline = self._update.settled, time.monotonic() + PROGRESS_LIMIT
-                elif time.monotonic() > deadline:
-                    raise ConnectionLost(f"the droplet says that it lives, but sent nothing for {PROGRESS_LIMIT} s")
+        while self._work.settled < self._work.chunks:
+            for frame in self._parser.feed(self._stream.receive()):
+                self._handle(*frame)
+            self._flush()
+            self._progress()
+            if self._work.settled != settled:
+                settled, deadline = self._work.settled, time.monotonic() + PROGRESS_LIMIT
+            elif time.monotonic() > deadline:
+                raise ConnectionLost(f"the droplet says that it lives, but sent nothing for {PROGRESS_LIMIT} s")
 
-    def _handle(self, frame: Frame) -> None:
-        handlers = {
-            HELLO: self._on_hello,
-            DIGEST: self._on_digest,
-            ZEROS: self._on_zeros,
-            SHORT: self._on_short,
-            RAW: self._on_data,
-            ZLIB: self._on_data,
-            ZSTD: self._on_data,
-            ALIVE: lambda _: None,
-            FAILED: self._on_failed,
-            DURABLE: self._on_durable,
-        }
-        if not self._greeted and frame.kind not in (HELLO, ALIVE, FAILED):
+    def _handle(self, kind: int, index: int, payload: bytes) -> None:
+        if not self._greeted and kind not in (HELLO, ALIVE, FAILED):
             raise BadAgent("the droplet did not begin with a greeting")
-        handlers[frame.kind](frame)
+        if kind == FAILED:
+            raise BadAgent(f"the droplet cannot go on: {payload.decode(errors='replace')}")
+        if kind == HELLO:
+            self._on_hello(payload)
+        elif kind == DIGEST:
+            self._on_digests(index, 1, payload)
+        elif kind == ZEROS:
+            self._on_digests(index, int.from_bytes(payload, "big"), ZERO_DIGEST)
+        elif kind != ALIVE:
+            self._on_answer(kind, index, payload)
 
-    def _on_hello(self, frame: Frame) -> None:
-        size = self._update.chunks * CHUNK
-        if frame.payload[:-1] != AGENT_MAGIC + struct.pack(">Q", size):
-            raise BadAgent(f"the device on the droplet is not one of {size // GIB} GiB: {frame.payload!r}")
+    def _on_hello(self, payload: bytes) -> None:
+        size = self._work.chunks * CHUNK
+        if payload[:-1] != AGENT_MAGIC + struct.pack(">Q", size):
+            raise BadAgent(f"the device on the droplet is not one of {size // GIB} GiB: {payload!r}")
         self._greeted = True
 
-    def _on_failed(self, frame: Frame) -> None:
-        raise BadAgent(f"the droplet cannot go on: {frame.payload.decode(errors='replace')}")
+    def _on_digests(self, index: int, count: int, digest: bytes) -> None:
+        """So many chunks are announced, with the same digest."""
+        due, chunks = self._next, self._work.chunks
+        if index != due or not 0 < count <= chunks - due or len(digest) != DIGEST_SIZE:
+            raise BadAgent(f"the droplet announced {count} chunks from {index} on, and {due} of {chunks} was due")
+        for announced in range(index, index + count):
+            self._next = announced + 1
+            self._on_digest(announced, digest)
 
-    def _on_durable(self, frame: Frame) -> None:
-        raise BadAgent(f"the droplet says that it has written up to chunk {frame.index}, and was to read")
+    def _on_digest(self, index: int, digest: bytes) -> None:
+        """A chunk is announced."""
+        raise BadAgent(f"the droplet announced chunk {index}, {digest.hex()}, and was to write")
 
-    def _on_digest(self, frame: Frame) -> None:
-        if frame.index != self._next or len(frame.payload) != DIGEST_SIZE:
-            raise BadAgent(f"the droplet announced chunk {frame.index} when {self._next} was due")
-        if len(self._pending) > 2 * WINDOW:  # it may have forgotten so many that are asked for once more
-            raise BadAgent(f"the droplet announced {len(self._pending)} chunks and does not send them")
-        self._check_bound(1)
-        self._announced(frame.index, frame.payload)
-
-    def _on_zeros(self, frame: Frame) -> None:
-        (count,) = struct.unpack(">I", frame.payload) if len(frame.payload) == 4 else (0,)
-        if frame.index != self._next or not 0 < count <= self._update.chunks - self._next:
-            raise BadAgent(f"the droplet announced {count} chunks of zeros from {frame.index}, {self._next} was due")
-        self._check_bound(count)
-        for index in range(frame.index, frame.index + count):
-            self._announced(index, ZERO_DIGEST)
-
-    def _check_bound(self, count: int) -> None:
-        """Digests of so many more chunks may be kept while one before them is still to come."""
-        if self._pending and self._next + count - self._update.settled > self.BOUND * MOST_AHEAD:
-            raise BadAgent(f"the droplet announced {count} chunks more and does not send others")
-
-    def _announced(self, index: int, digest: bytes) -> None:
-        """Decide what is to be done about a chunk."""
-        local = next(self._local, None)
-        if local is None:
-            raise BadAgent(f"the droplet announced chunk {index}, which is beyond the volume's end")
-        self._next = index + 1
-        if self._update.is_settled(index):
-            self._drop(index)
-        elif local == digest:
-            self._update.keep(index, digest)
-            self._drop(index)
-        elif digest == ZERO_DIGEST:
-            zeroed = self._zeroed(self._update.local.pages(index))
-            self._update.store(Patch(index, zeroed, 0, b"", digest))
-        elif self._update.has_nothing_at(index, local):
-            self._pending[index] = Pending(digest, ZERO_PAGES, is_unknown=local == b"")
-            self._ask(index, ALL_PAGES)
-        else:
-            self._pending[index] = Pending(digest)
-            self._command(COMPARE, index)
-
-    def _on_short(self, frame: Frame) -> None:
-        pending = self._pending.get(frame.index)
-        if pending is None or pending.local or len(frame.payload) != PAGES * SHORT_SIZE:
-            raise BadAgent(f"the droplet sent page digests of chunk {frame.index} that nobody asked for")
-        local = self._update.local.pages(frame.index)
-        pending.local, pending.is_unknown = local or ZERO_PAGES, not local
-        theirs = frame.payload
-        differing = 0
-        for page in range(PAGES):  # all of them, if there is nothing that can be read
-            start = page * DIGEST_SIZE
-            if local[start : start + SHORT_SIZE] != theirs[page * SHORT_SIZE : (page + 1) * SHORT_SIZE]:
-                differing |= 1 << page
-        if not differing and chunk_digest(local) == pending.digest:  # the journal alone had something else
-            del self._pending[frame.index]
-            self._update.store(Patch(frame.index, 0, 0, b"", pending.digest))
-            self._drop(frame.index)
-        else:
-            self._ask(frame.index, differing or ALL_PAGES)
-
-    def _on_data(self, frame: Frame) -> None:
-        pending = self._pending.get(frame.index)
-        included = int.from_bytes(frame.payload[: PAGES // 8], "little")
-        if pending is None or not pending.wanted or len(frame.payload) < PAGES // 8 or included & ~pending.wanted:
-            raise BadAgent(f"the droplet sent pages of chunk {frame.index} that nobody asked for")
-        try:
-            data = unpacked(frame.kind, frame.payload[PAGES // 8 :], included.bit_count() * PAGE)
-        except ValueError as problem:
-            raise BadAgent(f"the pages of chunk {frame.index} cannot be unpacked: {problem}") from None
-        merged, changed = self._merged(pending.local, pending.wanted, included, data)
-        if chunk_digest(merged) == pending.digest:
-            del self._pending[frame.index]
-            changed = ALL_PAGES if pending.is_unknown else changed
-            filled = included & changed
-            self._update.store(
-                Patch(frame.index, changed, filled, Patch.select(data, filled, included), pending.digest)
-            )
-        elif pending.wanted != ALL_PAGES:  # two pages alike in their short digests, or changed here just now
-            pending.is_unknown = True
-            self._ask(frame.index, ALL_PAGES)
-        else:
-            raise BadAgent(f"chunk {frame.index} does not have the digest that was announced for it")
-
-    def _ask(self, index: int, wanted: int) -> None:
-        self._pending[index].wanted = wanted
-        self._command(SEND, index, 1, wanted)
+    def _on_answer(self, kind: int, index: int, payload: bytes) -> None:
+        """Anything else came."""
+        raise BadAgent(f"the droplet sent a frame of the kind {kind} with {len(payload)} bytes of chunk {index}")
 
     def _drop(self, index: int) -> None:
         """Tell the agent to forget a chunk, together with its neighbours."""
@@ -3672,6 +3569,116 @@ class Sync:
             self._stream.send(b"".join(self._commands))
             self._commands.clear()
 
+
+@dataclass
+class Pending:
+    """A chunk that was announced and is not settled.
+
+    Its digest, and when they are known the digests of the local pages and a bitmap of the pages that are asked for;
+    `is_unknown` if what the local pages have cannot be relied on, so that all of them are to be written.
+    """
+
+    digest: bytes
+    local: bytes = b""
+    wanted: int = 0
+    is_unknown: bool = False
+
+
+class Sync(Conversation):
+    """Compares what the agent announces with the local image, and has sent what differs."""
+
+    # The agent keeps to MOST_AHEAD, not counting chunks that are asked for a second time, which are few and seldom.
+    BOUND = 4
+
+    def __init__(self, stream: Stream, update: Update, progress: Callable[[], None]) -> None:
+        super().__init__(stream, update, progress)
+        self._update = update
+        self._pending: dict[int, Pending] = {}
+        self._local = update.local_digests()
+
+    def run(self) -> None:
+        """Go on until all chunks are settled."""
+        with contextlib.closing(self._local):  # type: ignore[type-var] # a generator
+            super().run()
+
+    def _on_digests(self, index: int, count: int, digest: bytes) -> None:
+        """So many chunks are announced, with the same digest."""
+        # It may have forgotten so many that are asked for once more. Digests behind one that is to come are kept.
+        is_far_ahead = bool(self._pending) and index + count - self._update.settled > self.BOUND * MOST_AHEAD
+        if len(self._pending) > 2 * WINDOW or is_far_ahead:
+            raise BadAgent(f"the droplet announced {count} chunks more, and does not send what it announced before")
+        super()._on_digests(index, count, digest)
+
+    def _on_answer(self, kind: int, index: int, payload: bytes) -> None:
+        if kind == SHORT:
+            self._on_short(index, payload)
+        elif kind in (RAW, ZLIB, ZSTD):
+            self._on_data(kind, index, payload)
+        else:
+            super()._on_answer(kind, index, payload)
+
+    def _on_digest(self, index: int, digest: bytes) -> None:
+        """Decide what is to be done about a chunk."""
+        local = next(self._local)
+        if self._update.is_settled(index):
+            self._drop(index)
+        elif local == digest:
+            self._update.keep(index, digest)
+            self._drop(index)
+        elif digest == ZERO_DIGEST:
+            pages = self._update.local.pages(index)  # all of them change if there is nothing that can be read
+            starts = range(0, PAGES * DIGEST_SIZE, DIGEST_SIZE)
+            filled = [pages[start : start + DIGEST_SIZE] != ZERO_PAGE_DIGEST for start in starts]
+            zeroed = sum(1 << page for page in range(PAGES) if filled[page])
+            self._update.store(Patch(index, zeroed, 0, b"", digest))
+        elif self._update.has_nothing_at(index, local):
+            self._pending[index] = Pending(digest, ZERO_PAGES, ALL_PAGES, is_unknown=local == b"")
+            self._command(SEND, index, 1, ALL_PAGES)
+        else:
+            self._pending[index] = Pending(digest)
+            self._command(COMPARE, index)
+
+    def _on_short(self, index: int, theirs: bytes) -> None:
+        pending = self._pending.get(index)
+        if pending is None or pending.local or len(theirs) != PAGES * SHORT_SIZE:
+            raise BadAgent(f"the droplet sent page digests of chunk {index} that nobody asked for")
+        local = self._update.local.pages(index)
+        pending.local, pending.is_unknown = local or ZERO_PAGES, not local
+        differing = 0
+        for page in range(PAGES):  # all of them, if there is nothing that can be read
+            start = page * DIGEST_SIZE
+            if local[start : start + SHORT_SIZE] != theirs[page * SHORT_SIZE : (page + 1) * SHORT_SIZE]:
+                differing |= 1 << page
+        if not differing and chunk_digest(local) == pending.digest:  # the journal alone had something else
+            del self._pending[index]
+            self._update.store(Patch(index, 0, 0, b"", pending.digest))
+            self._drop(index)
+        else:
+            pending.wanted = differing or ALL_PAGES
+            self._command(SEND, index, 1, pending.wanted)
+
+    def _on_data(self, kind: int, index: int, payload: bytes) -> None:
+        pending = self._pending.get(index)
+        included = int.from_bytes(payload[: PAGES // 8], "little")
+        if pending is None or not pending.wanted or len(payload) < PAGES // 8 or included & ~pending.wanted:
+            raise BadAgent(f"the droplet sent pages of chunk {index} that nobody asked for")
+        try:
+            data = unpacked(kind, payload[PAGES // 8 :], included.bit_count() * PAGE)
+        except ValueError as problem:
+            raise BadAgent(f"the pages of chunk {index} cannot be unpacked: {problem}") from None
+        merged, changed = self._merged(pending.local, pending.wanted, included, data)
+        if chunk_digest(merged) == pending.digest:
+            del self._pending[index]
+            changed = ALL_PAGES if pending.is_unknown else changed
+            filled = included & changed
+            self._update.store(Patch(index, changed, filled, Patch.select(data, filled, included), pending.digest))
+        elif pending.wanted != ALL_PAGES:  # two pages alike in their short digests, or changed here just now
+            pending.is_unknown = True
+            pending.wanted = ALL_PAGES
+            self._command(SEND, index, 1, ALL_PAGES)
+        else:
+            raise BadAgent(f"chunk {index} does not have the digest that was announced for it")
+
     @staticmethod
     def _merged(local: bytes, wanted: int, included: int, data: bytes) -> tuple[bytes, int]:
         """The page digests of a chunk whose wanted pages become the data (the included ones) and zeros (the others).
@@ -3691,12 +3698,6 @@ class Sync:
                     digests[page] = digest
                     changed |= 1 << page
         return b"".join(digests), changed
-
-    @staticmethod
-    def _zeroed(local: bytes) -> int:
-        """The pages of a chunk that change when it becomes zeros, given their digests; all, if it cannot be read."""
-        pages = (local[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] for page in range(PAGES))
-        return sum(1 << page for page, digest in enumerate(pages) if digest != ZERO_PAGE_DIGEST)
 
 
 # ── The connection ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3946,7 +3947,8 @@ class Link:
         Raises HostKeyMismatch for a stranger who stays there: nothing is sent to one.
         """
         start, stranger_since = time.monotonic(), float("inf")
-        for pause in pauses(0.25, 1.0):
+        waiting = pauses(0.25, 1.0)
+        while True:
             try:
                 return self._connect()
             except ConnectionLost:
@@ -3956,8 +3958,7 @@ class Link:
                 stranger_since = min(stranger_since, time.monotonic())
                 if time.monotonic() - stranger_since > STRANGER_LIMIT:
                     raise
-            self._stop.sleep(pause)
-        raise AssertionError("unreachable")
+            self._stop.sleep(next(waiting))
 
     def _connect(self) -> paramiko.Transport:
         """An authenticated connection; raises HostKeyMismatch, or ConnectionLost for what may pass."""
@@ -4004,30 +4005,47 @@ class Link:
             self._transport = None
 
 
+W = TypeVar("W", bound=Work)
+
+
 def sync_device(
     start_agent: Callable[[int, int], AgentStream],
     update: Update,
     warn: Callable[[str], None],
     progress: Callable[[int], None],
     is_gone: Callable[[], bool] = lambda: False,
-    conversation: type[Sync] = Sync,
 ) -> int:
-    """Sync over as many connections as it takes; returns the bytes received.
+    """Sync over as many connections as it takes, see `converse`; returns the bytes received.
 
-    `start_agent` starts an agent with its first chunk and its window. After a connection that broke another one goes on
-    from the first chunk that is not settled; if the droplet `is_gone`, DropletLost is raised.
+    `start_agent` starts an agent with its first chunk and its window.
     """
     # Of a first sync all is fetched, so nothing is gained by a scan far ahead, and chunks would be read twice.
     window = HELD if update.is_first else WINDOW
+    return converse(lambda first: start_agent(first, window), Sync, update, warn, progress, is_gone)
+
+
+def converse(
+    start_agent: Callable[[int], AgentStream],
+    conversation: Callable[[Stream, W, Callable[[], None]], Conversation],
+    work: W,
+    warn: Callable[[str], None],
+    progress: Callable[[int], None],
+    is_gone: Callable[[], bool],
+) -> int:
+    """Get the work done in conversations with agents, over as many connections as it takes; returns the bytes received.
+
+    `start_agent` starts an agent with its first chunk. After a connection that broke another one goes on from the first
+    chunk that is not settled; if the droplet `is_gone`, DropletLost is raised.
+    """
     received = failures = 0
     while True:
-        settled, stream = update.settled, None
+        settled, stream = work.settled, None
         try:
-            stream = start_agent(settled, window)
-            conversation(stream, update, lambda: progress(received + stream.received)).run()  # noqa: B023 - used in here only
+            stream = start_agent(settled)
+            conversation(stream, work, lambda: progress(received + stream.received)).run()  # noqa: B023 - used in here
             return received + stream.received
         except (ConnectionLost, HostKeyMismatch) as problem:
-            failures = failures + 1 if update.settled == settled else 1
+            failures = failures + 1 if work.settled == settled else 1
             if is_gone():  # its address may be somebody else's by now
                 raise DropletLost(f"{problem}; the droplet is gone") from problem
             if failures >= ATTEMPTS or isinstance(problem, HostKeyMismatch):
@@ -4909,7 +4927,6 @@ class Upload:
     `with_zeros`. `note` is told the digest of each chunk of the source, in order.
     """
 
-    is_first = False
     MOST_KEPT = 64 << 20  # bytes of frames that are not durable yet
     PACKERS = 2
     READ_AHEAD = 8  # chunks
@@ -4932,10 +4949,6 @@ class Upload:
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()  # indices and frames
         self._kept_size = 0
         self._sent = 0  # so many of those that are kept are sent
-
-    def local_digests(self) -> Iterator[bytes]:
-        """None: there is nothing to compare."""
-        yield from ()
 
     def begin(self, packer: Packer) -> None:
         """Another connection has its beginning: what is kept is to be sent again, what follows packed for it."""
@@ -4987,17 +5000,17 @@ class Upload:
         return index, digest, b"".join((header, patch.filled.to_bytes(PAGES // 8, "little"), data))
 
 
-class Sending(Sync):
-    """One conversation with a Receiver."""
+class Sending(Conversation):
+    """Has a Receiver write what is to be on the device."""
 
     def __init__(self, stream: Stream, upload: Upload, progress: Callable[[], None]) -> None:
-        super().__init__(stream, upload, progress)  # type: ignore[arg-type]
+        super().__init__(stream, upload, progress)
         self._upload = upload
         self._packer = Packer(with_zstd=False)
 
-    def _on_hello(self, frame: Frame) -> None:
-        super()._on_hello(frame)
-        self._packer = Packer(with_zstd=frame.payload[-1:] == b"\1")
+    def _on_hello(self, payload: bytes) -> None:
+        super()._on_hello(payload)
+        self._packer = Packer(with_zstd=payload[-1:] == b"\1")
         self._upload.begin(self._packer)
 
     def _flush(self) -> None:
@@ -5007,17 +5020,15 @@ class Sending(Sync):
             self._stream.send(frame)
             self._packer.sent(len(frame), time.monotonic() - start)
 
-    def _on_durable(self, frame: Frame) -> None:
-        self._upload.made_durable(frame.index)
-
-    def _announced(self, index: int, digest: bytes) -> None:
-        raise BadAgent(f"the droplet sent {digest.hex()} of chunk {index}, and was to write")
+    def _on_answer(self, kind: int, index: int, payload: bytes) -> None:
+        if kind != DURABLE:
+            super()._on_answer(kind, index, payload)
+        self._upload.made_durable(index)
 
 
 class Comparison:
     """What a volume of `chunks` chunks must have, by the digests in a file; behind these, zeros."""
 
-    is_first = False
     MOST_DIFFERING = 1024  # chunks; when more of what was written is not there, writing them once more is of no use
 
     def __init__(self, chunks: int, digests: BinaryIO) -> None:
@@ -5026,7 +5037,7 @@ class Comparison:
         self.differing: set[int] = set()
         self._digests = digests
 
-    def local_digests(self) -> Iterator[bytes]:
+    def digests(self) -> Iterator[bytes]:
         """The digests from the first chunk on that is not compared yet."""
         self._digests.seek(self.settled * DIGEST_SIZE)
         for _ in range(self.settled, self.chunks):
@@ -5043,16 +5054,16 @@ class Comparison:
         self.settled = index + 1
 
 
-class ReadBack(Sync):
-    """One conversation with an agent that reads what was written."""
+class ReadBack(Conversation):
+    """Compares what the agent announces with what must be there."""
 
     def __init__(self, stream: Stream, comparison: Comparison, progress: Callable[[], None]) -> None:
-        super().__init__(stream, comparison, progress)  # type: ignore[arg-type]
+        super().__init__(stream, comparison, progress)
         self._comparison = comparison
+        self._expected = comparison.digests()
 
-    def _announced(self, index: int, digest: bytes) -> None:
-        self._next = index + 1
-        self._comparison.compared(index, is_same=digest == next(self._local))
+    def _on_digest(self, index: int, digest: bytes) -> None:
+        self._comparison.compared(index, is_same=digest == next(self._expected))
         self._drop(index)
 
 
@@ -5242,13 +5253,20 @@ class Restoration:
 
     def _fill(self, volume: Volume, hosts: Hosts) -> None:
         """Write all, read all of it back, and write once more what is not there; raises DosvobError if that stays."""
-        chunks = volume.size // CHUNK
+        chunks, device = volume.size // CHUNK, Link.device(volume.name)
+
+        def write(_first: int) -> bytes:  # each frame tells where it belongs
+            return receiver_source(device)
+
+        def read(first: int) -> bytes:
+            return agent_source(device, first, WINDOW)
+
         with tempfile.TemporaryFile(dir=self._home.metadata) as digests:
             upload = Upload(self._source.chunks(), chunks, digests.write)
             for attempt in (1, 2):
-                self._converse(volume, hosts, upload, Sending, receiver_source, "written")
+                self._converse(volume, hosts, upload, Sending, write, "written")
                 comparison = Comparison(chunks, digests)
-                self._converse(volume, hosts, comparison, ReadBack, agent_source, "read back and compared")
+                self._converse(volume, hosts, comparison, ReadBack, read, "read back and compared")
                 differing = comparison.differing
                 if not differing:
                     return
@@ -5266,25 +5284,24 @@ class Restoration:
         self,
         volume: Volume,
         hosts: Hosts,
-        work: Upload | Comparison,
-        conversation: type[Sync],
-        program: Callable[[str, int, int], bytes],
+        work: W,
+        conversation: Callable[[Stream, W, Callable[[], None]], Conversation],
+        program: Callable[[int], bytes],
         what: str,
     ) -> None:
         """Do a part of the work over the droplet, or another one if it is lost."""
-        device = Link.device(volume.name)
         meter = Meter(self._report, self._job.stop, f"{volume.name}: {what}", volume.size)
         while True:
             try:
                 host = hosts.get()
                 self._ephemeral.attach(volume, host.droplet)
-                sync_device(
-                    lambda first, window: host.link.start_agent(program(device, first, window)),  # noqa: B023
+                converse(
+                    lambda first: host.link.start_agent(program(first)),  # noqa: B023 - called while it is this one
+                    conversation,
                     work,
                     self._report.warn,
                     lambda _: meter(work.settled * CHUNK - meter.done),
-                    lambda: self._ephemeral.is_gone(host.droplet),  # noqa: B023 - called while it is this one
-                    conversation,
+                    lambda: self._ephemeral.is_gone(host.droplet),  # noqa: B023 - likewise
                 )
             except DropletLost as problem:
                 hosts.replace(problem)

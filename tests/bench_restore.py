@@ -1,6 +1,6 @@
 """How fast a restore into a new volume is, against what people do without it. `tests/bench --restore` runs it.
 
-The volume of the other measurements (4 GiB, of which 1 GiB is random and 1 GiB text) is written over real OpenSSH into a
+The volume of the other measurements (4 GiB: 1 GiB random, 1 GiB text) is written over real OpenSSH into a
 file that stands for the new volume, made durable, and read back. Beside it, in the same run and in turns with it:
 `zstd -1 | ssh 'zstd -d | dd conv=sparse,fsync'`, which compares nothing.
 """
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -73,15 +72,21 @@ def restore_here(link: bench.Link, source: Path, target: Path) -> None:
         way.open(60)  # as a run does it while the volume is being made
         start = time.monotonic()
         upload = dosvob.Upload(contents.chunks(), bench.SIZE // bench.MIB, digests.write)
-        converse(way, upload, dosvob.Sending, dosvob.receiver_source, target)
+        writer = dosvob.receiver_source(str(target))
+        dosvob.converse(lambda _: way.start_agent(writer), dosvob.Sending, upload, print, ignore, lambda: False)
         written = time.monotonic() - start
         comparison = dosvob.Comparison(bench.SIZE // bench.MIB, digests)
-        converse(way, comparison, dosvob.ReadBack, dosvob.agent_source, target)
+        reader = dosvob.agent_source(str(target), 0, dosvob.WINDOW)
+        dosvob.converse(lambda _: way.start_agent(reader), dosvob.ReadBack, comparison, print, ignore, lambda: False)
         seconds = time.monotonic() - start
     if comparison.differing:
         sys.exit("what was read back is not what was written")
     memory = bench.peak_memory(Path("/proc/self"))
     print(json.dumps({"seconds": seconds, "written": written, "sent": sent.bytes, "memory": memory}))
+
+
+def ignore(_received: int) -> None:
+    """How far it is, nobody asks."""
 
 
 class CountedSends:
@@ -95,22 +100,7 @@ class CountedSends:
             self.bytes += len(data)
             original(stream, data)
 
-        dosvob.AgentStream.send = send  # type: ignore[method-assign]
-
-
-def converse(
-    way: dosvob.Link,
-    work: dosvob.Upload | dosvob.Comparison,
-    conversation: type[dosvob.Sync],
-    program: Callable[[str, int, int], bytes],
-    target: Path,
-) -> None:
-    """One part of it, to its end."""
-
-    def start(first: int, window: int) -> dosvob.AgentStream:
-        return way.start_agent(program(str(target), first, window))
-
-    dosvob.sync_device(start, work, print, lambda _: None, conversation=conversation)  # type: ignore[arg-type]
+        dosvob.AgentStream.send = send  # type: ignore[assignment,method-assign]
 
 
 def reference(link: bench.Link, source: Path, target: Path) -> float:

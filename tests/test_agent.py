@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from conftest import MIB, Home, same, sampled, write_at
@@ -159,17 +159,17 @@ LIES = {
     "no greeting": (frame(DIGEST, 0, bytes(DIGEST_SIZE)), "greeting"),
     "unknown kind": (hello(2) + frame(99), "not a frame"),
     "a length beyond all bounds": (hello(2) + struct.pack(FRAME, RAW, 0, 0xFFFFFFFF), "not a frame"),
-    "a digest that is too short": (hello(2) + frame(DIGEST, 0, bytes(31)), "announced chunk 0"),
-    "a chunk left out": (hello(2) + frame(DIGEST, 1, bytes(DIGEST_SIZE)), "when 0 was due"),
-    "a chunk twice": (OURS_DIFFERS + frame(DIGEST, 0, digest_of(THEIRS)), "when 1 was due"),
+    "a digest that is too short": (hello(2) + frame(DIGEST, 0, bytes(31)), "0 of 2 was due"),
+    "a chunk left out": (hello(2) + frame(DIGEST, 1, bytes(DIGEST_SIZE)), "0 of 2 was due"),
+    "a chunk twice": (OURS_DIFFERS + frame(DIGEST, 0, digest_of(THEIRS)), "1 of 2 was due"),
     "a chunk beyond the end": (
         OURS_DIFFERS + frame(DIGEST, 1, bytes(32)) + frame(DIGEST, 2, bytes(32)),
-        "beyond the volume's end",
+        "2 of 2 was due",
     ),
-    "an index beyond all bounds": (hello(2) + frame(DIGEST, 0xFFFFFFFF, bytes(DIGEST_SIZE)), "when 0 was due"),
-    "too many zeros": (hello(2) + frame(ZEROS, 0, struct.pack(">I", 3)), "3 chunks of zeros"),
-    "no zeros": (hello(2) + frame(ZEROS, 0, struct.pack(">I", 0)), "0 chunks of zeros"),
-    "zeros without a count": (hello(2) + frame(ZEROS, 0, b"\1"), "0 chunks of zeros"),
+    "an index beyond all bounds": (hello(2) + frame(DIGEST, 0xFFFFFFFF, bytes(DIGEST_SIZE)), "0 of 2 was due"),
+    "too many zeros": (hello(2) + frame(ZEROS, 0, struct.pack(">I", 3)), "announced 3 chunks"),
+    "no zeros": (hello(2) + frame(ZEROS, 0, struct.pack(">I", 0)), "announced 0 chunks"),
+    "zeros without a count": (hello(2) + frame(ZEROS, 0, b""), "announced 0 chunks"),
     "page digests unasked": (hello(2) + frame(SHORT, 0, bytes(PAGES * SHORT_SIZE)), "nobody asked"),
     "page digests twice": (ASKED + frame(SHORT, 0, bytes(PAGES * SHORT_SIZE)), "nobody asked"),
     "too few page digests": (OURS_DIFFERS + frame(SHORT, 0, b"few"), "nobody asked"),
@@ -234,7 +234,7 @@ def test_a_droplet_that_keeps_a_chunk_back_and_announces_without_end_is_refused(
     said = [hello(100_000), frame(DIGEST, 0, digest_of(THEIRS))]
     said += [frame(kind, index, payload) for index in range(1, 100_000)]
     stream = Script(*said)
-    with pytest.raises(dosvob.BadAgent, match="does not send others"):
+    with pytest.raises(dosvob.BadAgent, match="does not send"):
         target.sync(stream)
     assert stream.pieces <= 3 + dosvob.Sync.BOUND * 1000
     target.check_untouched()
@@ -312,7 +312,7 @@ PYTHON = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin") or sys.exe
 LIVE_LIES: dict[str, tuple[str, str]] = {
     "message of the day": ("print('Welcome to Debian', flush=True)", "not a frame"),
     "another size": ("hello(1 << 40)", "not one of 1 GiB"),
-    "out of range": ("hello(); frame(2, 1 << 31, bytes(32))", "when 0 was due"),
+    "out of range": ("hello(); frame(2, 1 << 31, bytes(32))", "0 of 1024 was due"),
     "too long": ("hello(); os.write(1, struct.pack('>BII', 5, 0, 1 << 31))", "not a frame"),
     "wrong pages": (
         "hello(); frame(2, 0, b'x' * 32); frame(4, 0, bytes(1024)); frame(5, 0, b'\\xff' * 32 + b'x' * (1 << 20))",
@@ -366,8 +366,8 @@ def test_arbitrary_bytes_are_frames_or_refused(pieces: list[bytes]) -> None:
     parser = dosvob.FrameParser()
     with contextlib.suppress(dosvob.BadAgent):
         for piece in pieces:
-            for found in parser.feed(piece):
-                assert len(found.payload) <= dosvob.MOST_PAYLOAD[found.kind]
+            for kind, _, payload in parser.feed(piece):
+                assert len(payload) <= dosvob.MOST_PAYLOAD[kind]
 
 
 def some_frames() -> st.SearchStrategy[list[bytes]]:
@@ -407,7 +407,7 @@ def test_frames_come_out_as_they_went_in_however_they_are_cut(frames: list[bytes
             size = len(whole)
         found += list(parser.feed(whole[position : position + size]))
         position += size
-    assert [frame(item.kind, item.index, bytes(item.payload)) for item in found] == frames
+    assert [frame(*item) for item in found] == frames
 
 
 @dataclass
@@ -467,11 +467,11 @@ class FakeAgent:
     def _note(self, data: bytes) -> None:
         """Keep what is announced by what is really sent, one digest per chunk."""
         with contextlib.suppress(dosvob.BadAgent):
-            for found in dosvob.FrameParser().feed(data):
-                if found.kind == DIGEST:
-                    self.announced.append(bytes(found.payload))
-                elif found.kind == ZEROS and len(found.payload) == 4:
-                    self.announced += [ZERO_DIGEST] * min(4, *struct.unpack(">I", found.payload))
+            for kind, _, payload in dosvob.FrameParser().feed(data):
+                if kind == DIGEST:
+                    self.announced.append(payload)
+                elif kind == ZEROS:
+                    self.announced += [ZERO_DIGEST] * min(4, int.from_bytes(payload, "big"))
 
 
 def lies() -> st.SearchStrategy[Callable[[bytes], bytes]]:
@@ -565,9 +565,9 @@ def test_the_agent_answers_commands_or_says_that_it_cannot(given_commands: list[
                     agent.answer(*request)
 
             agent.guarded(answer_all)
-    answers = [answer for frame in drained(agent.frames) for answer in dosvob.FrameParser().feed(frame)]
-    assert {answer.kind for answer in answers} <= {SHORT, RAW, ZLIB, ZSTD, FAILED}
-    assert FAILED not in {answer.kind for answer in answers[:-1]}
+    kinds = [kind for frame in drained(agent.frames) for kind, _, _ in dosvob.FrameParser().feed(frame)]
+    assert set(kinds) <= {SHORT, RAW, ZLIB, ZSTD, FAILED}
+    assert FAILED not in kinds[:-1]
 
 
 def drained(items: queue.Queue[T] | queue.SimpleQueue[T]) -> Iterator[T]:
@@ -750,7 +750,7 @@ def test_chunks_are_dropped_while_an_answer_waits(tmp_path: Path) -> None:
     def announced(count: int) -> list[int]:
         found: list[int] = []
         while len(found) < count:
-            found += [item.index for item in parser.feed(stream.receive()) if item.kind == DIGEST]
+            found += [index for kind, index, _ in parser.feed(stream.receive()) if kind == DIGEST]
         return found
 
     def talk() -> None:
@@ -775,20 +775,20 @@ def test_the_scan_is_bounded_by_its_position_also_when_all_it_meets_is_a_hole(
     stream = AgentProcess(device, 0, dosvob.WINDOW)
     parser = dosvob.FrameParser()
 
-    def announced_until(is_last: Callable[[dosvob.Frame], bool]) -> int:
+    def announced_until(last: int | None) -> int:
         """How many chunks are announced by then."""
         end = 0
         while True:
-            for item in parser.feed(stream.receive()):
-                if item.kind == ZEROS:
-                    end = item.index + struct.unpack(">I", item.payload)[0]
-                if is_last(item) or end == chunks:
+            for kind, index, payload in parser.feed(stream.receive()):
+                if kind == ZEROS:
+                    end = index + int.from_bytes(payload, "big")
+                if kind == last or end == chunks:
                     return end
 
     def talk() -> None:
-        assert announced_until(lambda item: item.kind == ALIVE) == most + 1
+        assert announced_until(ALIVE) == most + 1
         stream.send(struct.pack(COMMAND, DROP, 0, 1, NONE))
-        assert announced_until(lambda item: False) == chunks
+        assert announced_until(None) == chunks
 
     with contextlib.closing(stream):
         in_time([stream], talk)
@@ -802,10 +802,10 @@ def test_pages_of_zeros_are_not_sent(tmp_path: Path, wanted: int) -> None:
     with device.open("rb") as file:
         agent.fd = file.fileno()
         agent.send_pages(0, wanted)
-    (answer,) = (found for data in drained(agent.frames) for found in dosvob.FrameParser().feed(data))
+    ((_, _, payload),) = (found for data in drained(agent.frames) for found in dosvob.FrameParser().feed(data))
     sent = wanted & 0b1011
-    assert int.from_bytes(answer.payload[: len(NONE)], "little") == sent
-    assert len(answer.payload) == len(NONE) + sent.bit_count() * PAGE
+    assert int.from_bytes(payload[: len(NONE)], "little") == sent
+    assert len(payload) == len(NONE) + sent.bit_count() * PAGE
 
 
 # -- compression
@@ -949,9 +949,9 @@ def test_zstd_is_used_where_both_have_it(
     kinds: Counter[int] = Counter()
     handle = dosvob.Sync._handle
 
-    def note(sync: dosvob.Sync, item: dosvob.Frame) -> None:
-        kinds[item.kind] += 1
-        handle(sync, item)
+    def note(sync: dosvob.Sync, *item: Any) -> None:
+        kinds[item[0]] += 1
+        handle(sync, *item)
 
     monkeypatch.setattr(dosvob.Sync, "_handle", note)
     in_time([stream], lambda: back_up(backups, NAME, device, connect=lambda first, window: stream))
