@@ -1,0 +1,802 @@
+"""`restore --to-volume`: a new volume has the very bytes, or it is removed, or it is named; and nothing else stays."""
+
+from __future__ import annotations
+
+import datetime
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MIB, Home, sampled, same, write_at
+from simulator import FOREVER, Behaviour, Fault, Simulator, Volume
+from test_faults import FAULTS, Call, calls_of
+from trouble_support import (
+    FAST,
+    GIB,
+    Running,
+    account,
+    assert_nothing_left,
+    run,
+    small_volumes,
+    start,
+    until,
+)
+from versions_support import back_up
+
+import dosvob
+
+NEW = "data-2"
+DAY = datetime.datetime(2026, 3, 1, 8, 0, tzinfo=datetime.UTC)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_volumes(monkeypatch)
+
+
+@pytest.fixture
+def behaviour(request: pytest.FixtureRequest) -> Behaviour:
+    """A fast account, with the changes that `behaving` gives."""
+    return replace(FAST, **getattr(request, "param", {}))
+
+
+def behaving(**changes: Any) -> pytest.MarkDecorator:
+    """Change the behaviour of a test's account."""
+    return pytest.mark.parametrize("behaviour", [changes], indirect=True, ids=["changed"])
+
+
+def fill(path: Path) -> None:
+    """A volume with random data, text, half a page, and zeros before, between and behind."""
+    source = random.Random(path.name)
+    with path.open("wb") as file:
+        file.truncate(GIB)
+    write_at(path, MIB + 8192, source.randbytes(3 * MIB))
+    write_at(path, 6 * MIB, b"a line of text, over and over\n" * 40_000)
+    write_at(path, 9 * MIB + 5000, b"half a page")
+    write_at(path, 14 * MIB, source.randbytes(MIB // 2))
+
+
+@dataclass
+class Lost:
+    """What the volume was at two backups; it is lost now."""
+
+    older: Path
+    newer: Path
+
+
+@pytest.fixture
+def lost(tmp_path: Path, home: Home) -> Lost:
+    return lose(tmp_path, home)
+
+
+def lose(directory: Path, home: Home) -> Lost:
+    """Two backups of a volume that is not in the account any more."""
+    device = directory / "device"
+    older, newer = directory / "older", directory / "newer"
+    fill(device)
+    back_up(home.backups, device, DAY)
+    older.write_bytes(device.read_bytes())
+    write_at(device, 2 * MIB, b"changed" * 1000)
+    write_at(device, 12 * MIB, b"new" * 1000)
+    back_up(home.backups, device, DAY + datetime.timedelta(days=1))
+    newer.write_bytes(device.read_bytes())
+    return Lost(older, newer)
+
+
+def new_volume(sim: Simulator, name: str = NEW) -> Volume:
+    """The one that was made."""
+    (volume,) = [volume for volume in sim.volumes if volume.name == name]
+    return volume
+
+
+def records(home: Home) -> list[Path]:
+    """What is written down of volumes that are being made."""
+    return list((home.backups / ".dosvob").glob("restore-*"))
+
+
+def assert_only(sim: Simulator, *volumes: Volume) -> None:
+    """Nothing else that was created is still there."""
+    assert sim.alive() == list(volumes)
+
+
+def assert_nothing_made(sim: Simulator) -> None:
+    """Nothing at all was ever created."""
+    assert [item for item in sim.ever if not item.decoy] == []
+
+
+def restore(home: Home, *arguments: object, expect: int | None = 0, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Restore `data` into a new volume."""
+    return run(home, "restore", *map(str, arguments), "--to-volume", NEW, expect=expect, **more)
+
+
+# -- what comes back
+
+
+def test_latest_comes_back(home: Home, sim: Simulator, lost: Lost) -> None:
+    done = restore(home, "data")
+    volume = new_volume(sim)
+    assert same(volume.path, lost.newer)
+    assert_only(sim, volume)
+    assert (volume.name, volume.region, volume.size_gib, volume.tags) == (NEW, "fra1", 1, [])
+    assert not volume.droplet_id
+    said = done.stdout
+    assert f"the volume {volume.id} in fra1, 1 GiB, $0.10 a month" in said
+    assert "all of it was read back there and compared" in said
+    assert f"doctl compute volume-action attach {volume.id} DROPLET-ID" in said
+    assert f"mount /dev/disk/by-id/scsi-0DO_Volume_{NEW} /mnt" in said
+    assert "this run cost about $0.01" in said
+    assert done.stderr == ""
+    assert not records(home)
+
+
+def test_it_is_the_users_from_then_on(home: Home, sim: Simulator, lost: Lost) -> None:
+    restore(home, "data")
+    for command in (["sweep", "--all"], ["list"], []):
+        done = run(home, *command)
+        assert "restore" not in done.stdout + done.stderr
+    assert same(home.image(NEW), lost.newer)
+    assert_only(sim, new_volume(sim))
+
+
+def test_older_version_comes_back(home: Home, sim: Simulator, lost: Lost) -> None:
+    done = restore(home, "data", "--at", "2026-03-01T12:00Z")
+    assert "of data of 2026-03-01 08:00:00 +0000" in done.stdout
+    assert same(new_volume(sim).path, lost.older)
+
+
+def test_larger_and_in_another_region(home: Home, sim: Simulator, lost: Lost) -> None:
+    restore(home, "data", "--size", 2, "--region", "nyc3")
+    volume = new_volume(sim)
+    assert (volume.region, volume.size_gib) == ("nyc3", 2)
+    content = volume.path.read_bytes()
+    assert content == lost.newer.read_bytes() + bytes(GIB)
+    (droplet,) = [item for item in sim.ever if item.kind == "droplet"]
+    assert droplet.region == "nyc3"
+
+
+def test_same_name_may_be_in_another_region(home: Home, sim: Simulator, lost: Lost) -> None:
+    sim.add_volume(NEW, "nyc3")
+    restore(home, "data")
+    (volume,) = sim.alive()
+    assert volume.region == "fra1"
+
+
+def test_region_is_the_images_own(home: Home, sim: Simulator, lost: Lost) -> None:
+    home.configure(region="nyc3")
+    restore(home, "data")
+    assert new_volume(sim).region == "fra1"
+
+
+@pytest.mark.parametrize("size", [5 * MIB // 2 + 777, GIB + 1, 2 * GIB])
+def test_any_file(home: Home, sim: Simulator, tmp_path: Path, size: int) -> None:
+    """Its size need not be that of a volume; there need not be any backup."""
+    file = tmp_path / "disk.img"
+    content = random.Random(size).randbytes(size - MIB) + bytes(MIB - 5) + b"end.."
+    file.write_bytes(content)
+    home.configure(region="nyc3")
+    done = restore(home, "--from", file)
+    volume = new_volume(sim)
+    assert volume.size_gib == -(-size // GIB)
+    assert volume.region == "nyc3"
+    assert volume.path.read_bytes() == content.ljust(volume.size_gib * GIB, b"\0")
+    assert "was not checked" in done.stdout
+
+
+def test_image_that_was_set_aside(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    fill(tmp_path / "other")
+    back_up(home.backups, tmp_path / "other", DAY + datetime.timedelta(days=2), volume_id="volume-2")
+    (aside,) = home.backups.glob("data.set-aside-*")
+    restore(home, aside.name)
+    assert same(new_volume(sim).path, lost.newer)
+
+
+def test_nothing_but_zeros(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    file = tmp_path / "zeros"
+    file.write_bytes(b"")
+    with file.open("r+b") as empty:
+        empty.truncate(2 * GIB)
+    restore(home, "--from", file)
+    assert new_volume(sim).path.read_bytes() == bytes(2 * GIB)
+
+
+# -- what is refused, before anything is created
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "small": (["data", "--size", "0"], "data of 2026-03-02 08:00:00 +0000 needs 1 GiB, and --size says 0"),
+    "huge": (["data", "--size", "16385"], "a volume has at most 16384 GiB"),
+    "no-volumes": (["data", "--region", "ams2"], 'region "ams2" has no volumes or is closed; those with volumes are '),
+    "no-region": (["data", "--region", "mars1"], 'there is no region "mars1"'),
+    "no-image": (["dato"], "there is no image of dato in backups: did you mean data?"),
+    "no-version": (["data", "--at", "2020-01-01"], "data has no version as old as"),
+    "no-name": ([], "restore --to-volume takes a volume's name, or --from FILE"),
+    "both": (["data", "--from", "conf.json"], "restore --to-volume takes a volume's name, or --from FILE"),
+    "at-file": (["--from", "conf.json", "--at", "today"], "--from FILE without --at"),
+    "no-file": (["--from", "nowhere.img"], "there is no file nowhere.img"),
+    "empty": (["--from", "empty.img"], "empty.img is empty"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(home: Home, sim: Simulator, lost: Lost, case: str) -> None:
+    (home.directory / "empty.img").touch()
+    arguments, message = REFUSED[case]
+    done = restore(home, *arguments, expect=2, TZ="UTC")
+    assert message in done.stderr
+    assert_nothing_made(sim)
+    assert not records(home)
+
+
+@pytest.mark.parametrize("name", ["Data", "1data", "data_2", "d" * 65, "dosvob-ephemeral-1", "../data", ""])
+def test_name_that_no_volume_has(home: Home, sim: Simulator, lost: Lost, name: str) -> None:
+    """Or that would be swept."""
+    done = run(home, "restore", "data", "--to-volume", name, expect=2)
+    assert "cannot be the name of the new volume" in done.stderr
+    assert_nothing_made(sim)
+
+
+def test_name_that_is_taken(home: Home, sim: Simulator, lost: Lost) -> None:
+    sim.add_volume(NEW)
+    done = restore(home, "data", expect=2)
+    assert f"there is a volume {NEW} in fra1 already: take another name" in done.stderr
+    assert_nothing_made(sim)
+
+
+@pytest.mark.parametrize("option", [("--size", "2"), ("--region", "fra1"), ("--from", "x"), ("--config", "conf.json")])
+def test_options_of_a_volume_need_one(home: Home, sim: Simulator, lost: Lost, option: tuple[str, str]) -> None:
+    done = home.run("restore", "data", "file.img", *option, expect=2)
+    assert f"restore uses {option[0]} with --to-volume alone" in done.stderr
+
+
+@behaving(volume_limit=2)
+def test_limit_of_volumes(home: Home, sim: Simulator, lost: Lost) -> None:
+    sim.add_volume("one")
+    sim.add_volume("two", "nyc3")
+    done = restore(home, "data", expect=2)
+    assert "your account may have 2 volumes and has 2" in done.stderr
+    assert_nothing_made(sim)
+
+
+@behaving(droplet_limit=1)
+def test_limit_of_droplets(home: Home, sim: Simulator, lost: Lost) -> None:
+    sim.add_droplet("web")
+    done = restore(home, "data", expect=2)
+    assert "your account may have 1 droplets and has 1" in done.stderr
+    assert_nothing_made(sim)
+
+
+@behaving(capacity_gib=3)
+def test_limit_of_the_capacity(home: Home, sim: Simulator, lost: Lost) -> None:
+    """Nobody tells it before; the volume is what is asked for first."""
+    done = restore(home, "data", "--size", 4, expect=1)
+    assert "capacity" in done.stderr
+    assert_nothing_made(sim)
+    assert not records(home)
+
+
+SCOPES = (
+    *("account:read", "regions:read", "sizes:read", "image:read", "droplet:read", "droplet:create", "droplet:delete"),
+    *("block_storage:read", "block_storage:create", "block_storage:delete", "block_storage_action:create"),
+    *("ssh_key:read", "ssh_key:create", "ssh_key:delete", "snapshot:read"),
+)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_scope_that_the_token_lacks(home: Home, sim: Simulator, lost: Lost, scope: str) -> None:
+    sim.token_lacks(scope)
+    done = restore(home, "data", expect=None)
+    assert done.returncode
+    assert scope in done.stderr
+    assert_nothing_made(sim)
+    assert not records(home)
+
+
+def test_version_that_is_damaged(home: Home, sim: Simulator, lost: Lost) -> None:
+    (version,) = (home.backups / ".dosvob" / "data.versions").iterdir()
+    write_at(version, version.stat().st_size - 100, b"rot")
+    done = restore(home, "data", "--at", "2026-03-01", expect=1, TZ="UTC")
+    assert f"{version.name} is damaged" in done.stderr
+    assert "dosvob.py restore data FILE --at '2026-03-01 08:00:00 +0000'" in done.stderr
+    assert_nothing_made(sim)
+    restore(home, "data")  # which does not need it
+
+
+def test_image_that_was_cut(home: Home, sim: Simulator, lost: Lost) -> None:
+    with home.image("data").open("r+b") as image:
+        image.truncate(7 * MIB)
+    done = restore(home, "data", expect=1)
+    assert f"has only {7 * MIB} bytes of {GIB}" in done.stderr
+    assert_nothing_made(sim)
+
+
+def test_chunk_that_is_damaged(home: Home, sim: Simulator, lost: Lost) -> None:
+    """Which is found on the way; the rest of it can be had, and be made a volume."""
+    write_at(home.image("data"), 3 * MIB + 17, b"rot")
+    done = restore(home, "data", expect=1, TZ="UTC")
+    assert f"data of 2026-03-02 08:00:00 +0000 is damaged at byte {3 * MIB}" in done.stderr
+    assert_nothing_left(sim)
+    assert not records(home)
+    words = done.stderr.partition("dosvob.py ")[2].splitlines()[0].replace("FILE", "rest.img").replace("'", "")
+    command, name, target, _, *time = words.split()
+    run(home, command, name, target, "--at", " ".join(time), expect=1, TZ="UTC")
+    restore(home, "--from", "rest.img.damaged")
+    assert same(new_volume(sim).path, home.image("data"))
+
+
+# -- the droplet and the way to it
+
+
+PYTHON = """#!/usr/bin/python3
+import builtins, re, sys
+size = int(re.search(r"read\((\d+)\)", sys.argv[-1])[1])
+program = sys.stdin.buffer.read(size).decode()
+def run(source):
+    start = source.rindex("\\n", 0, -1) + 1
+    builtins.exec(source[:start] + BODY + source[start:], {})
+exec(program, {"exec": run})
+"""
+
+
+def python(directory: Path, body: str) -> Fault:
+    """A droplet's python3 that runs something between the program, agent or receiver, and its start."""
+    script = directory / "python3"
+    script.write_text(PYTHON.replace("BODY", repr(body + "\n")))
+    script.chmod(0o700)
+    return Fault("python", text=str(script), times=FOREVER)
+
+
+HALTING = """
+import os
+write_pages = Receiver.write_pages
+seen = []
+def halting(self, index, *what):
+    write_pages(self, index, *what)
+    seen.append(index)
+    for number in range(TIMES):
+        if len(seen) == 4:
+            try:
+                os.mkdir("DIRECTORY/halted-%d" % number)
+                time.sleep(1000)
+            except FileExistsError:
+                pass
+Receiver.write_pages = halting
+"""
+
+
+class Halt:
+    """The first receivers stop taking anything after four chunks, so that a test can act in the middle."""
+
+    def __init__(self, directory: Path, times: int = 1) -> None:
+        self._directory = directory
+        body = HALTING.replace("TIMES", str(times)).replace("DIRECTORY", str(directory))
+        self.fault = python(directory, body)
+
+    def wait(self, number: int = 0) -> None:
+        """Wait until that one has stopped."""
+        until((self._directory / f"halted-{number}").exists)
+
+
+def start_restore(home: Home, *arguments: str, **constants: Any) -> Running:
+    return start(home, "restore", "data", "--to-volume", NEW, *arguments, constants=constants)
+
+
+def test_connection_that_breaks(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    halt = Halt(tmp_path, times=2)
+    sim.faults.add(halt.fault)
+    running = start_restore(home)
+    for number in range(2):
+        halt.wait(number)
+        sim.droplets[0].cut()
+    assert running.end() == 0, running.output
+    assert running.output.count("connecting again") == 2
+    assert same(new_volume(sim).path, lost.newer)
+    assert_only(sim, new_volume(sim))
+
+
+def test_connection_that_breaks_when_it_is_read_back(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    sim.faults.add(Fault("ssh-cut", bytes=9000))  # most of which are the digests
+    running = start_restore(home, BATCH=1)
+    assert running.end() == 0, running.output
+    assert "connecting again" in running.output
+    assert same(new_volume(sim).path, lost.newer)
+
+
+def test_droplet_that_is_lost_is_replaced_once(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    halt = Halt(tmp_path)
+    sim.faults.add(halt.fault)
+    running = start_restore(home)
+    halt.wait()
+    sim.droplets[0].kill()
+    assert running.end() == 0, running.output
+    assert "making another one" in running.output
+    assert same(new_volume(sim).path, lost.newer)
+    assert_only(sim, new_volume(sim))
+
+
+def test_droplets_that_are_lost(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    halt = Halt(tmp_path, times=2)
+    sim.faults.add(halt.fault)
+    running = start_restore(home)
+    for number in range(2):
+        halt.wait(number)
+        sim.droplets[-1].kill()
+    assert running.end() == 1
+    assert "a second one too" in running.output
+    assert_nothing_left(sim)
+    assert not records(home)
+
+
+def test_silence_is_not_waited_for(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    halt = Halt(tmp_path)
+    sim.faults.add(halt.fault)
+    running = start_restore(home, STALL_LIMIT=2)
+    halt.wait()
+    sim.droplets[0].stall()
+    running.wait_for("silent for 2 s")
+    sim.droplets[0].resume()
+    assert running.end() == 0, running.output
+    assert same(new_volume(sim).path, lost.newer)
+
+
+def test_droplet_without_zstd(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    sim.faults.add(python(tmp_path, "LIBZSTD = None"))
+    restore(home, "data")
+    assert same(new_volume(sim).path, lost.newer)
+
+
+LIES = {
+    "never-writes": ("Receiver.write_pages = lambda *_: None", "also when written once more"),
+    "writes-wrong": (
+        "write_pages = Receiver.write_pages\n"
+        "Receiver.write_pages = lambda self, index, pages, data: write_pages(self, index, pages, bytes(len(data)))",
+        "also when written once more",
+    ),
+    "writes-behind": (
+        "write_pages = Receiver.write_pages\n"
+        "Receiver.write_pages = lambda self, index, *what: write_pages(self, index and index + 1, *what)",
+        "also when written once more",
+    ),
+    "too-early": (
+        "put = Receiver.put\n"
+        "Receiver.put = lambda self, kind, index, *what: put(self, kind, index + 1000 * (kind == DURABLE), *what)",
+        "which was not sent",
+    ),
+    "reads": ("Receiver.make_durable = lambda self: self.put(DIGEST, 0, bytes(32))", "and was to write"),
+    "answers": ("Receiver.make_durable = lambda self: self.put(RAW, 0, bytes(4128))", "a frame of the kind"),
+    "writes-when-reading": ("Agent.scan = lambda self: (self.open_device(), self.put(DURABLE, 1))", "of the kind"),
+    "other-device": (
+        "Receiver.open_device = lambda self: self.put(HELLO, 0, AGENT_MAGIC, bytes(9))",
+        "not one of 1 GiB",
+    ),
+    "fails": ("def fail(self, *_):\n    raise OSError(5, 'broken')\nReceiver.write_pages = fail", "broken"),
+    "not-durable": ("def fail(_):\n    raise OSError(5, 'broken')\nos.fdatasync = fail", "broken"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_droplet_that_lies(home: Home, sim: Simulator, tmp_path: Path, lost: Lost, lie: str) -> None:
+    body, message = LIES[lie]
+    sim.faults.add(python(tmp_path, body))
+    done = restore(home, "data", expect=1)
+    assert message in done.stderr
+    assert ("written once more" in done.stderr) == ("once more" in message)
+    assert_nothing_left(sim)
+    assert not records(home)
+
+
+def test_what_was_not_written_is_written_once_more(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    """Zeros too, where the volume has something else."""
+    body = f"""
+write_pages = Receiver.write_pages
+def wrong(self, index, pages, data):
+    try:
+        os.mkdir({str(tmp_path / "lied")!r} + "-%d" % index)
+        data = bytes(len(data)) if index % 2 else data
+        write_pages(self, 0, pages, b"!" * len(data))
+    except FileExistsError:
+        pass
+    write_pages(self, index, pages, data)
+Receiver.write_pages = wrong
+"""
+    sim.faults.add(python(tmp_path, body))
+    done = restore(home, "data")
+    assert "are not what was written" in done.stderr
+    assert "they are written once more" in done.stderr
+    assert same(new_volume(sim).path, lost.newer)
+
+
+# -- however it ends
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_in_the_middle(home: Home, sim: Simulator, tmp_path: Path, lost: Lost, number: signal.Signals) -> None:
+    halt = Halt(tmp_path)
+    sim.faults.add(halt.fault)
+    running = start_restore(home)
+    halt.wait()
+    running.signal(number)
+    assert running.end() == 128 + number
+    assert f"{number.name}: stopping, and removing what was created" in running.output
+    assert_nothing_left(sim)
+    assert not records(home)
+
+
+def kill_in_the_middle(home: Home, sim: Simulator, directory: Path) -> Volume:
+    """Kill a restore outright; returns what it left."""
+    halt = Halt(directory)
+    sim.faults.add(halt.fault)
+    running = start_restore(home)
+    halt.wait()
+    running.signal(signal.SIGKILL)
+    running.end()
+    return new_volume(sim)
+
+
+def test_killed_and_named(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    """By every command, until it is gone, and by none after that; it is never removed, for it may be in use by now."""
+    volume = kill_in_the_middle(home, sim, tmp_path)
+    named = f"left in fra1 the volume {NEW} (id {volume.id}, $0.10 a month), which is not complete"
+    for command in (
+        ["list"],
+        ["list", "--json"],
+        ["health", "--max-age", "10000"],
+        ["verify"],
+        ["restore", "data", "x"],
+    ):
+        done = run(home, *command, expect=None)
+        assert done.stderr.count(named) == 1, command
+        assert f"doctl compute volume delete {volume.id}" in done.stderr
+    for command in (["sweep"], ["sweep", "--all"], []):
+        done = run(home, *command, expect=1)
+        assert done.stderr.count(named) == 1, command
+        assert_only(sim, volume)
+    sim.remove_volume(volume)
+    sim.add_volume("other")
+    for command in (["sweep"], ["list"], []):
+        done = run(home, *command)
+        assert "restore" not in done.stdout + done.stderr
+    assert not records(home)
+
+
+def test_killed_and_kept(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    volume = kill_in_the_middle(home, sim, tmp_path)
+    run(home, "sweep", expect=1)
+    (record,) = records(home)
+    assert str(record.relative_to(home.directory)) in run(home, "list").stderr
+    record.unlink()
+    assert run(home, "sweep").stderr == ""
+    assert_only(sim, volume)
+
+
+def test_killed_before_the_answer(home: Home, sim: Simulator, lost: Lost) -> None:
+    """It is known by its description then; a volume of the same name elsewhere is not it."""
+    sim.faults.add(Fault("delay", method="POST", path="^/v2/volumes$", nth=2, seconds=30))
+    other = sim.add_volume(NEW, "nyc3")
+    running = start_restore(home)
+    until(lambda: len(sim.volumes) == 2)
+    running.signal(signal.SIGKILL)
+    running.end()
+    (volume,) = sim.alive()
+    assert "(id that is not known" in run(home, "list").stderr
+    done = run(home, "sweep", expect=1)
+    assert f"(id {volume.id}, " in done.stderr
+    assert other.id not in done.stderr
+    assert_only(sim, volume)
+
+
+def test_it_is_said_by_nobody_while_it_goes_on(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    halt = Halt(tmp_path)
+    sim.faults.add(halt.fault)
+    running = start_restore(home)
+    halt.wait()
+    assert records(home)
+    assert run(home, "list").stderr == ""
+    assert run(home, "health", "--max-age", "10000").stderr == ""
+    assert "another dosvob is at work" in run(home, expect=2).stderr
+    running.signal(signal.SIGINT)
+    running.end()
+
+
+def test_killed_and_tried_again(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    volume = kill_in_the_middle(home, sim, tmp_path)
+    done = restore(home, "data", expect=2)
+    assert f"(id {volume.id}, " in done.stderr
+    assert f"there is a volume {NEW} in fra1 already" in done.stderr
+    sim.remove_volume(volume)
+    restore(home, "data")
+    assert same(new_volume(sim).path, lost.newer)
+
+
+def test_record_that_is_no_record(home: Home, sim: Simulator, lost: Lost) -> None:
+    (home.backups / ".dosvob" / "restore-x.json").write_text("[]")
+    assert "cannot be read" in run(home, "sweep").stderr
+
+
+def test_volume_that_somebody_uses_stays(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    """Though the restore failed."""
+    halt = Halt(tmp_path)
+    sim.faults.add(halt.fault)
+    running = start_restore(home)
+    halt.wait()
+    volume, web = new_volume(sim), sim.add_droplet("web")
+    volume.droplet_id = web.id
+    running.signal(signal.SIGTERM)
+    assert running.end() == 1
+    assert f"LEFT BEHIND, and billed until you remove it: volume {NEW} (id {volume.id}" in running.output
+    assert f"attached to the droplet {web.id}, which is not of this run" in running.output
+    assert f"doctl compute volume delete {volume.id}" in running.output
+    volume.droplet_id = ""
+    assert_only(sim, volume)
+    assert f"(id {volume.id}, " in run(home, "sweep", expect=1).stderr
+
+
+def test_volume_that_cannot_be_removed(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    halt = Halt(tmp_path)
+    sim.faults.add(halt.fault, Fault("error", method="DELETE", path="^/v2/volumes/", nth=2, status=403, times=FOREVER))
+    running = start_restore(home)
+    halt.wait()
+    running.signal(signal.SIGTERM)
+    assert running.end() == 1
+    volume = new_volume(sim)
+    assert running.output.count(f"LEFT BEHIND, and billed until you remove it: volume {NEW} (id {volume.id}") == 1
+    assert_only(sim, volume)
+    sim.faults.clear()
+    assert f"(id {volume.id}, " in run(home, "sweep", expect=1).stderr
+
+
+# -- answers that are lost
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.4])
+def test_answer_is_lost(tmp_path: Path, lag: float) -> None:
+    with account(tmp_path / "account", replace(FAST, fresh_seconds=lag / 2, list_lag_seconds=lag)) as (sim, home):
+        lost = lose(tmp_path, home)
+        sim.faults.add(Fault("lost", method="POST", path="^/v2/volumes$", nth=2))
+        restore(home, "data", constants={"LIST_LAG": 3})
+        assert sim.faults.fired
+        assert len([item for item in sim.ever if item.kind == "volume"]) == 1
+        assert same(new_volume(sim).path, lost.newer)
+        assert_only(sim, new_volume(sim))
+
+
+@behaving(list_lag_seconds=1000)
+def test_answer_is_lost_and_no_list_shows_it(home: Home, sim: Simulator, lost: Lost) -> None:
+    """It stays written down until a list does, or would."""
+    sim.faults.add(Fault("lost", method="POST", path="^/v2/volumes$", nth=2))
+    restore(home, "data", expect=1, constants={"LIST_LAG": 0.3})
+    (volume,) = sim.alive()
+    run(home, "sweep")
+    volume.listed = 0
+    assert f"(id {volume.id}, " in run(home, "sweep", expect=1).stderr
+    sim.remove_volume(volume)
+    run(home, "sweep")
+    assert records(home)
+    run(home, "sweep", constants={"SHOWN_LIMIT": 0})
+    assert not records(home)
+
+
+def test_answer_is_lost_and_somebody_takes_the_name(home: Home, sim: Simulator, lost: Lost) -> None:
+    """What has the name is not taken for ours, neither to be written nor to be removed."""
+    sim.faults.add(Fault("lost", method="POST", path="^/v2/volumes$", nth=2, effect=False))
+    running = start_restore(home)
+    until(lambda: sim.faults.fired)
+    sim.add_volume(NEW)
+    assert running.end() == 1
+    assert "already exists" in running.output
+    assert_nothing_left(sim)
+    assert new_volume(sim).decoy
+
+
+# -- every call, every fault, at any moment
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> list[Call]:
+    """The calls of a restore in which nothing goes wrong."""
+    directory = tmp_path_factory.mktemp("recorded")
+    with pytest.MonkeyPatch.context() as monkeypatch, account(directory / "account") as (sim, home):
+        small_volumes(monkeypatch)
+        lose(directory, home)
+        restore(home, "data")
+        found = calls_of(sim.requests)
+    assert len(found) > 30
+    return found
+
+
+def test_any_call_goes_wrong_once(pytestconfig: pytest.Config, tmp_path: Path, calls: list[Call]) -> None:
+    problems = []
+    cases = [(fault, call) for fault in FAULTS for call in calls]
+    for fault, call in sampled(pytestconfig, cases, 8):
+        directory = tmp_path / f"{fault}-{cases.index((fault, call))}"
+        directory.mkdir()
+        try:
+            with account(directory / "account") as (sim, home):
+                lost = lose(directory, home)
+                sim.faults.add(replace(FAULTS[fault], method=call.method, path=call.path, nth=call.nth))
+                done = restore(home, "data", expect=None)
+                assert_ended_well(home, sim, lost, done.returncode)
+                assert done.returncode == 0 or fault == "missing", done.stderr  # what may pass is to be overcome
+        except (AssertionError, pytest.fail.Exception) as problem:
+            problems.append(f"{fault} at {call}: {problem}")
+    assert not problems, "\n\n".join(problems)
+
+
+def assert_ended_well(home: Home, sim: Simulator, lost: Lost, code: int) -> None:
+    """All of it is there, or nothing is left."""
+    if code == 0:
+        assert same(new_volume(sim).path, lost.newer)
+        assert_only(sim, new_volume(sim))
+    else:
+        assert_nothing_left(sim)
+    assert not records(home)
+
+
+def moments(config: pytest.Config, calls: list[Call], count: int) -> Iterator[int]:
+    yield from sampled(config, list(range(1, len(calls) + 1)), count)
+
+
+def test_signal_after_any_call(pytestconfig: pytest.Config, tmp_path: Path, calls: list[Call]) -> None:
+    for moment in moments(pytestconfig, calls, 3):
+        directory = tmp_path / str(moment)
+        directory.mkdir()
+        with account(directory / "account") as (sim, home):
+            lost = lose(directory, home)
+            running = start_restore(home)
+            until(lambda: len(sim.requests) >= moment or running.process.poll() is not None)  # noqa: B023
+            running.signal(signal.SIGTERM)
+            code = running.end()
+            is_made = "is made of" in running.output  # the last call had been made
+            assert code in (128 + signal.SIGTERM, -signal.SIGTERM, *[0] * is_made), (moment, running.output)
+            assert_ended_well(home, sim, lost, 0 if is_made else code)
+            assert "error: " not in running.output
+
+
+def test_killed_after_any_call(pytestconfig: pytest.Config, tmp_path: Path, calls: list[Call]) -> None:
+    """What it is in the middle of is named; the rest is swept."""
+    for moment in moments(pytestconfig, calls, 4):
+        directory = tmp_path / str(moment)
+        directory.mkdir()
+        with account(directory / "account") as (sim, home):
+            lost = lose(directory, home)
+            running = start_restore(home)
+            until(lambda: len(sim.requests) >= moment or running.process.poll() is not None)  # noqa: B023
+            running.signal(signal.SIGKILL)
+            running.end()
+            done = run(home, "sweep", expect=None)
+            left = sim.alive()
+            assert all(item.name == NEW for item in left), moment
+            if left and not same(new_volume(sim).path, lost.newer):
+                assert f"(id {left[0].id}, " in done.stderr, moment
+            assert (done.returncode == 1) == bool(left and "which is not complete" in done.stderr)
+            for volume in left:
+                sim.remove_volume(volume)  # type: ignore[arg-type]
+            assert run(home, "sweep").stderr == ""
+
+
+# -- memory
+
+
+def test_what_is_kept_is_bounded() -> None:
+    """Until it is durable no more is read, however large it is."""
+    read = []
+
+    def source() -> Iterator[tuple[int, bytes]]:
+        for index in range(10_000):
+            read.append(index)
+            yield index, random.Random(index).randbytes(MIB)
+
+    upload = dosvob.Upload(source(), 10_000, lambda digest: None)
+    upload.begin(dosvob.Packer(with_zstd=True))
+    frames = []
+    while (frame := upload.next_frame()) is not None:
+        frames.append(frame)
+    assert 64 <= len(frames) <= 66
+    assert len(read) < 80
+    upload.made_durable(10)
+    assert upload.settled == 10
+    assert upload.next_frame() is not None
