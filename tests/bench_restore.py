@@ -39,16 +39,16 @@ class Measurement:
     agent_memory: int
 
 
-def empty(target: Path) -> None:
+def empty(target: Path, size: int) -> None:
     """A new volume."""
     target.unlink(missing_ok=True)
     with target.open("wb") as file:
-        file.truncate(bench.SIZE)
+        file.truncate(size)
 
 
 def restore_once(link: bench.Link, source: Path, target: Path) -> Measurement:
     """Restore in a process of its own, so that its memory can be measured; what was restored must be the source."""
-    empty(target)
+    empty(target, source.stat().st_size)
     command = [sys.executable, __file__, json.dumps(dataclasses.asdict(link), default=str), str(source), str(target)]
     watcher = bench.AgentWatcher()
     with watcher:
@@ -71,11 +71,11 @@ def restore_here(link: bench.Link, source: Path, target: Path) -> None:
         digests = stack.enter_context(tempfile.TemporaryFile())
         way.open(60)  # as a run does it while the volume is being made
         start = time.monotonic()
-        upload = dosvob.Upload(contents.chunks(), bench.SIZE // bench.MIB, digests.write)
+        upload = dosvob.Upload(contents.chunks(), contents.size // bench.MIB, digests.write)
         writer = dosvob.receiver_source(str(target))
         dosvob.converse(lambda _: way.start_agent(writer), dosvob.Sending, upload, print, ignore, lambda: False)
         written = time.monotonic() - start
-        comparison = dosvob.Comparison(bench.SIZE // bench.MIB, digests)
+        comparison = dosvob.Comparison(contents.size // bench.MIB, digests)
         reader = dosvob.agent_source(str(target), 0, dosvob.WINDOW)
         dosvob.converse(lambda _: way.start_agent(reader), dosvob.ReadBack, comparison, print, ignore, lambda: False)
         seconds = time.monotonic() - start
@@ -105,7 +105,7 @@ class CountedSends:
 
 def reference(link: bench.Link, source: Path, target: Path) -> float:
     """Seconds for what people do without it."""
-    empty(target)
+    empty(target, source.stat().st_size)
     there = f"zstd -d | dd of={shlex.quote(str(target))} bs=1M iflag=fullblock conv=sparse,fsync,notrunc status=none"
     start = time.monotonic()
     with subprocess.Popen(["zstd", "-1", "-q", "-c", source], stdout=subprocess.PIPE) as packing:

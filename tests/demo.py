@@ -1,7 +1,7 @@
 """The main job, without an account: three simulated volumes are backed up, changed, backed up again, looked into.
 
-Then a file is lost on a volume, and comes back from an older version. Everything but the account is real: the script,
-HTTP, SSH, the file system. Exit code 1 if anything differs.
+Then a file is lost on a volume, and comes back from an older version; and a whole volume, as a new one. Everything but the
+account is real: the script, HTTP, SSH, the file system. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -167,8 +167,17 @@ def demonstrate(directory: Path, simulator: Simulator) -> None:
         if not (root / "letters/to-ada.txt").read_text().endswith("Bernoulli numbers.\n"):
             sys.exit("The letter did not come back.")
 
-    tell("The account has its three volumes, and nothing that costs money was left behind")
-    if simulator.alive():
+    tell("The volume noise is deleted, all of it; and comes back, as a new volume with the very bytes")
+    lost = directory / "noise"
+    run("cp", "--sparse=always", volumes["noise"].path, lost)
+    simulator.remove_volume(volumes["noise"])
+    dosvob(home, simulator, "restore", "noise", "--to-volume", "noise-again")
+    (made,) = (volume for volume in simulator.volumes if volume.name == "noise-again")
+    print("$ cmp noise noise-again", flush=True)
+    run("cmp", lost, made.path)
+
+    tell("The account has its two volumes and the new one, and nothing else that costs money was left behind")
+    if simulator.alive() != [made]:
         sys.exit(f"Left behind: {simulator.alive()}")
 
 

@@ -383,6 +383,7 @@ def some_frames() -> st.SearchStrategy[list[bytes]]:
         ZSTD: ALL + dosvob.Zstd().compress(THEIRS, 1),
         ALIVE: b"",
         FAILED: b"why",
+        dosvob.DURABLE: b"",
     }
     indexes = st.sampled_from((0, 0, 0, 1, 1, 2, 0xFFFFFFFF))
     others = (st.binary(max_size=64), st.just(NONE), st.just(b"\1" + NONE[1:]))

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MIB, Home, sampled, same, write_at
-from simulator import FOREVER, Behaviour, Fault, Simulator, Volume
+from conftest import MIB, Home, same, sampled, write_at
+from simulator import FOREVER, Behaviour, Fault, Resource, Simulator, Volume
 from test_faults import FAULTS, Call, calls_of
 from trouble_support import (
     FAST,
@@ -99,7 +99,7 @@ def records(home: Home) -> list[Path]:
     return list((home.backups / ".dosvob").glob("restore-*"))
 
 
-def assert_only(sim: Simulator, *volumes: Volume) -> None:
+def assert_only(sim: Simulator, *volumes: Resource) -> None:
     """Nothing else that was created is still there."""
     assert sim.alive() == list(volumes)
 
@@ -331,12 +331,12 @@ def test_chunk_that_is_damaged(home: Home, sim: Simulator, lost: Lost) -> None:
 # -- the droplet and the way to it
 
 
-PYTHON = """#!/usr/bin/python3
+PYTHON = r"""#!/usr/bin/python3
 import builtins, re, sys
 size = int(re.search(r"read\((\d+)\)", sys.argv[-1])[1])
 program = sys.stdin.buffer.read(size).decode()
 def run(source):
-    start = source.rindex("\\n", 0, -1) + 1
+    start = source.rindex("\n", 0, -1) + 1
     builtins.exec(source[:start] + BODY + source[start:], {})
 exec(program, {"exec": run})
 """
@@ -449,25 +449,38 @@ def test_droplet_without_zstd(home: Home, sim: Simulator, tmp_path: Path, lost: 
     assert same(new_volume(sim).path, lost.newer)
 
 
+LATER = """
+def make_durable(self):
+    with self.room:
+        self.room.wait_for(lambda: self.end)
+    {}
+Receiver.make_durable = make_durable
+"""
 LIES = {
     "never-writes": ("Receiver.write_pages = lambda *_: None", "also when written once more"),
     "writes-wrong": (
-        "write_pages = Receiver.write_pages\n"
-        "Receiver.write_pages = lambda self, index, pages, data: write_pages(self, index, pages, bytes(len(data)))",
+        (
+            "write_pages = Receiver.write_pages\n"
+            "Receiver.write_pages = lambda self, index, pages, data: write_pages(self, index, pages, bytes(len(data)))"
+        ),
         "also when written once more",
     ),
     "writes-behind": (
-        "write_pages = Receiver.write_pages\n"
-        "Receiver.write_pages = lambda self, index, *what: write_pages(self, index and index + 1, *what)",
+        (
+            "write_pages = Receiver.write_pages\n"
+            "Receiver.write_pages = lambda self, index, *what: write_pages(self, index and index + 1, *what)"
+        ),
         "also when written once more",
     ),
     "too-early": (
-        "put = Receiver.put\n"
-        "Receiver.put = lambda self, kind, index, *what: put(self, kind, index + 1000 * (kind == DURABLE), *what)",
+        (
+            "put = Receiver.put\n"
+            "Receiver.put = lambda self, kind, index, *what: put(self, kind, index + 1000 * (kind == DURABLE), *what)"
+        ),
         "which was not sent",
     ),
-    "reads": ("Receiver.make_durable = lambda self: self.put(DIGEST, 0, bytes(32))", "and was to write"),
-    "answers": ("Receiver.make_durable = lambda self: self.put(RAW, 0, bytes(4128))", "a frame of the kind"),
+    "reads": (LATER.format("self.put(DIGEST, 0, bytes(32))"), "and was to write"),
+    "answers": (LATER.format("self.put(RAW, 0, bytes(4128))"), "a frame of the kind"),
     "writes-when-reading": ("Agent.scan = lambda self: (self.open_device(), self.put(DURABLE, 1))", "of the kind"),
     "other-device": (
         "Receiver.open_device = lambda self: self.put(HELLO, 0, AGENT_MAGIC, bytes(9))",
@@ -673,7 +686,7 @@ def test_answer_is_lost_and_no_list_shows_it(home: Home, sim: Simulator, lost: L
     run(home, "sweep")
     volume.listed = 0
     assert f"(id {volume.id}, " in run(home, "sweep", expect=1).stderr
-    sim.remove_volume(volume)
+    sim.remove_volume(new_volume(sim))
     run(home, "sweep")
     assert records(home)
     run(home, "sweep", constants={"SHOWN_LIMIT": 0})
@@ -773,8 +786,8 @@ def test_killed_after_any_call(pytestconfig: pytest.Config, tmp_path: Path, call
             if left and not same(new_volume(sim).path, lost.newer):
                 assert f"(id {left[0].id}, " in done.stderr, moment
             assert (done.returncode == 1) == bool(left and "which is not complete" in done.stderr)
-            for volume in left:
-                sim.remove_volume(volume)  # type: ignore[arg-type]
+            for volume in sim.volumes:
+                sim.remove_volume(volume)
             assert run(home, "sweep").stderr == ""
 
 
