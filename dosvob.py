@@ -29,15 +29,19 @@ A run, from `main` on, and where to read of it:
  6. `Versions.thin` drops the versions that `keep` does not ask for.
  7. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
 
+The way back: `Chain.restore` writes a version to a file; `Restoration` makes a new volume of it, by an `Upload` to a
+`Receiver` on a droplet, and a `Comparison` of what that then reads.
+
 What it promises: the image is at every moment one complete snapshot, or the journal beside it completes it; a version
 that is listed restores to the very bytes that it had, or says which are damaged; all that is created is named
-`dosvob-ephemeral-HOME-RUN-…` and removed however the run ends, and named loudly if it could not be.
+`dosvob-ephemeral-HOME-RUN-…` and removed however the run ends, and named loudly if it could not be; a new volume, which
+is to stay, is written down beside the images until it is complete.
 
 What it does not promise: consistency beyond that of a disk whose power was cut, which a snapshot of a volume in use is.
 
 The chapters, each standing on those before it but for the reports that it is given a way to make: errors and waiting,
 configuration, the DigitalOcean API, ephemeral resources, the agent, patches and images, versions, the update of an
-image, the sync, the connection, reporting, the backup, commands, main.
+image, the sync, the connection, reporting, the backup, the way back, commands, main.
 """
 # ruff: noqa: E402, UP031, UP036 - what the user lacks is told before it is imported, and in words of older Pythons
 
