@@ -252,7 +252,7 @@ class Versions(RuleBasedStateMachine):
             read = {time: digest(content) for time, content in Reader(self.lineage.backups, NAME).all()}
             assert read == {time: self.lineage.truth[time] for time in times}
             assert not list(paths.metadata.glob("*.damaged*"))
-            for aside in dosvob.Home(self.lineage.backups).aside_names():
+            for aside in dosvob.Home(self.lineage.backups).names() - {NAME}:
                 if (paths.metadata / f"{aside}.state").exists():
                     check_all(self.lineage.backups, self.lineage.truth, aside, lambda depths: depths[-1:])
 
