@@ -3758,6 +3758,7 @@ class Reporter:
         self.quiet = quiet
         self.secret = ""
         self.current = ""  # what is going on, for whoever asks with a second signal
+        self.has_failed = False  # whether there was an error
         self.has_left = False  # whether something could not be removed from the account
         self.summary: list[str] = []  # what somebody who was not there must know: warnings, errors, results
         self._lock = threading.Lock()
@@ -3790,7 +3791,8 @@ class Reporter:
         self._write(self._errors, f"{kind}: {text}")
 
     def error(self, text: str) -> None:
-        """Something failed."""
+        """Something failed, and so does the command."""
+        self.has_failed = True
         self.warn(text, "error")
 
     def answer(self, text: str) -> None:
@@ -4435,9 +4437,8 @@ class Backup:
 
 
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# What the user can ask for. Those that need no account: verify, health, list, restore.
-
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+# What the user can ask for. Those that need no account: verify, health, list, restore. A command has failed if it
+# raises, or reports an error.
 
 
 def select_volumes(job: Job, names: Sequence[str]) -> list[Volume]:
@@ -4542,27 +4543,27 @@ def finish_journals(home: Home, report: Reporter, stop: Stop) -> set[str]:
     return failed
 
 
-def back_up(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
-    """The main job; returns the exit code."""
+def back_up(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
+    """The main job."""
     job = Job.open(arguments, report, stop)
     if arguments.dry_run:
-        return dry_run(job, arguments.names)
+        dry_run(job, arguments.names)
+        return
     url = job.config.healthchecks
     try:
         with job.home.locked():
             ping(url, "/start", report)
-            code = back_up_all(job, arguments)
+            back_up_all(job, arguments)
     except Busy:
         raise  # the one that is at work tells how it goes
     except (Exception, Interrupted) as problem:
         ping(url, "/fail", report, str(problem))
         raise
-    ping(url, "" if code == EXIT_OK else "/fail", report)
-    return code
+    ping(url, "/fail" if report.has_failed else "", report)
 
 
-def back_up_all(job: Job, arguments: argparse.Namespace) -> int:
-    """A backup, once the lock is held; returns the exit code."""
+def back_up_all(job: Job, arguments: argparse.Namespace) -> None:
+    """A backup, once the lock is held."""
     home, report = job.home, job.report
     try:
         sweep(job)  # first: what is left costs money while a large journal is applied
@@ -4576,14 +4577,13 @@ def back_up_all(job: Job, arguments: argparse.Namespace) -> int:
         except OSError as problem:
             report.warn(f"{explained(problem, home.path)}; `health` will not miss a volume that was never backed up")
     fit = [volume for volume in volumes if volume.name not in damaged]
-    results = Backup(job, plan, fit, reread=arguments.reread).run() if fit else []
+    if fit:
+        Backup(job, plan, fit, reread=arguments.reread).run()
     if not report.has_left:
         report.say("nothing of this home's is left in the account")
-    has_failed = report.has_left or damaged or any(result.outcome != "ok" for result in results)
-    return EXIT_FAILED if has_failed else EXIT_OK
 
 
-def dry_run(job: Job, names: Sequence[str]) -> int:
+def dry_run(job: Job, names: Sequence[str]) -> None:
     """Say what a backup would do; changes nothing."""
     report = job.report
     sweep(job, dry_run=True)
@@ -4598,10 +4598,9 @@ def dry_run(job: Job, names: Sequence[str]) -> int:
         how = "changes only" if image.exists() else "all of it, for the first time"
         report.say(f"would back up {volume.name}, {volume.size // GIB} GiB, to {image}: {how}")
     report.say(f"would do so over a droplet {size} with {plan.image} in {plan.region}, at ${price:.5f} an hour")
-    return EXIT_OK
 
 
-def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
     """Remove leftovers, and nothing else."""
     if arguments.names:
         raise UsageError("sweep takes no names: it removes all that dosvob left behind")
@@ -4609,35 +4608,32 @@ def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> i
     if arguments.dry_run:
         if not sweep(job, everything=arguments.all, dry_run=True):
             report.say("there is nothing to remove")
-        return EXIT_OK
+        return
     with job.home.locked():
         sweep(job, time.monotonic() + LIST_LAG, everything=arguments.all)  # what was created a moment ago shows late
-        damaged = finish_journals(job.home, report, stop)
+        finish_journals(job.home, report, stop)
     if not report.has_left:
         report.say("nothing of dosvob's is left in the account" + " for this home" * (not arguments.all))
-    return EXIT_FAILED if report.has_left or damaged else EXIT_OK
 
 
-def verify_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+def verify_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
     """Compare images and versions with their recorded digests, without network or account."""
     home = Home(arguments.backups)
     home.check()
     with home.locked():
-        failed = bool(finish_journals(home, report, stop))
+        finish_journals(home, report, stop)
         names = home.chosen(arguments.names, with_aside=False)
         if not names:
             raise DosvobError(f"there is no backup in {home.path} yet, so nothing was verified")
         for name in names:
             try:
-                failed |= not verify_one(ImagePaths(home.path, name), report, stop)
+                verify_one(ImagePaths(home.path, name), report, stop)
             except (OSError, DosvobError) as problem:
                 report.error(f"{name}: {explained(problem, home.path)}")
-                failed = True
-    return EXIT_FAILED if failed else EXIT_OK
 
 
-def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> bool:
-    """Verify one image and its versions and say what was found; returns whether all is sound."""
+def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> None:
+    """Verify one image and its versions and say what was found."""
     paths.check_link()
     with contextlib.closing(Chain(paths, from_disk=True)) as chain:
         problems = [str(chain.problem)] if chain.problem else []
@@ -4663,10 +4659,9 @@ def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> bool:
     if is_recorded and not problems:
         and_versions = f", and {len(versions)} older version{'s' * (len(versions) > 1)}" if versions else ""
         report.say(f"{paths.name}: sound, {human_size(chain.size)}{and_versions}")
-    return not problems
 
 
-def health(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:  # noqa: ARG001 - as every command
+def health(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:  # noqa: ARG001 - as every command
     """Say how old each backup is, without network, account or lock; it fails if one is too old, or there is none."""
     home = Home(arguments.backups)
     home.check()
@@ -4675,14 +4670,11 @@ def health(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int: 
     names = arguments.names or sorted(wanted | {name for name in states if ImagePaths.VOLUME_NAME.fullmatch(name)})
     if not names:
         raise DosvobError(f"there is no backup in {home.path} yet")
-    failed = False
     for name in names:
         try:
             report.say(f"{name}: {health_of(home, name, arguments.max_age, is_wanted=name in wanted)}")
         except DosvobError as problem:
             report.error(f"{name}: {problem}")
-            failed = True
-    return EXIT_FAILED if failed else EXIT_OK
 
 
 def health_of(home: Home, name: str, max_age: float, *, is_wanted: bool) -> str:
@@ -4712,7 +4704,7 @@ def health_of(home: Home, name: str, max_age: float, *, is_wanted: bool) -> str:
     return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
 
 
-def list_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:  # noqa: ARG001 - as every command
+def list_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:  # noqa: ARG001 - as every command
     """Say what is there to be restored, without network, account or lock."""
     home = Home(arguments.backups)
     home.check()
@@ -4723,7 +4715,6 @@ def list_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int
         report.say(f"there is no backup in {home.path} yet")
     else:
         report.answer("\n\n".join(description_text(volume) for volume in described))
-    return EXIT_OK
 
 
 def describe(paths: ImagePaths) -> Json:
@@ -4775,7 +4766,7 @@ def description_text(volume: Json) -> str:
     return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
 
 
-def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
     """Write an image or an older version to a new file, without network, account or configuration."""
     if len(arguments.names) != 2:
         raise UsageError(f"restore takes a volume's name and a new file: {command_line('restore', 'data', 'data.img')}")
@@ -4799,10 +4790,9 @@ def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> 
     figures = f"{human_size(size.st_size)}, which take {human_size(size.st_blocks * 512)} of the disk"
     if damaged.ranges:
         report.error(f"{told} is damaged in {damaged}; the rest of it is in {final}, {figures}")
-        return EXIT_FAILED
+        return
     checked = "every chunk as it was recorded" if is_recorded else "not checked, for want of the image's digests"
     report.say(f"{told} is restored to {final}: {figures}, {checked}")
-    return EXIT_OK
 
 
 def parse_wanted_time(text: str) -> datetime.datetime:
@@ -4848,8 +4838,9 @@ exit codes:
   2  wrong use or configuration; nothing was created
   128+n  ended by signal n, after removing everything
 """
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 ACCOUNT = {"config", "backups", "dry_run"}
-COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Reporter, Stop], int], set[str]]] = {
+COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Reporter, Stop], None], set[str]]] = {
     # what does it, and the options that it uses
     "": (back_up, {*ACCOUNT, "reread"}),
     "sweep": (sweep_only, {*ACCOUNT, "all"}),
@@ -4963,7 +4954,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_command(parsed: argparse.Namespace, report: Reporter, stop: Stop) -> int:
     """Do what was asked for; returns the exit code, and raises nothing."""
     try:
-        return COMMANDS[parsed.command][0](parsed, report, stop)
+        COMMANDS[parsed.command][0](parsed, report, stop)
     except Interrupted:
         return EXIT_FAILED
     except UsageError as problem:
@@ -4975,7 +4966,7 @@ def run_command(parsed: argparse.Namespace, report: Reporter, stop: Stop) -> int
     except Exception as problem:  # noqa: BLE001 - a bug: one clear line
         report.error(f"unexpected {type(problem).__name__}: {problem}; run again with --verbose to see where")
         report.detail(traceback.format_exc())
-    return EXIT_FAILED
+    return EXIT_FAILED if report.has_failed else EXIT_OK
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ class Versions(RuleBasedStateMachine):
             assert read == {time: self.lineage.truth[time] for time in times}
             assert not list(paths.metadata.glob("*.damaged*"))
             for aside in dosvob.Home(self.lineage.backups).names() - {NAME}:
-                if (paths.metadata / f"{aside}.state").exists():
+                if (self.lineage.backups / aside).exists() and (paths.metadata / f"{aside}.state").exists():
                     check_all(self.lineage.backups, self.lineage.truth, aside, lambda depths: depths[-1:])
 
     @rule(which=st.integers(0, 20))
