@@ -1012,28 +1012,28 @@ class Ephemeral:
     def create_droplet(self, plan: DropletPlan, public_key: str, user_data: str) -> Droplet:
         """Create the droplet in the first size that can be had, and wait until it is active and has an address.
 
-        The key, which lets us in, is registered first, once in a run. Raises NoDroplet if DigitalOcean refuses,
-        DropletLost if the droplet did not come up.
+        The key, which lets us in, is registered first, once in a run. Raises ApiError if DigitalOcean refuses that,
+        NoDroplet if it refuses the droplet, DropletLost if that did not come up.
         """
+        if self._key is None:
+            key = self._create(KEY, {"name": f"{self.prefix}key", "public_key": public_key})
+            self._key = required(key, "id", int)
         made = sum(resource.kind == DROPLET for resource in list(self._created))
         sizes = [size for size, _ in plan.sizes]
         item: Json | None = None
         while item is None:
             size = sizes.pop(0)
+            body = {
+                "name": f"{self.prefix}droplet{f'-{made}' * bool(made)}",  # unique, so that it can be looked for
+                "region": plan.region,
+                "size": size,
+                "image": plan.image,
+                "ssh_keys": [self._key],
+                "user_data": user_data,
+                "tags": [TAG],
+                "with_droplet_agent": False,
+            }
             try:
-                if self._key is None:
-                    key = self._create(KEY, {"name": f"{self.prefix}key", "public_key": public_key})
-                    self._key = required(key, "id", int)
-                body = {
-                    "name": f"{self.prefix}droplet{f'-{made}' * bool(made)}",  # unique, so that it can be looked for
-                    "region": plan.region,
-                    "size": size,
-                    "image": plan.image,
-                    "ssh_keys": [self._key],
-                    "user_data": user_data,
-                    "tags": [TAG],
-                    "with_droplet_agent": False,
-                }
                 item = self._create(DROPLET, body)
             except ApiError as problem:
                 if problem.status != 422 or not sizes:
