@@ -108,7 +108,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 try:
     import paramiko
@@ -179,13 +179,10 @@ class Stop:
     def wait_until(self, limit: float, probe: Callable[[], T | None]) -> T | None:
         """Call `probe` until it returns something, at growing intervals; None after `limit` seconds."""
         end = time.monotonic() + limit
-        for pause in pauses(0.25, 1.0):  # two threads wait at a time at most, and the API allows 250 requests a minute
-            if (result := probe()) is not None:
-                return result
-            if time.monotonic() > end:
-                return None
-            self.sleep(pause)
-        raise AssertionError("unreachable")
+        intervals = pauses(0.25, 1.0)  # two threads wait at a time at most, and the API allows 250 requests a minute
+        while (result := probe()) is None and time.monotonic() <= end:
+            self.sleep(next(intervals))
+        return result
 
 
 def pauses(first: float, most: float, growth: float = 1.3) -> Iterator[float]:
@@ -343,14 +340,26 @@ class Config:
     PLACEHOLDER = "dop_v1_PUT-YOUR-TOKEN-HERE"  # in conf.json.example
     TOKEN_VARIABLES = ("DIGITALOCEAN_ACCESS_TOKEN", "DIGITALOCEAN_TOKEN")  # doctl's and the Terraform provider's
     URL_VARIABLE = "DIGITALOCEAN_API_URL"
-    TEXTS = ("do_token", "region", "droplet_size", "droplet_image", "healthchecks")
-    LISTS = ("include", "exclude")
+    KEYS: ClassVar[Mapping[str, type]] = {
+        **dict.fromkeys(("do_token", "region", "droplet_size", "droplet_image", "healthchecks"), str),
+        "include": list,
+        "exclude": list,
+        "keep": dict,
+    }
+    MUST_BE: ClassVar[Mapping[type, str]] = {
+        str: "a text in quotes",
+        list: 'a list of names in quotes, such as ["data", "db-*"]',
+        dict: f"an object such as {json.dumps(dataclasses.asdict(Keep()))}",
+        int: "a whole number from 0 to 10000",
+    }
 
     @classmethod
     def load(cls, path: Path, environment: Mapping[str, str], warn: Callable[[str], None]) -> Config:
         """Read and check the configuration; raise UsageError with a message in terms of the file."""
         content = cls._read(path)
-        cls._check_keys(path, content)
+        cls._check(path, content, cls.KEYS)
+        numbers = {item.name: int for item in dataclasses.fields(Keep)}
+        cls._check(path, content.get("keep", {}), numbers, ' in "keep"')
         variable = next((name for name in cls.TOKEN_VARIABLES if environment.get(name)), None)
         token = environment[variable] if variable else content.get("do_token", "")
         if not token or token == cls.PLACEHOLDER:
@@ -381,42 +390,22 @@ class Config:
             droplet_image=content.get("droplet_image"),
             api_url=url.rstrip("/").removesuffix("/v2"),
             healthchecks=ping,
-            keep=cls._keep(path, content),
+            keep=Keep(**{**dict.fromkeys(numbers, 0), **content["keep"]}) if "keep" in content else Keep(),
         )
 
     @classmethod
-    def _check_keys(cls, path: Path, content: Json) -> None:
-        """Every key is known and its value is of the right type."""
-        cls._check_known(path, "key", content, (*cls.TEXTS, *cls.LISTS, "keep"))
+    def _check(cls, path: Path, content: Json, known: Mapping[str, type], where: str = "") -> None:
+        """Every key is a known one, and its value is what that must be; raises UsageError."""
         for key, value in content.items():
-            if key in cls.TEXTS and not isinstance(value, str):
-                raise UsageError(f'{path}: "{key}" must be a text in quotes')
-            if key in cls.LISTS and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-                raise UsageError(f'{path}: "{key}" must be a list of names in quotes, such as ["data", "db-*"]')
-
-    @classmethod
-    def _keep(cls, path: Path, content: Json) -> Keep:
-        """How many versions are kept."""
-        wanted = content.get("keep")
-        if "keep" not in content:
-            return Keep()
-        if not isinstance(wanted, dict):
-            raise UsageError(f'{path}: "keep" must be an object such as {json.dumps(dataclasses.asdict(Keep()))}')
-        names = [item.name for item in dataclasses.fields(Keep)]
-        cls._check_known(path, 'key in "keep"', wanted, names)
-        for name, number in wanted.items():
-            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= 10_000:
-                raise UsageError(f'{path}: "{name}" in "keep" must be a whole number from 0 to 10000')
-        return Keep(**{name: wanted.get(name, 0) for name in names})
-
-    @staticmethod
-    def _check_known(path: Path, what: str, content: Json, known: Sequence[str]) -> None:
-        """Every key is one of the known ones."""
-        for key in content:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(known)}"
-                raise UsageError(f'{path}: unknown {what} "{key}": {hint}')
+                raise UsageError(f'{path}: unknown key{where} "{key}": {hint}')
+            is_fit = type(value) is known[key]  # a bool is an int to isinstance
+            if isinstance(value, list):
+                is_fit = is_fit and all(isinstance(name, str) for name in value)
+            if not is_fit or (isinstance(value, int) and not 0 <= value <= 10_000):
+                raise UsageError(f'{path}: "{key}"{where} must be {cls.MUST_BE[known[key]]}')
 
     @staticmethod
     def _read(path: Path) -> Json:
@@ -515,11 +504,6 @@ class ApiError(DosvobError):
             status, " It is DigitalOcean's fault: see https://status.digitalocean.com" * (status >= 500)
         )
 
-    @property
-    def is_forbidden(self) -> bool:
-        """Whether the token may not do it, now or later."""
-        return self.status in (401, 403)
-
 
 class Api:
     """The calls, each with the patience that suits it: `patience` is for how many seconds a failing one is repeated.
@@ -529,6 +513,7 @@ class Api:
     """
 
     PATIENCE = 300  # seconds
+    DRY_RUN_PATIENCE = 20  # seconds: somebody waits for it
     TEARDOWN_PATIENCE = 10  # seconds: a teardown comes back to what failed, after it has tried the rest
     RATE_LIMIT_PATIENCE = 7200  # seconds for which a call that meets 429 is repeated: the longest limit is by the hour
     RATE_LIMIT_WAIT = 15  # seconds to wait after a 429 that does not say how long
@@ -583,40 +568,36 @@ class Api:
         items: list[Json] = []
         for page in range(1, self.MOST_PAGES + 1):
             answer = self.get(path, **params, per_page=self.PAGE_SIZE, page=page)
-            found = answer.get(key)
-            if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+            found, links = answer.get(key), answer.get("links") or {}
+            pages = (links.get("pages") or {}) if isinstance(links, dict) else None  # each may be missing, or null
+            if not isinstance(found, list) or not all(isinstance(item, dict) for item in [*found, pages]):
                 raise DosvobError(f'DigitalOcean answered GET {path} without a list of "{key}": try again later')
             items += found
-            if not found or not self._has_next_page(answer):
+            if not found or not pages or not pages.get("next"):
                 return items
         raise DosvobError(f"DigitalOcean's answers to GET {path} have no end: try again later")
 
-    def post(self, path: str, body: Json, *, limit_is_mine: bool = False) -> Json:
-        """POST, once that is let through; with `limit_is_mine`, a 429 is the caller's to handle.
+    def post(self, path: str, body: Json) -> Json:
+        """POST, once that is let through, save that the limit of a volume's own snapshots is the caller's to wait for.
 
         If it fails so that it may have taken effect, it is the caller's to find out whether it did.
         """
-        return self._repeated("POST", path, body=body, limit_is_mine=limit_is_mine)
+        return self._repeated("POST", path, body=body)
 
-    def _repeated(
-        self,
-        method: str,
-        path: str,
-        body: Json | None = None,
-        params: Json | None = None,
-        *,
-        limit_is_mine: bool = False,
-    ) -> Json:
-        start = time.monotonic()
-        for pause in pauses(self.FIRST_BACKOFF, self.MAX_BACKOFF, 2):
+    def _repeated(self, method: str, path: str, body: Json | None = None, params: Json | None = None) -> Json:
+        start, intervals = time.monotonic(), self.backoff()
+        heeds_limit = not (method == "POST" and path.endswith("/snapshots"))
+        while True:
             try:
                 return self._once(method, path, body, params)
             except ApiError as problem:
-                is_repeatable = problem.status == 429 and not limit_is_mine if method == "POST" else problem.may_pass
-                if not is_repeatable:
+                if not (heeds_limit if problem.status == 429 else problem.may_exist and method != "POST"):
                     raise
-                self.pause(problem, pause, start)
-        raise AssertionError("unreachable")
+                self.pause(problem, next(intervals), start)
+
+    def backoff(self) -> Iterator[float]:
+        """The seconds between repetitions of a call."""
+        return pauses(self.FIRST_BACKOFF, self.MAX_BACKOFF, 2)
 
     def pause(self, problem: ApiError, pause: float, start: float) -> None:
         """Wait before a repetition, visibly; raise the problem if that has gone on for too long since `start`."""
@@ -635,18 +616,9 @@ class Api:
         limit = min(self.CALL_LIMIT, max(self._patience, self.TEARDOWN_PATIENCE))
         self.stop.check()
         session = self._session()
-        try:
-            response = within(
-                limit,
-                lambda: session.request(
-                    method,
-                    url + path,
-                    json=body,
-                    params=params,
-                    timeout=self.CALL_TIMEOUT,
-                    allow_redirects=False,  # the token is for this host alone
-                ),
-            )
+        request = functools.partial(session.request, method, url + path, json=body, params=params)
+        try:  # the token is for this host alone
+            response = within(limit, lambda: request(timeout=self.CALL_TIMEOUT, allow_redirects=False))
         except TimeoutError:
             del self._sessions.session  # the call that goes on has it
             raise ApiError(None, f"{call}: no complete answer from {url} within {limit:.0f} s") from None
@@ -691,14 +663,6 @@ class Api:
                 return min(max(1.0, float(headers["ratelimit-reset"]) - time.time()), self.LONGEST_WAIT)
         return None
 
-    @staticmethod
-    def _has_next_page(answer: Json) -> bool:
-        """Whether a list has more pages; the fields that say so may be missing, empty or null."""
-        try:
-            return bool(((answer.get("links") or {}).get("pages") or {}).get("next"))
-        except AttributeError:
-            raise DosvobError("DigitalOcean's list does not say whether it has more pages: try again later") from None
-
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["Authorization"] = f"Bearer {self._config.token}"
         return request
@@ -729,7 +693,6 @@ class Volume:
     region: str
     size: int
     droplet_ids: tuple[int, ...]
-    tags: tuple[str, ...]
 
     @classmethod
     def parse(cls, item: Json) -> Volume:
@@ -740,7 +703,6 @@ class Volume:
             region=required(required(item, "region", dict), "slug", str),
             size=required(item, "size_gigabytes", int) * GIB,
             droplet_ids=tuple(item.get("droplet_ids") or ()),
-            tags=tuple(item.get("tags") or ()),
         )
 
 
@@ -753,14 +715,6 @@ LIST_LAG = 6  # seconds after which a list is taken to show what was created: li
 BUSY_LIMIT = 120  # seconds for which a droplet may be busy with another event, or a volume with its droplet
 HOURS_PER_MONTH = 730
 UNKNOWN = "unknown"  # the id of what may be there, and cannot be listed
-
-
-class SnapshotTooSoon(DosvobError):
-    """The volume's previous snapshot is less than ten minutes old; `wait`: the seconds that DigitalOcean tells."""
-
-    def __init__(self, wait: float | None) -> None:
-        self.wait = wait
-        super().__init__("DigitalOcean takes one snapshot of a volume per 10 minutes")
 
 
 class NoDroplet(DosvobError):
@@ -900,20 +854,18 @@ class Removal:
         """
         self._known = sorted(known, key=lambda resource: list(KINDS).index(resource.kind))
         self._delete(self._known)
-        since, fewest = time.monotonic(), sys.maxsize
-        for pause in pauses(0.3, 5, 1.5):
+        since, fewest, intervals = time.monotonic(), sys.maxsize, pauses(0.3, 5, 1.5)
+        while self._kinds:
             begun = time.monotonic()
             left = self._round()
-            if not self._kinds:
-                return {}
             if len(left) < fewest:  # it gets on
                 since, fewest = time.monotonic(), len(left)
-            if left and (
-                (begun >= self._not_before and self._is_hopeless(left)) or time.monotonic() - since > self.LIMIT
-            ):
+            is_hopeless = begun >= self._not_before and self._is_hopeless(left)
+            if left and (is_hopeless or time.monotonic() - since > self.LIMIT):
                 return self._named(left, asked or {})
-            self._api.stop.sleep(pause if left else max(self._not_before - time.monotonic(), 0))
-        raise AssertionError("unreachable")
+            if self._kinds:
+                self._api.stop.sleep(next(intervals) if left else max(self._not_before - time.monotonic(), 0))
+        return {}
 
     def _round(self) -> dict[Resource, Exception | None]:
         """List and delete what is there of each kind; what is left, and what went wrong with it, None for nothing.
@@ -955,7 +907,7 @@ class Removal:
     def _is_hopeless(left: Mapping[Resource, Exception | None]) -> bool:
         """Whether it is of no use to try again: the token may not do it, or it is in use by what must stay."""
         refused = [resource.kind for resource, problem in left.items() if isinstance(problem, ApiError)
-                   and problem.is_forbidden]  # fmt: skip
+                   and problem.status in (401, 403)]  # fmt: skip
         return len(refused) == len(left) or (
             DROPLET in refused and {resource.kind for resource in left} <= {*refused, VOLUME}
         )
@@ -986,58 +938,43 @@ class DropletPlan:
     @classmethod
     def make(cls, api: Api, config: Config) -> DropletPlan:
         """Check region, size and image against what DigitalOcean offers now; raise UsageError for what it does not."""
-        cls._check_region(api, config.region)
-        return cls(config.region, cls._sizes(api, config), cls._image(api, config))
-
-    @staticmethod
-    def _check_region(api: Api, region: str) -> None:
-        """The region exists and has volumes; raises UsageError if not."""
+        region = config.region
         regions = {str(item.get("slug")): item for item in api.list("/v2/regions", "regions")}
-        fit = sorted(
-            slug
-            for slug, item in regions.items()
-            if item.get("available") and "storage" in (item.get("features") or ())
-        )
-        if region not in regions:
-            raise UsageError(f'there is no region "{region}"; those with volumes are {", ".join(fit)}')
+        fit = sorted(slug for slug, item in regions.items()
+                     if item.get("available") and "storage" in (item.get("features") or ()))  # fmt: skip
         if region not in fit:
-            raise UsageError(f'region "{region}" has no volumes or is closed; those with volumes are {", ".join(fit)}')
+            is_there = region in regions
+            what = f'region "{region}" has no volumes or is closed' if is_there else f'there is no region "{region}"'
+            raise UsageError(f"{what}; those with volumes are {', '.join(fit)}")
 
-    @classmethod
-    def _sizes(cls, api: Api, config: Config) -> tuple[tuple[str, float], ...]:
-        """The sizes to try in the region, the cheapest first."""
-        offered = {
+        prices = {
             str(item.get("slug")): float(item.get("price_hourly") or 0)
             for item in api.list("/v2/sizes", "sizes")
-            if item.get("available") and config.region in (item.get("regions") or ())
+            if item.get("available") and region in (item.get("regions") or ())
         }
-        wanted = (config.droplet_size,) if config.droplet_size else cls.DEFAULT_SIZES
-        usable = sorted(((slug, offered[slug]) for slug in wanted if slug in offered), key=lambda size: size[1])
+        sizes = (config.droplet_size,) if config.droplet_size else cls.DEFAULT_SIZES
+        usable = sorted(((slug, prices[slug]) for slug in sizes if slug in prices), key=lambda size: size[1])
         if not usable:
-            near = difflib.get_close_matches(wanted[0], offered, n=3) or sorted(offered, key=offered.__getitem__)[:3]
-            raise UsageError(
-                f'droplet size "{" or ".join(wanted)}" is not to be had in {config.region} now: '
-                f'set "droplet_size" in conf.json to one of {", ".join(near) or "another region, there is none"}'
-            )
-        return tuple(usable)
+            cls._refuse("size", sizes, sorted(prices, key=prices.__getitem__), region)
 
-    @staticmethod
-    def _image(api: Api, config: Config) -> str:
-        """The slug of the configured image, or of the newest Debian in the region."""
-        slugs = [
+        images = [
             str(item["slug"])
             for item in api.list("/v2/images", "images", type="distribution")
-            if item.get("slug") and item.get("status") != "retired" and config.region in (item.get("regions") or ())
+            if item.get("slug") and item.get("status") != "retired" and region in (item.get("regions") or ())
         ]
-        debians = sorted((int(m[1]), m[0]) for slug in slugs if (m := re.fullmatch(r"debian-(\d+)-x64", slug)))
-        wanted = config.droplet_image or (debians[-1][1] if debians else "debian-x64")
-        if wanted not in slugs:
-            near = difflib.get_close_matches(wanted, slugs, n=3) or slugs[:3]
-            raise UsageError(
-                f'droplet image "{wanted}" is not to be had in {config.region}: '
-                f'set "droplet_image" in conf.json to one of {", ".join(near)}'
-            )
-        return wanted
+        debians = sorted((int(m[1]), m[0]) for slug in images if (m := re.fullmatch(r"debian-(\d+)-x64", slug)))
+        image = config.droplet_image or (debians[-1][1] if debians else "debian-x64")
+        if image not in images:
+            cls._refuse("image", [image], images, region)
+        return cls(region, tuple(usable), image)
+
+    @staticmethod
+    def _refuse(what: str, wanted: Sequence[str], offered: Sequence[str], region: str) -> NoReturn:
+        near = difflib.get_close_matches(wanted[0], offered, n=3) or offered[:3]
+        raise UsageError(
+            f'droplet {what} "{" or ".join(wanted)}" is not to be had in {region} now: '
+            f'set "droplet_{what}" in conf.json to one of {", ".join(near) or "another region, there is none"}'
+        )
 
 
 @dataclass(frozen=True)
@@ -1069,6 +1006,7 @@ class Ephemeral:
         self._removed: dict[Resource, float] = {}
         self._asked: dict[str, str] = {}  # kinds by name of what was asked for, and not answered yet
         self._last_post = time.monotonic()
+        self._key: int | None = None  # the id of the run's one-time key
         self._attached: dict[str, int] = {}  # droplets by clone
         self._events = threading.Lock()  # a droplet takes one attach or detach at a time
         self._mark = ""  # describes a volume that is to stay when all is well
@@ -1080,19 +1018,15 @@ class Ephemeral:
     def __exit__(self, *_error: object) -> None:
         """Remove everything, and say loudly what stays."""
         existing = [resource for resource in self._created if resource not in self._removed]
-        counts = collections.Counter(resource.kind for resource in existing)
-        told = [f"{count} {kind}{'s' * (count > 1)}" for kind, count in sorted(counts.items())]
-        self._report.say(
-            f"removing {', '.join(told) or 'what may have been created'}: all that is named {self.prefix}…"
-        )
+        counts = sorted(collections.Counter(resource.kind for resource in existing).items())
+        told = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts) or "what may have been created"
+        self._report.say(f"removing {told}: all that is named {self.prefix}…")
+        api, note = self._api.for_teardown(), self._report.doing
         try:
-            spared = self._spared(existing)
+            spared = self._spared(existing, api)
             removal = Removal(
-                self._api.for_teardown(),
-                lambda resource: resource.home in ("", self._home),
-                self._last_post + LIST_LAG,
-                self._report.doing,
-                mark="" if spared else self._mark,
+                *(api, lambda item: item.home in ("", self._home), self._last_post + LIST_LAG, note),
+                mark=self._mark if not spared else "",
             )
             left = spared | removal.run([resource for resource in existing if resource not in spared], self._asked)
         except Exception as problem:  # noqa: BLE001 - even after a bug in here: tell what there may be
@@ -1105,61 +1039,60 @@ class Ephemeral:
         self.left = left
         self._report.left_behind(left)
 
-    def _spared(self, existing: Iterable[Resource]) -> dict[Resource, str]:
+    def _spared(self, existing: Iterable[Resource], api: Api) -> dict[Resource, str]:
         """The volume that was to stay, with the reason, if it is attached to a droplet that is not ours: it stays."""
         ours = {resource.id for resource in self._created if resource.kind == DROPLET}
         for resource in existing:
             if resource.kind == VOLUME and not resource.name.startswith(TAG):
-                item = self._api.for_teardown().get_fresh(resource.path, "volume") or {}
-                foreign = [str(droplet) for droplet in item.get("droplet_ids") or () if str(droplet) not in ours]
-                if foreign:
-                    return {resource: f"It is attached to the droplet {', '.join(foreign)}, which is not of this run"}
+                item = api.get_fresh(resource.path, "volume") or {}
+                others = [str(droplet) for droplet in item.get("droplet_ids") or () if str(droplet) not in ours]
+                if others:
+                    return {resource: f"It is attached to the droplet {', '.join(others)}, which is not of this run"}
         return {}
+
+    def may_have_left(self, name: str) -> bool:
+        """Whether something of this name may be there after the end."""
+        return name in self._asked or any(name in resource.name.split(", ") for resource in self.left)
 
     def cost(self) -> float:
         """Dollars for all that was created, by the seconds that it existed until now."""
         now = time.monotonic()
         return sum(resource.cost(self._removed.get(resource, now) - since) for resource, since in self._created.items())
 
-    def upload_key(self, public_key: str) -> int:
-        """Register the run's one-time public key; returns its id."""
-        name = f"{self.prefix}key"
-        return required(self._create(KEY, {"name": name, "public_key": public_key}), "id", int)
-
-    def create_droplet(self, plan: DropletPlan, key: int, user_data: str) -> Droplet:
+    def create_droplet(self, plan: DropletPlan, public_key: str, user_data: str) -> Droplet:
         """Create the droplet in the first size that can be had, and wait until it is active and has an address.
 
-        Raises NoDroplet if DigitalOcean refuses, DropletLost if it did not come up.
+        The key, which lets us in, is registered first, once in a run. Raises ApiError if DigitalOcean refuses that,
+        NoDroplet if it refuses the droplet, DropletLost if that did not come up.
         """
-        try:
-            item = self._order_droplet(plan, key, user_data)
-        except ApiError as problem:
-            raise NoDroplet(f"the droplet could not be had: {problem}") from problem
-        droplet = Droplet(required(item, "id", int), required(item, "name", str), "")
-        actions = (item.get("links") or {}).get("actions") or [{}]  # what was found in a list has none
-        address = self._await_address(droplet, str(actions[0].get("id", "")))
-        return dataclasses.replace(droplet, address=address)
-
-    def _order_droplet(self, plan: DropletPlan, key: int, user_data: str) -> Json:
+        if self._key is None:
+            key = self._create(KEY, {"name": f"{self.prefix}key", "public_key": public_key})
+            self._key = required(key, "id", int)
         made = sum(resource.kind == DROPLET for resource in list(self._created))
-        for number, (size, _) in enumerate(plan.sizes, start=1):
+        sizes = [size for size, _ in plan.sizes]
+        item: Json | None = None
+        while item is None:
+            size = sizes.pop(0)
             body = {
                 "name": f"{self.prefix}droplet{f'-{made}' * bool(made)}",  # unique, so that it can be looked for
                 "region": plan.region,
                 "size": size,
                 "image": plan.image,
-                "ssh_keys": [key],
+                "ssh_keys": [self._key],
                 "user_data": user_data,
                 "tags": [TAG],
                 "with_droplet_agent": False,
             }
             try:
-                return self._create(DROPLET, body)
+                item = self._create(DROPLET, body)
             except ApiError as problem:
-                if problem.status != 422 or number == len(plan.sizes):
-                    raise
+                if problem.status != 422 or not sizes:
+                    raise NoDroplet(f"the droplet could not be had: {problem}") from problem
                 self._report.say(f"{size} is not to be had in {plan.region} now; trying the next size")
-        raise AssertionError("unreachable")
+        droplet = Droplet(required(item, "id", int), required(item, "name", str), "")
+        actions = (item.get("links") or {}).get("actions") or [{}]  # what was found in a list has none
+        address = self._await_address(droplet, str(actions[0].get("id", "")))
+        return dataclasses.replace(droplet, address=address)
 
     def _await_address(self, droplet: Droplet, action: str) -> str:
         """The public address of a droplet that was created; raises DropletLost if it, or its action, has failed."""
@@ -1204,9 +1137,12 @@ class Ephemeral:
                     self._report.detail(f"{problem}; it is removed at the end of the run")
 
     def make_clone(self, volume: Volume, number: int) -> tuple[Volume, str]:
-        """A volume with the content that this one has now, and the time of that; the snapshot between is gone again."""
+        """A volume with the content that this one has now, and the time of that; the snapshot between is gone again.
+
+        Raises ApiError with the status 429 if the volume's last snapshot is less than ten minutes old.
+        """
         name = f"{self.prefix}{number}"  # the device is named by it: unique and short
-        snapshot = self._make_snapshot(volume, name)
+        snapshot = self._create(SNAPSHOT, {"name": name, "tags": [TAG]}, f"/v2/volumes/{volume.id}/snapshots")
         body = {
             "name": name,
             "region": volume.region,
@@ -1229,18 +1165,10 @@ class Ephemeral:
         self._remove_now(Resource.parse(SNAPSHOT, snapshot))
         return Volume.parse(clone), str(snapshot.get("created_at", ""))
 
-    def _make_snapshot(self, volume: Volume, name: str) -> Json:
-        try:
-            return self._create(SNAPSHOT, {"name": name, "tags": [TAG]}, f"/v2/volumes/{volume.id}/snapshots")
-        except ApiError as problem:
-            if problem.status == 429:
-                raise SnapshotTooSoon(problem.wait) from problem
-            raise
-
     def make_volume(self, name: str, region: str, size: int, mark: str) -> Volume:
         """A new, empty volume of `size` bytes, which is removed with all the rest unless it is handed over.
 
-        No name and no tag tells that it is ours, lest anybody remove it later: the mark does, its description, which no
+        No name and no tag tells that it is ours, lest it be removed later: the mark does, its description, which no
         other volume has. So it is found, too, if the answer is lost.
         """
         self._mark = mark
@@ -1255,12 +1183,12 @@ class Ephemeral:
     def attach(self, clone: Volume, droplet: Droplet) -> None:
         """Attach the clone to the droplet, unless it is."""
         if self._attached.get(clone.id) != droplet.id:
-            self._volume_event("attach", clone, droplet, lambda volume: droplet.id in volume.droplet_ids)
+            self._volume_event("attach", clone, droplet)
             self._attached[clone.id] = droplet.id
 
     def detach(self, volume: Volume, droplet: Droplet) -> None:
         """Detach it."""
-        self._volume_event("detach", volume, droplet, lambda volume: droplet.id not in volume.droplet_ids)
+        self._volume_event("detach", volume, droplet)
 
     def release(self, clone: Volume, droplet: Droplet) -> None:
         """Detach the clone and delete it."""
@@ -1273,39 +1201,38 @@ class Ephemeral:
         When no answer came, or a 5xx did, it may exist: it is looked for by its unique name, until a list can be
         trusted to show it, before it is asked for again. `_asked` has its name while it may exist without our knowing.
         """
-        where, name, start = KINDS[kind], body["name"], time.monotonic()
+        where, name = KINDS[kind], body["name"]
+        start, intervals, is_doubtful = time.monotonic(), self._api.backoff(), name in self._asked
 
         def find() -> Json | None:
             items = self._api.list(where.path, where.key, **where.params)
             known = {key: body[key] for key in ("name", "description") if key in body}
             return next((item for item in items if known.items() <= item.items()), None)
 
-        for number, pause in enumerate(pauses(self._api.FIRST_BACKOFF, self._api.MAX_BACKOFF, 2)):
+        item: Json | None = None
+        while item is None:
             self._api.stop.check()
             self._asked[name] = kind
-            item: Json | None
             try:
-                answer = self._api.post(post_path or where.path, body, limit_is_mine=kind == SNAPSHOT)
+                answer = self._api.post(post_path or where.path, body)
                 links = answer.get("links") or {}
                 item = {"links": links, **required(answer, where.key.removesuffix("s"), dict)}
             except ApiError as problem:
                 if not problem.may_exist:
-                    if number == 0:
+                    if not is_doubtful:
                         del self._asked[name]
                     raise
-                self._last_post = time.monotonic()
+                is_doubtful, self._last_post = True, time.monotonic()
                 item = self._api.stop.wait_until(LIST_LAG, find)
                 if item is None:
-                    self._api.pause(problem, pause, start)
-                    continue
+                    self._api.pause(problem, next(intervals), start)
             finally:
                 self._last_post = time.monotonic()
-            resource = Resource.parse(kind, item)
-            self._created[resource] = time.monotonic()
-            del self._asked[name]
-            self._report.detail(f"created {resource}")
-            return item
-        raise AssertionError("unreachable")
+        resource = Resource.parse(kind, item)
+        self._created[resource] = time.monotonic()
+        del self._asked[name]
+        self._report.detail(f"created {resource}")
+        return item
 
     def _remove_now(self, resource: Resource) -> None:
         """Remove what is not needed any more; what does not go is left to the end of the run."""
@@ -1324,7 +1251,7 @@ class Ephemeral:
             return
         self._removed[resource] = time.monotonic()
 
-    def _volume_event(self, event: str, clone: Volume, droplet: Droplet, reached: Callable[[Volume], bool]) -> None:
+    def _volume_event(self, event: str, clone: Volume, droplet: Droplet) -> None:
         """Attach or detach, however often it takes until the volume is as wished."""
         path = f"/v2/volumes/{clone.id}/actions"
         body = {"type": event, "droplet_id": droplet.id, "region": clone.region}
@@ -1340,8 +1267,9 @@ class Ephemeral:
                 problem[:] = [refused]
                 if self.is_gone(droplet):
                     raise DropletLost(f"the droplet {droplet.name} is gone") from refused
-                volume = self._api.get_fresh(f"/v2/volumes/{clone.id}", "volume")
-                return True if volume is not None and reached(Volume.parse(volume)) else None
+                item = self._api.get_fresh(f"/v2/volumes/{clone.id}", "volume")
+                is_attached = None if item is None else droplet.id in Volume.parse(item).droplet_ids
+                return True if is_attached == (event == "attach") else None
             self._await_action(f"{path}/{required(action, 'id', int)}", f"the {event} of {clone.name}")
             return True
 
@@ -3430,9 +3358,6 @@ class Stream(Protocol):
     def receive(self) -> bytes:
         """At least one byte; raises ConnectionLost when no more come."""
 
-    def has_received(self) -> bool:
-        """Whether `receive` would return at once."""
-
 
 Frame = tuple[int, int, bytes]  # kind, index and payload
 
@@ -4030,7 +3955,7 @@ def sync_device(
 
 def converse(
     start_agent: Callable[[int], AgentStream],
-    conversation: Callable[[Stream, W, Callable[[], None]], Conversation],
+    conversation: Callable[[AgentStream, W, Callable[[], None]], Conversation],
     work: W,
     warn: Callable[[str], None],
     progress: Callable[[int], None],
@@ -4118,6 +4043,7 @@ class Reporter:
         self.quiet = quiet
         self.secret = ""
         self.current = ""  # what is going on, for whoever asks with a second signal
+        self.has_failed = False  # whether there was an error
         self.has_left = False  # whether something could not be removed from the account
         self.summary: list[str] = []  # what somebody who was not there must know: warnings, errors, results
         self._lock = threading.Lock()
@@ -4132,8 +4058,10 @@ class Reporter:
         closed = [writer.close() for writer in {self._output, self._errors}]
         return all(closed)
 
-    def say(self, text: str) -> None:
-        """Something happened."""
+    def say(self, text: str, *, is_result: bool = False) -> None:
+        """Something happened, or came of the run."""
+        if is_result:
+            self.summary.append(text)
         if not self.quiet:
             self._write(self._output, text)
 
@@ -4142,20 +4070,15 @@ class Reporter:
         if self.verbose:
             self._write(self._output, text)
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, kind: str = "warning") -> None:
         """Something that the user should look into."""
-        self.summary.append(f"warning: {text}")
-        self._write(self._errors, f"warning: {text}")
+        self.summary.append(f"{kind}: {text}")
+        self._write(self._errors, f"{kind}: {text}")
 
     def error(self, text: str) -> None:
-        """Something failed."""
-        self.summary.append(f"error: {text}")
-        self._write(self._errors, f"error: {text}")
-
-    def conclude(self, text: str) -> None:
-        """What came of the run."""
-        self.summary.append(text)
-        self.say(text)
+        """Something failed, and so does the command."""
+        self.has_failed = True
+        self.warn(text, "error")
 
     def answer(self, text: str) -> None:
         """What was asked for: as it is, also with --quiet, and without the time."""
@@ -4272,54 +4195,28 @@ def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> No
     lines = [] if event == "/start" else [*report.summary, *([f"error: {problem}"] if problem else [])]
     body = report.clean("\n".join(lines)).encode(errors="replace")[-most:]
     headers = {"User-Agent": f"dosvob/{VERSION}", "Content-Type": "text/plain; charset=utf-8"}
+    post = functools.partial(requests.post, address, body, headers=headers, timeout=limit, allow_redirects=False)
     try:
-        response = within(
-            limit,
-            lambda: requests.post(address, data=body, headers=headers, timeout=limit, allow_redirects=False),
-        )
+        response = within(limit, post)
         failure = "" if 200 <= response.status_code < 300 else f"HTTP status {response.status_code}"
     except TimeoutError:
         failure = f"no answer within {limit} s"
     except Exception as unreachable:  # noqa: BLE001 - whatever it is, the backup is what matters
-        cause = root_cause(unreachable)
-        failure = reason(cause)
+        failure = reason(root_cause(unreachable))
     if failure:
         report.warn(f"the ping to {parts.hostname} failed: {failure}; the backup is not affected")
 
 
-@dataclass(frozen=True)
-class Result:
-    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up."""
-
-    name: str
-    size: int
-    outcome: str
-    changed: int = 0
-    fetched: int = 0
-    seconds: float = 0.0
-
-
-def table(rows: Sequence[Sequence[str]], left: Iterable[int]) -> str:
+def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
     """Rows in columns, those whose numbers are in `left` adjusted to the left."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    adjusted = set(left)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if number in adjusted else cell.rjust(width)
+            cell.ljust(width) if number in left else cell.rjust(width)
             for number, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     )
-
-
-def result_table(results: Iterable[Result]) -> str:
-    """The table at the end of a run."""
-    rows = [("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", "")]
-    for result in results:
-        figures = (human_size(result.changed), human_size(result.fetched), human_time(result.seconds))
-        is_ok = result.outcome == "ok"
-        rows.append((result.name, human_size(result.size), *(figures if is_ok else ("-", "-", "-")), result.outcome))
-    return table(rows, (0, 5))
 
 
 # ── The backup ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4347,7 +4244,8 @@ class Home:
         except OSError as problem:
             raise UsageError(f"cannot write to {self.path}: {problem.strerror}: is it there, and yours?") from problem
         with self._held(fd, fcntl.LOCK_EX):
-            self._make_id()
+            if not self.id:  # durable before anything is named by it
+                self.write("home", secrets.token_hex(4) + "\n")
             yield
 
     @contextlib.contextmanager
@@ -4394,40 +4292,32 @@ class Home:
             return text if re.fullmatch(r"[0-9a-f]{8}", text) else ""
         return ""
 
-    def _make_id(self) -> None:
-        """See that it has an id, durable before anything is named by it; raises UsageError."""
-        if self.id:
-            return
-        new = self.metadata / "home.new"
-        try:
-            with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
-                file.write(secrets.token_hex(4) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            new.rename(self.metadata / "home")
-            sync_directory(self.metadata)
-        except OSError as problem:
-            raise UsageError(f"cannot write to {self.metadata}: {problem.strerror}: is there room?") from problem
+    def write(self, name: str, text: str) -> None:
+        """Replace a small file of ours, durably; raises OSError."""
+        new = self.metadata / f"{name}.new"
+        with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(self.metadata / name)
+        sync_directory(self.metadata)
 
-    def names(self) -> set[str]:
-        """The volumes that have an image or a state here."""
-        images = {path.name for path in self.path.iterdir() if path.is_file()}
-        states = {path.name.removesuffix(".state") for path in self.metadata.glob("*.state")}
-        return {name for name in images | states if ImagePaths.VOLUME_NAME.fullmatch(name)}
+    def names(self, *, with_aside: bool = True) -> set[str]:
+        """What has an image, a state or versions here: the volumes, and what of them was set aside."""
+        found = {path.name for path in self.path.iterdir() if path.is_file()}
+        found |= {path.stem for path in self.metadata.glob("*") if path.suffix in (".state", ".versions")}
+        patterns = (ImagePaths.VOLUME_NAME, *([ImagePaths.ASIDE] if with_aside else []))
+        return {name for name in found if any(pattern.fullmatch(name) for pattern in patterns)}
 
-    def aside_names(self) -> set[str]:
-        """The images that were set aside."""
-        return {path.name for path in self.path.iterdir() if ImagePaths.ASIDE.fullmatch(path.name)}
-
-    def chosen(self, names: list[str]) -> list[str]:
-        """The names, which must all be of images here; raises UsageError."""
-        there = self.names() | self.aside_names()
+    def chosen(self, names: list[str], *, with_aside: bool = True) -> list[str]:
+        """The names, which must all be of something here, or all that are; raises UsageError."""
+        there = self.names()
         for name in names:
             if name not in there:
                 near = difflib.get_close_matches(name, there, n=1)
                 hint = f": did you mean {near[0]}?" if near else ""
                 raise UsageError(f"there is no image of {name} in {self.path}{hint}")
-        return names
+        return names or sorted(self.names(with_aside=with_aside))
 
     def wanted(self) -> set[str]:
         """What the last run was to back up."""
@@ -4439,10 +4329,7 @@ class Home:
 
     def record_wanted(self, names: Iterable[str]) -> None:
         """Keep in mind what is to be backed up, for `health`; raises OSError."""
-        new = self.metadata / "wanted.json.new"
-        with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
-            json.dump(list(names), file)
-        new.rename(new.with_suffix(""))
+        self.write("wanted.json", json.dumps(list(names)))
 
 
 @dataclass(frozen=True)
@@ -4456,16 +4343,19 @@ class Job:
     stop: Stop
 
     @classmethod
-    def open(cls, arguments: argparse.Namespace, report: Reporter, stop: Stop, patience: float | None = None) -> Job:
+    def open(cls, arguments: argparse.Namespace, report: Reporter, stop: Stop) -> Job:
         """Read the configuration; raises UsageError."""
         config = Config.load(arguments.config, os.environ, report.warn)
         report.secret = config.token
-        api = Api(config, stop, report.say, report.detail, Api.PATIENCE if patience is None else patience)
+        patience = Api.DRY_RUN_PATIENCE if arguments.dry_run else Api.PATIENCE
+        api = Api(config, stop, report.say, report.detail, patience)
         return cls(config, api, Home(arguments.backups), report, stop)
 
 
-def disk_problem(problem: OSError, backups: Path) -> str:
-    """What the local disk refused, for the user."""
+def explained(problem: DosvobError | OSError, where: Path) -> str:
+    """What an error says to the user; of what the local disk refused, `where` unless it names the file itself."""
+    if isinstance(problem, DosvobError):
+        return str(problem)
     advice = {
         errno.ENOSPC: "make room there and run again",
         errno.EDQUOT: "make room there and run again",
@@ -4473,28 +4363,24 @@ def disk_problem(problem: OSError, backups: Path) -> str:
         errno.EACCES: "it must belong to the user who runs dosvob",
         errno.EPERM: "it must belong to the user who runs dosvob",
         errno.EIO: "the disk may be failing: look at the kernel's log",
-    }
-    where = problem.filename or backups
-    return f"{where}: {problem.strerror or problem}: {advice.get(problem.errno or 0, 'look at that file and its disk')}"
+    }.get(problem.errno or 0, "look at that file and its disk")
+    return f"{problem.filename or where}: {problem.strerror or problem}: {advice}"
 
 
-@dataclass(frozen=True)
-class Host:
-    """The droplet, and the way to its agents."""
-
-    droplet: Droplet
-    link: Link
+Host = tuple[Droplet, Link]
 
 
 class Hosts:
-    """Makes the run's droplet in the background, and once another one if it is lost. To be closed."""
+    """Makes the run's droplet, and the way to its agents, in the background; another one, once, if it is lost.
+
+    To be closed.
+    """
 
     def __init__(self, job: Job, ephemeral: Ephemeral, plan: DropletPlan) -> None:
         self._job = job
         self._ephemeral = ephemeral
         self._plan = plan
         self._keys = RunKeys.generate()
-        self._key_id: int | None = None
         self._is_replaced = False
         self._links = contextlib.ExitStack()
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
@@ -4509,42 +4395,35 @@ class Hosts:
         if self._future.done():
             self._future.result()
 
-    def replace(self, problem: DropletLost) -> None:
+    def replace(self, problem: DosvobError) -> None:
         """Make another one; raises NoDroplet if this is not the first that was lost."""
         self._give_up_on(problem)
         self._future = self._pool.submit(self._make)
 
-    def _make(self) -> Host:
-        while True:
-            try:
-                return self._boot()
-            except NoDroplet:
-                raise
-            except DropletLost as problem:
-                self._give_up_on(problem)
-            except DosvobError as problem:
-                raise NoDroplet(f"no volume can be backed up, for want of a droplet: {problem}") from problem
-
-    def _give_up_on(self, problem: DropletLost) -> None:
+    def _give_up_on(self, problem: DosvobError) -> None:
         if self._is_replaced:
-            raise NoDroplet(f"no volume can be backed up, for want of a droplet, a second one too: {problem}")
+            raise NoDroplet(f"nothing can be done for want of a droplet, a second one too: {problem}")
         self._is_replaced = True
         self._job.report.warn(f"{problem}; making another one")
         self._ephemeral.remove_droplets()
 
-    def _boot(self) -> Host:
-        """Create the droplet and wait until it lets us in."""
-        if self._key_id is None:
-            self._key_id = self._ephemeral.upload_key(self._keys.public)
-        droplet = self._ephemeral.create_droplet(self._plan, self._key_id, self._keys.user_data())
-        link = self._links.enter_context(contextlib.closing(Link(droplet.address, self._keys, self._job.stop)))
-        try:
-            link.open(SSH_LIMIT)
-            self._disarm(link, droplet)
-        except ConnectionLost as problem:
-            raise DropletLost(str(problem)) from problem
-        self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
-        return Host(droplet, link)
+    def _make(self) -> Host:
+        """Create the droplet, and another one if it is lost meanwhile, and wait until it lets us in."""
+        while True:
+            try:
+                droplet = self._ephemeral.create_droplet(self._plan, self._keys.public, self._keys.user_data())
+                link = self._links.enter_context(contextlib.closing(Link(droplet.address, self._keys, self._job.stop)))
+                link.open(SSH_LIMIT)
+                self._disarm(link, droplet)
+            except NoDroplet:
+                raise
+            except (DropletLost, ConnectionLost) as problem:
+                self._give_up_on(problem)
+            except DosvobError as problem:
+                raise NoDroplet(f"nothing can be done for want of a droplet: {problem}") from problem
+            else:
+                self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
+                return droplet, link
 
     def _disarm(self, link: Link, droplet: Droplet) -> None:
         """Once more, in case something wrote the rule after bootcmd."""
@@ -4563,6 +4442,23 @@ class Hosts:
 
 
 @dataclass(frozen=True)
+class Result:
+    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up."""
+
+    name: str
+    size: int
+    outcome: str
+    changed: int = 0
+    fetched: int = 0
+    seconds: float = 0.0
+
+    def row(self) -> tuple[str, ...]:
+        """Its line in the table at the end of a run."""
+        figures = (human_size(self.changed), human_size(self.fetched), human_time(self.seconds))
+        return self.name, human_size(self.size), *(figures if self.outcome == "ok" else ("-",) * 3), self.outcome
+
+
+@dataclass
 class Turn:
     """A volume whose turn it is; times are time.monotonic.
 
@@ -4576,6 +4472,9 @@ class Turn:
     give_up: float = float("inf")
 
 
+Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
+
+
 class Backup:
     """One run over some volumes."""
 
@@ -4583,124 +4482,70 @@ class Backup:
     SNAPSHOT_RETRY = 20  # seconds between attempts when a snapshot came too soon and nobody says how much
     RELEASE_DELAY = 60  # seconds at most for which a clone that was synced stays so that another one is attached first
 
-    def __init__(self, job: Job, plan: DropletPlan, *, reread: bool) -> None:
+    def __init__(self, job: Job, plan: DropletPlan, volumes: Sequence[Volume], *, reread: bool) -> None:
         self._job = job
         self._plan = plan
         self._reread = reread
         self._report = job.report
         self._ephemeral = Ephemeral(job.api, job.home.id, job.report)
-        self._results: dict[str, Result] = {}
+        self._results = {volume.name: Result(volume.name, volume.size, "not begun") for volume in volumes}
+        self._turns = collections.deque(Turn(volume, number) for number, volume in enumerate(volumes))
         self._has_no_droplet = False
 
-    def run(self, volumes: list[Volume]) -> list[Result]:
+    def run(self) -> list[Result]:
         """Back up all volumes; returns the results in their order."""
-        names = ", ".join(volume.name for volume in volumes)
-        self._report.say(f"backing up {names}, over a droplet {self._plan.sizes[0][0]} with {self._plan.image}")
+        size, image = self._plan.sizes[0][0], self._plan.image
+        self._report.say(f"backing up {', '.join(self._results)}, over a droplet {size} with {image}")
         with self._ephemeral:
             try:
-                self._run(volumes)
+                self._take_turns()
             except Interrupted:
-                self._tell_interrupted(volumes)
+                self._tell_interrupted()
                 raise
             finally:
                 self._report.end_progress()
-        results = [self._results[volume.name] for volume in volumes]
-        self._report.conclude(result_table(results))
-        self._report.conclude(
-            f"this run cost about ${self._ephemeral.cost():.4f}, DigitalOcean's minimum charges included"
-        )
+        results = list(self._results.values())
+        rows = [("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", ""), *(result.row() for result in results)]
+        self._report.say(table(rows, (0, 5)), is_result=True)
+        cost = self._ephemeral.cost()
+        told = f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included"
+        self._report.say(told, is_result=True)
         return results
 
-    def _run(self, volumes: list[Volume]) -> None:
-        pool = concurrent.futures.ThreadPoolExecutor
-        turns = [Turn(volume, number) for number, volume in enumerate(volumes) if self._is_fit(volume)]
-        if not turns:
+    def _take_turns(self) -> None:
+        """One volume after the other; the next one is prepared, and the last one released, while one syncs."""
+        for turn in list(self._turns):
+            try:
+                ImagePaths(self._job.home.path, turn.volume.name)
+            except DosvobError as problem:
+                self._fail(turn.volume, problem)
+                self._turns.remove(turn)
+        if not self._turns:
             return
+        pool = concurrent.futures.ThreadPoolExecutor
         hosts = Hosts(self._job, self._ephemeral, self._plan)
         with contextlib.closing(hosts), pool(1) as ahead, pool(1) as behind:
+
+            def start() -> tuple[Turn, Prepared] | None:
+                turn = self._turns.popleft() if self._turns else None
+                return (turn, ahead.submit(self._prepare, turn, hosts)) if turn else None
+
             try:
-                self._take_turns(collections.deque(turns), hosts, ahead, behind)
+                upcoming, last = start(), None
+                while upcoming is not None:
+                    prepared = self._await(*upcoming)
+                    volume, upcoming = upcoming[0].volume, start()
+                    if prepared is None:
+                        continue
+                    if last is not None and upcoming is not None:  # the last clones go with the droplet
+                        behind.submit(self._release, last, hosts, upcoming[1])
+                    self._sync(volume, *prepared, hosts)
+                    last = prepared[0]
             finally:
                 self._job.stop.request()  # what goes on in the background is of no use any more
 
-    def _is_fit(self, volume: Volume) -> bool:
-        try:
-            ImagePaths(self._job.home.path, volume.name)
-        except DosvobError as problem:
-            self._fail(volume, str(problem))
-            return False
-        return True
-
-    def _next_snapshot(self, turn: Turn, told: float | None) -> tuple[float, float]:
-        """In how many seconds to try again, and the time (time.monotonic) that the user was told for the next snapshot.
-
-        DigitalOcean says it seldom; the state knows when the last one was taken, if that was ours.
-        """
-        wait = told
-        path = ImagePaths(self._job.home.path, turn.volume.name).state
-        with contextlib.suppress(OSError, DosvobError), path.open("rb") as file:
-            since = age(State.unpack(file.read(BLOCK), path).snapshot.taken_at)
-            if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
-                wait = self.SNAPSHOT_INTERVAL - since
-        until = turn.until
-        if not until:
-            seconds = self.SNAPSHOT_INTERVAL if wait is None else wait
-            moment = local_time(utc_now() + datetime.timedelta(seconds=seconds))
-            self._report.say(
-                f"{turn.volume.name}: DigitalOcean takes one snapshot of a volume per 10 minutes, the next one "
-                f"{'at' if wait is not None else 'by'} {moment}; the other volumes go first"
-            )
-            until = time.monotonic() + seconds
-        return self.SNAPSHOT_RETRY if wait is None else wait, until
-
-    def _take_turns(
-        self,
-        turns: collections.deque[Turn],
-        hosts: Hosts,
-        ahead: concurrent.futures.Executor,
-        behind: concurrent.futures.Executor,
-    ) -> None:
-        """One volume after the other; the next one is prepared, and the last one released, while one syncs."""
-
-        def start() -> tuple[Turn, concurrent.futures.Future[tuple[Volume, str]]] | None:
-            turn = turns.popleft() if turns else None
-            return (turn, ahead.submit(self._prepare, turn, hosts)) if turn else None
-
-        upcoming = start()
-        last: Volume | None = None
-        while upcoming is not None:
-            turn, future = upcoming
-            prepared = self._prepared(turn, future, turns)
-            upcoming = start()
-            if prepared is None:
-                continue
-            if last is not None and upcoming is not None:  # the last clones go with the droplet
-                behind.submit(self._release, last, hosts, upcoming[1])
-            self._sync(turn.volume, *prepared, hosts, turns)
-            last = prepared[0]
-
-    def _prepared(
-        self, turn: Turn, future: concurrent.futures.Future[tuple[Volume, str]], turns: collections.deque[Turn]
-    ) -> tuple[Volume, str] | None:
+    def _await(self, turn: Turn, future: Prepared) -> tuple[Volume, str] | None:
         """What was prepared for the turn; None if it failed, or is to be taken later."""
-        try:
-            return self._await(turn, future)
-        except SnapshotTooSoon as problem:
-            wait, until = self._next_snapshot(turn, problem.wait)
-            now = time.monotonic()
-            give_up = min(turn.give_up, now + max(self.SNAPSHOT_INTERVAL, wait) + 60)
-            if now + wait > give_up:
-                self._fail(turn.volume, f"{problem}, and did not take this one for longer: try again later")
-                return None
-            turns.append(Turn(turn.volume, turn.number, now + wait, until, give_up))
-        except NoDroplet as problem:
-            self._fail_all([turn, *turns], problem)
-            turns.clear()
-        except DosvobError as problem:
-            self._fail(turn.volume, str(problem))
-        return None
-
-    def _await(self, turn: Turn, future: concurrent.futures.Future[tuple[Volume, str]]) -> tuple[Volume, str]:
         start = time.monotonic()
         while not future.done():
             left = max(turn.until, turn.not_before) - time.monotonic()
@@ -4708,33 +4553,77 @@ class Backup:
             waiting = f"waiting for its clone and the droplet, {human_time(time.monotonic() - start)}"
             self._report.progress(f"{turn.volume.name}: {until if left > 0 else waiting}")
             concurrent.futures.wait([future], timeout=0.5)
-        return future.result()
+        try:
+            return future.result()
+        except DosvobError as problem:
+            if isinstance(problem, ApiError) and problem.status == 429:
+                self._put_off(turn, problem.wait)
+            else:
+                self._fail(turn.volume, problem)
+        return None
 
-    def _fail(self, volume: Volume, problem: str) -> None:
+    def _put_off(self, turn: Turn, wait: float | None) -> None:
+        """Take a turn later, when DigitalOcean takes the volume's next snapshot.
+
+        DigitalOcean says seldom in how many seconds that is (`wait`); the state knows when the last one was taken, if
+        that was ours.
+        """
+        now, name = time.monotonic(), turn.volume.name
+        path = ImagePaths(self._job.home.path, name).state
+        with contextlib.suppress(OSError, DosvobError), path.open("rb") as file:
+            since = age(State.unpack(file.read(BLOCK), path).snapshot.taken_at)
+            if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
+                wait = self.SNAPSHOT_INTERVAL - since
+        rule = "DigitalOcean takes one snapshot of a volume per 10 minutes"
+        if not turn.until:
+            seconds = self.SNAPSHOT_INTERVAL if wait is None else wait
+            moment = local_time(utc_now() + datetime.timedelta(seconds=seconds))
+            the_next_one = f"the next one {'by' if wait is None else 'at'} {moment}"
+            self._report.say(f"{name}: {rule}, {the_next_one}; the other volumes go first")
+            turn.until = now + seconds
+        wait = self.SNAPSHOT_RETRY if wait is None else wait
+        turn.not_before = now + wait
+        turn.give_up = min(turn.give_up, now + max(self.SNAPSHOT_INTERVAL, wait) + 60)
+        if turn.not_before > turn.give_up:
+            self._fail(turn.volume, DosvobError(f"{rule}, and did not take this one for longer: try again later"))
+        else:
+            self._turns.append(turn)
+
+    def _fail(self, volume: Volume, problem: DosvobError | OSError) -> None:
+        """Report what a volume, or for want of a droplet each that is left, failed for."""
         self._report.end_progress()
-        self._report.error(f"{volume.name}: {problem}")
-        self._results[volume.name] = Result(volume.name, volume.size, "FAILED")
+        failed = [volume]
+        if isinstance(problem, NoDroplet):
+            if not self._has_no_droplet:  # the volume that was being prepared meanwhile meets it too
+                self._report.error(str(problem))
+            self._has_no_droplet = True
+            failed += [turn.volume for turn in self._turns]
+            self._turns.clear()
+        else:
+            told = explained(problem, self._job.home.path)
+            if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                versions = Versions(ImagePaths(self._job.home.path, volume.name)).all()
+                held = f"{len(versions)} older versions hold {human_size(sum(each.occupied for each in versions))}"
+                told += f'; its {held}, and "keep" in conf.json says how many there are' * bool(versions)
+            self._report.error(f"{volume.name}: {told}")
+        for each in failed:
+            self._results[each.name] = Result(each.name, each.size, "FAILED")
 
-    def _fail_all(self, turns: Iterable[Turn], problem: NoDroplet) -> None:
-        self._report.end_progress()
-        if not self._has_no_droplet:  # the volume that was being prepared meanwhile meets it too
-            self._report.error(str(problem))
-        self._has_no_droplet = True
-        for turn in turns:
-            self._results[turn.volume.name] = Result(turn.volume.name, turn.volume.size, "FAILED")
-
-    def _tell_interrupted(self, volumes: Iterable[Volume]) -> None:
+    def _tell_interrupted(self) -> None:
         """Say what is complete, what goes on next time, and how to see it."""
-        outcomes: dict[str, list[str]] = {"ok": [], "begun": [], "FAILED": [], "not begun": []}
-        for volume in volumes:
-            result = self._results.get(volume.name)
-            outcomes[result.outcome if result else "not begun"].append(volume.name)
-        words = {"ok": "complete", "begun": "begun, and goes on next time"}
-        told = "; ".join(
-            f"{words.get(outcome, outcome)}: {', '.join(names)}" for outcome, names in outcomes.items() if names
-        )
+        words = {
+            "ok": "complete",
+            "begun": "begun, and goes on next time",
+            "FAILED": "FAILED",
+            "not begun": "not begun",
+        }
+        told = []
+        for outcome, word in words.items():
+            names = [result.name for result in self._results.values() if result.outcome == outcome]
+            told += [f"{word}: {', '.join(names)}"] if names else []
         self._report.end_progress()
-        self._report.conclude(f"interrupted; {told}; to see what there is: {command_line('list')}")
+        told.append(f"to see what there is: {command_line('list')}")
+        self._report.say(f"interrupted; {'; '.join(told)}", is_result=True)
 
     # In the background
 
@@ -4744,67 +4633,58 @@ class Backup:
         hosts.check()  # a clone would be of no use without a droplet
         clone, taken_at = self._ephemeral.make_clone(turn.volume, turn.number)
         with contextlib.suppress(DropletLost):  # then it is attached to another one, before its sync
-            self._ephemeral.attach(clone, hosts.get().droplet)
+            self._ephemeral.attach(clone, hosts.get()[0])
         return clone, taken_at
 
-    def _release(self, clone: Volume, hosts: Hosts, upcoming: concurrent.futures.Future[tuple[Volume, str]]) -> None:
+    def _release(self, clone: Volume, hosts: Hosts, upcoming: Prepared) -> None:
         """Detach the clone and delete it, after the next one's attachment: that one is waited for first."""
         concurrent.futures.wait([upcoming], timeout=self.RELEASE_DELAY)
         try:
-            self._ephemeral.release(clone, hosts.get().droplet)
+            self._ephemeral.release(clone, hosts.get()[0])
         except (DosvobError, Interrupted) as problem:
             self._report.detail(f"{problem}; {clone.name} is removed at the end of the run")
 
     # In the foreground
 
-    def _sync(self, volume: Volume, clone: Volume, taken_at: str, hosts: Hosts, turns: collections.deque[Turn]) -> None:
-        start = time.monotonic()
-        self._report.current = f"backing up {volume.name}"
-        self._results[volume.name] = Result(volume.name, volume.size, "begun")
+    def _sync(self, volume: Volume, clone: Volume, taken_at: str, hosts: Hosts) -> None:
+        """Make the clone's content the volume's image."""
+        start, name = time.monotonic(), volume.name
+        self._report.current = f"backing up {name}"
+        self._report.detail(f"{name}: syncing its snapshot of {taken_at}")
+        self._results[name] = Result(name, volume.size, "begun")
+        paths = ImagePaths(self._job.home.path, name)
+        snapshot = Snapshot(volume.id, name, volume.region, clone.size, taken_at)
+
+        def warn(text: str) -> None:
+            self._report.warn(f"{name}: {text}")
+
         try:
-            result = self._sync_image(volume, clone, taken_at, hosts)
-        except NoDroplet as problem:
-            self._fail_all([Turn(volume, 0), *turns], problem)
-            turns.clear()
-        except DosvobError as problem:
-            self._fail(volume, str(problem))
-        except OSError as problem:
-            self._fail(volume, self._disk_problem(problem, volume))
+            update = Update(paths, snapshot, self._job.config.keep, warn, reread=self._reread)
+            with contextlib.closing(update):
+                try:
+                    received = self._fetch(volume, clone, hosts, update)
+                    update.finish(Meter(self._report, self._job.stop, f"{name}: writing what changed"))
+                except OSError as problem:
+                    if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                        update.give_room()
+                    raise
+            if update.tally.differing_bytes:
+                warn(
+                    f"{human_size(update.tally.differing_bytes)} of the image differs from what was recorded, or "
+                    f"cannot be read: {update.tally.differing}. Either it was mounted or opened for writing, or the "
+                    "disk is failing; the volume's content was put back"
+                )
+            self._thin(paths, snapshot)
+        except (DosvobError, OSError) as problem:
+            self._fail(volume, problem)
         else:
-            result = self._results[volume.name] = dataclasses.replace(result, seconds=time.monotonic() - start)
+            result = Result(name, snapshot.size, "ok", update.tally.changed, received, time.monotonic() - start)
+            self._results[name] = result
             self._report.end_progress()
             self._report.say(
-                f"{volume.name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
+                f"{name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
-
-    def _disk_problem(self, problem: OSError, volume: Volume) -> str:
-        told = disk_problem(problem, self._job.home.path)
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-            versions = Versions(ImagePaths(self._job.home.path, volume.name)).all()
-            if versions:
-                held = human_size(sum(version.occupied for version in versions))
-                told += (
-                    f'; its {len(versions)} older versions hold {held}, and "keep" in conf.json says how many there are'
-                )
-        return told
-
-    def _sync_image(self, volume: Volume, clone: Volume, taken_at: str, hosts: Hosts) -> Result:
-        paths = ImagePaths(self._job.home.path, volume.name)
-        snapshot = Snapshot(volume.id, volume.name, volume.region, clone.size, taken_at)
-        self._report.detail(f"{volume.name}: syncing its snapshot of {taken_at}")
-        keep = self._job.config.keep
-        with contextlib.closing(Update(paths, snapshot, keep, self._warn_of(volume), reread=self._reread)) as update:
-            try:
-                received = self._fetch(volume, clone, hosts, update)
-                update.finish(Meter(self._report, self._job.stop, f"{volume.name}: writing what changed"))
-            except OSError as problem:
-                if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-                    update.give_room()
-                raise
-        self._tell_differing(volume.name, update.tally)
-        self._thin(paths, snapshot)
-        return Result(volume.name, snapshot.size, "ok", update.tally.changed, received)
 
     def _fetch(self, volume: Volume, clone: Volume, hosts: Hosts, update: Update) -> int:
         """Sync over the droplet, or another one if it is lost; returns the bytes received."""
@@ -4813,28 +4693,17 @@ class Backup:
         begun = update.settled * CHUNK
         while True:
             try:
-                host = hosts.get()
-                self._ephemeral.attach(clone, host.droplet)
+                droplet, link = hosts.get()
+                self._ephemeral.attach(clone, droplet)
                 return sync_device(
-                    lambda first, window: host.link.start_agent(agent_source(device, first, window)),  # noqa: B023
+                    lambda first, window: link.start_agent(agent_source(device, first, window)),  # noqa: B023
                     update,
                     self._report.warn,
                     lambda received: meter.show_sync(update.settled * CHUNK, begun, received),
-                    lambda: self._ephemeral.is_gone(host.droplet),  # noqa: B023 - called while it is this one
+                    lambda: self._ephemeral.is_gone(droplet),  # noqa: B023 - called while it is this one
                 )
             except DropletLost as problem:
                 hosts.replace(problem)
-
-    def _warn_of(self, volume: Volume) -> Callable[[str], None]:
-        return lambda text: self._report.warn(f"{volume.name}: {text}")
-
-    def _tell_differing(self, name: str, tally: Tally) -> None:
-        if tally.differing_bytes:
-            self._report.warn(
-                f"{name}: {human_size(tally.differing_bytes)} of the image differs from what was recorded, or cannot "
-                f"be read: {tally.differing}. Either it was mounted or opened for writing, or the disk is failing; the "
-                "volume's content was put back"
-            )
 
     def _thin(self, paths: ImagePaths, snapshot: Snapshot) -> None:
         """Drop the versions that are not to be kept; what cannot be dropped now is at the next run."""
@@ -4844,10 +4713,10 @@ class Backup:
         except Interrupted:
             return  # the volume is backed up; whoever waits next ends the run
         except (OSError, DosvobError) as problem:
-            told = disk_problem(problem, paths.versions) if isinstance(problem, OSError) else str(problem)
             held = human_size(Versions(paths).occupied())
             self._report.warn(
-                f"{paths.name}: its older versions could not all be thinned, and none is lost by that: {told}. They "
+                f"{paths.name}: its older versions could not all be thinned, and none is lost by that: "
+                f"{explained(problem, paths.versions)}. They "
                 f'hold {held}; to keep fewer change "keep" in conf.json; to see which are damaged: '
                 + command_line("verify", paths.name)
             )
@@ -5007,8 +4876,9 @@ class Upload:
 class Sending(Conversation):
     """Has a Receiver write what is to be on the device."""
 
-    def __init__(self, stream: Stream, upload: Upload, progress: Callable[[], None]) -> None:
+    def __init__(self, stream: AgentStream, upload: Upload, progress: Callable[[], None]) -> None:
         super().__init__(stream, upload, progress)
+        self._has_received = stream.has_received
         self._upload = upload
         self._packer = Packer(with_zstd=False)
 
@@ -5019,7 +4889,7 @@ class Sending(Conversation):
 
     def _flush(self) -> None:
         """Send until something has come in, or must come in first."""
-        while self._greeted and not self._stream.has_received() and (frame := self._upload.next_frame()):
+        while self._greeted and not self._has_received() and (frame := self._upload.next_frame()):
             start = time.monotonic()
             self._stream.send(frame)
             self._packer.sent(len(frame), time.monotonic() - start)
@@ -5104,39 +4974,33 @@ class Unfinished:
 
     def record(self, home: Home) -> None:
         """Write it down, durably; raises OSError."""
-        new = self.path(home).with_suffix(".new")
-        with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
-            json.dump(dataclasses.asdict(self), file)
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(self.path(home))
-        sync_directory(home.metadata)
+        home.write(self.path(home).name, json.dumps(dataclasses.asdict(self)))
 
     def forget(self, home: Home) -> None:
         """It is complete, or gone."""
         self.path(home).unlink(missing_ok=True)
         sync_directory(home.metadata)
 
-    def told(self, home: Home, identifier: str) -> str:
-        """What the user must know of it if it is there, with this id."""
-        hourly = self.size / GIB * KINDS[VOLUME].gib_hour
-        resource = Resource(VOLUME, identifier, self.name, hourly)
+    def why(self, home: Home) -> str:
+        """Why it is there."""
         return (
-            f"a restore that was ended in the middle left in {self.region} the {resource}, which is not complete. "
-            f"Remove it at https://cloud.digitalocean.com{KINDS[VOLUME].panel} or run: doctl compute volume delete "
-            f"{identifier}. If it is to stay, delete {self.path(home)}"
+            f"It is not complete, for the restore was ended in the middle; if it is to stay, delete {self.path(home)}"
         )
 
 
 def tell_unfinished(home: Home, report: Reporter) -> None:
     """Name what restores that were ended in the middle have left in the account, as far as is known without looking."""
-    unfinished = Unfinished.all(home, report)
-    for volume in unfinished if not home.is_busy() else ():  # such as with that restore
-        report.warn(f"unless it was removed since: {volume.told(home, volume.id or 'that is not known')}")
+    for volume in Unfinished.all(home, report):
+        if not home.is_busy():  # such as with that restore
+            resource = NewVolume(volume.name, volume.region, volume.size).resource(volume.id or UNKNOWN)
+            report.warn(
+                f"in {volume.region} there is, unless it was removed since, the {resource}. {volume.why(home)}. Remove "
+                f"it at https://cloud.digitalocean.com{KINDS[VOLUME].panel}, or look: {command_line('sweep')}"
+            )
 
 
-def look_for_unfinished(job: Job) -> None:
-    """Look in the account for what restores that were ended in the middle have left, name it, and forget what is gone.
+def look_for_unfinished(job: Job, *, dry_run: bool) -> None:
+    """Name what restores that were ended in the middle have left in the account, and forget what is gone.
 
     It is not removed, for it may be in use by now.
     """
@@ -5144,10 +5008,9 @@ def look_for_unfinished(job: Job) -> None:
     there = job.api.list("/v2/volumes", "volumes") if unfinished else []
     for volume in unfinished:
         found = [item for item in there if item.get("id") == volume.id or item.get("description") == volume.mark]
-        if found:
-            job.report.has_left = True
-            job.report.error(volume.told(job.home, required(found[0], "id", str)))
-        elif age(volume.begun_at) > Unfinished.SHOWN_LIMIT or volume.id:
+        job.report.left_behind({Resource.parse(VOLUME, item): volume.why(job.home) for item in found})
+        is_gone = not found and (volume.id or age(volume.begun_at) > Unfinished.SHOWN_LIMIT)
+        if is_gone and not dry_run:
             volume.forget(job.home)
 
 
@@ -5172,6 +5035,10 @@ class NewVolume:
         if size < least:
             raise UsageError(f"{source.name} needs {least} GiB, and --size says {size}")
         return cls(arguments.to_volume, arguments.region or source.region or region, size * GIB)
+
+    def resource(self, identifier: str) -> Resource:
+        """What it is when it is there."""
+        return Resource(VOLUME, identifier, self.name, self.size / GIB * KINDS[VOLUME].gib_hour)
 
     def check(self, api: Api) -> None:
         """Raise UsageError for what DigitalOcean would refuse, while nothing has been created yet."""
@@ -5206,7 +5073,7 @@ class NewVolume:
             try:
                 call()
             except ApiError as problem:
-                if problem.is_forbidden:
+                if problem.status in (401, 403):
                     raise UsageError(str(problem)) from problem
 
 
@@ -5231,12 +5098,10 @@ class Restoration:
             with self._ephemeral:
                 volume = self._complete(unfinished)
         except BaseException:
-            if not any(item.kind == VOLUME and wish.name in item.name.split(", ") for item in self._ephemeral.left):
+            if not self._ephemeral.may_have_left(wish.name):
                 unfinished.forget(self._home)
             raise
-        self._report.conclude(
-            f"this run cost about ${self._ephemeral.cost():.4f}, DigitalOcean's minimum charges included"
-        )
+        self._report.say(f"this run cost about ${self._ephemeral.cost():.4f}, DigitalOcean's minimum charges included")
         return volume
 
     def _complete(self, unfinished: Unfinished) -> Volume:
@@ -5247,7 +5112,7 @@ class Restoration:
         with contextlib.closing(Hosts(self._job, self._ephemeral, self._plan)) as hosts:
             try:
                 self._fill(volume, hosts)
-                self._ephemeral.detach(volume, hosts.get().droplet)
+                self._ephemeral.detach(volume, hosts.get()[0])
             finally:
                 self._report.end_progress()
                 self._job.stop.request()  # a droplet that is still being made is of no use any more
@@ -5289,7 +5154,7 @@ class Restoration:
         volume: Volume,
         hosts: Hosts,
         work: W,
-        conversation: Callable[[Stream, W, Callable[[], None]], Conversation],
+        conversation: Callable[[AgentStream, W, Callable[[], None]], Conversation],
         program: Callable[[int], bytes],
         what: str,
     ) -> None:
@@ -5297,15 +5162,15 @@ class Restoration:
         meter = Meter(self._report, self._job.stop, f"{volume.name}: {what}", volume.size)
         while True:
             try:
-                host = hosts.get()
-                self._ephemeral.attach(volume, host.droplet)
+                droplet, link = hosts.get()
+                self._ephemeral.attach(volume, droplet)
                 converse(
-                    lambda first: host.link.start_agent(program(first)),  # noqa: B023 - called while it is this one
+                    lambda first: link.start_agent(program(first)),  # noqa: B023 - called while it is this one
                     conversation,
                     work,
                     self._report.warn,
                     lambda _: meter(work.settled * CHUNK - meter.done),
-                    lambda: self._ephemeral.is_gone(host.droplet),  # noqa: B023 - likewise
+                    lambda: self._ephemeral.is_gone(droplet),  # noqa: B023 - likewise
                 )
             except DropletLost as problem:
                 hosts.replace(problem)
@@ -5314,9 +5179,8 @@ class Restoration:
 
 
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# What the user can ask for. Those that need no account: verify, health, list, restore.
-
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+# What the user can ask for. Those that need no account: verify, health, list, restore. A command has failed if it
+# raises, or reports an error.
 
 
 def select_volumes(job: Job, names: Sequence[str]) -> list[Volume]:
@@ -5365,47 +5229,44 @@ def matching(volumes: Iterable[Volume], patterns: Sequence[str]) -> list[Volume]
     return [volume for volume in volumes if any(fnmatch.fnmatchcase(volume.name, pattern) for pattern in patterns)]
 
 
-def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False) -> None:
+def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False, dry_run: bool = False) -> list[Resource]:
     """Remove this home's leftovers and those of no home, and report what stays; name those of other homes.
 
     What another home has may be in use: `everything` removes it too. With `not_before` (time.monotonic) it is gone on
-    until a list shows nothing that was asked for after that.
+    until a list shows nothing that was asked for after that. Returns what was found to be removed; a `dry_run` only
+    names it.
     """
-    ours = ("", job.home.id)
+    report, ours = job.report, ("", job.home.id)
     found: list[Resource] = []
     kinds = list(KINDS)
-    problem: ApiError | None = None
+    refused: ApiError | None = None
     for kind in KINDS:
         try:
             found += Resource.list(job.api, [kind])
-        except ApiError as refused:
-            if refused.status is None:  # nobody answers
+        except ApiError as problem:
+            if problem.status is None:  # nobody answers
                 raise
             kinds.remove(kind)  # the others cost money meanwhile
-            problem = refused
+            refused = problem
     leftovers = [resource for resource in found if everything or resource.home in ours]
-    tell_foreign(job, [resource for resource in found if resource not in leftovers])
-    for resource in leftovers:
-        job.report.say(f"left over from an earlier run: {resource}")
-    if leftovers or not_before:
-        note = job.report.doing
-        removal = Removal(job.api, lambda item: everything or item.home in ours, not_before, note, kinds)
-        job.report.left_behind(removal.run())
-    if problem:
-        raise problem
-    look_for_unfinished(job)
-
-
-def tell_foreign(job: Job, resources: Iterable[Resource]) -> None:
-    """Name what belongs to other homes; loudly what is older than a run is, and billed."""
-    for resource in resources:
+    for resource in found:
+        if resource in leftovers:
+            report.say(f"{'would remove' if dry_run else 'left over from an earlier run:'} {resource}")
+            continue
         seconds = age(resource.created_at)
         how_old = "of unknown age" if seconds == float("inf") else f"{human_time(max(seconds, 0))} old"
-        tell = job.report.say if seconds < 24 * 3600 or not resource.hourly else job.report.warn
+        tell = report.say if seconds < 24 * 3600 or not resource.hourly else report.warn  # no run takes so long
         tell(
             f"not touched, because it belongs to another backups directory (its id is {resource.home}): {resource}, "
             f"{how_old}. If nothing backs up to that any more: {command_line('sweep', '--all')}"
         )
+    if (leftovers or not_before) and not dry_run:
+        removal = Removal(job.api, lambda item: everything or item.home in ours, not_before, report.doing, kinds)
+        report.left_behind(removal.run())
+    if refused:
+        raise refused
+    look_for_unfinished(job, dry_run=dry_run)
+    return leftovers
 
 
 def finish_journals(home: Home, report: Reporter, stop: Stop) -> set[str]:
@@ -5418,38 +5279,34 @@ def finish_journals(home: Home, report: Reporter, stop: Stop) -> set[str]:
             if Journal.finish(ImagePaths(home.path, name), report.warn, meter):
                 report.end_progress()
                 report.say(f"{name}: an interrupted backup was completed from its journal")
-        except DosvobError as problem:
-            report.error(str(problem))
-            failed.add(name)
-        except OSError as problem:
-            report.error(
-                f"{name}: {disk_problem(problem, home.path)}; the journal is kept and applied at the next start"
-            )
+        except (DosvobError, OSError) as problem:
+            kept = "; the journal is kept and applied at the next start" * isinstance(problem, OSError)
+            report.error(f"{name}: {explained(problem, home.path)}{kept}")
             failed.add(name)
     return failed
 
 
-def back_up(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
-    """The main job; returns the exit code."""
-    if arguments.dry_run:
-        return dry_run(Job.open(arguments, report, stop, patience=20), arguments.names)
+def back_up(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
+    """The main job."""
     job = Job.open(arguments, report, stop)
+    if arguments.dry_run:
+        dry_run(job, arguments.names)
+        return
     url = job.config.healthchecks
     try:
         with job.home.locked():
             ping(url, "/start", report)
-            code = back_up_all(job, arguments)
+            back_up_all(job, arguments)
     except Busy:
         raise  # the one that is at work tells how it goes
     except (Exception, Interrupted) as problem:
         ping(url, "/fail", report, str(problem))
         raise
-    ping(url, "" if code == EXIT_OK else "/fail", report)
-    return code
+    ping(url, "/fail" if report.has_failed else "", report)
 
 
-def back_up_all(job: Job, arguments: argparse.Namespace) -> int:
-    """A backup, once the lock is held; returns the exit code."""
+def back_up_all(job: Job, arguments: argparse.Namespace) -> None:
+    """A backup, once the lock is held."""
     home, report = job.home, job.report
     try:
         sweep(job)  # first: what is left costs money while a large journal is applied
@@ -5461,25 +5318,18 @@ def back_up_all(job: Job, arguments: argparse.Namespace) -> int:
         try:
             home.record_wanted(volume.name for volume in volumes)
         except OSError as problem:
-            told = disk_problem(problem, home.path)
-            report.warn(f"{told}; `health` will not miss a volume that was never backed up")
+            report.warn(f"{explained(problem, home.path)}; `health` will not miss a volume that was never backed up")
     fit = [volume for volume in volumes if volume.name not in damaged]
-    results = Backup(job, plan, reread=arguments.reread).run(fit) if fit else []
+    if fit:
+        Backup(job, plan, fit, reread=arguments.reread).run()
     if not report.has_left:
         report.say("nothing of this home's is left in the account")
-    has_failed = report.has_left or damaged or any(result.outcome != "ok" for result in results)
-    return EXIT_FAILED if has_failed else EXIT_OK
 
 
-def dry_run(job: Job, names: Sequence[str]) -> int:
+def dry_run(job: Job, names: Sequence[str]) -> None:
     """Say what a backup would do; changes nothing."""
     report = job.report
-    tell_unfinished(job.home, report)
-    for resource in Resource.list(job.api):
-        if resource.home in ("", job.home.id):
-            report.say(f"would remove what an earlier run left: {resource}")
-        else:
-            tell_foreign(job, [resource])
+    sweep(job, dry_run=True)
     plan = DropletPlan.make(job.api, job.config)
     size, price = plan.sizes[0]
     for volume in select_volumes(job, names):
@@ -5491,111 +5341,85 @@ def dry_run(job: Job, names: Sequence[str]) -> int:
         how = "changes only" if image.exists() else "all of it, for the first time"
         report.say(f"would back up {volume.name}, {volume.size // GIB} GiB, to {image}: {how}")
     report.say(f"would do so over a droplet {size} with {plan.image} in {plan.region}, at ${price:.5f} an hour")
-    return EXIT_OK
 
 
-def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
     """Remove leftovers, and nothing else."""
     if arguments.names:
         raise UsageError("sweep takes no names: it removes all that dosvob left behind")
     job = Job.open(arguments, report, stop)
     if arguments.dry_run:
-        tell_unfinished(job.home, report)
-        ours = ("", job.home.id)
-        found = Resource.list(job.api)
-        leftovers = [resource for resource in found if arguments.all or resource.home in ours]
-        for resource in leftovers:
-            report.say(f"would remove {resource}")
-        tell_foreign(job, [resource for resource in found if resource not in leftovers])
-        if not leftovers:
+        if not sweep(job, everything=arguments.all, dry_run=True):
             report.say("there is nothing to remove")
-        return EXIT_OK
+        return
     with job.home.locked():
         sweep(job, time.monotonic() + LIST_LAG, everything=arguments.all)  # what was created a moment ago shows late
-        damaged = finish_journals(job.home, report, stop)
+        finish_journals(job.home, report, stop)
     if not report.has_left:
         report.say("nothing of dosvob's is left in the account" + " for this home" * (not arguments.all))
-    return EXIT_FAILED if report.has_left or damaged else EXIT_OK
 
 
-def verify_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+def verify_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
     """Compare images and versions with their recorded digests, without network or account."""
     home = Home(arguments.backups)
     home.check()
     tell_unfinished(home, report)
     with home.locked():
-        failed = bool(finish_journals(home, report, stop))
-        names = home.chosen(arguments.names) or sorted(home.names())
+        finish_journals(home, report, stop)
+        names = home.chosen(arguments.names, with_aside=False)
         if not names:
             raise DosvobError(f"there is no backup in {home.path} yet, so nothing was verified")
         for name in names:
             try:
-                failed |= not verify_one(ImagePaths(home.path, name), report, stop)
+                verify_one(ImagePaths(home.path, name), report, stop)
             except (OSError, DosvobError) as problem:
-                told = disk_problem(problem, home.path) if isinstance(problem, OSError) else str(problem)
-                report.error(told if told.startswith(name) else f"{name}: {told}")
-                failed = True
-    return EXIT_FAILED if failed else EXIT_OK
+                report.error(f"{name}: {explained(problem, home.path)}")
 
 
-def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> bool:
-    """Verify one image and its versions and say what was found; returns whether all is sound."""
+def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> None:
+    """Verify one image and its versions and say what was found."""
     paths.check_link()
     with contextlib.closing(Chain(paths, from_disk=True)) as chain:
+        problems = [str(chain.problem)] if chain.problem else []
         length, meter = os.fstat(chain.image.fd).st_size, Meter(report, stop, f"{paths.name}: verified", chain.size)
-        if chain.problem:
-            report.error(f"{paths.name}: {chain.problem}")
-        elif chain.state is None:
+        if chain.state is None and not problems:
             report.say(f"{paths.name}: no digests are recorded yet, the next backup records them")
-        if chain.state is None and not chain.versions:
-            return not chain.problem
-        image, *versions = chain.verify(meter)
+        is_recorded = chain.state is not None or bool(chain.versions)
+        image, *versions = chain.verify(meter) if is_recorded else [Ranges()]
     report.end_progress()
-    if length != chain.size:
-        report.error(
-            f"{paths.name}: the image's size is {length} bytes, and {chain.size} were backed up: the next backup mends "
-            "it"
+    if is_recorded and length != chain.size:
+        problems.append(
+            f"the image's size is {length} bytes, and {chain.size} were backed up: the next backup mends it"
         )
     if image.ranges:
-        report.error(f"{paths.name}: differs from its snapshot in {image}: the next backup mends it")
+        problems.append(f"differs from its snapshot in {image}: the next backup mends it")
     for version, ranges in zip(chain.versions, versions, strict=True):
         if ranges.ranges or not version.is_whole:
             lost = f"cannot be restored in {ranges}" if ranges.ranges else "can be restored whole"
-            report.error(
-                f"{paths.name}: the version of {local_time(version.moment)} {lost}"
-                + f"; {version.path} is damaged" * (not version.is_whole)
-            )
-    all_sound = all(version.is_whole for version in chain.versions) and not any(
-        each.ranges for each in (image, *versions)
-    )
-    is_sound = all_sound and length == chain.size and not chain.problem
-    if is_sound:
+            damaged = f"; {version.path} is damaged" * (not version.is_whole)
+            problems.append(f"the version of {local_time(version.moment)} {lost}{damaged}")
+    for problem in problems:
+        report.error(f"{paths.name}: {problem}")
+    if is_recorded and not problems:
         and_versions = f", and {len(versions)} older version{'s' * (len(versions) > 1)}" if versions else ""
         report.say(f"{paths.name}: sound, {human_size(chain.size)}{and_versions}")
-    return is_sound
 
 
-def health(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:  # noqa: ARG001 - as every command
+def health(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:  # noqa: ARG001 - as every command
     """Say how old each backup is, without network, account or lock; it fails if one is too old, or there is none."""
     home = Home(arguments.backups)
     home.check()
     tell_unfinished(home, report)
-    try:
-        wanted = home.wanted()
-        states = {path.name.removesuffix(".state") for path in home.metadata.glob("*.state")}
-        names = arguments.names or sorted(wanted | {name for name in states if ImagePaths.VOLUME_NAME.fullmatch(name)})
-        if not names:
-            raise DosvobError(f"there is no backup in {home.path} yet")
-        failed = False
-        for name in names:
-            try:
-                report.say(f"{name}: {health_of(home, name, arguments.max_age, is_wanted=name in wanted)}")
-            except DosvobError as problem:
-                report.error(f"{name}: {problem}")
-                failed = True
-    except OSError as problem:
-        raise DosvobError(disk_problem(problem, home.path)) from problem
-    return EXIT_FAILED if failed else EXIT_OK
+    wanted = home.wanted()
+    states = {path.stem for path in home.metadata.glob("*.state")}
+    names = arguments.names or sorted(wanted | {name for name in states if ImagePaths.VOLUME_NAME.fullmatch(name)})
+    if not names:
+        raise DosvobError(f"there is no backup in {home.path} yet")
+    for name in names:
+        try:
+            report.say(f"{name}: {health_of(home, name, arguments.max_age, is_wanted=name in wanted)}")
+        except DosvobError as problem:
+            report.error(f"{name}: {problem}")
 
 
 def health_of(home: Home, name: str, max_age: float, *, is_wanted: bool) -> str:
@@ -5625,55 +5449,49 @@ def health_of(home: Home, name: str, max_age: float, *, is_wanted: bool) -> str:
     return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
 
 
-def list_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:  # noqa: ARG001 - as every command
+def list_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:  # noqa: ARG001 - as every command
     """Say what is there to be restored, without network, account or lock."""
     home = Home(arguments.backups)
     home.check()
-    names = home.chosen(arguments.names) or sorted(home.names() | home.aside_names())
     tell_unfinished(home, report)
-    try:
-        described = [describe(ImagePaths(home.path, name)) for name in names]
-    except OSError as problem:
-        raise DosvobError(disk_problem(problem, home.path)) from problem
+    described = [describe(ImagePaths(home.path, name)) for name in home.chosen(arguments.names)]
     if arguments.json:
         report.answer(json.dumps({"volumes": described}, indent=2))
     elif not described:
         report.say(f"there is no backup in {home.path} yet")
     else:
         report.answer("\n\n".join(description_text(volume) for volume in described))
-    return EXIT_OK
 
 
 def describe(paths: ImagePaths) -> Json:
     """What there is of a volume, in the form of `list --json`: README has it."""
     described: Json = {"name": paths.name, "region": None, "size": None, "occupied": 0, "problem": None, "versions": []}
+
+    def add(moment: datetime.datetime, version: Version | None = None, frees: int | None = None, **more: Any) -> None:
+        changed, occupied = (version.changed, version.occupied) if version else (None, described["occupied"])
+        described["versions"].append(
+            {"time": moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
+             "frees": frees, "damaged": False, **more}
+        )  # fmt: skip
+
     try:
         paths.check_link()
         status = paths.image.stat()
         described |= {"size": status.st_size, "occupied": status.st_blocks * 512}
         with paths.state.open("rb") as file:
             state = State.unpack(file.read(BLOCK), paths.state)
+        described |= {"region": state.snapshot.region, "size": state.snapshot.size}
+        add(state.moment)
     except FileNotFoundError:
         described["problem"] = "no snapshot is recorded" if described["size"] else "the image is missing"
     except DosvobError as problem:
         described["problem"] = str(problem)
-    else:
-        described |= {"region": state.snapshot.region, "size": state.snapshot.size}
-        described["versions"].append(
-            {"time": state.moment.isoformat(), "image": True, "changed": None, "occupied": status.st_blocks * 512,
-             "frees": None, "damaged": False}
-        )  # fmt: skip
     versions = Versions(paths).all()
     for version, older in itertools.zip_longest(versions, versions[1:]):
-        is_damaged = not version.is_whole
         try:
-            frees = Versions.freed_by(version, older)
+            add(version.moment, version, Versions.freed_by(version, older), damaged=not version.is_whole)
         except Damaged:
-            is_damaged, frees = True, version.occupied
-        described["versions"].append(
-            {"time": version.moment.isoformat(), "image": False, "changed": version.changed,
-             "occupied": version.occupied, "frees": frees, "damaged": is_damaged}
-        )  # fmt: skip
+            add(version.moment, version, version.occupied, damaged=True)
     return described
 
 
@@ -5681,10 +5499,8 @@ def description_text(volume: Json) -> str:
     """The same for people."""
     size = human_size(volume["size"]) if volume["size"] else "of unknown size"
     older = sum(version["occupied"] for version in volume["versions"] if not version["image"])
-    head = (
-        f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {human_size(volume['occupied'])} here"
-    )
-    lines = [head + f" and {human_size(older)} for older versions" * bool(older)]
+    here = human_size(volume["occupied"]) + " here" + f" and {human_size(older)} for older versions" * bool(older)
+    lines = [f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {here}"]
     if volume["problem"]:
         lines.append(f"  {volume['problem']}")
     rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "")]
@@ -5696,13 +5512,13 @@ def description_text(volume: Json) -> str:
     return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
 
 
-def restore(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+def restore(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
     """Bring back an image or an older version."""
-    return (restore_to_volume if arguments.to_volume else restore_to_file)(arguments, report, stop)
+    (restore_to_file if arguments.to_volume is None else restore_to_volume)(arguments, report, stop)
 
 
-def restore_to_volume(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
-    """Make a new volume of an image, an older version or any file; returns the exit code."""
+def restore_to_volume(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
+    """Make a new volume of an image, an older version or any file."""
     file = vars(arguments)["from"]
     if len(arguments.names) != (0 if file else 1) or (file and arguments.at):
         raise UsageError(
@@ -5710,39 +5526,34 @@ def restore_to_volume(arguments: argparse.Namespace, report: Reporter, stop: Sto
             + command_line("restore", "data", "--to-volume", "data-restored")
         )
     job = Job.open(arguments, report, stop)
-    try:
-        with job.home.locked():
-            sweep(job)
-            with open_source(job, file, arguments) as source:
-                wish = NewVolume.of(source, arguments, job.config.region)
-                plan = DropletPlan.make(job.api, dataclasses.replace(job.config, region=wish.region))
-                wish.check(job.api)
-                price = wish.size / GIB * KINDS[VOLUME].gib_hour * HOURS_PER_MONTH
-                report.say(f"making {wish.name} in {wish.region}, {wish.size // GIB} GiB, of {source.name}")
-                volume = Restoration(job, plan, source, wish).run()
-    except OSError as problem:
-        raise DosvobError(f"{arguments.to_volume} was not made: {disk_problem(problem, job.home.path)}") from problem
-    checked = "" if source.is_checked else "; what it was made of has no recorded digests, and was not checked"
-    report.conclude(
-        f"{wish.name} is made of {source.name}: the volume {volume.id} in {wish.region}, {wish.size // GIB} GiB, "
-        f"${price:.2f} a month; all of it was read back there and compared{checked}. To use it on a droplet of yours:\n"
-        f"doctl compute volume-action attach {volume.id} DROPLET-ID\n"
-        f"mount {Link.device(wish.name)} /mnt    # there"
+    with job.home.locked():
+        sweep(job)
+        with open_source(job.home, file, arguments) as source:
+            wish = NewVolume.of(source, arguments, job.config.region)
+            plan = DropletPlan.make(job.api, dataclasses.replace(job.config, region=wish.region))
+            wish.check(job.api)
+            report.say(f"making {wish.name} in {wish.region}, {wish.size // GIB} GiB, of {source.name}")
+            volume = Restoration(job, plan, source, wish).run()
+    unchecked = "" if source.is_checked else "; whether that is what was backed up is not recorded, and was not checked"
+    report.say(
+        f"{source.name} is now also the {wish.resource(volume.id)} in {wish.region}: all of it was read back there and "
+        f"compared{unchecked}. To use it on a droplet of yours:\n"
+        f"  doctl compute volume-action attach {volume.id} DROPLET-ID\n"
+        f"  mount {Link.device(wish.name)} /mnt    # on the droplet"
     )
-    return EXIT_FAILED if report.has_left else EXIT_OK
 
 
 def open_source(
-    job: Job, file: Path | None, arguments: argparse.Namespace
+    home: Home, file: Path | None, arguments: argparse.Namespace
 ) -> contextlib.AbstractContextManager[Source]:
     """What is asked for; raises UsageError, Damaged, OSError."""
     if file:
         return Source.of_file(file)
-    paths = ImagePaths(job.home.path, *job.home.chosen(arguments.names))
+    paths = ImagePaths(home.path, *home.chosen(arguments.names))
     return Source.of_image(paths, parse_wanted_time(arguments.at) if arguments.at else None)
 
 
-def restore_to_file(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+def restore_to_file(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
     """Write an image or an older version to a new file, without network, account or configuration."""
     if len(arguments.names) != 2:
         raise UsageError(f"restore takes a volume's name and a new file: {command_line('restore', 'data', 'data.img')}")
@@ -5761,16 +5572,15 @@ def restore_to_file(arguments: argparse.Namespace, report: Reporter, stop: Stop)
                 is_recorded = chain.state is not None
                 final, damaged = chain.restore(depth, target, meter)
         except OSError as problem:
-            raise DosvobError(f"{name} could not be restored: {disk_problem(problem, target)}") from problem
+            raise DosvobError(f"{name} could not be restored: {explained(problem, target)}") from problem
     report.end_progress()
     size = final.stat()
     figures = f"{human_size(size.st_size)}, which take {human_size(size.st_blocks * 512)} of the disk"
     if damaged.ranges:
         report.error(f"{told} is damaged in {damaged}; the rest of it is in {final}, {figures}")
-        return EXIT_FAILED
+        return
     checked = "every chunk as it was recorded" if is_recorded else "not checked, for want of the image's digests"
     report.say(f"{told} is restored to {final}: {figures}, {checked}")
-    return EXIT_OK
 
 
 def parse_wanted_time(text: str) -> datetime.datetime:
@@ -5818,9 +5628,10 @@ exit codes:
   2  wrong use or configuration; nothing was created
   128+n  ended by signal n, after removing everything
 """
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 ACCOUNT = {"config", "backups", "dry_run"}
 TO_VOLUME = {"config", "to_volume", "region", "size", "from"}
-COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Reporter, Stop], int], set[str]]] = {
+COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Reporter, Stop], None], set[str]]] = {
     # what does it, and the options that it uses
     "": (back_up, {*ACCOUNT, "reread"}),
     "sweep": (sweep_only, {*ACCOUNT, "all"}),
@@ -5946,19 +5757,19 @@ def main(arguments: list[str] | None = None) -> int:
 def run_command(parsed: argparse.Namespace, report: Reporter, stop: Stop) -> int:
     """Do what was asked for; returns the exit code, and raises nothing."""
     try:
-        return COMMANDS[parsed.command][0](parsed, report, stop)
+        COMMANDS[parsed.command][0](parsed, report, stop)
     except Interrupted:
         return EXIT_FAILED
     except UsageError as problem:
         report.error(str(problem))
         return EXIT_USAGE
-    except DosvobError as problem:
-        report.error(str(problem))
+    except (DosvobError, OSError) as problem:
+        report.error(explained(problem, parsed.backups))
         report.detail(traceback.format_exc())
-    except Exception as problem:  # noqa: BLE001 - a bug, or a disk that fails where nobody expects it: one clear line
+    except Exception as problem:  # noqa: BLE001 - a bug: one clear line
         report.error(f"unexpected {type(problem).__name__}: {problem}; run again with --verbose to see where")
         report.detail(traceback.format_exc())
-    return EXIT_FAILED
+    return EXIT_FAILED if report.has_failed else EXIT_OK
 
 
 if __name__ == "__main__":

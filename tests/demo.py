@@ -1,6 +1,6 @@
 """The main job, without an account: three simulated volumes are backed up, changed, backed up again, looked into.
 
-Then a file is lost on a volume, and comes back from an older version; then a whole volume, which comes back as a new one.
+Then a file is lost on a volume, and comes back from an older version; then a whole volume, and comes back as a new one.
 Everything but the account is real: the script, HTTP, SSH, the file system. Exit code 1 if anything differs.
 """
 

@@ -290,7 +290,7 @@ def test_an_answer_that_trickles_for_ever(home: Home, sim: Simulator) -> None:
     sim.faults.add(Fault("trickle", method="GET", path=r"^/v2/droplets/\d+$", times=FOREVER, seconds=0.1))
     done = run(home, expect=1, constants={"CALL_LIMIT": 0.5, "PATIENCE": 1})
     assert re.search(
-        r"error: no volume .*, for want of a droplet: GET /v2/droplets/\d+: no complete answer", done.stderr
+        r"error: nothing can be done for want of a droplet: GET /v2/droplets/\d+: no complete answer", done.stderr
     )
     assert_nothing_left(sim)
 
@@ -393,7 +393,7 @@ def test_droplet_is_not_to_be_had(
     assert "warning: " in first
     assert message in first
     assert "making another one" in first
-    assert "error: no volume can be backed up, for want of a droplet, a second one too: " in second
+    assert "error: nothing can be done for want of a droplet, a second one too: " in second
     assert message in second
     assert len(re.findall(r"(data|other) .* FAILED", done.stdout)) == 2
     assert len([item for item in sim.ever if item.kind == "droplet"]) == 2

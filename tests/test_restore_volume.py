@@ -125,10 +125,10 @@ def test_latest_comes_back(home: Home, sim: Simulator, lost: Lost) -> None:
     assert (volume.name, volume.region, volume.size_gib, volume.tags) == (NEW, "fra1", 1, [])
     assert not volume.droplet_id
     said = done.stdout
-    assert f"the volume {volume.id} in fra1, 1 GiB, $0.10 a month" in said
+    assert f"is now also the volume {NEW} (id {volume.id}, $0.10 a month) in fra1" in said
     assert "all of it was read back there and compared" in said
     assert f"doctl compute volume-action attach {volume.id} DROPLET-ID" in said
-    assert f"mount /dev/disk/by-id/scsi-0DO_Volume_{NEW} /mnt" in said
+    assert f"  mount /dev/disk/by-id/scsi-0DO_Volume_{NEW} /mnt" in said
     assert "this run cost about $0.01" in said
     assert done.stderr == ""
     assert not records(home)
@@ -557,7 +557,7 @@ def kill_in_the_middle(home: Home, sim: Simulator, directory: Path) -> Volume:
 def test_killed_and_named(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
     """By every command, until it is gone, and by none after that; it is never removed, for it may be in use by now."""
     volume = kill_in_the_middle(home, sim, tmp_path)
-    named = f"left in fra1 the volume {NEW} (id {volume.id}, $0.10 a month), which is not complete"
+    named = f"volume {NEW} (id {volume.id}, $0.10 a month). "
     for command in (
         ["list"],
         ["list", "--json"],
@@ -566,11 +566,12 @@ def test_killed_and_named(home: Home, sim: Simulator, tmp_path: Path, lost: Lost
         ["restore", "data", "x"],
     ):
         done = run(home, *command, expect=None)
-        assert done.stderr.count(named) == 1, command
-        assert f"doctl compute volume delete {volume.id}" in done.stderr
+        assert done.stderr.count(f"in fra1 there is, unless it was removed since, the {named}") == 1, command
+        assert "It is not complete, for the restore was ended in the middle" in done.stderr
     for command in (["sweep"], ["sweep", "--all"], []):
         done = run(home, *command, expect=1)
-        assert done.stderr.count(named) == 1, command
+        assert done.stderr.count(f"LEFT BEHIND, and billed until you remove it: {named}") == 1, command
+        assert f"doctl compute volume delete {volume.id}" in done.stderr
         assert_only(sim, volume)
     sim.remove_volume(volume)
     sim.add_volume("other")
@@ -599,7 +600,7 @@ def test_killed_before_the_answer(home: Home, sim: Simulator, lost: Lost) -> Non
     running.signal(signal.SIGKILL)
     running.end()
     (volume,) = sim.alive()
-    assert "(id that is not known" in run(home, "list").stderr
+    assert "(id unknown, $0.10 a month)" in run(home, "list").stderr
     done = run(home, "sweep", expect=1)
     assert f"(id {volume.id}, " in done.stderr
     assert other.id not in done.stderr
@@ -767,7 +768,7 @@ def test_signal_after_any_call(pytestconfig: pytest.Config, tmp_path: Path, call
             until(lambda: len(sim.requests) >= moment or running.process.poll() is not None)  # noqa: B023
             running.signal(signal.SIGTERM)
             code = running.end()
-            is_made = "is made of" in running.output  # the last call had been made
+            is_made = "is now also" in running.output  # the last call had been made
             assert code in (128 + signal.SIGTERM, -signal.SIGTERM, *[0] * is_made), (moment, running.output)
             assert_ended_well(home, sim, lost, 0 if is_made else code)
             assert "error: " not in running.output
@@ -789,7 +790,7 @@ def test_killed_after_any_call(pytestconfig: pytest.Config, tmp_path: Path, call
             assert all(item.name == NEW for item in left), moment
             if left and not same(new_volume(sim).path, lost.newer):
                 assert f"(id {left[0].id}, " in done.stderr, moment
-            assert (done.returncode == 1) == bool(left and "which is not complete" in done.stderr)
+            assert (done.returncode == 1) == bool(left and "It is not complete" in done.stderr)
             for volume in sim.volumes:
                 sim.remove_volume(volume)
             assert run(home, "sweep").stderr == ""
