@@ -1020,7 +1020,8 @@ class Ephemeral:
         existing = [resource for resource in self._created if resource not in self._removed]
         counts = sorted(collections.Counter(resource.kind for resource in existing).items())
         told = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts) or "what may have been created"
-        self._report.say(f"removing {told}: all that is named {self.prefix}…")
+        others = [f" and {item.name}" for item in existing if not item.name.startswith(TAG)]
+        self._report.say(f"removing {told}: all that is named {self.prefix}…{''.join(others)}")
         api, note = self._api.for_teardown(), self._report.doing
         try:
             spared = self._spared(existing, api)
@@ -3641,6 +3642,7 @@ KEEPALIVE = 60  # seconds; a router forgets a connection that is idle, as it is 
 RECONNECT_LIMIT = 60  # seconds until a droplet that was up must let us in again
 STALL_LIMIT = 30  # seconds of silence after which a connection is given up; the agent speaks every HEARTBEAT
 LEAST_WINDOW, MOST_WINDOW = 4 << 20, 32 << 20  # bytes under way: enough for 1 Gbit/s over 30 ms, and over 200 ms
+SEND_SIZE = 32 << 10  # bytes given to paramiko at once: the most that OpenSSH takes in a packet
 RECEIVE_SIZE = 4 << 20  # bytes taken at once: paramiko moves all the rest of what has come, each time
 PACKET_SIZE = 256 << 10  # bytes; fewer packets, each of which costs paramiko some Python
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr")  # GCM is three times as fast
@@ -3734,7 +3736,7 @@ class AgentStream:
         """Send all of it; raises ConnectionLost."""
         view = memoryview(data)
         while view:
-            sent = self._patiently(lambda: self._channel.send(bytes(view)))  # noqa: B023 - called before view changes
+            sent = self._patiently(lambda: self._channel.send(bytes(view[:SEND_SIZE])))  # noqa: B023 - called at once
             view = view[sent:]
 
     def receive(self) -> bytes:
@@ -4095,7 +4097,8 @@ class Reporter:
         for resource, reason in left.items():
             what = "there may be something " if resource.id == UNKNOWN else ""
             billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
-            run = command_line("sweep") if TAG in resource.name else f"doctl compute volume delete {resource.id}"
+            is_sweepable = TAG in resource.name or resource.id == UNKNOWN
+            run = command_line("sweep") if is_sweepable else f"doctl compute volume delete {resource.id}"
             self.error(
                 f"{what}LEFT BEHIND{billed}: {resource}. {reason}. Remove it at "
                 f"https://cloud.digitalocean.com{KINDS[resource.kind].panel} or run: {run}"
@@ -4425,6 +4428,19 @@ class Hosts:
                 self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
                 return droplet, link
 
+    def over_droplet(self, volume: Volume, work: Callable[[Link, Callable[[], bool]], T]) -> T:
+        """Do some work about a volume over the droplet that it is attached to, and over another one if that is lost.
+
+        The work is given the way to the droplet, and what tells whether that is gone; it raises DropletLost then.
+        """
+        while True:
+            try:
+                droplet, link = self.get()
+                self._ephemeral.attach(volume, droplet)
+                return work(link, functools.partial(self._ephemeral.is_gone, droplet))
+            except DropletLost as problem:
+                self.replace(problem)
+
     def _disarm(self, link: Link, droplet: Droplet) -> None:
         """Once more, in case something wrote the rule after bootcmd."""
         for attempt in itertools.count(1):
@@ -4691,19 +4707,16 @@ class Backup:
         device = Link.device(clone.name)
         meter = Meter(self._report, self._job.stop, volume.name, update.chunks * CHUNK)
         begun = update.settled * CHUNK
-        while True:
-            try:
-                droplet, link = hosts.get()
-                self._ephemeral.attach(clone, droplet)
-                return sync_device(
-                    lambda first, window: link.start_agent(agent_source(device, first, window)),  # noqa: B023
-                    update,
-                    self._report.warn,
-                    lambda received: meter.show_sync(update.settled * CHUNK, begun, received),
-                    lambda: self._ephemeral.is_gone(droplet),  # noqa: B023 - called while it is this one
-                )
-            except DropletLost as problem:
-                hosts.replace(problem)
+        return hosts.over_droplet(
+            clone,
+            lambda link, is_gone: sync_device(
+                lambda first, window: link.start_agent(agent_source(device, first, window)),
+                update,
+                self._report.warn,
+                lambda received: meter.show_sync(update.settled * CHUNK, begun, received),
+                is_gone,
+            ),
+        )
 
     def _thin(self, paths: ImagePaths, snapshot: Snapshot) -> None:
         """Drop the versions that are not to be kept; what cannot be dropped now is at the next run."""
@@ -4816,7 +4829,7 @@ class Upload:
         self.settled = 0  # chunks from the first on that are durable
         self._source = source
         self._note = note
-        self._with_zeros = with_zeros
+        self.with_zeros = with_zeros
         self._frames = self._packed()
         self._packer: Packer | None = None
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()  # indices and frames
@@ -4861,11 +4874,11 @@ class Upload:
     def _pack(self, chunk_at: tuple[int, bytes]) -> tuple[int, bytes, bytes]:
         """A chunk's index, digest and frame; no frame if it need not be sent."""
         index, chunk = chunk_at
-        if chunk == ZERO_CHUNK and not self._with_zeros:
+        if chunk == ZERO_CHUNK and not self.with_zeros:
             return index, ZERO_DIGEST, b""
         digest = chunk_digest(page_digests(chunk))
         patch = Patch(index, ALL_PAGES, ALL_PAGES, chunk, digest)
-        if not self._with_zeros:
+        if not self.with_zeros:
             patch = Patch.of(index, ALL_PAGES, chunk, digest)
         assert self._packer is not None
         kind, data = self._packer.pack(bytes(patch.data))
@@ -4942,28 +4955,60 @@ class ReadBack(Conversation):
 
 
 @dataclass(frozen=True)
-class Unfinished:
-    """A volume that is being made: written down before it is asked for, so that it can be named after a kill.
+class NewVolume:
+    """A volume that is to be made; `size` in bytes, `id` empty until it is known.
 
-    `size` in bytes; `mark` is its description, which no other volume has; `id` is empty until it is known.
+    Before it is asked for it is written down in the home, and until it is complete or gone: so it can be named if all
+    ends before that. `mark` is its description, which no other volume has.
     """
 
     name: str
     region: str
     size: int
-    mark: str
-    begun_at: str
+    mark: str = ""
+    begun_at: str = ""
     id: str = ""
 
+    NAME: ClassVar[re.Pattern[str]] = re.compile(r"[a-z][a-z0-9-]{0,63}")
+    LARGEST: ClassVar[int] = 16 << 10  # GiB
     SHOWN_LIMIT: ClassVar[float] = 3600  # seconds after which a list shows whatever was asked for
 
+    def check(self, api: Api) -> None:
+        """Raise UsageError for what DigitalOcean would refuse, while nothing has been created yet."""
+        if not self.NAME.fullmatch(self.name) or Resource.is_ephemeral({"name": self.name}):
+            raise UsageError(
+                f'"{self.name}" cannot be the name of the new volume: up to 64 lower-case letters, digits and dashes, '
+                f'beginning with a letter, and not with "{TAG}"'
+            )
+        if self.size > self.LARGEST * GIB:
+            raise UsageError(f"a volume has at most {self.LARGEST} GiB, and this one would have {self.size // GIB}")
+        volumes = [Volume.parse(item) for item in api.list("/v2/volumes", "volumes")]
+        if any((volume.name, volume.region) == (self.name, self.region) for volume in volumes):
+            raise UsageError(f"there is a volume {self.name} in {self.region} already: take another name")
+        account = required(api.get("/v2/account"), "account", dict)
+        for kind, count in ((VOLUME, len(volumes)), (DROPLET, len(api.list("/v2/droplets", "droplets")))):
+            limit = account.get(f"{kind}_limit")
+            if isinstance(limit, int) and count >= limit:
+                raise UsageError(f"your account may have {limit} {kind}s and has {count}: see {LIMITS_PAGE}")
+        nothing = f"/v2/volumes/{uuid.UUID(int=0)}"
+        posts = ("/v2/volumes", "/v2/droplets", "/v2/account/keys", f"{nothing}/actions")
+        deletions = (nothing, "/v2/droplets/0", "/v2/account/keys/0")
+        calls: list[Callable[[], object]] = [functools.partial(api.post, path, {}) for path in posts]
+        calls += [functools.partial(api.delete, path) for path in deletions]
+        for call in calls:
+            try:
+                call()  # can do nothing: it lacks all that it needs, or is about nothing
+            except ApiError as problem:
+                if problem.status in (401, 403):  # the token lacks a scope
+                    raise UsageError(str(problem)) from problem
+
     @staticmethod
-    def all(home: Home, report: Reporter) -> list[Unfinished]:
-        """All that are written down."""
+    def unfinished(home: Home, report: Reporter) -> list[NewVolume]:
+        """Those that are written down."""
         found = []
         for path in sorted(home.metadata.glob("restore-*.json")):
             try:
-                found.append(Unfinished(**json.loads(path.read_text())))
+                found.append(NewVolume(**json.loads(path.read_text())))
             except (OSError, ValueError, TypeError) as problem:
                 report.warn(f"{path}, which names a volume that a restore may have left, cannot be read: {problem}")
         return found
@@ -4981,21 +5026,24 @@ class Unfinished:
         self.path(home).unlink(missing_ok=True)
         sync_directory(home.metadata)
 
+    @property
+    def resource(self) -> Resource:
+        """What it is when it is there."""
+        return Resource(VOLUME, self.id or UNKNOWN, self.name, self.size / GIB * KINDS[VOLUME].gib_hour)
+
     def why(self, home: Home) -> str:
-        """Why it is there."""
-        return (
-            f"It is not complete, for the restore was ended in the middle; if it is to stay, delete {self.path(home)}"
-        )
+        """Why it is there, if it is unfinished."""
+        ended = "It is not complete, for the restore was ended in the middle"
+        return f"{ended}; if it is to stay, delete {self.path(home)}"
 
 
 def tell_unfinished(home: Home, report: Reporter) -> None:
     """Name what restores that were ended in the middle have left in the account, as far as is known without looking."""
-    for volume in Unfinished.all(home, report):
+    for volume in NewVolume.unfinished(home, report):
         if not home.is_busy():  # such as with that restore
-            resource = NewVolume(volume.name, volume.region, volume.size).resource(volume.id or UNKNOWN)
             report.warn(
-                f"in {volume.region} there is, unless it was removed since, the {resource}. {volume.why(home)}. Remove "
-                f"it at https://cloud.digitalocean.com{KINDS[VOLUME].panel}, or look: {command_line('sweep')}"
+                f"in {volume.region} there is, unless it was removed since, the {volume.resource}. {volume.why(home)}. "
+                f"Remove it at https://cloud.digitalocean.com{KINDS[VOLUME].panel}, or look: {command_line('sweep')}"
             )
 
 
@@ -5004,77 +5052,14 @@ def look_for_unfinished(job: Job, *, dry_run: bool) -> None:
 
     It is not removed, for it may be in use by now.
     """
-    unfinished = Unfinished.all(job.home, job.report)
+    unfinished = NewVolume.unfinished(job.home, job.report)
     there = job.api.list("/v2/volumes", "volumes") if unfinished else []
     for volume in unfinished:
         found = [item for item in there if item.get("id") == volume.id or item.get("description") == volume.mark]
         job.report.left_behind({Resource.parse(VOLUME, item): volume.why(job.home) for item in found})
-        is_gone = not found and (volume.id or age(volume.begun_at) > Unfinished.SHOWN_LIMIT)
+        is_gone = not found and (volume.id or age(volume.begun_at) > NewVolume.SHOWN_LIMIT)
         if is_gone and not dry_run:
             volume.forget(job.home)
-
-
-@dataclass(frozen=True)
-class NewVolume:
-    """The volume that is wished for; `size` in bytes."""
-
-    name: str
-    region: str
-    size: int
-
-    NAME: ClassVar[re.Pattern[str]] = re.compile(r"[a-z][a-z0-9-]{0,63}")
-    LARGEST: ClassVar[int] = 16 << 10  # GiB
-
-    @classmethod
-    def of(cls, source: Source, arguments: argparse.Namespace, region: str) -> NewVolume:
-        """The one that is asked for, in the region where the source was, or else this one; raises UsageError."""
-        least = -(-source.size // GIB)
-        if not least:
-            raise UsageError(f"{source.name} is empty: there is nothing to make a volume of")
-        size = least if arguments.size is None else arguments.size
-        if size < least:
-            raise UsageError(f"{source.name} needs {least} GiB, and --size says {size}")
-        return cls(arguments.to_volume, arguments.region or source.region or region, size * GIB)
-
-    def resource(self, identifier: str) -> Resource:
-        """What it is when it is there."""
-        return Resource(VOLUME, identifier, self.name, self.size / GIB * KINDS[VOLUME].gib_hour)
-
-    def check(self, api: Api) -> None:
-        """Raise UsageError for what DigitalOcean would refuse, while nothing has been created yet."""
-        if not self.NAME.fullmatch(self.name) or Resource.is_ephemeral({"name": self.name}):
-            raise UsageError(
-                f'"{self.name}" cannot be the name of the new volume: up to 64 lower-case letters, digits and dashes, '
-                f'beginning with a letter, and not with "{TAG}"'
-            )
-        if self.size > self.LARGEST * GIB:
-            raise UsageError(f"a volume has at most {self.LARGEST} GiB, and this one would have {self.size // GIB}")
-        volumes = api.list("/v2/volumes", "volumes")
-        if any((volume.name, volume.region) == (self.name, self.region) for volume in map(Volume.parse, volumes)):
-            raise UsageError(f"there is a volume {self.name} in {self.region} already: take another name")
-        account = required(api.get("/v2/account"), "account", dict)
-        for kind, count in ((VOLUME, len(volumes)), (DROPLET, len(api.list("/v2/droplets", "droplets")))):
-            limit = account.get(f"{kind}_limit")
-            if isinstance(limit, int) and count >= limit:
-                raise UsageError(
-                    f"your account may have {limit} {kind}s and has {count}: have it raised at {LIMITS_PAGE}"
-                )
-        self._check_scopes(api)
-
-    @staticmethod
-    def _check_scopes(api: Api) -> None:
-        """Raise UsageError for a scope that the token lacks: by calls that lack all they need, or about nothing."""
-        nothing = f"/v2/volumes/{uuid.UUID(int=0)}"
-        posts = ("/v2/volumes", "/v2/droplets", "/v2/account/keys", f"{nothing}/actions")
-        deletions = (nothing, "/v2/droplets/0", "/v2/account/keys/0")
-        calls: list[Callable[[], object]] = [functools.partial(api.post, path, {}) for path in posts]
-        calls += [functools.partial(api.delete, path) for path in deletions]
-        for call in calls:
-            try:
-                call()
-            except ApiError as problem:
-                if problem.status in (401, 403):
-                    raise UsageError(str(problem)) from problem
 
 
 class Restoration:
@@ -5082,74 +5067,63 @@ class Restoration:
 
     def __init__(self, job: Job, plan: DropletPlan, source: Source, wish: NewVolume) -> None:
         self._job = job
-        self._home = job.home
         self._plan = plan
         self._source = source
-        self._wish = wish
-        self._report = job.report
         self._ephemeral = Ephemeral(job.api, job.home.id, job.report)
+        mark = f"restored by {self._ephemeral.prefix.rstrip('-')}"
+        self._new = dataclasses.replace(wish, mark=mark, begun_at=utc_now().isoformat())
 
-    def run(self) -> Volume:
+    def run(self) -> NewVolume:
         """Make it; returns it when all of it is there. If that fails, it is removed with all the rest."""
-        wish, mark = self._wish, f"restored by {self._ephemeral.prefix.rstrip('-')}"
-        unfinished = Unfinished(wish.name, wish.region, wish.size, mark, utc_now().isoformat())
-        unfinished.record(self._home)
+        home, report = self._job.home, self._job.report
+        self._new.record(home)
         try:
             with self._ephemeral:
-                volume = self._complete(unfinished)
+                self._make()
         except BaseException:
-            if not self._ephemeral.may_have_left(wish.name):
-                unfinished.forget(self._home)
+            if not self._ephemeral.may_have_left(self._new.name):
+                self._new.forget(home)
             raise
-        self._report.say(f"this run cost about ${self._ephemeral.cost():.4f}, DigitalOcean's minimum charges included")
-        return volume
+        report.say(f"this run cost about ${self._ephemeral.cost():.4f}, DigitalOcean's minimum charges included")
+        return self._new
 
-    def _complete(self, unfinished: Unfinished) -> Volume:
+    def _make(self) -> None:
         """Make the volume, and hand it over when it has all that it is to have."""
-        wish = self._wish
-        volume = self._ephemeral.make_volume(wish.name, wish.region, wish.size, unfinished.mark)
-        dataclasses.replace(unfinished, id=volume.id).record(self._home)
+        new, home = self._new, self._job.home
+        volume = self._ephemeral.make_volume(new.name, new.region, new.size, new.mark)
+        self._new = dataclasses.replace(new, id=volume.id)
+        self._new.record(home)
         with contextlib.closing(Hosts(self._job, self._ephemeral, self._plan)) as hosts:
             try:
                 self._fill(volume, hosts)
                 self._ephemeral.detach(volume, hosts.get()[0])
             finally:
-                self._report.end_progress()
+                self._job.report.end_progress()
                 self._job.stop.request()  # a droplet that is still being made is of no use any more
         self._ephemeral.hand_over(volume)
-        unfinished.forget(self._home)
-        return volume
+        self._new.forget(home)
 
     def _fill(self, volume: Volume, hosts: Hosts) -> None:
         """Write all, read all of it back, and write once more what is not there; raises DosvobError if that stays."""
         chunks, device = volume.size // CHUNK, Link.device(volume.name)
-
-        def write(_first: int) -> bytes:  # each frame tells where it belongs
-            return receiver_source(device)
-
-        def read(first: int) -> bytes:
-            return agent_source(device, first, WINDOW)
-
-        with tempfile.TemporaryFile(dir=self._home.metadata) as digests:
+        with tempfile.TemporaryFile(dir=self._job.home.metadata) as digests:
             upload = Upload(self._source.chunks(), chunks, digests.write)
-            for attempt in (1, 2):
-                self._converse(volume, hosts, upload, Sending, write, "written")
+            while True:
                 comparison = Comparison(chunks, digests)
-                self._converse(volume, hosts, comparison, ReadBack, read, "read back and compared")
+                self._do(volume, hosts, upload, Sending, lambda _: receiver_source(device), "written")
+                self._do(volume, hosts, comparison, ReadBack, lambda first: agent_source(device, first, WINDOW), "read")
                 differing = comparison.differing
                 if not differing:
                     return
-                told = (
-                    f"{len(differing)} MiB of {volume.name} are not what was written, the first one at byte "
-                    f"{min(differing) * CHUNK}"
-                )
-                if attempt == 2:
+                first, count = min(differing) * CHUNK, len(differing)
+                told = f"{count} MiB of {volume.name} are not what was written, the first one at byte {first}"
+                if upload.with_zeros:
                     raise DosvobError(f"{told}, also when written once more: DigitalOcean's fault, try again later")
-                self._report.warn(f"{told}; they are written once more")
+                self._job.report.warn(f"{told}; they are written once more")
                 again = (chunk for chunk in self._source.chunks() if chunk[0] in differing)
                 upload = Upload(again, chunks, lambda _: None, with_zeros=True)
 
-    def _converse(
+    def _do(
         self,
         volume: Volume,
         hosts: Hosts,
@@ -5158,24 +5132,19 @@ class Restoration:
         program: Callable[[int], bytes],
         what: str,
     ) -> None:
-        """Do a part of the work over the droplet, or another one if it is lost."""
-        meter = Meter(self._report, self._job.stop, f"{volume.name}: {what}", volume.size)
-        while True:
-            try:
-                droplet, link = hosts.get()
-                self._ephemeral.attach(volume, droplet)
-                converse(
-                    lambda first: link.start_agent(program(first)),  # noqa: B023 - called while it is this one
-                    conversation,
-                    work,
-                    self._report.warn,
-                    lambda _: meter(work.settled * CHUNK - meter.done),
-                    lambda: self._ephemeral.is_gone(droplet),  # noqa: B023 - likewise
-                )
-            except DropletLost as problem:
-                hosts.replace(problem)
-            else:
-                return
+        """Get a part of the work done, by the program, which is given the chunk to begin with."""
+        meter = Meter(self._job.report, self._job.stop, f"{volume.name}: {what}", volume.size)
+        hosts.over_droplet(
+            volume,
+            lambda link, is_gone: converse(
+                lambda first: link.start_agent(program(first)),
+                conversation,
+                work,
+                self._job.report.warn,
+                lambda _: meter(work.settled * CHUNK - meter.done),
+                is_gone,
+            ),
+        )
 
 
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5529,17 +5498,24 @@ def restore_to_volume(arguments: argparse.Namespace, report: Reporter, stop: Sto
     with job.home.locked():
         sweep(job)
         with open_source(job.home, file, arguments) as source:
-            wish = NewVolume.of(source, arguments, job.config.region)
-            plan = DropletPlan.make(job.api, dataclasses.replace(job.config, region=wish.region))
+            least = -(-source.size // GIB)
+            size = least if arguments.size is None else arguments.size
+            if not least:
+                raise UsageError(f"{source.name} is empty: there is nothing to make a volume of")
+            if size < least:
+                raise UsageError(f"{source.name} needs {least} GiB, and --size says {size}")
+            region = arguments.region or source.region or job.config.region
+            wish = NewVolume(arguments.to_volume, region, size * GIB)
+            plan = DropletPlan.make(job.api, dataclasses.replace(job.config, region=region))
             wish.check(job.api)
-            report.say(f"making {wish.name} in {wish.region}, {wish.size // GIB} GiB, of {source.name}")
-            volume = Restoration(job, plan, source, wish).run()
+            report.say(f"making {wish.name} in {region}, {size} GiB, of {source.name}")
+            new = Restoration(job, plan, source, wish).run()
     unchecked = "" if source.is_checked else "; whether that is what was backed up is not recorded, and was not checked"
     report.say(
-        f"{source.name} is now also the {wish.resource(volume.id)} in {wish.region}: all of it was read back there and "
+        f"{source.name} is now also the {new.resource} in {new.region}: all of it was read back there and "
         f"compared{unchecked}. To use it on a droplet of yours:\n"
-        f"  doctl compute volume-action attach {volume.id} DROPLET-ID\n"
-        f"  mount {Link.device(wish.name)} /mnt    # on the droplet"
+        f"  doctl compute volume-action attach {new.id} DROPLET-ID\n"
+        f"  mount {Link.device(new.name)} /mnt    # on the droplet"
     )
 
 
