@@ -4170,7 +4170,9 @@ class Meter:
         if not self.done and self._is_told:
             self._report.say(f"{self._what}; when it is stopped, it goes on next time")
         self.done += size
-        of = f" of {human_size(self._total)}" if self._total else ""
+        of, rate = "", self.done / max(time.monotonic() - self._start, 0.001)
+        if self._total and rate:
+            of = f" of {human_size(self._total)}, {human_time((self._total - self.done) / rate)} left"
         self._report.progress(f"{self._what}: {human_size(self.done)}{of}")
 
     def show_sync(self, settled: int, begun: int, received: int) -> None:
@@ -4992,9 +4994,9 @@ class NewVolume:
                 raise UsageError(f"your account may have {limit} {kind}s and has {count}: see {LIMITS_PAGE}")
         nothing = f"/v2/volumes/{uuid.UUID(int=0)}"
         posts = ("/v2/volumes", "/v2/droplets", "/v2/account/keys", f"{nothing}/actions")
-        deletions = (nothing, "/v2/droplets/0", "/v2/account/keys/0")
-        calls: list[Callable[[], object]] = [functools.partial(api.post, path, {}) for path in posts]
-        calls += [functools.partial(api.delete, path) for path in deletions]
+        calls: list[Callable[[], object]] = [functools.partial(api.post, path, {"tags": [TAG]}) for path in posts]
+        calls += [functools.partial(api.get, path) for path in ("/v2/actions/0", f"{nothing}/actions/0")]
+        calls += [functools.partial(api.delete, path) for path in (nothing, "/v2/droplets/0", "/v2/account/keys/0")]
         for call in calls:
             try:
                 call()  # can do nothing: it lacks all that it needs, or is about nothing

@@ -282,6 +282,7 @@ def test_limit_of_the_capacity(home: Home, sim: Simulator, lost: Lost) -> None:
 SCOPES = (
     *("account:read", "regions:read", "sizes:read", "image:read", "droplet:read", "droplet:create", "droplet:delete"),
     *("block_storage:read", "block_storage:create", "block_storage:delete", "block_storage_action:create"),
+    *("block_storage_action:read", "actions:read", "tag:create"),
     *("ssh_key:read", "ssh_key:create", "ssh_key:delete", "snapshot:read"),
 )
 
