@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MIB, Home, data_places, same, sampled, write_at
+from conftest import MIB, Home, Tmpfs, data_places, same, sampled, write_at
 from crash_support import (
     COMMIT_MARK,
     PAGE,
@@ -109,34 +109,6 @@ def one_clear_error(done: subprocess.CompletedProcess[str]) -> str:
 
 
 # -- a full disk
-
-
-class Tmpfs:
-    """A file system of a size that can be changed, in bytes; for `free` more than is used now."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=755", "dosvob-test", path], check=True)
-
-    def leave_free(self, free: int) -> None:
-        """Only so much can be written from now on."""
-        room = os.statvfs(self.path)
-        used = (room.f_blocks - room.f_bfree) * room.f_frsize
-        # tmpfs takes a size of 0 for "no limit"
-        subprocess.run(["mount", "-o", f"remount,size={max(used + free, PAGE)}", self.path], check=True)
-
-    def unmount(self) -> None:
-        """Take it away."""
-        subprocess.run(["umount", "--lazy", self.path], check=True)
-
-
-@pytest.fixture
-def tmpfs(tmp_path: Path) -> Iterator[Tmpfs]:
-    """A small file system."""
-    made = Tmpfs(tmp_path / "tmpfs")
-    yield made
-    made.unmount()
 
 
 def test_a_disk_that_is_full_at_any_stage_of_a_later_sync(

@@ -9,12 +9,11 @@ import os
 import random
 import shutil
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import Home, write_at
+from conftest import Home, Tmpfs, write_at
 from simulator import Simulator
 from trouble_support import GIB, QUICK, small_volumes
 from versions_support import (
@@ -23,7 +22,6 @@ from versions_support import (
     PAGE,
     Lineage,
     PowerCut,
-    Tmpfs,
     back_up,
     check_all,
     digest,
@@ -45,14 +43,6 @@ def lineage(tmp_path: Path) -> Lineage:
     made = Lineage(tmp_path, ALL)
     made.go_on(4)
     return made
-
-
-@pytest.fixture
-def tmpfs(tmp_path: Path) -> Iterator[Tmpfs]:
-    """A small file system."""
-    made = Tmpfs(tmp_path / "tmpfs")
-    yield made
-    made.unmount()
 
 
 def damage_of(lineage: Lineage) -> dict[str, str]:

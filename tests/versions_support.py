@@ -392,23 +392,3 @@ def mounted(device: Path, target: Path, *options: str) -> Iterator[Path]:
             wait_for(lambda: is_free(loop.path), 300)
     finally:
         loop.close()
-
-
-class Tmpfs:
-    """A file system of a size that can be changed, in bytes; for `free` more than is used now."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=755", "dosvob-test", path], check=True)
-
-    def leave_free(self, free: int) -> None:
-        """Only so much can be written from now on."""
-        room = os.statvfs(self.path)
-        used = (room.f_blocks - room.f_bfree) * room.f_frsize
-        # tmpfs takes a size of 0 for "no limit"
-        subprocess.run(["mount", "-o", f"remount,size={max(used + free, PAGE)}", self.path], check=True)
-
-    def unmount(self) -> None:
-        """Take it away."""
-        subprocess.run(["umount", "--lazy", self.path], check=True)
