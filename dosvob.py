@@ -2133,19 +2133,19 @@ class Journal:
     @classmethod
     def open(cls, paths: ImagePaths, volume_id: str, chunks: int) -> Journal:
         """The journal of the sync that begins: the good part of what a crash left, if it fits, or a new one."""
-        file = None
-        with contextlib.suppress(FileNotFoundError):
-            file = PatchFile(paths.journal, "journal", os.O_RDWR)
+        is_begun = False
+        with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as file:
             if file.end is not None:
                 raise DosvobError(f"{paths.journal} must be applied first: run again")
-        if file is None or not cls.fits(paths, file) or file.head["volume_id"] != volume_id:
+            is_begun = cls.fits(paths, file) and file.head["volume_id"] == volume_id
+        if not is_begun:
             base = identity_of(paths.image)
             head = {"id": secrets.token_hex(16), "name": paths.name, "volume_id": volume_id, "base": base}
-            file = PatchFile.create(paths.journal, "journal", head)
-        journal = cls(file, chunks)
+            PatchFile.create(paths.journal, "journal", head).close()
+        journal = cls(PatchFile(paths.journal, "journal", os.O_RDWR), chunks)
         with contextlib.suppress(Damaged):  # which is where its good part ends
             journal.read_places(lambda _: None)
-        file.cut(journal.end)
+        journal.file.cut(journal.end)
         return journal
 
     def append(self, patch: Patch) -> None:
