@@ -21,6 +21,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "dosvob.py"
 WITH_CONSTANTS = Path(__file__).resolve().parent / "with_constants.py"
 OPENAPI = os.environ.get("DIGITALOCEAN_OPENAPI")
 MIB = 1 << 20
+pytest_plugins = ["trouble_support"]
 T = TypeVar("T")
 
 ignore_for_ourselves_only()
@@ -171,12 +172,6 @@ def wait_for(condition: Callable[[], T | None], limit: float = 60) -> T:
             pytest.fail(f"waited {limit} s in vain")
         time.sleep(0.01)
     return found
-
-
-@pytest.fixture
-def behaviour() -> Behaviour:
-    """How the simulated account behaves; a test that wants another one overrides it."""
-    return Behaviour()
 
 
 @pytest.fixture

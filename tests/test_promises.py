@@ -24,11 +24,10 @@ from pathlib import Path
 import paramiko
 import pytest
 from conftest import MIB, Home, Tmpfs, same, write_at
-from simulator import FOREVER, Behaviour, Droplet, Fault, Resource, Simulator, Snapshot, Volume
+from simulator import FOREVER, Droplet, Fault, Resource, Simulator, Snapshot, Volume
 from simulator.machine import Machine
 from simulator.storage import LoopDevice
 from trouble_support import (
-    FAST,
     GIB,
     QUICK,
     Running,
@@ -36,10 +35,11 @@ from trouble_support import (
     assert_backed_up,
     assert_nothing_left,
     run,
-    small_volumes,
     start,
     until,
 )
+
+pytestmark = pytest.mark.small
 
 NAME = "data"
 PAGE = 4096
@@ -47,16 +47,6 @@ WRITES = "pwrite64,pwritev,pwritev2,write"
 IMPATIENT = {"STALL_LIMIT": 2, "RECONNECT_LIMIT": 1, "SSH_TIMEOUT": 2, "ADDRESS_LIMIT": 5, "BUSY_LIMIT": 5}
 PATIENT = {"STALL_LIMIT": 600}
 FEW_AHEAD = {"MOST_AHEAD": 64}  # chunks: a hole of so many MiB stands for one of 256 GiB
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_volumes(monkeypatch)
-
-
-@pytest.fixture
-def behaviour(request: pytest.FixtureRequest) -> Behaviour:
-    return replace(FAST, **getattr(request, "param", {}))
 
 
 def noise(size: int, seed: object = 0) -> bytes:
