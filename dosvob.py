@@ -2591,8 +2591,9 @@ class Chain:
     """An image and all that leads back from it: what each snapshot was, chunk by chunk. To be closed.
 
     A committed journal is laid over, not applied, so nothing is changed. `versions` are the newest first; `problem` is
-    what is wrong with the state, without which versions can be restored all the same. Raises FileNotFoundError without
-    an image, Damaged for a journal that cannot be used.
+    what is wrong with the state, without which versions can be restored all the same; `moment` is when the image's
+    snapshot was taken, None if unknown. Raises FileNotFoundError without an image, Damaged for a journal that cannot be
+    used.
     """
 
     def __init__(self, paths: ImagePaths, *, from_disk: bool = False) -> None:
@@ -2617,6 +2618,7 @@ class Chain:
                     self._table = files.enter_context(table.open("rb", buffering=128 << 10))
             except Damaged as problem:
                 self.problem = problem
+            self.moment = moment_of_image(self.state, self.versions)
             self._files = files.pop_all()
 
     def _lay_journal(self, files: contextlib.ExitStack) -> Journal | None:
@@ -2635,11 +2637,6 @@ class Chain:
             if version.is_whole and version.journal == file.head["id"]:
                 self.versions.insert(0, version)
         return journal
-
-    @property
-    def moment(self) -> datetime.datetime | None:
-        """When the image's snapshot was taken; None if unknown."""
-        return moment_of_image(self.state, self.versions)
 
     def depth_at(self, moment: datetime.datetime | None) -> int:
         """How many steps back the newest snapshot is that is not later than a time; 0, the image's, without a time.
@@ -2698,15 +2695,13 @@ class Chain:
         if self._table is not None:
             self._table.seek(BLOCK + index * DIGEST_SIZE)
             recorded = self._table.read(DIGEST_SIZE)
+        stored = ZERO_CHUNK if is_hole else self.image.chunk(index)
         patch = self._journal.patch(index) if self._journal else None
-        if is_hole and patch is None:
-            return ZERO_CHUNK, recorded in (None, ZERO_DIGEST)
-        stored = self.image.chunk(index)
-        chunk = ZERO_CHUNK if stored is None else stored
-        if patch is not None:
-            chunk = patch.over(chunk)
-        is_whole = recorded is None or chunk_digest(page_digests(chunk)) == recorded
-        return chunk, is_whole and (stored is not None or patch is not None)
+        chunk = patch.over(stored or ZERO_CHUNK) if patch else stored or ZERO_CHUNK
+        if stored is None and patch is None:
+            return chunk, False
+        digest = ZERO_DIGEST if chunk is ZERO_CHUNK or recorded is None else chunk_digest(page_digests(chunk))
+        return chunk, recorded in (None, digest)
 
     def verify(self, heed: Callable[[int], None]) -> list[Ranges]:
         """Compare the image and all versions with their digests; what is damaged of each, the image first."""
