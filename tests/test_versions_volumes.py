@@ -215,7 +215,8 @@ def test_a_crash_while_something_without_a_state_is_set_aside_does_not_part_it(
     monkeypatch.setattr(dosvob, "utc_now", lambda: later)
     lineage.back_up()
     assert lineage.check() == [file_name(lineage.now)]
-    (aside,) = dosvob.Home(lineage.backups).aside_names()
+    home = dosvob.Home(lineage.backups)
+    (aside,) = home.names() - home.names(with_aside=False)
     assert [path.name for path in lineage.paths.metadata.glob("*.set-aside-*")] == [f"{aside}.versions"]
     for depth, time in enumerate(before):
         assert digest(restored(lineage.backups, depth, aside)) == lineage.truth[time]
