@@ -1632,12 +1632,13 @@ class Agent:
             if time.monotonic() > end:
                 raise OSError(f"{self.device} did not appear within {DEVICE_LIMIT:.0f} s")
             time.sleep(0.1)
-        self.fd = os.open(self.device, os.O_RDONLY)
-        if stat.S_ISBLK(os.fstat(self.fd).st_mode):
+        fd = os.open(self.device, os.O_RDONLY)
+        if stat.S_ISBLK(os.fstat(fd).st_mode):
             is_read_only = self.access == os.O_RDONLY
-            fcntl.ioctl(self.fd, 0x125D, struct.pack("i", is_read_only))  # BLKROSET: as blockdev --setro, or --setrw
+            fcntl.ioctl(fd, 0x125D, struct.pack("i", is_read_only))  # BLKROSET: as blockdev --setro, or --setrw
             self.refuse_if_in_use()
         self.fd = os.open(self.device, self.access)
+        os.close(fd)
         size = os.lseek(self.fd, 0, os.SEEK_END)
         self.put(HELLO, 0, AGENT_MAGIC, struct.pack(">Q?", size, LIBZSTD is not None))
         return size

@@ -324,7 +324,39 @@ def test_tags(simulator: Simulator) -> None:
     assert [tag["name"] for tag in api.tags.list()["tags"]] == ["ours"]
 
 
+def test_what_describes_a_volume(simulator: Simulator) -> None:
+    api = client(simulator)
+    request = {"name": "data", "region": "fra1", "size_gigabytes": 1, "description": "restored by somebody"}
+    made = api.volumes.create(request)["volume"]
+    assert made["description"] == "restored by somebody"
+    assert [volume["description"] for volume in api.volumes.list()["volumes"]] == ["restored by somebody"]
+    limits = api.account.get()["account"]
+    assert (limits["volume_limit"], limits["droplet_limit"]) == (100, 25)
+
+
 # -- refusals
+
+
+def test_calls_that_can_do_nothing_tell_whether_they_are_allowed(simulator: Simulator) -> None:
+    api = client(simulator)
+    nothing, tags = "00000000-0000-0000-0000-000000000000", {"tags": ["ours"]}
+    calls: dict[str, tuple[Callable[[], Any], int]] = {
+        "block_storage:create": (lambda: api.volumes.create(tags), 422),
+        "block_storage:delete": (lambda: api.volumes.delete(nothing), 404),
+        "block_storage_action:create": (lambda: api.volume_actions.post_by_id(nothing, tags), 404),
+        "block_storage_action:read": (lambda: api.volume_actions.get(nothing, 0), 404),
+        "droplet:create": (lambda: api.droplets.create(tags), 422),
+        "droplet:delete": (lambda: api.droplets.destroy(0), 404),
+        "ssh_key:create": (lambda: api.ssh_keys.create(tags), 422),
+        "ssh_key:delete": (lambda: api.ssh_keys.delete(0), 404),
+        "actions:read": (lambda: api.actions.get(0), 404),
+    }
+    for scope, (call, status) in calls.items():
+        assert refusal(call)[0] == status, scope
+        simulator.token_lacks(scope)
+        assert refusal(call)[0] == 403, scope
+        simulator.token_lacks()
+    assert not simulator.ever
 
 
 def test_refusals_without_a_droplet(simulator: Simulator) -> None:
