@@ -106,6 +106,7 @@ import tempfile
 import traceback
 import urllib.parse
 import uuid
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -157,7 +158,8 @@ class Stop:
 
     NAP = 0.1  # seconds; how late a wish to stop may be noticed
 
-    def __init__(self) -> None:
+    def __init__(self, parent: Stop | None = None) -> None:
+        self._parent = parent  # whose wish is this one's too
         self.requested = False
 
     def request(self) -> None:
@@ -168,6 +170,8 @@ class Stop:
         """Raise `Interrupted` if a stop was requested."""
         if self.requested:
             raise Interrupted("interrupted")
+        if self._parent is not None:
+            self._parent.check()
 
     def sleep(self, seconds: float) -> None:
         """Sleep, or raise `Interrupted` as soon as a stop is requested."""
@@ -322,14 +326,16 @@ class Keep:
 class Config:
     """What conf.json and the environment say.
 
-    `include` and `exclude` are shell patterns of volume names; an empty `include` means all. `droplet_size` and
-    `droplet_image` are slugs, or None for the cheapest and the newest that will do. `healthchecks` is the address of a
-    monitoring service that is told how each run goes; whoever knows it can do so too.
+    `regions` are slugs, none for all that have volumes of the account; with `by_region` each has a directory for its
+    images. `include` and `exclude` are shell patterns of volume names; an empty `include` means all. `droplet_size`
+    and `droplet_image` are slugs, or None for the cheapest and the newest that will do. `healthchecks` is the address
+    of a monitoring service that is told how each run goes; whoever knows it can do so too.
     """
 
     token: str = field(repr=False)
     token_from: str
-    region: str
+    regions: tuple[str, ...]
+    by_region: bool
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     droplet_size: str | None
@@ -341,17 +347,17 @@ class Config:
     PLACEHOLDER = "dop_v1_PUT-YOUR-TOKEN-HERE"  # in conf.json.example
     TOKEN_VARIABLES = ("DIGITALOCEAN_ACCESS_TOKEN", "DIGITALOCEAN_TOKEN")  # doctl's and the Terraform provider's
     URL_VARIABLE = "DIGITALOCEAN_API_URL"
-    KEYS: ClassVar[Mapping[str, type]] = {
-        **dict.fromkeys(("do_token", "region", "droplet_size", "droplet_image", "healthchecks"), str),
-        "include": list,
-        "exclude": list,
-        "keep": dict,
-    }
-    MUST_BE: ClassVar[Mapping[type, str]] = {
-        str: "a text in quotes",
-        list: 'a list of names in quotes, such as ["data", "db-*"]',
-        dict: f"an object such as {json.dumps(dataclasses.asdict(Keep()))}",
-        int: "a whole number from 0 to 10000",
+    TEXT = ((str,), "a text in quotes")
+    NAMES = ((list,), 'a list of names in quotes, such as ["data", "db-*"]')
+    KEYS: ClassVar[Mapping[str, tuple[tuple[type, ...], str]]] = {  # the types of its value, and what it must be
+        "do_token": TEXT,
+        "region": ((str, list), 'a region in quotes, such as "fra1", or ["fra1", "nyc3"] for several, or "all"'),
+        "include": NAMES,
+        "exclude": NAMES,
+        "droplet_size": TEXT,
+        "droplet_image": TEXT,
+        "healthchecks": TEXT,
+        "keep": ((dict,), f"an object such as {json.dumps(dataclasses.asdict(Keep()))}"),
     }
 
     @classmethod
@@ -359,7 +365,8 @@ class Config:
         """Read and check the configuration; raise UsageError with a message in terms of the file."""
         content = cls._read(path)
         cls._check(path, content, cls.KEYS)
-        numbers = {item.name: int for item in dataclasses.fields(Keep)}
+        number = ((int,), "a whole number from 0 to 10000")
+        numbers = {item.name: number for item in dataclasses.fields(Keep)}
         cls._check(path, content.get("keep", {}), numbers, ' in "keep"')
         variable = next((name for name in cls.TOKEN_VARIABLES if environment.get(name)), None)
         token = environment[variable] if variable else content.get("do_token", "")
@@ -369,7 +376,8 @@ class Config:
             )
         if not re.fullmatch(r"[\x21-\x7e]+", token):
             raise UsageError("the DigitalOcean token has a space, a line break or another character that no token has")
-        if not content.get("region"):
+        region = content.get("region")
+        if not region:
             raise UsageError(f'{path}: "region" is missing: the region of your volumes, such as "fra1"')
         if not variable and path.stat().st_mode & 0o077:
             warn(f"{path} holds your token and others can read it: chmod 600 {path}")
@@ -384,7 +392,8 @@ class Config:
         return cls(
             token=token,
             token_from=f"the environment variable {variable}" if variable else f'"do_token" in {path}',
-            region=content["region"],
+            regions=() if region == "all" else (region,) if isinstance(region, str) else tuple(dict.fromkeys(region)),
+            by_region=region == "all" or isinstance(region, list),
             include=tuple(content.get("include", ())),
             exclude=tuple(content.get("exclude", ())),
             droplet_size=content.get("droplet_size"),
@@ -395,18 +404,21 @@ class Config:
         )
 
     @classmethod
-    def _check(cls, path: Path, content: Json, known: Mapping[str, type], where: str = "") -> None:
+    def _check(
+        cls, path: Path, content: Json, known: Mapping[str, tuple[tuple[type, ...], str]], where: str = ""
+    ) -> None:
         """Every key is a known one, and its value is what that must be; raises UsageError."""
         for key, value in content.items():
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(known)}"
                 raise UsageError(f'{path}: unknown key{where} "{key}": {hint}')
-            is_fit = type(value) is known[key]  # a bool is an int to isinstance
+            types, must_be = known[key]
+            is_fit = type(value) in types  # a bool is an int to isinstance
             if isinstance(value, list):
                 is_fit = is_fit and all(isinstance(name, str) for name in value)
             if not is_fit or (isinstance(value, int) and not 0 <= value <= 10_000):
-                raise UsageError(f'{path}: "{key}"{where} must be {cls.MUST_BE[known[key]]}')
+                raise UsageError(f'{path}: "{key}"{where} must be {must_be}')
 
     @staticmethod
     def _read(path: Path) -> Json:
@@ -537,9 +549,9 @@ class Api:
         self.limited_since: float | None = None  # the first of the 429s that no other answer has come after
         self._sessions = threading.local()  # requests does not promise that a session can be shared by threads
 
-    def for_teardown(self) -> Api:
-        """The same API, which no signal stops, and no call holds up for long, save by the rate limit."""
-        api = Api(self._config, Stop(), self._say, self._detail, self.TEARDOWN_PATIENCE)
+    def with_stop(self, stop: Stop, patience: float | None = None) -> Api:
+        """The same API, whose waiting another stop ends; with a patience of its own."""
+        api = Api(self._config, stop, self._say, self._detail, self._patience if patience is None else patience)
         api._is_token_known = self._is_token_known
         return api
 
@@ -937,9 +949,8 @@ class DropletPlan:
     DEFAULT_SIZES = ("s-1vcpu-512mb-10gb", "s-1vcpu-1gb")  # the two smallest; the first is not in all regions
 
     @classmethod
-    def make(cls, api: Api, config: Config) -> DropletPlan:
+    def make(cls, api: Api, config: Config, region: str) -> DropletPlan:
         """Check region, size and image against what DigitalOcean offers now; raise UsageError for what it does not."""
-        region = config.region
         regions = {str(item.get("slug")): item for item in api.list("/v2/regions", "regions")}
         fit = sorted(slug for slug, item in regions.items()
                      if item.get("available") and "storage" in (item.get("features") or ()))  # fmt: skip
@@ -1023,7 +1034,7 @@ class Ephemeral:
         told = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts) or "what may have been created"
         others = [f" and {item.name}" for item in existing if not item.name.startswith(TAG)]
         self._report.say(f"removing {told}: all that is named {self.prefix}…{''.join(others)}")
-        api, note = self._api.for_teardown(), self._report.doing
+        api, note = self._api.with_stop(Stop(), Api.TEARDOWN_PATIENCE), self._report.doing  # no signal ends this
         try:
             spared = self._spared(existing, api)
             removal = Removal(
@@ -1960,27 +1971,34 @@ class State:
 
 
 class ImagePaths:
-    """The files of one volume's backup, or of one that was set aside."""
+    """The files of one volume's backup, or of one that was set aside.
+
+    Its name is the volume's; where several regions are backed up REGION/NAME, and it is all in a directory REGION.
+    """
 
     VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")  # what DigitalOcean allows; as a file name it is harmless
     ASIDE = re.compile(VOLUME_NAME.pattern + r"\.set-aside-[0-9A-Za-z-]+")
 
     def __init__(self, backups: Path, name: str) -> None:
-        if not (self.VOLUME_NAME.fullmatch(name) or self.ASIDE.fullmatch(name)):
+        *region, base = name.split("/", 1)
+        is_fit = self.VOLUME_NAME.fullmatch(base) or self.ASIDE.fullmatch(base)
+        if not is_fit or not all(self.VOLUME_NAME.fullmatch(slug) for slug in region):
             raise DosvobError(f"{name!r} is not a name that a volume can have: it is not backed up")
         self.name = name
-        self.backups = backups
-        self.metadata = backups / ".dosvob"
-        self.image = backups / name
-        self.partial = backups / f"{name}.partial"
-        self.state = self.metadata / f"{name}.state"
-        self.new_state = self.metadata / f"{name}.state.new"
-        self.journal = self.metadata / f"{name}.journal"
-        self.versions = self.metadata / f"{name}.versions"
-        self.new_version = self.metadata / f"{name}.version.new"
+        self.directory = backups.joinpath(*region)
+        self.metadata = self.directory / ".dosvob"
+        self.image = self.directory / base
+        self.partial = self.directory / f"{base}.partial"
+        self.state = self.metadata / f"{base}.state"
+        self.new_state = self.metadata / f"{base}.state.new"
+        self.journal = self.metadata / f"{base}.journal"
+        self.versions = self.metadata / f"{base}.versions"
+        self.new_version = self.metadata / f"{base}.version.new"
 
     def check_link(self) -> None:
-        """Raise DosvobError if the image is a link that leads nowhere: what it led to will come back."""
+        """Raise DosvobError if the image is a directory or a link that leads nowhere: what it led to will come back."""
+        if self.image.is_dir():
+            raise DosvobError(f"{self.image} is a directory, and its name is that of an image: move it elsewhere")
         if self.image.is_symlink() and not self.image.exists():
             raise DosvobError(f"{self.image} leads to {self.image.readlink()}, which is not there: is it mounted?")
 
@@ -1990,16 +2008,16 @@ class ImagePaths:
         `moment` is when the image's snapshot was taken, as the state or else the versions tell: so what a crash left of
         this is completed under the same name. The image goes first, for without it the others are set aside too.
         """
-        stamp = f"{self.name}.set-aside-{moment.strftime('%Y%m%dT%H%M%SZ')}"
+        stamp = f"{self.image.name}.set-aside-{moment.strftime('%Y%m%dT%H%M%SZ')}"
         for number in itertools.count():
-            aside = ImagePaths(self.backups, f"{stamp}{f'-{number}' * bool(number)}")
+            aside = ImagePaths(self.directory, f"{stamp}{f'-{number}' * bool(number)}")
             moves = [(self.image, aside.image), (self.versions, aside.versions), (self.state, aside.state)]
             if not aside.state.exists() and not any(old.exists() and new.exists() for old, new in moves):
                 break
         for old, new in moves:
             if old.exists():
                 old.rename(new)
-        sync_directory(self.backups)
+        sync_directory(self.directory)
         sync_directory(self.metadata)
         return aside
 
@@ -2325,7 +2343,7 @@ class Journal:
             is_begun = cls.fits(paths, file) and file.head["volume_id"] == volume_id
         if not is_begun:
             base = identity_of(paths.image)
-            head = {"id": secrets.token_hex(16), "name": paths.name, "volume_id": volume_id, "base": base}
+            head = {"id": secrets.token_hex(16), "name": paths.image.name, "volume_id": volume_id, "base": base}
             PatchFile.create(paths.journal, "journal", head).close()
         journal = cls(PatchFile(paths.journal, "journal", os.O_RDWR), chunks)
         with contextlib.suppress(Damaged):  # which is where its good part ends
@@ -2381,7 +2399,7 @@ class Journal:
                     paths.journal.unlink()
                 return False
             try:
-                if file.head.get("name") != paths.name or not has_image:
+                if file.head.get("name") != paths.image.name or not has_image:
                     raise Damaged("it does not belong to the image")
                 journal = cls(file, file.end["snapshot"]["size"] // CHUNK)
                 journal.read_places(heed)
@@ -2390,7 +2408,7 @@ class Journal:
                     cls._settle(paths, file.end["id"])
                     return True
                 is_undone = cls._undo(paths, file, heed)
-                aside = paths.journal.with_name(f"{paths.name}.journal.damaged-{utc_now().strftime('%Y%m%dT%H%M%SZ')}")
+                aside = paths.journal.with_name(f"{paths.journal.name}.damaged-{utc_now().strftime('%Y%m%dT%H%M%SZ')}")
                 paths.journal.rename(aside)
                 sync_directory(paths.metadata)
                 raise Damaged(
@@ -4141,8 +4159,7 @@ class Home:
             if not self.path.is_dir():
                 self.path.mkdir(mode=0o700)
                 sync_directory(self.path.resolve().parent)
-            self.metadata.mkdir(mode=0o700, exist_ok=True)
-            sync_directory(self.path)  # a journal counts only if its directory survives a power cut
+            self.make_directory("")
             fd = create_private(self.metadata / "lock")
         except OSError as problem:
             raise UsageError(f"cannot write to {self.path}: {problem.strerror}: is it there, and yours?") from problem
@@ -4205,22 +4222,87 @@ class Home:
         new.rename(self.metadata / name)
         sync_directory(self.metadata)
 
+    def make_directory(self, region: str) -> None:
+        """See that the directories for the images of a region, "" for those of no region, are there, durably."""
+        directory = self.path / region
+        if directory.is_file():
+            raise DosvobError(
+                f"{directory} is a file, and the images of the region {region} go into a directory of that name. If it "
+                f"is the image of a volume in that region: mv {directory} {directory}.image && mkdir {directory} && "
+                f"mv {directory}.image {directory}/{region}; otherwise move it elsewhere"
+            )
+        if region and (directory / ".dosvob" / "home").exists():
+            raise DosvobError(f"{directory} is a backups directory of its own: the images of {region} cannot go there")
+        for path in (directory, directory / ".dosvob"):
+            path.mkdir(mode=0o700, exist_ok=True)
+        for path in (self.path, directory):  # a journal counts only if its directory survives a power cut
+            sync_directory(path)
+
+    def directories(self) -> list[str]:
+        """Where images are: "", and the regions that have a directory; what has a lock of its own is another home."""
+        found = [path.parent for path in self.path.glob("*/.dosvob") if not (path / "home").exists()]
+        return ["", *sorted(path.name for path in found if ImagePaths.VOLUME_NAME.fullmatch(path.name))]
+
     def names(self, *, with_aside: bool = True) -> set[str]:
         """What has an image, a state or versions here: the volumes, and what of them was set aside."""
-        found = {path.name for path in self.path.iterdir() if path.is_file()}
-        found |= {path.stem for path in self.metadata.glob("*") if path.suffix in (".state", ".versions")}
         patterns = (ImagePaths.VOLUME_NAME, *([ImagePaths.ASIDE] if with_aside else []))
-        return {name for name in found if any(pattern.fullmatch(name) for pattern in patterns)}
+        names = set()
+        for region in self.directories():
+            directory = self.path / region
+            found = {path.name for path in directory.iterdir() if path.is_file()}
+            found |= {path.stem for path in directory.glob(".dosvob/*") if path.suffix in (".state", ".versions")}
+            fit = {name for name in found if any(pattern.fullmatch(name) for pattern in patterns)}
+            names |= {f"{region}/{name}" if region else name for name in fit}
+        return names
 
     def chosen(self, names: list[str], *, with_aside: bool = True) -> list[str]:
         """The names, which must all be of something here, or all that are; raises UsageError."""
         there = self.names()
+        chosen: list[str] = []
         for name in names:
-            if name not in there:
+            if not (found := called(name, there)):
                 near = difflib.get_close_matches(name, there, n=1)
                 hint = f": did you mean {near[0]}?" if near else ""
                 raise UsageError(f"there is no image of {name} in {self.path}{hint}")
-        return names or sorted(self.names(with_aside=with_aside))
+            chosen += found
+        return list(dict.fromkeys(chosen)) or sorted(self.names(with_aside=with_aside))
+
+    def meant(self, name: str) -> str:
+        """The name of the image that somebody means who says this; raises UsageError if there is none, or several."""
+        found = self.chosen([name])
+        if len(found) > 1 and name not in found:
+            raise UsageError(f"{name} may be {' or '.join(found)}: say which")
+        return name if name in found else found[0]
+
+    def move(self, old: ImagePaths, new: ImagePaths) -> None:
+        """Rename all that belongs to an image, for it to lie in another directory; raises DosvobError, OSError.
+
+        What a crash leaves of that the next call completes: the state, which tells that there is something left to be
+        moved, and where to, goes last.
+        """
+        rest = [path for path in old.metadata.glob(f"{old.image.name}.*")
+                if path != old.state and not path.name.startswith(f"{old.image.name}.set-aside-")]  # fmt: skip
+        paths = [path for path in (old.image, old.partial, *rest, old.state) if os.path.lexists(path)]
+        for path in paths:
+            if os.path.lexists(target := new.directory / path.relative_to(old.directory)):
+                raise DosvobError(f"{path} belongs where {target} is already: move one of them elsewhere")
+        self.make_directory("" if new.directory == self.path else new.directory.name)
+        for path in paths:
+            if path == old.state:
+                self._sync(old, new)
+            target = new.directory / path.relative_to(old.directory)
+            if path.is_symlink():  # it may lead from where it is
+                target.symlink_to(os.path.realpath(path))
+                path.unlink()
+            else:
+                path.rename(target)
+        self._sync(old, new)
+
+    @staticmethod
+    def _sync(*images: ImagePaths) -> None:
+        for paths in images:
+            sync_directory(paths.directory)
+            sync_directory(paths.metadata)
 
     def wanted(self) -> set[str]:
         """What the last run was to back up."""
@@ -4235,6 +4317,11 @@ class Home:
         self.write("wanted.json", json.dumps(list(names)))
 
 
+def called(name: str, names: Iterable[str]) -> list[str]:
+    """Those of the names of images that somebody means who says this: with a region, or in whatever region."""
+    return sorted(each for each in names if name in (each, each.rpartition("/")[2]))
+
+
 @dataclass(frozen=True)
 class Job:
     """What all that needs the account is given."""
@@ -4244,6 +4331,10 @@ class Job:
     home: Home
     report: Reporter
     stop: Stop
+
+    def name(self, volume: Volume) -> str:
+        """The name of a volume's image."""
+        return f"{volume.region}/{volume.name}" if self.config.by_region else volume.name
 
     @classmethod
     def open(cls, arguments: argparse.Namespace, report: Reporter, stop: Stop) -> Job:
@@ -4265,6 +4356,7 @@ def explained(problem: DosvobError | OSError, where: Path) -> str:
         errno.EROFS: "mount it for writing",
         errno.EACCES: "it must belong to the user who runs dosvob",
         errno.EPERM: "it must belong to the user who runs dosvob",
+        errno.EXDEV: "it is on another disk than where it belongs: move it there yourself",
         errno.EIO: "the disk may be failing: look at the kernel's log",
     }.get(problem.errno or 0, "look at that file and its disk")
     return f"{problem.filename or where}: {problem.strerror or problem}: {advice}"
@@ -4382,6 +4474,7 @@ class Turn:
     """
 
     volume: Volume
+    name: str
     number: int
     not_before: float = 0.0
     until: float = 0.0
@@ -4392,52 +4485,38 @@ Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, an
 
 
 class Backup:
-    """One run over some volumes."""
+    """One run over the volumes of one region. `results` are by the names of the images, those of other regions too."""
 
     SNAPSHOT_INTERVAL = 600  # seconds; DigitalOcean takes one snapshot of a volume per 10 minutes
     SNAPSHOT_RETRY = 20  # seconds between attempts when a snapshot came too soon and nobody says how much
     RELEASE_DELAY = 60  # seconds at most for which a clone that was synced stays so that another one is attached first
 
-    def __init__(self, job: Job, plan: DropletPlan, volumes: Sequence[Volume], *, reread: bool) -> None:
-        self._job = job
+    def __init__(
+        self, job: Job, plan: DropletPlan, volumes: Sequence[Volume], results: dict[str, Result], *, reread: bool
+    ) -> None:
+        stop = Stop(job.stop)  # what ends with this region
+        self._job = dataclasses.replace(job, stop=stop, api=job.api.with_stop(stop))
         self._plan = plan
         self._reread = reread
         self._report = job.report
-        self._ephemeral = Ephemeral(job.api, job.home.id, job.report)
-        self._results = {volume.name: Result(volume.name, volume.size, "not begun") for volume in volumes}
-        self._turns = collections.deque(Turn(volume, number) for number, volume in enumerate(volumes))
+        self._results = results
+        self._turns = collections.deque(Turn(volume, job.name(volume), number) for number, volume in enumerate(volumes))
+        self._ephemeral = Ephemeral(self._job.api, job.home.id, job.report)
         self._has_no_droplet = False
 
-    def run(self) -> list[Result]:
-        """Back up all volumes; returns the results in their order."""
-        size, image = self._plan.sizes[0][0], self._plan.image
-        self._report.say(f"backing up {', '.join(self._results)}, over a droplet {size} with {image}")
+    def run(self) -> float:
+        """Back up all volumes and remove what was created for that; returns what it cost, in dollars."""
+        names = ", ".join(turn.name for turn in self._turns)
+        self._report.say(f"backing up {names}, over a droplet {self._plan.sizes[0][0]} with {self._plan.image}")
         with self._ephemeral:
             try:
                 self._take_turns()
-            except Interrupted:
-                self._tell_interrupted()
-                raise
             finally:
                 self._report.end_progress()
-        results = list(self._results.values())
-        rows = [("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", ""), *(result.row() for result in results)]
-        self._report.say(table(rows, (0, 5)), is_result=True)
-        cost = self._ephemeral.cost()
-        told = f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included"
-        self._report.say(told, is_result=True)
-        return results
+        return self._ephemeral.cost()
 
     def _take_turns(self) -> None:
         """One volume after the other; the next one is prepared, and the last one released, while one syncs."""
-        for turn in list(self._turns):
-            try:
-                ImagePaths(self._job.home.path, turn.volume.name)
-            except DosvobError as problem:
-                self._fail(turn.volume, problem)
-                self._turns.remove(turn)
-        if not self._turns:
-            return
         pool = concurrent.futures.ThreadPoolExecutor
         hosts = Hosts(self._job, self._ephemeral, self._plan)
         with contextlib.closing(hosts), pool(1) as ahead, pool(1) as behind:
@@ -4449,13 +4528,14 @@ class Backup:
             try:
                 upcoming, last = start(), None
                 while upcoming is not None:
-                    prepared = self._await(*upcoming)
-                    volume, upcoming = upcoming[0].volume, start()
+                    turn, future = upcoming
+                    prepared = self._await(turn, future)
+                    upcoming = start()
                     if prepared is None:
                         continue
                     if last is not None and upcoming is not None:  # the last clones go with the droplet
                         behind.submit(self._release, last, hosts, upcoming[1])
-                    self._sync(volume, *prepared, hosts)
+                    self._sync(turn, *prepared, hosts)
                     last = prepared[0]
             finally:
                 self._job.stop.request()  # what goes on in the background is of no use any more
@@ -4467,7 +4547,7 @@ class Backup:
             left = max(turn.until, turn.not_before) - time.monotonic()
             until = f"{human_time(left)} until DigitalOcean takes its next snapshot"
             waiting = f"waiting for its clone and the droplet, {human_time(time.monotonic() - start)}"
-            self._report.progress(f"{turn.volume.name}: {until if left > 0 else waiting}")
+            self._report.progress(f"{turn.name}: {until if left > 0 else waiting}")
             concurrent.futures.wait([future], timeout=0.5)
         try:
             return future.result()
@@ -4475,7 +4555,7 @@ class Backup:
             if isinstance(problem, ApiError) and problem.status == 429:
                 self._put_off(turn, problem.wait)
             else:
-                self._fail(turn.volume, problem)
+                self._fail(turn, problem)
         return None
 
     def _put_off(self, turn: Turn, wait: float | None) -> None:
@@ -4484,8 +4564,7 @@ class Backup:
         DigitalOcean says seldom in how many seconds that is (`wait`); the state knows when the last one was taken, if
         that was ours.
         """
-        now, name = time.monotonic(), turn.volume.name
-        path = ImagePaths(self._job.home.path, name).state
+        now, path = time.monotonic(), ImagePaths(self._job.home.path, turn.name).state
         with contextlib.suppress(OSError, DosvobError), path.open("rb") as file:
             since = age(State.unpack(file.read(BLOCK), path).snapshot.taken_at)
             if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
@@ -4495,51 +4574,35 @@ class Backup:
             seconds = self.SNAPSHOT_INTERVAL if wait is None else wait
             moment = local_time(utc_now() + datetime.timedelta(seconds=seconds))
             the_next_one = f"the next one {'by' if wait is None else 'at'} {moment}"
-            self._report.say(f"{name}: {rule}, {the_next_one}; the other volumes go first")
+            self._report.say(f"{turn.name}: {rule}, {the_next_one}; the other volumes go first")
             turn.until = now + seconds
         wait = self.SNAPSHOT_RETRY if wait is None else wait
         turn.not_before = now + wait
         turn.give_up = min(turn.give_up, now + max(self.SNAPSHOT_INTERVAL, wait) + 60)
         if turn.not_before > turn.give_up:
-            self._fail(turn.volume, DosvobError(f"{rule}, and did not take this one for longer: try again later"))
+            self._fail(turn, DosvobError(f"{rule}, and did not take this one for longer: try again later"))
         else:
             self._turns.append(turn)
 
-    def _fail(self, volume: Volume, problem: DosvobError | OSError) -> None:
+    def _fail(self, turn: Turn, problem: DosvobError | OSError) -> None:
         """Report what a volume, or for want of a droplet each that is left, failed for."""
         self._report.end_progress()
-        failed = [volume]
+        failed = [turn]
         if isinstance(problem, NoDroplet):
             if not self._has_no_droplet:  # the volume that was being prepared meanwhile meets it too
                 self._report.error(str(problem))
             self._has_no_droplet = True
-            failed += [turn.volume for turn in self._turns]
+            failed += self._turns
             self._turns.clear()
         else:
             told = explained(problem, self._job.home.path)
             if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
-                versions = Versions(ImagePaths(self._job.home.path, volume.name)).all()
+                versions = Versions(ImagePaths(self._job.home.path, turn.name)).all()
                 held = f"{len(versions)} older versions hold {human_size(sum(each.occupied for each in versions))}"
                 told += f'; its {held}, and "keep" in conf.json says how many there are' * bool(versions)
-            self._report.error(f"{volume.name}: {told}")
+            self._report.error(f"{turn.name}: {told}")
         for each in failed:
-            self._results[each.name] = Result(each.name, each.size, "FAILED")
-
-    def _tell_interrupted(self) -> None:
-        """Say what is complete, what goes on next time, and how to see it."""
-        words = {
-            "ok": "complete",
-            "begun": "begun, and goes on next time",
-            "FAILED": "FAILED",
-            "not begun": "not begun",
-        }
-        told = []
-        for outcome, word in words.items():
-            names = [result.name for result in self._results.values() if result.outcome == outcome]
-            told += [f"{word}: {', '.join(names)}"] if names else []
-        self._report.end_progress()
-        told.append(f"to see what there is: {command_line('list')}")
-        self._report.say(f"interrupted; {'; '.join(told)}", is_result=True)
+            self._results[each.name] = dataclasses.replace(self._results[each.name], outcome="FAILED")
 
     # In the background
 
@@ -4562,9 +4625,9 @@ class Backup:
 
     # In the foreground
 
-    def _sync(self, volume: Volume, clone: Volume, taken_at: str, hosts: Hosts) -> None:
+    def _sync(self, turn: Turn, clone: Volume, taken_at: str, hosts: Hosts) -> None:
         """Make the clone's content the volume's image."""
-        start, name = time.monotonic(), volume.name
+        start, volume, name = time.monotonic(), turn.volume, turn.name
         self._report.current = f"backing up {name}"
         self._report.detail(f"{name}: syncing its snapshot of {taken_at}")
         self._results[name] = Result(name, volume.size, "begun")
@@ -4578,7 +4641,7 @@ class Backup:
             update = Update(paths, snapshot, self._job.config.keep, warn, reread=self._reread)
             with contextlib.closing(update):
                 try:
-                    received = self._fetch(volume, clone, hosts, update)
+                    received = self._fetch(name, clone, hosts, update)
                     update.finish(Meter(self._report, self._job.stop, f"{name}: writing what changed"))
                 except OSError as problem:
                     if problem.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -4592,7 +4655,7 @@ class Backup:
                 )
             self._thin(paths)
         except (DosvobError, OSError) as problem:
-            self._fail(volume, problem)
+            self._fail(turn, problem)
         else:
             result = Result(name, snapshot.size, "ok", update.changed, received, time.monotonic() - start)
             self._results[name] = result
@@ -4602,10 +4665,10 @@ class Backup:
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
 
-    def _fetch(self, volume: Volume, clone: Volume, hosts: Hosts, update: Update) -> int:
+    def _fetch(self, name: str, clone: Volume, hosts: Hosts, update: Update) -> int:
         """Sync over the droplet, or another one if it is lost; returns the bytes received."""
         device = Link.device(clone.name)
-        meter = Meter(self._report, self._job.stop, volume.name, update.chunks * CHUNK)
+        meter = Meter(self._report, self._job.stop, name, update.chunks * CHUNK)
         begun = update.settled * CHUNK
         return hosts.over_droplet(
             clone,
@@ -4963,10 +5026,11 @@ class Restoration:
     """One run that makes a new volume."""
 
     def __init__(self, job: Job, plan: DropletPlan, source: Source, wish: NewVolume) -> None:
-        self._job = job
+        stop = Stop(job.stop)  # what ends with this
+        self._job = dataclasses.replace(job, stop=stop, api=job.api.with_stop(stop))
         self._plan = plan
         self._source = source
-        self._ephemeral = Ephemeral(job.api, job.home.id, job.report)
+        self._ephemeral = Ephemeral(self._job.api, job.home.id, job.report)
         mark = f"restored by {self._ephemeral.prefix.rstrip('-')}"
         self._new = dataclasses.replace(wish, mark=mark, begun_at=utc_now().isoformat())
 
@@ -5049,50 +5113,70 @@ class Restoration:
 # raises, or reports an error.
 
 
-def select_volumes(job: Job, names: Sequence[str]) -> list[Volume]:
-    """The volumes to back up; tells of those in other regions. Raises UsageError for a name that fits none."""
-    config, report = job.config, job.report
+def volumes_here(job: Job) -> tuple[list[Volume], list[Volume]]:
+    """The account's volumes in the regions of conf.json, and those elsewhere; tells of regions that have none.
+
+    Raises UsageError if there is none in any.
+    """
+    config = job.config
     items = job.api.list("/v2/volumes", "volumes")
-    theirs = [Volume.parse(item) for item in items if not Resource.is_ephemeral(item)]
-    here = [volume for volume in theirs if volume.region == config.region]
-    elsewhere = sorted(f"{volume.name} ({volume.region})" for volume in theirs if volume.region != config.region)
+    volumes = sorted((Volume.parse(item) for item in items if not Resource.is_ephemeral(item)), key=job.name)
+    regions = set(config.regions or [volume.region for volume in volumes])
+    here = [volume for volume in volumes if volume.region in regions]
+    elsewhere = [volume for volume in volumes if volume.region not in regions]
+    others = ", ".join(sorted(f"{volume.name} ({volume.region})" for volume in elsewhere))
+    for region in sorted(regions - {volume.region for volume in here}):
+        problem = f"there are no volumes in {region}"
+        problem += f'; there are {others}: is "region" in conf.json right?' * bool(others)
+        try:
+            DropletPlan.make(job.api, config, region)
+        except UsageError as better:  # there is no such region
+            problem = str(better)
+        if not here:
+            raise UsageError(problem)
+        job.report.error(problem)
     if not here:
-        raise UsageError(
-            f"there are no volumes in {config.region}"
-            + (f'; there are {", ".join(elsewhere)}: is "region" in conf.json right?' if elsewhere else "")
-        )
+        raise UsageError("there are no volumes in the account")
+    if elsewhere:
+        job.report.say(f"not backed up, because in another region than {', '.join(sorted(regions))}: {others}")
+    return here, elsewhere
+
+
+def select_volumes(job: Job, names: Sequence[str]) -> list[Volume]:
+    """The volumes to back up; raises UsageError for a name that fits none."""
+    config, report = job.config, job.report
+    here, elsewhere = volumes_here(job)
+    where = ", ".join(sorted({volume.region for volume in here}))
+    there_are = f"there are {', '.join(job.name(volume) for volume in here)}"
     for name in names:
         if not matching(here, [name]):
-            others = {volume.region for volume in matching(theirs, [name])}
+            others = ", ".join(sorted({volume.region for volume in matching(elsewhere, [name])}))
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             raise UsageError(
-                f'no volume in {config.region} matches "{name}"; '
-                + (
-                    f'it is in {", ".join(sorted(others))}, and "region" in conf.json is {config.region}; '
-                    if others
-                    else ""
-                )
+                f'no volume in {where} matches "{name}"; '
+                + f'it is in {others}, and "region" in conf.json is {where}; ' * bool(others)
                 + (f'did you mean the command "{near[0]}"? ' if near else "")
-                + f"there are {', '.join(sorted(volume.name for volume in here))}"
+                + there_are
             )
-    there_are = f"there are {', '.join(sorted(volume.name for volume in here))}"
     for key, patterns in (("include", config.include), ("exclude", config.exclude)):
         for pattern in patterns:
             if not matching(here, [pattern]):
-                report.warn(f'"{key}" in conf.json: no volume in {config.region} matches "{pattern}"; {there_are}')
-    if elsewhere:
-        report.say(f"not backed up, because in another region than {config.region}: {', '.join(elsewhere)}")
+                report.warn(f'"{key}" in conf.json: no volume in {where} matches "{pattern}"; {there_are}')
     chosen = matching(here, names or config.include or ("*",))
     excluded = () if names else matching(here, config.exclude)
     chosen = [volume for volume in chosen if volume not in excluded]
     if not chosen:
         raise UsageError(f'"include" and "exclude" in conf.json leave no volume to back up; {there_are}')
-    return sorted(chosen, key=lambda volume: volume.name)
+    return chosen
 
 
 def matching(volumes: Iterable[Volume], patterns: Sequence[str]) -> list[Volume]:
-    """Those whose names one of the shell patterns fits."""
-    return [volume for volume in volumes if any(fnmatch.fnmatchcase(volume.name, pattern) for pattern in patterns)]
+    """Those that one of the shell patterns fits: of names, or with a slash of a region and a name."""
+
+    def fits(volume: Volume, pattern: str) -> bool:
+        return fnmatch.fnmatchcase(f"{volume.region}/{volume.name}" if "/" in pattern else volume.name, pattern)
+
+    return [volume for volume in volumes if any(fits(volume, pattern) for pattern in patterns)]
 
 
 def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False, dry_run: bool = False) -> list[Resource]:
@@ -5138,8 +5222,9 @@ def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False, dry_ru
 def finish_journals(home: Home, report: Reporter, stop: Stop) -> set[str]:
     """Finish what crashes left, without network; returns the names for which that failed."""
     failed = set()
-    for journal in sorted(home.metadata.glob("*.journal")):
-        name = journal.name.removesuffix(".journal")
+    directories = [home.path / region / ".dosvob" for region in home.directories()]
+    for journal in sorted(path for directory in directories for path in directory.glob("*.journal")):
+        name = str(journal.parent.parent.relative_to(home.path) / journal.stem)
         meter = Meter(report, stop, f"{name}: completing an interrupted backup from its journal", is_told=True)
         try:
             if Journal.finish(ImagePaths(home.path, name), report.warn, meter):
@@ -5178,35 +5263,142 @@ def back_up_all(job: Job, arguments: argparse.Namespace) -> None:
         sweep(job)  # first: what is left costs money while a large journal is applied
     finally:
         damaged = finish_journals(home, report, job.stop)
-    plan = DropletPlan.make(job.api, job.config)
     volumes = select_volumes(job, arguments.names)
     if not arguments.names:
         try:
-            home.record_wanted(volume.name for volume in volumes)
+            home.record_wanted(job.name(volume) for volume in volumes)
         except OSError as problem:
             report.warn(f"{explained(problem, home.path)}; `health` will not miss a volume that was never backed up")
-    fit = [volume for volume in volumes if volume.name not in damaged]
-    if fit:
-        Backup(job, plan, fit, reread=arguments.reread).run()
+    volumes = [volume for volume in volumes if is_fit(job, volume)]
+    damaged |= move_images(job, volumes, damaged)
+    fit = [volume for volume in volumes if job.name(volume) not in damaged]
+    results = {job.name(volume): Result(job.name(volume), volume.size, "not begun") for volume in fit}
+    cost = 0.0
+    try:
+        for _, volumes_there in itertools.groupby(fit, lambda volume: volume.region):
+            cost += back_up_region(job, list(volumes_there), results, reread=arguments.reread)
+    except Interrupted:
+        tell_interrupted(report, results.values())
+        raise
+    if results:
+        rows = [("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", ""), *(result.row() for result in results.values())]
+        report.say(table(rows, (0, 5)), is_result=True)
+        report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included", is_result=True)
     if not report.has_left:
         report.say("nothing of this home's is left in the account")
+
+
+def is_fit(job: Job, volume: Volume) -> bool:
+    """Whether a volume's name is one that it can have; tells if not, for it becomes a path."""
+    if all(ImagePaths.VOLUME_NAME.fullmatch(name) for name in (volume.name, volume.region)):
+        return True
+    job.report.error(f"{volume.name!r} is not a name that a volume can have: it is not backed up")
+    return False
+
+
+def back_up_region(job: Job, volumes: Sequence[Volume], results: dict[str, Result], *, reread: bool) -> float:
+    """Back up volumes of one region; returns what it cost. If it fails, that is no matter of other regions."""
+    region = volumes[0].region
+    try:
+        plan = DropletPlan.make(job.api, job.config, region)
+        if job.config.by_region:
+            job.home.make_directory(region)
+    except (DosvobError, OSError) as problem:
+        if not job.config.by_region:
+            raise
+        job.report.error(f"{region}: {explained(problem, job.home.path)}")
+        for volume in volumes:
+            name = job.name(volume)
+            results[name] = dataclasses.replace(results[name], outcome="FAILED")
+        return 0.0
+    return Backup(job, plan, volumes, results, reread=reread).run()
+
+
+def tell_interrupted(report: Reporter, results: Iterable[Result]) -> None:
+    """Say what is complete, what goes on next time, and how to see it."""
+    words = {"ok": "complete", "begun": "begun, and goes on next time", "FAILED": "FAILED", "not begun": "not begun"}
+    told = []
+    for outcome, word in words.items():
+        names = [result.name for result in results if result.outcome == outcome]
+        told += [f"{word}: {', '.join(names)}"] if names else []
+    told.append(f"to see what there is: {command_line('list')}")
+    report.say(f"interrupted; {'; '.join(told)}", is_result=True)
+
+
+def misplaced(job: Job, volumes: Iterable[Volume]) -> Iterator[tuple[ImagePaths, str]]:
+    """The images that lie where another "region" in conf.json had them, and where they belong, "" if nobody knows.
+
+    That is told by a region's directory, or else by the state. Of what has none only what may be one of these volumes'
+    is named.
+    """
+    config, home = job.config, job.home
+    elsewhere = {volume.name if config.by_region else f"{volume.region}/{volume.name}" for volume in volumes}
+    for name in sorted(home.names() | elsewhere):
+        old = ImagePaths(home.path, name)
+        region, _, base = name.rpartition("/")
+        has_anything = any(path.exists() for path in (old.image, old.partial, old.state, old.versions))
+        if bool(region) == config.by_region or not has_anything:
+            continue
+        if region in config.regions:
+            yield old, base
+        elif config.by_region:
+            with contextlib.suppress(DosvobError):
+                state = State.load(old.state, whole=False)
+                region = state.snapshot.region if state else ""
+            if region or name in elsewhere:
+                yield old, f"{region}/{base}" if region else ""
+
+
+def move_images(job: Job, volumes: Sequence[Volume], damaged: Container[str]) -> set[str]:
+    """Move images to where "region" in conf.json has them now; returns the names of what is not to be backed up.
+
+    Those are what could not be moved: it would be fetched anew. That is so for what must be finished first (`damaged`).
+    """
+    report, failed = job.report, set()
+    for old, name in misplaced(job, volumes):
+        if name:
+            try:
+                if old.name not in damaged:
+                    job.home.move(old, ImagePaths(job.home.path, name))
+                    report.say(f'{old.name}: its image is {job.home.path / name} now, for "region" in conf.json')
+                    continue
+            except (DosvobError, OSError) as problem:
+                report.error(f"{old.name}: {explained(problem, old.directory)}")
+            failed.add(name)
+            continue
+        regions = [volume.region for volume in volumes if volume.name == old.name]
+        files = " ".join(str(path) for path in (old.image, old.partial) if path.exists())
+        metadata = " ".join(str(path) for path in (old.state, old.versions) if path.exists())
+        directory = job.home.path / regions[0]
+        commands = f"mkdir -p {directory}/.dosvob"
+        commands += f" && mv {files} {directory}/" * bool(files)
+        commands += f" && mv {metadata} {directory}/.dosvob/" * bool(metadata)
+        others = f" (or {', '.join(regions[1:])})" * (len(regions) > 1)
+        report.error(
+            f"{old.name}: nothing tells of which region {files or metadata} is, so that is not backed up. If it is of "
+            f"{regions[0]}{others}: {commands}; otherwise move it elsewhere"
+        )
+        failed |= {f"{region}/{old.name}" for region in regions}
+    return failed
 
 
 def dry_run(job: Job, names: Sequence[str]) -> None:
     """Say what a backup would do; changes nothing."""
     report = job.report
     sweep(job, dry_run=True)
-    plan = DropletPlan.make(job.api, job.config)
-    size, price = plan.sizes[0]
-    for volume in select_volumes(job, names):
-        try:
-            image = ImagePaths(job.home.path, volume.name).image
-        except DosvobError as problem:
-            report.say(f"would not back it up: {problem}")
-            continue
-        how = "changes only" if image.exists() else "all of it, for the first time"
-        report.say(f"would back up {volume.name}, {volume.size // GIB} GiB, to {image}: {how}")
-    report.say(f"would do so over a droplet {size} with {plan.image} in {plan.region}, at ${price:.5f} an hour")
+    volumes = [volume for volume in select_volumes(job, names) if is_fit(job, volume)]
+    moved = {name: old for old, name in misplaced(job, volumes)} if job.home.path.is_dir() else {}
+    for volume in volumes:
+        name = job.name(volume)
+        image = ImagePaths(job.home.path, name).image
+        old = moved.get(name)
+        how = "changes only" if image.exists() or (old and old.image.exists()) else "all of it, for the first time"
+        first = f" (where {old.image} goes first)" if old else ""
+        report.say(f"would back up {name}, {volume.size // GIB} GiB, to {image}{first}: {how}")
+    for region in dict.fromkeys(volume.region for volume in volumes):
+        plan = DropletPlan.make(job.api, job.config, region)
+        size, price = plan.sizes[0]
+        report.say(f"would do so over a droplet {size} with {plan.image} in {region}, at ${price:.5f} an hour")
 
 
 def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
@@ -5277,8 +5469,9 @@ def health(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
     home.check()
     tell_unfinished(home, report)
     wanted = home.wanted()
-    states = {path.stem for path in home.metadata.glob("*.state")}
-    names = arguments.names or sorted(wanted | {name for name in states if ImagePaths.VOLUME_NAME.fullmatch(name)})
+    there = wanted | {name for name in home.names(with_aside=False) if ImagePaths(home.path, name).state.exists()}
+    asked = [found for name in arguments.names for found in called(name, there) or [name]]
+    names = list(dict.fromkeys(asked)) or sorted(there)
     if not names:
         raise DosvobError(f"there is no backup in {home.path} yet")
     for name in names:
@@ -5401,9 +5594,12 @@ def restore_to_volume(arguments: argparse.Namespace, report: Reporter, stop: Sto
                 raise UsageError(f"{source.name} is empty: there is nothing to make a volume of")
             if size < least:
                 raise UsageError(f"{source.name} needs {least} GiB, and --size says {size}")
-            region = arguments.region or source.region or job.config.region
+            regions = job.config.regions
+            region = arguments.region or source.region or (regions[0] if len(regions) == 1 else "")
+            if not region:
+                raise UsageError("say in which region the volume is to be, with --region")
             wish = NewVolume(arguments.to_volume, region, size * GIB)
-            plan = DropletPlan.make(job.api, dataclasses.replace(job.config, region=region))
+            plan = DropletPlan.make(job.api, job.config, region)
             wish.check(job.api)
             report.say(f"making {wish.name} in {region}, {size} GiB, of {source.name}")
             new = Restoration(job, plan, source, wish).run()
@@ -5422,7 +5618,7 @@ def open_source(
     """What is asked for; raises UsageError, Damaged, OSError."""
     if file:
         return Source.of_file(file)
-    paths = ImagePaths(home.path, *home.chosen(arguments.names))
+    paths = ImagePaths(home.path, home.meant(arguments.names[0]))
     return Source.of_image(paths, parse_wanted_time(arguments.at) if arguments.at else None)
 
 
@@ -5434,7 +5630,8 @@ def restore_to_file(arguments: argparse.Namespace, report: Reporter, stop: Stop)
     home = Home(arguments.backups)
     tell_unfinished(home, report)
     with home.unchanged():
-        paths = ImagePaths(home.path, *home.chosen([name]))
+        name = home.meant(name)
+        paths = ImagePaths(home.path, name)
         paths.check_link()
         try:
             with contextlib.closing(Chain(paths)) as chain:

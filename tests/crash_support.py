@@ -241,7 +241,7 @@ def files_of(backups: Path, name: str) -> list[Path]:
     times = [FIRST_TAKEN_AT + datetime.timedelta(hours=number) for number in range(MOST_VERSIONS)]
     versions = [paths.versions / f"{time:{dosvob.Version.TIME}}" for time in times]
     there = sorted(paths.versions.glob("*"))
-    return list(dict.fromkeys([*images, *versions, *there, paths.backups, paths.metadata, paths.versions]))
+    return list(dict.fromkeys([*images, *versions, *there, paths.directory, paths.metadata, paths.versions]))
 
 
 def strace(backups: Path, name: str, *options: str, calls: str = CHANGING_CALLS) -> tuple[str, ...]:

@@ -1710,7 +1710,11 @@ HOSTILE = (
 )
 
 
-@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+@pytest.mark.parametrize(
+    "name",
+    [*(name for name in HOSTILE if name != "a/b"), "a/b/c", "/b", "a/", "../b", "a/..", "A/b", ".dosvob/b", "a//b"],
+    ids=ascii,
+)
 def test_a_hostile_name_is_no_path(tmp_path: Path, name: str) -> None:
     with pytest.raises(dosvob.DosvobError, match="not a name that a volume can have"):
         dosvob.ImagePaths(tmp_path, name)

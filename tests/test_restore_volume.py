@@ -172,6 +172,21 @@ def test_region_is_the_images_own(home: Home, sim: Simulator, lost: Lost) -> Non
     assert new_volume(sim).region == "fra1"
 
 
+def test_image_of_one_of_several_regions(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    """Its name says where it was."""
+    home.configure(region=["fra1", "nyc3"])
+    volume = sim.add_volume("data", "nyc3")
+    fill(volume.path)
+    run(home)
+    done = restore(home, "data", expect=2)
+    assert "data may be data or nyc3/data: say which" in done.stderr or "say which" in done.stderr
+    restore(home, "nyc3/data")
+    assert new_volume(sim).region == "nyc3"
+    assert same(new_volume(sim).path, volume.path)
+    done = run(home, "restore", "--from", "backups/nyc3/data", "--to-volume", "third", expect=2)
+    assert "say in which region the volume is to be, with --region" in done.stderr
+
+
 @pytest.mark.parametrize("size", [5 * MIB // 2 + 777, GIB + 1, 2 * GIB])
 def test_any_file(home: Home, sim: Simulator, tmp_path: Path, size: int) -> None:
     """Its size need not be that of a volume; there need not be any backup."""
