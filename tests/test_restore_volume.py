@@ -609,7 +609,7 @@ def test_killed_and_kept(home: Home, sim: Simulator, tmp_path: Path, lost: Lost)
 
 def test_killed_before_the_answer(home: Home, sim: Simulator, lost: Lost) -> None:
     """It is known by its description then; a volume of the same name elsewhere is not it."""
-    sim.faults.add(Fault("delay", method="POST", path="^/v2/volumes$", nth=2, seconds=30))
+    sim.faults.add(Fault("trickle", method="POST", path="^/v2/volumes$", nth=2, seconds=1))
     other = sim.add_volume(NEW, "nyc3")
     running = start_restore(home)
     until(lambda: len(sim.volumes) == 2)
