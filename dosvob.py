@@ -3496,13 +3496,12 @@ class Sync:
             self._commands.clear()
 
     @staticmethod
-    def _merged(local: bytes, wanted: int, included: int, data: bytes) -> tuple[bytes, int]:
+    def _merged(local: bytes, wanted: int, included: int, data: bytes) -> tuple[bytearray, int]:
         """The page digests of a chunk whose wanted pages become the data (the included ones) and zeros (the others).
 
         And the bitmap of the pages that differ by that.
         """
-        digests = [local[start : start + DIGEST_SIZE] for start in range(0, len(local), DIGEST_SIZE)]
-        fetched = page_digests(data)
+        digests, fetched = bytearray(local), page_digests(data)
         changed = position = 0
         for page in range(PAGES):
             if wanted >> page & 1:
@@ -3510,10 +3509,11 @@ class Sync:
                 if included >> page & 1:
                     digest = fetched[position : position + DIGEST_SIZE]
                     position += DIGEST_SIZE
-                if digests[page] != digest:
-                    digests[page] = digest
+                place = slice(page * DIGEST_SIZE, (page + 1) * DIGEST_SIZE)
+                if digests[place] != digest:
+                    digests[place] = digest
                     changed |= 1 << page
-        return b"".join(digests), changed
+        return digests, changed
 
 
 # ── The connection ───────────────────────────────────────────────────────────────────────────────────────────────────
