@@ -1388,13 +1388,15 @@ def chunk_digest(pages: bytes | bytearray) -> bytes:
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed, up to some MiB, for buffers of a chunk come and go all the time.
 
-    Giving each back to the kernel and getting it anew as zeros costs half of all the CPU time of a first sync. The
-    numbers are those of mallopt(3): M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, which other C libraries may not have.
+    Giving each back to the kernel and getting it anew as zeros costs half of all the CPU time of a first sync. One
+    arena, and not one for each thread, each of which would keep as much. The numbers are those of mallopt(3):
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX, which other C libraries may not have.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-1, 2 * KEPT_MEMORY)
         mallopt(-3, KEPT_MEMORY)
+        mallopt(-8, 1)
 
 
 class Zstd:
@@ -3526,13 +3528,12 @@ class Sync(Conversation):
             raise BadAgent(f"chunk {index} does not have the digest that was announced for it")
 
     @staticmethod
-    def _merged(local: bytes, wanted: int, included: int, data: bytes) -> tuple[bytes, int]:
+    def _merged(local: bytes, wanted: int, included: int, data: bytes) -> tuple[bytearray, int]:
         """The page digests of a chunk whose wanted pages become the data (the included ones) and zeros (the others).
 
         And the bitmap of the pages that differ by that.
         """
-        digests = [local[start : start + DIGEST_SIZE] for start in range(0, len(local), DIGEST_SIZE)]
-        fetched = page_digests(data)
+        digests, fetched = bytearray(local), page_digests(data)
         changed = position = 0
         for page in range(PAGES):
             if wanted >> page & 1:
@@ -3540,10 +3541,11 @@ class Sync(Conversation):
                 if included >> page & 1:
                     digest = fetched[position : position + DIGEST_SIZE]
                     position += DIGEST_SIZE
-                if digests[page] != digest:
-                    digests[page] = digest
+                place = slice(page * DIGEST_SIZE, (page + 1) * DIGEST_SIZE)
+                if digests[place] != digest:
+                    digests[place] = digest
                     changed |= 1 << page
-        return b"".join(digests), changed
+        return digests, changed
 
 
 # ── The connection ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3640,10 +3642,11 @@ class AgentStream:
         try:
             start = time.monotonic()
             self._channel = transport.open_session(self._window, PACKET_SIZE, SSH_TIMEOUT)
-            self._round_trip = time.monotonic() - start  # seconds
+            opened = time.monotonic()
             self._channel.settimeout(Stop.NAP)
             # paramiko waits for the answer without a limit
             within(SSH_TIMEOUT, lambda: self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'"))
+            self._round_trip = min(opened - start, time.monotonic() - opened)  # seconds; either may have had to wait
         except (paramiko.SSHException, OSError, EOFError) as problem:
             raise self._lost(f"the agent could not be started: {reason(problem)}") from problem
         self.send(program)

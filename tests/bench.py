@@ -1,12 +1,13 @@
-"""How fast a sync is, against what the machine and the link allow. Run it as `tests/bench`; `--help` says how.
+"""How fast a sync is, against what others take for the same. Run it as `tests/bench`; `--help` says how.
 
-A volume of 4 GiB (1 GiB random, 1 GiB compressible text, 2 GiB zeros) is synced over real OpenSSH:
+A volume of 4 GiB is synced over real OpenSSH; in turns of 8 MiB it has noise, files of this machine, and twice zeros:
 
   S1  the first sync                S3  5,000 random pages of 4 KiB changed
-  S2  nothing changed               S4  205 MB changed in one piece, half of it compressible
+  S2  nothing changed               S4  205 MB changed in one piece, half of it noise and half files
 
-Two references are measured beside it: H, one thread that reads the volume once in 1 MiB reads with SHA-256, on the
-droplet's side; and C, `ssh cat` of the non-zero data alone. Each goal is a ratio to these, in the same run, of medians.
+With `--peers` each is done by others too, as far as they are installed: `ssh zstd -1`, which can only copy all of it,
+`rsync`, `rsync -z`, and for S3 `rsync -B 4096`; in turns with ours, and on the same data. H is what one thread takes on
+the droplet's side to read the volume once in 1 MiB reads with SHA-256. Compared are medians of the same run.
 """
 
 from __future__ import annotations
@@ -18,26 +19,27 @@ import json
 import os
 import platform
 import random
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import paramiko
-from simulator import Behaviour, Simulator
+from simulator import FOREVER, Behaviour, Fault, Simulator
 
 import dosvob
 
 MIB, GIB = 1 << 20, 1 << 30
-SIZE = 4 * GIB
+EXTENT = 8 * MIB
 PAGES_CHANGED = 5000
 PIECE = 205_000_000 // MIB * MIB
 LINKS = {  # name: (round trip in ms, Mbit/s down, Mbit/s up), 0 for no limit
@@ -47,77 +49,89 @@ LINKS = {  # name: (round trip in ms, Mbit/s down, Mbit/s up), 0 for no limit
     "80 ms": (80, 1000, 1000),
     "200 ms": (200, 1000, 1000),
 }
-SCENARIOS = {"L0": "S1 S2 S3 S4", "L1": "S1 S2 S3 S4", "L2": "S1 S2 S3 S4", "80 ms": "S1", "200 ms": "S1"}
+CELLS = {"S1": ("", "base"), "S2": ("base", "base"), "S3": ("base", "scattered"), "S4": ("scattered", "piece")}
+"""What the image and the volume have; no image at first."""
+SSH_ZSTD, RSYNC, RSYNC_Z, RSYNC_4096 = "ssh zstd -1", "rsync", "rsync -z", "rsync -B 4096"
+PEERS = {
+    "S1": (SSH_ZSTD, RSYNC, RSYNC_Z),
+    "S2": (RSYNC, RSYNC_Z),
+    "S3": (RSYNC, RSYNC_Z, RSYNC_4096),
+    "S4": (RSYNC, RSYNC_Z),
+}
+GOALS = {  # of the time that the best of the peers takes, or of S3's last one; S2's is measured by H
+    "S1": {"L0": 0.95, "L1": 0.80, "L2": 0.97},
+    "S3": {"L1": 0.75, "L2": 0.50},
+    "S4": {"L0": 0.70, "L1": 0.70, "L2": 0.70},
+}
 
 
 # ── The data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def text(length: int, seed: int) -> bytes:
-    """Text that compresses about as well as text does."""
-    source = random.Random(seed)
-    words = ["".join(source.choices("abcdefghijklmnopqrstuvwxyz", k=source.randint(2, 11))) for _ in range(20000)]
-    out = bytearray()
-    while len(out) < length:
-        out += " ".join(source.choices(words, k=5000)).encode() + b"\n"
-    return bytes(out[:length])
+def files_of_this_machine() -> Iterator[bytes]:
+    """What the files of its system have, in pieces, over and over."""
+    while True:
+        for directory, directories, names in os.walk("/usr"):
+            directories.sort()
+            for name in sorted(names):
+                path = Path(directory, name)
+                if path.is_file() and not path.is_symlink():
+                    with path.open("rb") as file:
+                        yield from iter(lambda: file.read(EXTENT), b"")
 
 
-@dataclass(frozen=True)
-class Data:
-    """The contents that a volume has in turn, and how many bytes zlib's level 1 leaves of what crosses the link."""
+class Content:
+    """Bytes as a volume has them, of one kind or the other; each time others."""
 
-    base: Path
-    scattered: Path
-    piece: Path
-    base_packed: int
-    piece_packed: int
+    def __init__(self) -> None:
+        self._files = files_of_this_machine()
+        self._rest = b""
 
+    def noise(self, size: int) -> bytes:
+        """What nothing can compress: media, archives, what is encrypted."""
+        return os.urandom(size)
 
-def make_data(directory: Path) -> Data:
-    """Make the three contents, once per directory."""
-    paths = [directory / name for name in ("base", "scattered", "piece")]
-    facts = directory / "facts.json"
-    if not facts.exists():
-        base_packed = make_base(paths[0])
-        make_scattered(paths[0], paths[1])
-        piece_packed = make_piece(paths[1], paths[2])
-        facts.write_text(json.dumps([base_packed, piece_packed]))
-    base_packed, piece_packed = json.loads(facts.read_text())
-    return Data(paths[0], paths[1], paths[2], base_packed, piece_packed)
+    def files(self, size: int) -> bytes:
+        """What files have."""
+        while len(self._rest) < size:
+            self._rest += next(self._files)
+        found, self._rest = self._rest[:size], self._rest[size:]
+        return found
 
 
-def make_base(path: Path) -> int:
-    """The volume as it is first, with its zeros between the rest."""
-    packed = 0
-    with path.open("wb") as file:
-        file.truncate(SIZE)
-        for mib in range(GIB // MIB):
-            for quarter, data in ((0, os.urandom(MIB)), (2, text(MIB, mib % 50))):
-                file.seek(quarter * GIB + mib * MIB)
-                file.write(data)
-                packed += len(zlib.compress(data, 1))
-    return packed
+def make_data(directory: Path, gib: int) -> dict[str, Path]:
+    """Make the contents that a volume has in turn, once per directory and size."""
+    paths = {name: directory / f"{name}-{gib}" for name in ("base", "scattered", "piece")}
+    if not paths["piece"].exists():
+        content, size = Content(), gib * GIB
+        with paths["base"].open("wb") as file:
+            file.truncate(size)
+            for extent in range(0, size // EXTENT, 2):
+                file.seek(extent * EXTENT)
+                file.write(content.files(EXTENT) if extent % 4 else content.noise(EXTENT))
+        with changed(paths["base"], paths["scattered"]) as file:
+            for page in random.Random(3).sample(range(size // 4096), PAGES_CHANGED * gib // 4):
+                file.seek(page * 4096)
+                file.write(os.urandom(4096))
+        with changed(paths["scattered"], directory / "making") as file:
+            file.seek(size // 8 + 12 * MIB)
+            file.write(content.noise(PIECE * gib // 8))
+            file.write(content.files(PIECE * gib // 8))
+        (directory / "making").rename(paths["piece"])
+    return paths
 
 
-def make_scattered(source: Path, path: Path) -> None:
-    """The same with random pages changed."""
-    subprocess.run(["cp", "--sparse=always", "--reflink=auto", source, path], check=True)
+@contextlib.contextmanager
+def changed(source: Path, path: Path) -> Iterator[BinaryIO]:
+    """A copy, to be changed."""
+    copy(source, path)
     with path.open("r+b") as file:
-        for page in random.Random(3).sample(range(SIZE // 4096), PAGES_CHANGED):
-            file.seek(page * 4096)
-            file.write(os.urandom(4096))
+        yield file
 
 
-def make_piece(source: Path, path: Path) -> int:
-    """The same with a piece changed, half of it compressible."""
-    subprocess.run(["cp", "--sparse=always", "--reflink=auto", source, path], check=True)
-    half = PIECE // 2 // MIB * MIB
-    data = os.urandom(half) + text(PIECE - half, 99)
-    with path.open("r+b") as file:
-        file.seek(GIB // 2 + 12 * MIB)
-        file.write(data)
-    return sum(len(zlib.compress(data[start : start + MIB], 1)) for start in range(0, len(data), MIB))
+def copy(source: Path, target: Path) -> None:
+    """A copy with holes for zeros."""
+    subprocess.run(["cp", "--sparse=always", "--reflink=auto", source, target], check=True)
 
 
 # ── The link and the two references ──────────────────────────────────────────────────────────────────────────────────
@@ -133,18 +147,11 @@ class Link:
     directory: Path  # with the keys `id` and `hostkey`
     there: tuple[str, ...]
 
-    @property
-    def rate(self) -> float:
-        """Bytes per second from the droplet, infinite for no limit."""
-        megabits = LINKS[self.name][1]
-        return megabits * 125_000 or float("inf")
-
     def ssh(self) -> list[str]:
-        """The ssh command."""
+        """The ssh command, but for `root@address`."""
         return [
             *("ssh", "-F", "none", "-p", str(self.port), "-i", str(self.directory / "id"), "-o", "BatchMode=yes"),
             *("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"),
-            f"root@{self.address}",
         ]
 
 
@@ -188,7 +195,9 @@ def loopback(name: str, directory: Path) -> Iterator[Link]:
     server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-f", "/dev/null", *words])
     try:
         link = Link(name, "127.0.0.1", port, directory, ())
-        while subprocess.run([*link.ssh(), "true"], check=False, stderr=subprocess.DEVNULL).returncode:
+        while subprocess.run(
+            [*link.ssh(), f"root@{link.address}", "true"], check=False, stderr=subprocess.DEVNULL
+        ).returncode:
             time.sleep(0.1)
         yield link
     finally:
@@ -207,15 +216,29 @@ def reference_h(link: Link, path: Path) -> float:
     return time.monotonic() - start
 
 
-def reference_c(link: Link, path: Path, directory: Path) -> float:
-    """Seconds for `ssh cat` of the two GiB that are not zeros."""
+def peer(name: str, link: Link, before: Path | None, source: Path, target: Path) -> float:
+    """Seconds that another program takes to make the target, which has what was there before, the source."""
+    target.unlink(missing_ok=True)
+    if before is not None:
+        copy(before, target)
+    remote = f"root@{link.address}"
     start = time.monotonic()
-    with (directory / "cat").open("wb") as out:
-        command = f"dd if={path} bs=1M count=1024 status=none; dd if={path} bs=1M count=1024 skip=2048 status=none"
-        subprocess.run([*link.ssh(), command], stdout=out, check=True)
+    if name == SSH_ZSTD:
+        with subprocess.Popen([*link.ssh(), remote, f"zstd -q -1 -c {source}"], stdout=subprocess.PIPE) as sender:
+            subprocess.run(["zstd", "-q", "-d", "--sparse", "-o", target], stdin=sender.stdout, check=True)
+    else:
+        how = "--inplace" if before is not None else "--sparse"
+        options = [*name.split(), how, "--ignore-times", "-e", shlex.join(link.ssh())]
+        subprocess.run([*options, f"{remote}:{source}", target], check=True)
     seconds = time.monotonic() - start
-    (directory / "cat").unlink()
+    check_equal(source, target)
+    target.unlink()
     return seconds
+
+
+def is_installed(name: str) -> bool:
+    """Whether a peer can be measured here."""
+    return shutil.which("zstd" if name == SSH_ZSTD else "rsync") is not None
 
 
 # ── One sync ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -233,7 +256,7 @@ class Measurement:
     written: int
 
 
-def sync_once(link: Link, source: Path, backups: Path, size: int = SIZE, *, keep: bool = True) -> Measurement:
+def sync_once(link: Link, source: Path, backups: Path, size: int, *, keep: bool = True) -> Measurement:
     """Sync in a process of its own, so that its memory can be measured."""
     command = [sys.executable, __file__, "--one", json.dumps(dataclasses.asdict(link), default=str)]
     watcher = AgentWatcher()
@@ -315,35 +338,101 @@ def bytes_moved(field: str) -> int:
 # ── The runs and the table ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass
-class Row:
-    """What was measured on a link in one repetition, by the scenario's or the reference's name."""
+class Cell:
+    """What was measured of one cell of the table: ours, and seconds by the name of a peer, or H."""
 
-    link: str
-    values: dict[str, list[Measurement | float]]
+    def __init__(self) -> None:
+        self.ours: list[Measurement] = []
+        self.others: dict[str, list[float]] = {}
+
+    def note(self, name: str, seconds: float) -> None:
+        """Keep what somebody else took."""
+        self.others.setdefault(name, []).append(seconds)
+
+    @property
+    def seconds(self) -> float:
+        """The median of ours."""
+        return statistics.median(measured.seconds for measured in self.ours)
+
+    def median(self, name: str) -> float:
+        """The median of somebody else's."""
+        return statistics.median(self.others[name])
+
+    def line(self, link: str, name: str) -> str:
+        """It as a line of the table."""
+        received = statistics.median(measured.received for measured in self.ours) / 1e6
+        memory = [max(sizes) / 1e6 for sizes in zip(*((m.memory, m.agent_memory) for m in self.ours), strict=True)]
+        fields = [link, name, f"{self.seconds:.1f}", f"{received:.1f}", f"{memory[0]:.0f}, {memory[1]:.0f}"]
+        fields += [
+            f"{self.median(peer):.1f}" if peer in self.others else "" for peer in ("H", *PEERS["S1"], RSYNC_4096)
+        ]
+        return f"| {' | '.join((*fields, self.verdict(link, name)))} |"
+
+    def verdict(self, link: str, name: str) -> str:
+        """How it compares with the goal, if what that is measured by was measured."""
+        if name == "S2":
+            return f"{self.seconds / (1.25 * self.median('H') + 0.5):.2f} of 1.25 H + 0.5 s"
+        peers = [peer for peer in PEERS[name] if peer in self.others]
+        if not peers:
+            return ""
+        best = RSYNC_4096 if name == "S3" else min(peers, key=self.median)
+        goal = GOALS[name].get(link)
+        of_goal = f"; the goal is {goal:.2f}" if goal else ""
+        return f"{self.seconds / self.median(best):.2f} of {best}{of_goal}"
 
 
-def run_link(link: Link, data: Data, directory: Path, repetitions: int) -> Row:
-    """All scenarios of a link, so many times."""
-    row = Row(link.name, {})
-    backups = directory / "backups"
-    sources = {"S1": data.base, "S2": data.base, "S3": data.scattered, "S4": data.piece}
-    for repetition in range(repetitions):
-        shutil.rmtree(backups, ignore_errors=True)
-        subprocess.run(["cat", *sources.values()], stdout=subprocess.DEVNULL, check=True)  # into the page cache
-        note(row, "H", reference_h(link, data.base))
-        if link.name == "L0":
-            note(row, "C", reference_c(link, data.base, directory))
-        for scenario in SCENARIOS[link.name].split():
-            note(row, scenario, sync_once(link, sources[scenario], backups))
-            check_equal(sources[scenario], backups / "bench")
-        print(f"{link.name}: repetition {repetition + 1} of {repetitions} done", file=sys.stderr)
-    return row
+@dataclass(frozen=True)
+class Bench:
+    """The benchmark: where its files are, the contents of the volume and its size in bytes, and what is measured."""
 
+    directory: Path
+    data: dict[str, Path]
+    size: int
+    cells: list[str]
+    peers: bool
+    here: Link  # by which images are made that a cell begins with
 
-def note(row: Row, name: str, value: Measurement | float) -> None:
-    """Keep a value."""
-    row.values.setdefault(name, []).append(value)
+    def run(self, link: Link, rounds: int) -> dict[str, Cell]:
+        """All cells of a link, so many times."""
+        cells = {name: Cell() for name in self.cells}
+        for number in range(rounds):
+            holds: str | None = None  # what the image has
+            for name, cell in cells.items():
+                before, after = CELLS[name]
+                if holds != before:
+                    holds = self.prepare(before)
+                subprocess.run(["cat", *self.data.values()], stdout=subprocess.DEVNULL, check=True)  # they are cached
+                cell.note("H", reference_h(link, self.data[after]))
+                cell.ours.append(sync_once(link, self.data[after], self.backups, self.size))
+                check_equal(self.data[after], self.backups / "bench")
+                holds = after
+                for peer_name in filter(is_installed, PEERS[name] if self.peers else ()):
+                    image = self.data.get(before)
+                    cell.note(peer_name, peer(peer_name, link, image, self.data[after], self.directory / "peer"))
+                print(
+                    f"{link.name} {name}, round {number + 1} of {rounds}: {cell.line(link.name, name)}", file=sys.stderr
+                )
+        return cells
+
+    @property
+    def backups(self) -> Path:
+        """Where the image is."""
+        return self.directory / "backups"
+
+    def prepare(self, content: str) -> str:
+        """Have an image with this content, or none."""
+        shutil.rmtree(self.backups, ignore_errors=True)
+        if content:
+            sync_once(self.here, self.data[content], self.backups, self.size)
+        return content
+
+    def table(self, measured: dict[str, dict[str, Cell]]) -> str:
+        """The table in Markdown."""
+        heads = ["link", "what", "seconds", "MB received", "memory here, droplet (MB)"]
+        heads += ["H", *PEERS["S1"], RSYNC_4096, "compared"]
+        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        lines += [cell.line(link, name) for link, cells in measured.items() for name, cell in cells.items()]
+        return "\n".join(lines)
 
 
 def check_equal(source: Path, image: Path) -> None:
@@ -351,66 +440,13 @@ def check_equal(source: Path, image: Path) -> None:
     subprocess.run(["cmp", source, image], check=True)
 
 
-def median(values: list[Measurement | float]) -> float:
-    """The median of the seconds."""
-    return statistics.median(value.seconds if isinstance(value, Measurement) else value for value in values)
-
-
-def limit_of(scenario: str, row: Row, link: Link, data: Data, rows: dict[str, Row]) -> float:
-    """The seconds that the goal allows."""
-    h = median(row.values["H"])
-    later = {
-        "S2": 1.25 * h + 1,
-        "S3": 1.4 * h + 1 + PAGES_CHANGED * 4096 / link.rate,
-        "S4": max(h, data.piece_packed / link.rate) * 1.2 + 1,
-    }
-    return later.get(scenario) or first_limit(row, link, data, rows)
-
-
-def first_limit(row: Row, link: Link, data: Data, rows: dict[str, Row]) -> float:
-    """The same for the first sync."""
-    if link.name == "L0":
-        return 1.3 * median(row.values["C"])
-    if link.name == "L2":
-        return 1.1 * data.base_packed / link.rate
-    if link.name in ("80 ms", "200 ms") and "L1" in rows:
-        return median(rows["L1"].values["S1"]) * (1.05 if link.name == "80 ms" else 1.15)
-    return 1.05 * 2 * GIB / link.rate + 1
-
-
-def table(rows: dict[str, Row], links: dict[str, Link], data: Data) -> str:
-    """The table in Markdown."""
-    heads = ("link", "what", "seconds", "goal", "of the goal", "MB received", "memory here, droplet (MB)", "H")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, row in rows.items():
-        for scenario, values in row.values.items():
-            measured = [value for value in values if isinstance(value, Measurement)]
-            if not measured:
-                continue
-            seconds, limit = median(values), limit_of(scenario, row, links[name], data, rows)
-            received = statistics.median(value.received for value in measured) / 1e6
-            memory = f"{max(v.memory for v in measured) / 1e6:.0f}, {max(v.agent_memory for v in measured) / 1e6:.0f}"
-            lines.append(
-                f"| {name} | {scenario} | {seconds:.1f} | {limit:.1f} | {seconds / limit:.2f} | {received:.2f} | "
-                f"{memory} | {median(row.values['H']):.1f} |"
-            )
-    if "L0" in rows:
-        lines.append(
-            f"\nC (`ssh cat` of the 2 GiB that are not zeros, no limit on the link): "
-            f"{median(rows['L0'].values['C']):.1f} s"
-        )
-    return "\n".join(lines)
-
-
-def versions_table(link: Link, data: Data, directory: Path, repetitions: int) -> str:
+def versions_table(bench: Bench, rounds: int) -> str:
     """What keeping a version costs a sync of a change in one piece (S4), in turns with one that keeps none."""
-    backups = directory / "backups"
     runs: dict[bool, list[Measurement]] = {True: [], False: []}
-    for _ in range(repetitions):
+    for _ in range(rounds):
         for keep in (False, True):
-            shutil.rmtree(backups, ignore_errors=True)
-            sync_once(link, data.scattered, backups)
-            runs[keep].append(sync_once(link, data.piece, backups, keep=keep))
+            bench.prepare("scattered")
+            runs[keep].append(sync_once(bench.here, bench.data["piece"], bench.backups, bench.size, keep=keep))
     lines = ["| 205 MB changed | seconds | MB read | MB written |", "|---|---|---|---|"]
     for keep, name in ((False, "without versions"), (True, "with a version")):
         figures = [
@@ -441,35 +477,55 @@ def memory_table(link: Link, directory: Path) -> str:
     return "\n".join(lines)
 
 
+VOLUMES = 8
+DELAYS = dataclasses.replace(  # 40 s until a droplet lets us in; 7 s for an attach and 2 s more for the device
+    Behaviour.realistic(), boot_seconds=22, address_seconds=3, ssh_seconds=15, action_seconds=7, snapshot_interval=0
+)
+SNAPSHOT_SECONDS = 4
+
+
 def control_plane(directory: Path) -> str:
-    """How much longer than its syncs a run over 8 volumes takes, with delays as DigitalOcean has them."""
-    with Simulator(directory / "cloud", behaviour=Behaviour.realistic()) as simulator:
-        for number in range(8):
-            volume = simulator.add_volume(f"volume-{number}", size_gib=16)
+    """What a run over some small unchanged volumes takes beside its syncs, with delays as DigitalOcean has them."""
+    with Simulator(directory / "cloud", behaviour=DELAYS) as simulator:
+        delay = Fault("delay", method="POST", path="/snapshots$", seconds=SNAPSHOT_SECONDS, times=FOREVER)
+        simulator.faults.add(delay)
+        for number in range(VOLUMES):
+            volume = simulator.add_volume(f"volume-{number}", size_gib=1)
             with volume.path.open("r+b") as file:
                 file.write(os.urandom(64 * MIB))
         (directory / "conf.json").write_text(json.dumps({"do_token": simulator.token, "region": "fra1"}))
         (directory / "conf.json").chmod(0o600)
         shutil.rmtree(directory / "backups", ignore_errors=True)
-        start = time.monotonic()
-        script = subprocess.Popen(
-            [sys.executable, dosvob.__file__, "--verbose"],
-            cwd=directory,
-            env={**os.environ, **simulator.environment()},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert script.stdout is not None
-        moments = [(time.monotonic() - start, line) for line in script.stdout]
-        if script.wait():
-            sys.exit("the run failed: " + "".join(line for _, line in moments))
+        return "\n".join(f"{name}: {timed_run(directory, simulator)}" for name in ("the first run", "nothing changed"))
+
+
+def timed_run(directory: Path, simulator: Simulator) -> str:
+    """One run of the script, and what it took."""
+    start = time.monotonic()
+    script = subprocess.Popen(
+        [sys.executable, dosvob.__file__, "--verbose"],
+        cwd=directory,
+        env={**os.environ, **simulator.environment()},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert script.stdout is not None
+    moments = [(time.monotonic() - start, line) for line in script.stdout]
+    if script.wait():
+        sys.exit("the run failed: " + "".join(line for _, line in moments))
+    total = time.monotonic() - start
     up = next(moment for moment, line in moments if "is up at" in line)
     begun = [moment for moment, line in moments if "syncing its snapshot" in line]
     ended = [moment for moment, line in moments if ": backed up" in line]
     syncing = sum(end - begin for begin, end in zip(begun, ended, strict=True))
+    # One droplet, to which one volume is attached before anything can be synced; one clone must be detached in the end.
+    droplet = DELAYS.boot_seconds + DELAYS.address_seconds + DELAYS.ssh_seconds
+    needed = droplet + DELAYS.action_seconds + DELAYS.device_seconds + syncing + DELAYS.release_seconds
     return (
-        f"8 volumes of 16 GiB: SSH after {up:.1f} s; syncs {syncing:.1f} s; first attach {begun[0] - up:.1f} s; "
-        f"between the syncs {ended[-1] - begun[0] - syncing:.1f} s; teardown {moments[-1][0] - ended[-1]:.1f} s"
+        f"{VOLUMES} volumes in {total:.1f} s: SSH after {up:.1f} s (the droplet takes {droplet:.0f}); first attach "
+        f"{begun[0] - up:.1f} s; syncs {syncing:.1f} s; between them {ended[-1] - begun[0] - syncing:.1f} s; teardown "
+        f"{total - ended[-1]:.1f} s. Of it {needed:.1f} s cannot be avoided: beyond that and its sync a volume costs "
+        f"{(total - needed) / VOLUMES:.1f} s"
     )
 
 
@@ -500,37 +556,49 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", type=Path, metavar="SCRIPT", help="makes emulated links; without it only L0")
-    parser.add_argument("--links", default=",".join(LINKS), help=f"which of them; default: {','.join(LINKS)}")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--links", type=words, default=["L0", "L1", "L2"], help=f"which, of {','.join(LINKS)}")
+    parser.add_argument("--cells", type=words, default=list(CELLS), help=f"which, of {','.join(CELLS)}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gib", type=int, default=4, help="of the volume, and a part of the changes with it")
+    parser.add_argument("--peers", action="store_true", help="measure others beside it")
     parser.add_argument("--directory", type=Path, default=Path("/var/tmp/dosvob-bench"))
     parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench.md"))
     parser.add_argument("--memory", action="store_true", help="only the memory over 1, 4 and 16 GiB")
     parser.add_argument("--versions", action="store_true", help="only what keeping a version costs")
-    parser.add_argument("--control-plane", action="store_true", help="only a run over 8 volumes of a simulated account")
+    parser.add_argument(
+        "--control-plane", action="store_true", help=f"only a run over {VOLUMES} volumes of a simulated account"
+    )
     arguments = parser.parse_args()
+    result = run(arguments)
+    print(result)
+    arguments.output.write_text(result + "\n")
+
+
+def words(text: str) -> list[str]:
+    """What an option lists."""
+    return text.split(",")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Measure what is asked for."""
     arguments.directory.mkdir(parents=True, exist_ok=True)
     keys = arguments.directory / "keys"
     keys.mkdir(exist_ok=True)
     if arguments.control_plane:
-        result = control_plane(arguments.directory)
-    elif arguments.versions:
-        data = make_data(arguments.directory)
-        with loopback("L0", keys) as link:
-            result = versions_table(link, data, arguments.directory, arguments.repetitions)
-    elif arguments.memory:
-        with loopback("L0", keys) as link:
-            result = memory_table(link, arguments.directory)
-    else:
-        data = make_data(arguments.directory)
-        rows: dict[str, Row] = {}
-        links: dict[str, Link] = {}
-        for name in arguments.links.split(",") if arguments.link else ["L0"]:
-            with emulated(name, arguments.link, keys) if arguments.link else loopback(name, keys) as link:
-                links[name] = link
-                rows[name] = run_link(link, data, arguments.directory, arguments.repetitions)
-        result = f"{table(rows, links, data)}\n\n{machine()}; the median of {arguments.repetitions}."
-    print(result)
-    arguments.output.write_text(result + "\n")
+        return control_plane(arguments.directory)
+    with loopback("L0", keys) as here:
+        if arguments.memory:
+            return memory_table(here, arguments.directory)
+        data = make_data(arguments.directory, arguments.gib)
+        size = arguments.gib * GIB
+        bench = Bench(arguments.directory, data, size, arguments.cells, arguments.peers, here)
+        if arguments.versions:
+            return versions_table(bench, arguments.rounds)
+        measured: dict[str, dict[str, Cell]] = {}
+        for name in arguments.links if arguments.link else ["L0"]:
+            with emulated(name, arguments.link, keys) if arguments.link else contextlib.nullcontext(here) as link:
+                measured[name] = bench.run(link, arguments.rounds)
+        return f"{bench.table(measured)}\n\n{machine()}; the median of {arguments.rounds}."
 
 
 if __name__ == "__main__":

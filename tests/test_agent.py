@@ -848,6 +848,7 @@ def test_what_zstd_packs_is_what_the_zstd_program_unpacks_and_the_other_way(data
         assert library.decompress(zstd_program(f"-{level}", data=data), len(data)) == data
 
 
+SKIPPED = b"\x50\x2a\x4d\x18\4\0\0\0junk"  # a frame that is to be skipped
 HOSTILE = {
     "nothing": b"",
     "not zstd": TEXT,
@@ -855,8 +856,8 @@ HOSTILE = {
     "a frame without its last byte": PACKED[:-1],
     "a frame and a byte": PACKED + b"\0",
     "a frame and junk": PACKED + NOISE[:100],
-    "a frame and one that is to be skipped": PACKED + b"\x50\x2a\x4d\x18\4\0\0\0junk",
-    "a frame behind one that is to be skipped": b"\x50\x2a\x4d\x18\4\0\0\0junk" + PACKED,
+    "a frame and one that is to be skipped": PACKED + SKIPPED,
+    "a frame behind one that is to be skipped": SKIPPED + PACKED,
     "two halves": dosvob.Zstd().compress(TEXT[: CHUNK // 2], 1) + dosvob.Zstd().compress(TEXT[CHUNK // 2 :], 1),
     "an old format": b"\x27\xb5\x2f\xfd" + PACKED[4:],
     "less than is asked for": dosvob.Zstd().compress(TEXT[:-1], 1),
@@ -872,6 +873,12 @@ HOSTILE = {
 def test_what_is_not_zstd_of_that_size_is_refused(hostile: str) -> None:
     with pytest.raises(ValueError, match="zstd"):
         dosvob.unpacked(ZSTD, HOSTILE[hostile], CHUNK)
+
+
+def test_what_is_to_be_skipped_is_not_taken_for_nothing() -> None:
+    assert dosvob.unpacked(ZSTD, zstd_frame(zstd_block(b"")), 0) == b""
+    with pytest.raises(ValueError, match="zstd"):
+        dosvob.unpacked(ZSTD, SKIPPED, 0)
 
 
 def test_a_window_beyond_all_bounds_takes_no_memory() -> None:
@@ -930,6 +937,35 @@ def test_what_does_not_get_shorter_is_sent_as_it_is(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(packer, "_compress", lambda data, level: data + b"longer" if len(data) == CHUNK else b"")
     for data in (NOISE, TEXT, b""):
         assert packer.pack(data) == (RAW, data)
+
+
+def test_what_compressing_hard_took_tells_what_it_would_take_less_hard(monkeypatch: pytest.MonkeyPatch) -> None:
+    packer = clocked_packer(monkeypatch, 1)
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "thread_time", lambda: next(ticks) * 7)  # what the hardest level takes
+    packer.sent(CHUNK, 1e9)
+    for _ in range(100):
+        packer.pack(TEXT)
+    for _ in range(1000):
+        packer.sent(0, 0)
+    packer.sent(CHUNK, 9)
+    assert packer.pack(TEXT) == (ZSTD, dosvob.Zstd().compress(TEXT, 3))
+
+
+def test_only_a_sample_of_noise_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    packer = clocked_packer(monkeypatch, 1)
+    packer.sent(CHUNK, 1e6)
+    compress, sizes = packer._compress, set()
+
+    def note(data: bytes, level: int) -> bytes:
+        sizes.add(len(data))
+        return compress(data, level)
+
+    monkeypatch.setattr(packer, "_compress", note)
+    assert packer.pack(NOISE) == (RAW, NOISE)
+    assert sizes == {packer.SAMPLES * packer.SAMPLE}
+    assert packer.pack(NOISE[:PAGE]) == (RAW, NOISE[:PAGE])
+    assert packer.pack(TEXT)[0] == ZSTD
 
 
 @pytest.mark.parametrize("here", [True, False])
