@@ -33,6 +33,7 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import bench_restore
 import paramiko
 from simulator import FOREVER, Behaviour, Fault, Simulator
 
@@ -564,6 +565,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("/var/tmp/dosvob-bench"))
     parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench.md"))
     parser.add_argument("--memory", action="store_true", help="only the memory over 1, 4 and 16 GiB")
+    parser.add_argument("--restore", action="store_true", help="only a restore into a new volume")
     parser.add_argument("--versions", action="store_true", help="only what keeping a version costs")
     parser.add_argument(
         "--control-plane", action="store_true", help=f"only a run over {VOLUMES} volumes of a simulated account"
@@ -589,6 +591,8 @@ def run(arguments: argparse.Namespace) -> str:
     with loopback("L0", keys) as here:
         if arguments.memory:
             return memory_table(here, arguments.directory)
+        if arguments.restore:
+            return bench_restore.measure(arguments, keys, here)
         data = make_data(arguments.directory, arguments.gib)
         size = arguments.gib * GIB
         bench = Bench(arguments.directory, data, size, arguments.cells, arguments.peers, here)
