@@ -198,18 +198,6 @@ def pauses(first: float, most: float, growth: float = 1.3) -> Iterator[float]:
         pause = min(pause * growth, most)
 
 
-def done_ahead(work: Callable[[S], T], items: Iterable[S], threads: int, most: int) -> Iterator[T]:
-    """What the work makes of each item, in order, done ahead for up to `most` of them by several threads."""
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        coming: collections.deque[concurrent.futures.Future[T]] = collections.deque()
-        for item in items:
-            coming.append(pool.submit(work, item))
-            if len(coming) > most:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
-
-
 def within(limit: float, work: Callable[[], T]) -> T:
     """What the work returns, or raises; TimeoutError if that takes more than `limit` seconds, and it goes on unheeded.
 
@@ -1525,6 +1513,18 @@ class Packer:
         return zlib.compress(data, level)
 
 
+def done_ahead(work: Callable[[S], T], items: Iterable[S], threads: int, most: int) -> Iterator[T]:
+    """What the work makes of each item, in order: done ahead, for so many items at most, by so many threads."""
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        coming: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+        for item in items:
+            coming.append(pool.submit(work, item))
+            if len(coming) > most:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
 class Agent:
     """Serves one device to one reader, from the chunk `first` on, at most `window` chunks ahead of what is done with.
 
@@ -1622,14 +1622,9 @@ class Agent:
             return len(self.announced) < self.window and index - first < MOST_AHEAD
 
     def read_chunks(self, chunks: int) -> Iterator[tuple[int, bytes]]:
-        """All chunks from the first on, read ahead by several threads."""
-        with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-            ahead: collections.deque[concurrent.futures.Future[bytes]] = collections.deque()
-            for index in range(self.first, chunks + READ_AHEAD):
-                if index < chunks:
-                    ahead.append(pool.submit(self.read, index))
-                if index - READ_AHEAD >= self.first:
-                    yield index - READ_AHEAD, ahead.popleft().result()
+        """All chunks from the first on."""
+        indices = range(self.first, chunks)
+        return zip(indices, done_ahead(self.read, indices, READERS, READ_AHEAD))  # noqa: B905 - Python 3.8 has no strict
 
     def read(self, index: int) -> bytes:
         """One chunk of the device."""

@@ -1,7 +1,8 @@
 """How fast a restore into a new volume is, against what people do without it. `tests/bench --restore` runs it.
 
-The volume of the other measurements is written over real OpenSSH into a file that stands for the new volume, made durable, and read back. Beside it, in the same run and in turns with it:
-`zstd -1 | ssh 'zstd -d | dd conv=sparse,fsync'`, which compares nothing.
+The volume of the other measurements is written over real OpenSSH into a file that stands for the new volume, made
+durable, and read back. Beside it, in turns with it, `zstd -1 | ssh 'zstd -d | dd conv=sparse,fsync'`, which compares
+nothing.
 """
 
 from __future__ import annotations
