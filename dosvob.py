@@ -1045,10 +1045,13 @@ class Ephemeral:
         ours = {resource.id for resource in self._created if resource.kind == DROPLET}
         for resource in existing:
             if resource.kind == VOLUME and not resource.name.startswith(TAG):
-                item = api.get_fresh(resource.path, "volume") or {}
-                others = [str(droplet) for droplet in item.get("droplet_ids") or () if str(droplet) not in ours]
-                if others:
-                    return {resource: f"It is attached to the droplet {', '.join(others)}, which is not of this run"}
+                with contextlib.suppress(DosvobError):  # what is attached DigitalOcean does not delete
+                    item = api.get_fresh(resource.path, "volume") or {}
+                    others = [str(droplet) for droplet in item.get("droplet_ids") or () if str(droplet) not in ours]
+                    if others:
+                        return {
+                            resource: f"It is attached to the droplet {', '.join(others)}, which is not of this run"
+                        }
         return {}
 
     def may_have_left(self, name: str) -> bool:

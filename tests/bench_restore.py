@@ -112,7 +112,7 @@ def reference(link: bench.Link, source: Path, target: Path) -> float:
     there = f"zstd -d | dd of={shlex.quote(str(target))} bs=1M iflag=fullblock conv=sparse,fsync,notrunc status=none"
     start = time.monotonic()
     with subprocess.Popen(["zstd", "-1", "-q", "-c", source], stdout=subprocess.PIPE) as packing:
-        subprocess.run([*link.ssh(), there], stdin=packing.stdout, check=True)
+        subprocess.run([*link.ssh(), f"root@{link.address}", there], stdin=packing.stdout, check=True)
     seconds = time.monotonic() - start
     bench.check_equal(source, target)
     return seconds

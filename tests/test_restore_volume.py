@@ -669,6 +669,17 @@ def test_volume_that_somebody_uses_stays(home: Home, sim: Simulator, tmp_path: P
     assert f"(id {volume.id}, " in run(home, "sweep", expect=1).stderr
 
 
+def test_all_is_removed_though_nobody_says_who_uses_it(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    halt = Halt(tmp_path)
+    sim.faults.add(halt.fault)
+    running = start_restore(home, TEARDOWN_PATIENCE=0.3)
+    halt.wait()
+    sim.faults.add(Fault("error", method="GET", path="^/v2/volumes/", times=FOREVER))
+    running.signal(signal.SIGTERM)
+    assert running.end() == 128 + signal.SIGTERM
+    assert_nothing_left(sim)
+
+
 def test_volume_that_cannot_be_removed(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
     halt = Halt(tmp_path)
     sim.faults.add(halt.fault, Fault("error", method="DELETE", path="^/v2/volumes/", nth=2, status=403, times=FOREVER))
