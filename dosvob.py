@@ -4544,6 +4544,7 @@ def back_up_all(job: Job, arguments: argparse.Namespace) -> None:
     finally:
         damaged = finish_journals(home, report, job.stop)
     volumes = select_volumes(job, arguments.names)
+    plans = plan_droplets(job, volumes)
     if not arguments.names:
         try:
             home.record_wanted(job.name(volume) for volume in volumes)
@@ -4556,7 +4557,7 @@ def back_up_all(job: Job, arguments: argparse.Namespace) -> None:
     cost = 0.0
     try:
         for _, volumes_there in itertools.groupby(fit, lambda volume: volume.region):
-            cost += back_up_region(job, list(volumes_there), results, reread=arguments.reread)
+            cost += back_up_region(job, plans, list(volumes_there), results, reread=arguments.reread)
     except Interrupted:
         tell_interrupted(report, results.values())
         raise
@@ -4576,22 +4577,36 @@ def is_fit(job: Job, volume: Volume) -> bool:
     return False
 
 
-def back_up_region(job: Job, volumes: Sequence[Volume], results: dict[str, Result], *, reread: bool) -> float:
+def plan_droplets(job: Job, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
+    """What droplets to create, by region; one of several regions that cannot have one fails for itself."""
+    plans = {}
+    for region in dict.fromkeys(volume.region for volume in volumes):
+        try:
+            plans[region] = DropletPlan.make(job.api, job.config, region)
+        except DosvobError as problem:
+            if not job.config.by_region:
+                raise
+            job.report.error(f"{region}: {problem}")
+    return plans
+
+
+def back_up_region(
+    job: Job, plans: Mapping[str, DropletPlan], volumes: Sequence[Volume], results: dict[str, Result], *, reread: bool
+) -> float:
     """Back up volumes of one region; returns what it cost. If it fails, that is no matter of other regions."""
     region = volumes[0].region
     try:
-        plan = DropletPlan.make(job.api, job.config, region)
         if job.config.by_region:
             job.home.make_directory(region)
+        if region in plans:
+            return Backup(job, plans[region], volumes, results, reread=reread).run()
     except (DosvobError, OSError) as problem:
-        if not job.config.by_region:
-            raise
         job.report.error(f"{region}: {explained(problem, job.home.path)}")
-        for volume in volumes:
-            name = job.name(volume)
+    for volume in volumes:
+        name = job.name(volume)
+        if results[name].outcome != "ok":
             results[name] = dataclasses.replace(results[name], outcome="FAILED")
-        return 0.0
-    return Backup(job, plan, volumes, results, reread=reread).run()
+    return 0.0
 
 
 def tell_interrupted(report: Reporter, results: Iterable[Result]) -> None:
