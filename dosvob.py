@@ -4078,6 +4078,13 @@ class Home:
             chosen += found
         return list(dict.fromkeys(chosen)) or sorted(self.names(with_aside=with_aside))
 
+    def image(self, name: str) -> ImagePaths:
+        """The one image that is called so; raises UsageError if there is none, or several."""
+        found = self.chosen([name])
+        if len(found) > 1 and name not in found:
+            raise UsageError(f"{name} may be {' or '.join(found)}: say which")
+        return ImagePaths(self.path, name if name in found else found[0])
+
     def move(self, old: ImagePaths, new: ImagePaths) -> None:
         """Rename all that belongs to an image, for it to lie in another directory; raises DosvobError, OSError.
 
@@ -4094,12 +4101,12 @@ class Home:
         for path in paths:
             if path == old.state:
                 self._sync(old, new)
-            target = new.directory / path.relative_to(old.directory)
             if path.is_symlink():  # it may lead from where it is
-                target.symlink_to(os.path.realpath(path))
-                path.unlink()
-            else:
-                path.rename(target)
+                link = path.with_name(f"{path.name}.link")
+                link.unlink(missing_ok=True)
+                link.symlink_to(os.path.realpath(path))
+                link.rename(path)
+            path.rename(new.directory / path.relative_to(old.directory))
         self._sync(old, new)
 
     @staticmethod
@@ -4735,34 +4742,38 @@ def misplaced(job: Job, volumes: Iterable[Volume]) -> Iterator[tuple[ImagePaths,
 def move_images(job: Job, volumes: Sequence[Volume], damaged: Container[str]) -> set[str]:
     """Move images to where "region" in conf.json has them now; returns the names of what is not to be backed up.
 
-    Those are what could not be moved: it would be fetched anew. That is so for what must be finished first (`damaged`).
+    Those are what could not be moved, for it would be fetched anew; also if a journal must be finished (`damaged`).
     """
-    report, failed = job.report, set()
+    failed: set[str] = set()
     for old, name in misplaced(job, volumes):
-        if name:
-            try:
-                if old.name not in damaged:
-                    job.home.move(old, ImagePaths(job.home.path, name))
-                    report.say(f'{old.name}: its image is {job.home.path / name} now, for "region" in conf.json')
-                    continue
-            except (DosvobError, OSError) as problem:
-                report.error(f"{old.name}: {explained(problem, old.directory)}")
-            failed.add(name)
-            continue
-        regions = [volume.region for volume in volumes if volume.name == old.name]
-        files = " ".join(str(path) for path in (old.image, old.partial) if path.exists())
-        metadata = " ".join(str(path) for path in (old.state, old.versions) if path.exists())
-        directory = job.home.path / regions[0]
-        commands = f"mkdir -p {directory}/.dosvob"
-        commands += f" && mv {files} {directory}/" * bool(files)
-        commands += f" && mv {metadata} {directory}/.dosvob/" * bool(metadata)
-        others = f" (or {', '.join(regions[1:])})" * (len(regions) > 1)
-        report.error(
-            f"{old.name}: nothing tells of which region {files or metadata} is, so that is not backed up. If it is of "
-            f"{regions[0]}{others}: {commands}; otherwise move it elsewhere"
-        )
-        failed |= {f"{region}/{old.name}" for region in regions}
+        names = [name] if name else [job.name(volume) for volume in volumes if volume.name == old.name]
+        try:
+            if old.name in damaged:  # which was told
+                failed.update(names)
+                continue
+            if not name:
+                raise DosvobError(how_to_move(old, [ImagePaths(job.home.path, name) for name in names]))
+            job.home.move(old, ImagePaths(job.home.path, name))
+            job.report.say(f'{old.name}: its image is {job.home.path / name} now, for "region" in conf.json')
+        except (DosvobError, OSError) as problem:
+            job.report.error(f"{old.name}: {explained(problem, old.directory)}")
+            failed.update(names)
     return failed
+
+
+def how_to_move(old: ImagePaths, places: Sequence[ImagePaths]) -> str:
+    """What to do about an image that may belong in any of these places."""
+    files = " ".join(str(path) for path in (old.image, old.partial) if path.exists())
+    metadata = " ".join(str(path) for path in (old.state, old.versions) if path.exists())
+    new = places[0]
+    commands = [f"mkdir -p {new.metadata}"]
+    commands += [f"mv {files} {new.directory}/"] if files else []
+    commands += [f"mv {metadata} {new.metadata}/"] if metadata else []
+    regions = " or ".join(place.directory.name for place in places)
+    return (
+        f"nothing tells of which region {files or metadata} is, {regions} perhaps, so that is not backed up. If it is "
+        f"of {new.directory.name}: {' && '.join(commands)}; otherwise move it elsewhere"
+    )
 
 
 def dry_run(job: Job, names: Sequence[str]) -> None:
@@ -4958,11 +4969,8 @@ def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> 
     name, target = arguments.names[0], Path(arguments.names[1])
     home = Home(arguments.backups)
     with home.unchanged():
-        found = home.chosen([name])
-        if len(found) > 1 and name not in found:
-            raise UsageError(f"{name} may be {' or '.join(found)}: say which")
-        name = name if name in found else found[0]
-        paths = ImagePaths(home.path, name)
+        paths = home.image(name)
+        name = paths.name
         paths.check_link()
         try:
             with contextlib.closing(Chain(paths)) as chain:
