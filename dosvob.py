@@ -4078,12 +4078,12 @@ class Home:
             chosen += found
         return list(dict.fromkeys(chosen)) or sorted(self.names(with_aside=with_aside))
 
-    def image(self, name: str) -> ImagePaths:
-        """The one image that is called so; raises UsageError if there is none, or several."""
+    def meant(self, name: str) -> str:
+        """The name of the image that somebody means who says this; raises UsageError if there is none, or several."""
         found = self.chosen([name])
         if len(found) > 1 and name not in found:
             raise UsageError(f"{name} may be {' or '.join(found)}: say which")
-        return ImagePaths(self.path, name if name in found else found[0])
+        return name if name in found else found[0]
 
     def move(self, old: ImagePaths, new: ImagePaths) -> None:
         """Rename all that belongs to an image, for it to lie in another directory; raises DosvobError, OSError.
@@ -4969,8 +4969,8 @@ def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> 
     name, target = arguments.names[0], Path(arguments.names[1])
     home = Home(arguments.backups)
     with home.unchanged():
-        paths = home.image(name)
-        name = paths.name
+        name = home.meant(name)
+        paths = ImagePaths(home.path, name)
         paths.check_link()
         try:
             with contextlib.closing(Chain(paths)) as chain:
