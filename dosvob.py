@@ -10,7 +10,7 @@ snapshot → clone → droplet → agent: digests of every MiB → patches of wh
 The words:
 
 - Volume: what is backed up. Snapshot: its content at a moment. Clone: a throwaway volume made from the snapshot.
-- Image: the local file `backups/NAME`, byte for byte the last snapshot.
+- Image: the local file `backups/NAME`, with several regions `backups/REGION/NAME`, byte for byte the last snapshot.
 - Chunk: 1 MiB of either, the unit of digests and of the conversation. Page: 4 KiB, the unit of change.
 - Patch: new contents for some pages of one chunk, with the digest that the chunk has afterwards.
 - Journal: the patches that a sync will apply to the image. Version: an older snapshot, kept as the patches that lead
@@ -21,8 +21,9 @@ A run, from `main` on, and where to read of it:
 
  1. `Config.load` checks conf.json, `Home.locked` keeps other runs of this home out.
  2. `sweep` removes this home's leftovers; `finish_journals` completes what a crash left.
- 3. `Backup.run` takes the volumes in turn. In the background `Hosts` makes a key and a droplet, and `_prepare` a
-    snapshot and a clone of the next volume (`Ephemeral.make_clone`), and attaches it.
+ 3. `move_images` follows a change of "region"; then for each region `Backup.run` takes the volumes in turn. In the
+    background `Hosts` makes a key and a droplet, and `_prepare` a snapshot and a clone of the next volume
+    (`Ephemeral.make_clone`), and attaches it.
  4. `Update` opens the volume's image; `sync_device` starts an `Agent` on the droplet, and talks with it by a `Sync`:
     chunks whose digest is the image's are kept, of the others the pages that differ are fetched, as patches.
  5. `Update.finish` writes the version, commits the journal, and `Journal.apply` makes the image the new snapshot.
@@ -1563,6 +1564,8 @@ exec({source + start!r})
 #   backups/.dosvob/NAME.journal         the patches that the sync that goes on will apply to the image
 #   backups/.dosvob/NAME.versions/TIME   a version: the patches that lead back to the snapshot of that time (UTC)
 #   backups/.dosvob/NAME.version.new     the version that the sync that goes on will leave
+#
+# With several regions all of these are in backups/REGION.
 #
 # A sync of an existing image goes through these steps, and a crash in any of them leaves what is said beside it:
 #   1. patches go to the journal, digests to state.new              the old image; of the journal is used what fits
