@@ -974,7 +974,7 @@ class Ephemeral:
     """All that one run creates. As a context manager it removes it at the end, whatever happens, by `Removal`.
 
     Since a home has one run at a time, the end also removes what an earlier run of this home left, and lists showed
-    too late for the sweep at the beginning.
+    too late for the sweep at the beginning. What could not be removed before is not waited for once more.
     """
 
     ACTION_LIMIT = 600  # seconds that an action, such as an attach, may take
@@ -1005,8 +1005,7 @@ class Ephemeral:
         self._report.say(f"removing {told}: all that is named {self.prefix}…")
         api, note = self._api.with_stop(Stop(), Api.TEARDOWN_PATIENCE), self._report.doing  # no signal ends this
         try:
-            removal = Removal(api, lambda item: item.home in ("", self._home), self._last_post + LIST_LAG, note)
-            left = removal.run(existing, self._asked)
+            left = Removal(api, self._is_ours, self._last_post + LIST_LAG, note).run(existing, self._asked)
         except Exception as problem:  # noqa: BLE001 - even after a bug in here: tell what there may be
             self._report.detail(traceback.format_exc())
             unknown = [Resource(kind, UNKNOWN, name) for name, kind in self._asked.items()]
@@ -1015,6 +1014,9 @@ class Ephemeral:
             if resource not in left:
                 self._removed[resource] = time.monotonic()
         self._report.left_behind(left)
+
+    def _is_ours(self, resource: Resource) -> bool:
+        return resource.home in ("", self._home) and resource not in self._report.left
 
     def cost(self) -> float:
         """Dollars for all that was created, by the seconds that it existed until now."""
@@ -3780,7 +3782,7 @@ class Reporter:
         self.secret = ""
         self.current = ""  # what is going on, for whoever asks with a second signal
         self.has_failed = False  # whether there was an error
-        self.has_left = False  # whether something could not be removed from the account
+        self.left: set[Resource] = set()  # what could not be removed from the account
         self.summary: list[str] = []  # what somebody who was not there must know: warnings, errors, results
         self._lock = threading.Lock()
         self._live = ""
@@ -3827,7 +3829,7 @@ class Reporter:
 
     def left_behind(self, left: Mapping[Resource, str]) -> None:
         """Say loudly what could not be removed."""
-        self.has_left |= bool(left)
+        self.left |= set(left)
         for resource, reason in left.items():
             what = "there may be something " if resource.id == UNKNOWN else ""
             billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
@@ -4677,7 +4679,7 @@ def back_up_all(job: Job, arguments: argparse.Namespace) -> None:
         rows = [("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", ""), *(result.row() for result in results.values())]
         report.say(table(rows, (0, 5)), is_result=True)
         report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included", is_result=True)
-    if not report.has_left:
+    if not report.left:
         report.say("nothing of this home's is left in the account")
 
 
@@ -4810,7 +4812,7 @@ def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> N
     with job.home.locked():
         sweep(job, time.monotonic() + LIST_LAG, everything=arguments.all)  # what was created a moment ago shows late
         finish_journals(job.home, report, stop)
-    if not report.has_left:
+    if not report.left:
         report.say("nothing of dosvob's is left in the account" + " for this home" * (not arguments.all))
 
 
@@ -5144,7 +5146,7 @@ def main(arguments: list[str] | None = None) -> int:
     code = run_command(parsed, report, stop)
     if signals.number:
         code = 128 + signals.number
-    if report.has_left:
+    if report.left:
         code = EXIT_FAILED
     if not report.close():
         os._exit(code)  # Python would wait for what cannot be written
