@@ -87,6 +87,7 @@ import datetime
 import difflib
 import fnmatch
 import functools
+import heapq
 import io
 import itertools
 import json
@@ -1628,19 +1629,10 @@ def create_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
-@dataclass(frozen=True)
-class Identity:
+def identity_of(path_or_fd: Path | int) -> dict[str, int]:
     """What tells that a file was not touched since: size in bytes, inode, modification time in ns."""
-
-    size: int
-    inode: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path_or_fd: Path | int) -> Identity:
-        """That of a file now."""
-        status = os.stat(path_or_fd)
-        return cls(status.st_size, status.st_ino, status.st_mtime_ns)
+    status = os.stat(path_or_fd)
+    return {"size": status.st_size, "inode": status.st_ino, "mtime_ns": status.st_mtime_ns}
 
 
 @dataclass(frozen=True)
@@ -1653,13 +1645,24 @@ class Snapshot:
     size: int
     taken_at: str
 
+    def moment(self, known_at: datetime.datetime) -> datetime.datetime:
+        """When it was taken; if what DigitalOcean says of that cannot be, when it was known here.
+
+        Versions are named and thinned by it, so a time that is far in the future would spoil all that come after.
+        """
+        taken = parse_time(self.taken_at)
+        if taken is None or taken.year < 2000 or taken - known_at > datetime.timedelta(days=1):
+            taken = known_at
+        return taken.replace(microsecond=0)  # as it is listed
+
 
 @dataclass(frozen=True)
 class State:
     """What is known of an image; the digests are in the file, behind this block.
 
     `reread` is the part of the image that was read again by the last sync; `journal` the id of the journal that led to
-    it ("" for none); `digests` the SHA-256 of the table of digests; `identity` that of the image, None if unknown.
+    it ("" for none); `digests` the SHA-256 of the table of digests; `identity` what `identity_of` said of the image,
+    None if it is in doubt.
     """
 
     snapshot: Snapshot
@@ -1667,17 +1670,15 @@ class State:
     reread: int
     journal: str
     digests: str
-    identity: Identity | None = None
+    identity: dict[str, int] | None
 
     @classmethod
     def unpack(cls, block: bytes, path: Path) -> State:
         """From the block that a state file begins with; raises Damaged, or DosvobError for a newer dosvob's."""
+        content = unseal("state", block, path) or {}
         try:
-            content = unseal("state", block, path) or {}
-            identity = content.pop("identity")
-            snapshot = Snapshot(**content.pop("snapshot"))
-            return cls(snapshot=snapshot, identity=Identity(**identity) if identity else None, **content)
-        except (ValueError, TypeError, KeyError):
+            return cls(snapshot=Snapshot(**content.pop("snapshot")), **content)
+        except (TypeError, KeyError):
             raise Damaged(
                 f"{path} is damaged; the image was left as it is. Delete that file, and the next run compares all of "
                 "the image with the volume"
@@ -1689,53 +1690,28 @@ class State:
         try:
             with path.open("rb") as file:
                 state = cls.unpack(file.read(BLOCK), path)
-                table, length = hashlib.sha256(), 0
-                while whole and (block := file.read(CHUNK)):
-                    table.update(block)
-                    length += len(block)
+                is_sound = not whole or hashlib.file_digest(file, "sha256").hexdigest() == state.digests
         except FileNotFoundError:
             return None
-        expected = (state.digests, state.snapshot.size // CHUNK * DIGEST_SIZE)
-        return state if not whole or (table.hexdigest(), length) == expected else cls.unpack(b"", path)
+        return state if is_sound else cls.unpack(b"", path)
+
+    def write(self, path: Path) -> None:
+        """Put it before the digests that are in a file, and make it all durable."""
+        with contextlib.closing(SparseFile(path, os.O_WRONLY)) as file:
+            file.write(seal("state", dataclasses.asdict(self)), 0)
+            os.fsync(file.fd)
 
     @classmethod
     def doubt(cls, path: Path) -> None:
         """Record that the image may not be what its state says, until the next sync."""
         with contextlib.suppress(Damaged):
             if (state := cls.load(path, whole=False)) is not None:
-                with contextlib.closing(SparseFile(path, os.O_RDWR)) as file:
-                    file.write(seal("state", dataclasses.asdict(dataclasses.replace(state, identity=None))), 0)
-                    os.fsync(file.fd)
+                dataclasses.replace(state, identity=None).write(path)
 
     @property
     def moment(self) -> datetime.datetime:
-        """When the snapshot was taken; if what DigitalOcean says is not a time, when it was backed up."""
-        moment = parse_time(self.snapshot.taken_at)
-        if moment is None or not 2000 <= moment.year < 9000:
-            moment = parse_time(self.completed_at) or utc_now()
-        return moment.replace(microsecond=0)  # as it is listed
-
-
-class StateWriter:
-    """Writes the state of the sync that goes on: digests come in the order of the chunks, the head last."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = os.fdopen(create_private(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), "wb", buffering=128 << 10)
-        self.file.write(bytes(BLOCK))
-        self._table = hashlib.sha256()
-
-    def append(self, digest: bytes) -> None:
-        """The digest of the next chunk."""
-        self.file.write(digest)
-        self._table.update(digest)
-
-    def complete(self, snapshot: Snapshot, reread: int, journal: str, identity: Identity) -> None:
-        """Write the head, and make it all durable."""
-        state = State(snapshot, utc_now().isoformat(), reread, journal, self._table.hexdigest(), identity)
-        self.file.seek(0)
-        self.file.write(seal("state", dataclasses.asdict(state)))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        """When the snapshot was taken."""
+        return self.snapshot.moment(parse_time(self.completed_at) or utc_now())
 
 
 class ImagePaths:
@@ -1770,22 +1746,24 @@ class ImagePaths:
         if self.image.is_symlink() and not self.image.exists():
             raise DosvobError(f"{self.image} leads to {self.image.readlink()}, which is not there: is it mounted?")
 
-    def set_aside(self, state: State | None) -> ImagePaths | None:
+    def set_aside(self, moment: datetime.datetime) -> ImagePaths:
         """Rename the image, its versions and its state so that they are out of the way, but not lost.
 
-        What a crash left of that is completed: the name is the snapshot's, and the state, which tells that there is
-        something to do, goes last. None if there was nothing.
+        `moment` is when the image's snapshot was taken, as the state or else the versions tell: so what a crash left of
+        this is completed under the same name. The image goes first, for without it the others are set aside too.
         """
-        stamp = f"{self.image.name}.set-aside-{(state.moment if state else utc_now()).strftime('%Y%m%dT%H%M%SZ')}"
+        stamp = f"{self.image.name}.set-aside-{moment.strftime('%Y%m%dT%H%M%SZ')}"
         for number in itertools.count():
             aside = ImagePaths(self.directory, f"{stamp}{f'-{number}' * bool(number)}")
-            if not (self.image.exists() and aside.image.exists()) and not aside.state.exists():
+            moves = [(self.image, aside.image), (self.versions, aside.versions), (self.state, aside.state)]
+            if not aside.state.exists() and not any(old.exists() and new.exists() for old, new in moves):
                 break
-        moves = [(self.versions, aside.versions), (self.image, aside.image), (self.state, aside.state)]
-        moved = [old.rename(new) for old, new in moves if old.exists()]
+        for old, new in moves:
+            if old.exists():
+                old.rename(new)
         sync_directory(self.directory)
         sync_directory(self.metadata)
-        return aside if moved else None
+        return aside
 
 
 class SparseFile:
@@ -1819,24 +1797,18 @@ class SparseFile:
             view, offset = view[written:], offset + written
 
     def write_zeros(self, offset: int, length: int) -> None:
-        """Make a range zeros, as a hole where the file system has them."""
-        if not self.punch(offset, length):
-            for start in range(offset, offset + length, CHUNK):
-                self.write(bytes(min(CHUNK, offset + length - start)), start)
-
-    def punch(self, offset: int, length: int) -> bool:
-        """Make a range a hole; False if the file system or the C library has none."""
+        """Make a range zeros, as a hole where the file system and the C library have them."""
         # Python has only posix_fallocate
         fallocate = getattr(LIBC, "fallocate64", None) or getattr(LIBC, "fallocate", None)
-        if fallocate is None:
-            return False
-        keep_size_and_punch = 1 | 2  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE of fallocate(2)
-        if fallocate(self.fd, keep_size_and_punch, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
-            return True
-        number = ctypes.get_errno()
-        if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
-            raise OSError(number, os.strerror(number))
-        return False
+        if fallocate is not None:
+            keep_size_and_punch = 1 | 2  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE of fallocate(2)
+            if fallocate(self.fd, keep_size_and_punch, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
+                return
+            number = ctypes.get_errno()
+            if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
+                raise OSError(number, os.strerror(number))
+        for start in range(offset, offset + length, CHUNK):
+            self.write(bytes(min(CHUNK, offset + length - start)), start)
 
     def end_of_hole(self, offset: int, end: int) -> int:
         """Where the first data at or after an offset is; `end` if there is none before."""
@@ -1846,6 +1818,14 @@ class SparseFile:
             if problem.errno != errno.ENXIO:
                 raise
             return end
+
+    def chunk_holes(self, first: int, end: int) -> Iterator[bool]:
+        """For each of these chunks, in order, whether it is a hole: one look for all that a hole is made of."""
+        data = 0
+        for index in range(first, end):
+            if index * CHUNK >= data:
+                data = self.end_of_hole(index * CHUNK, end * CHUNK)
+            yield (index + 1) * CHUNK <= data
 
     def holes(self, index: int) -> int:
         """A bitmap of the pages of a chunk that have no room on the disk yet."""
@@ -1921,19 +1901,18 @@ class Patch:
     @property
     def room(self) -> int:
         """The bytes that it takes in a file."""
-        return self.HEADER.size + len(self.data)
+        return self.HEADER.size + self.filled.bit_count() * PAGE
 
     def runs(self) -> Iterator[tuple[int, int, memoryview | None]]:
         """The runs of pages that are alike: (offset and length in the chunk in bytes, data; None for zeros)."""
-        data, first, kind, position = memoryview(self.data), 0, None, 0
-        for page in range(PAGES + 1):
-            this = bool(self.filled >> page & 1) if page < PAGES and self.pages >> page & 1 else None
-            if this is not kind:
-                length = (page - first) * PAGE
-                if kind is not None:
-                    yield first * PAGE, length, data[position : position + length] if kind else None
-                    position += length * kind
-                first, kind = page, this
+        data, position = memoryview(self.data), 0
+        kinds = [(self.pages >> page & 1, self.filled >> page & 1) for page in range(PAGES)]
+        for (is_there, is_filled), run in itertools.groupby(range(PAGES), kinds.__getitem__):
+            first, *others = run
+            length = (1 + len(others)) * PAGE
+            if is_there:
+                yield first * PAGE, length, data[position : position + length] if is_filled else None
+            position += length * is_filled
 
     def over(self, chunk: bytes) -> bytes:
         """The chunk as the patch makes it."""
@@ -1960,75 +1939,36 @@ class Patch:
         return b"".join([data[place * PAGE : (place + 1) * PAGE] for place, page in places if wanted >> page & 1])
 
     @classmethod
-    def of(cls, index: int, pages: int, data: bytes, digest: bytes, among: int = ALL_PAGES) -> Patch:
-        """The patch that puts these pages there; the data has those of the bitmap `among`."""
-        places = enumerate(page for page in range(PAGES) if among >> page & 1)
-        filled = sum(
-            1 << page
-            for place, page in places
-            if pages >> page & 1 and not data.startswith(ZERO_PAGE, place * PAGE)
-        )  # fmt: skip
-        return cls(index, pages, filled, cls.select(data, filled, among), digest)
+    def of(cls, index: int, pages: int, chunk: bytes, digest: bytes) -> Patch:
+        """The patch that puts these pages of a chunk there."""
+        among = (page for page in range(PAGES) if pages >> page & 1)
+        filled = sum(1 << page for page in among if not chunk.startswith(ZERO_PAGE, page * PAGE))
+        return cls(index, pages, filled, cls.select(chunk, filled), digest)
 
     @classmethod
     def of_image(cls, file: SparseFile, index: int, pages: int, digest: bytes) -> Patch:
         """What these pages of an image have now; zeros for what the disk cannot read, which the digest will tell."""
-        places = [index * CHUNK + page * PAGE for page in range(PAGES) if pages >> page & 1]
-        runs = [(index * CHUNK + start, length) for start, length, _ in cls(index, pages, 0, b"", digest).runs()]
-        parts = [file.read(start, length) for start, length in runs]
-        if None in parts:  # then page by page: what can be read is kept
-            parts = [file.read(place, PAGE) or ZERO_PAGE for place in places]
-        return cls.of(index, pages, b"".join(part or b"" for part in parts), digest, pages)
-
-
-class PatchWriter:
-    """Writes a file of patches, which is what a journal and a version are: a sealed head, patches, a sealed end.
-
-    The end, when the file is complete, is always in the last block. With `end`, the file that a crash left is continued
-    behind that many bytes.
-    """
-
-    def __init__(self, path: Path, kind: str, head: Json, end: int = 0) -> None:
-        self.id: str = head["id"]
-        if not end:
-            path.unlink(missing_ok=True)
-        self.file = os.fdopen(create_private(path), "wb", buffering=CHUNK)
-        self.file.seek(end)
-        self.file.truncate()
-        if not end:
-            self.file.write(seal(kind, head))
-        self._changed = self._filled = 0
-
-    def append(self, patch: Patch) -> int:
-        """Append a patch; returns its position."""
-        position = self.file.tell()
-        self.file.write(patch.pack(self.id))
-        self.file.write(patch.data)
-        self._changed += patch.pages.bit_count() * PAGE
-        self._filled += len(patch.data)
-        return position
-
-    def make_durable(self) -> None:
-        """Everything so far survives a power cut."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def complete(self, end: Json) -> None:
-        """Write the end, durably: a journal's is the commit mark."""
-        self.file.write(seal("end", {"id": self.id, "changed": self._changed, "data": self._filled, **end}))
-        self.make_durable()
+        chunk = bytearray(CHUNK)
+        for start, length, _ in cls(index, pages, 0, b"", digest).runs():
+            data = file.read(index * CHUNK + start, length)
+            if data is None:  # then page by page: what can be read is kept
+                places = range(index * CHUNK + start, index * CHUNK + start + length, PAGE)
+                data = b"".join([file.read(place, PAGE) or ZERO_PAGE for place in places])
+            chunk[start : start + length] = data
+        return cls.of(index, pages, bytes(chunk), digest)
 
 
 class PatchFile:
-    """A file of patches as found on disk; may be read by several threads. To be closed.
+    """A file of patches, which is what a journal and a version are: a sealed head, patches, a sealed end. To be closed.
 
-    `head` and `end` are the contents of the sealed blocks: {} for a head that is damaged, None for an end that is not
-    there. Raises DosvobError for a newer dosvob's, FileNotFoundError. `from_disk`: as SparseFile.forget_cached.
+    The end, when the file is complete, is always in the last block. `head` and `end` are the contents of these: {} for
+    a head that is damaged, None for an end that is not there. May be read by several threads, also what one of them has
+    just appended. Raises DosvobError for a newer dosvob's, FileNotFoundError. `from_disk`: as SparseFile.forget_cached.
     """
 
-    def __init__(self, path: Path, kind: str, *, from_disk: bool = False) -> None:
+    def __init__(self, path: Path, kind: str, flags: int = os.O_RDONLY, *, from_disk: bool = False) -> None:
         self.path = path
-        self._file = SparseFile(path)
+        self._file = SparseFile(path, flags)
         try:
             if from_disk:
                 self._file.forget_cached()
@@ -2040,6 +1980,40 @@ class PatchFile:
             raise
         self.end = None if end is None or (self.head and end["id"] != self.head["id"]) else end
         self.limit = size - BLOCK * (self.end is not None)  # of the patches
+        self._changed = 0  # bytes
+
+    @classmethod
+    def create(cls, path: Path, kind: str, head: Json) -> PatchFile:
+        """A new file, to be appended to, in place of what is there."""
+        path.unlink(missing_ok=True)
+        with contextlib.closing(SparseFile(path, os.O_WRONLY | os.O_CREAT)) as file:
+            file.write(seal(kind, head), 0)
+        return cls(path, kind, os.O_RDWR)
+
+    def append(self, patch: Patch) -> int:
+        """Append a patch; returns its position."""
+        position = self.limit
+        self._file.write(patch.pack(self.head["id"]), position)
+        self._file.write(patch.data, position + Patch.HEADER.size)
+        self.limit += patch.room
+        self._changed += patch.pages.bit_count() * PAGE
+        return position
+
+    def cut(self, position: int) -> None:
+        """Go on there, behind the good part of what a crash left."""
+        os.ftruncate(self._file.fd, position)
+        self.limit = position
+
+    def make_durable(self) -> None:
+        """Everything so far survives a power cut."""
+        os.fsync(self._file.fd)
+
+    def complete(self, end: Json) -> None:
+        """Write the end, durably: a journal's is the commit mark."""
+        end = {"id": self.head["id"], "changed": self._changed, **end}
+        self._file.write(seal("end", end), self.limit)
+        self.make_durable()
+        self.end = end
 
     def header_at(self, position: int) -> Patch:
         """The patch at a position, without its data and not verified; raises Damaged if there is none."""
@@ -2052,8 +2026,7 @@ class PatchFile:
     def patch_at(self, position: int) -> Patch:
         """The patch at a position; raises Damaged if it is not whole."""
         header = self.header_at(position)
-        size = Patch.HEADER.size + header.filled.bit_count() * PAGE
-        stored = self._file.read(position, size) or b""
+        stored = self._file.read(position, header.room) or b""
         patch = dataclasses.replace(header, data=memoryview(stored)[Patch.HEADER.size :])
         if patch.filled & ~patch.pages or patch.pack(self.head.get("id", "")) != stored[: Patch.HEADER.size]:
             raise Damaged(f"{self.path} is damaged at byte {position}")
@@ -2078,7 +2051,7 @@ class PatchFile:
         while position < self.limit:
             patch = self.patch_at(position) if data else self.header_at(position)
             yield position, patch
-            position += Patch.HEADER.size + patch.filled.bit_count() * PAGE
+            position += patch.room
 
     def close(self) -> None:
         """Close the file."""
@@ -2099,108 +2072,32 @@ class Journal:
 
     def __init__(self, file: PatchFile, chunks: int) -> None:
         self.file = file
-        self.places = array.array("Q", bytes(8 * chunks))  # positions in the file; 0: none
+        self.places = array.array("Q", [0]) * chunks  # positions in the file; 0: none
         self.end = BLOCK  # where its good part ends
 
+    # While a sync goes on
+
     @classmethod
-    def finish(cls, paths: ImagePaths, warn: Callable[[str], None], heed: Callable[[int], None]) -> bool:
-        """Finish what a crash left in a journal: no network is needed. Returns whether one was applied.
+    def open(cls, paths: ImagePaths, volume_id: str, chunks: int) -> Journal:
+        """The journal of the sync that begins: the good part of what a crash left, if it fits, or a new one."""
+        is_begun = False
+        with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as file:
+            if file.end is not None:
+                raise DosvobError(f"{paths.journal} must be applied first: run again")
+            is_begun = cls.fits(paths, file) and file.head["volume_id"] == volume_id
+        if not is_begun:
+            base = identity_of(paths.image)
+            head = {"id": secrets.token_hex(16), "name": paths.image.name, "volume_id": volume_id, "base": base}
+            PatchFile.create(paths.journal, "journal", head).close()
+        journal = cls(PatchFile(paths.journal, "journal", os.O_RDWR), chunks)
+        with contextlib.suppress(Damaged):  # which is where its good part ends
+            journal.read_places(lambda _: None)
+        journal.file.cut(journal.end)
+        return journal
 
-        `heed` is told of the bytes that were read or written, and may raise `Interrupted`: the next call goes on.
-        Without a commit mark a journal promises nothing: what does not fit the image is dropped, the rest is for the
-        next sync. A committed one that is damaged, or of another image, is set aside, and nothing of it is applied:
-        raises Damaged.
-        """
-        try:
-            file = PatchFile(paths.journal, "journal", from_disk=True)
-        except FileNotFoundError:
-            return False
-        with file:
-            paths.check_link()
-            if file.end is None:
-                cls._refuse_older_commit(paths.journal)
-                if not cls.fits(paths, file):
-                    # It was complete: so it may have had a mark, which has decayed, and have been applied in part.
-                    was_ready = file.head and paths.image.exists() and cls._led_to(file.head["id"], paths.new_state)
-                    if was_ready and not cls._undo(paths, file, heed):
-                        State.doubt(paths.state)
-                    paths.journal.unlink()
-                return False
-            try:
-                if file.head.get("name") != paths.image.name or not paths.image.exists():
-                    raise Damaged("it does not belong to the image")
-                journal = cls(file, file.end["snapshot"]["size"] // CHUNK)
-                journal.read_places(heed)
-            except Damaged as problem:
-                if paths.image.exists() and cls._led_to(file.end["id"], paths.state):  # all was applied before
-                    cls._settle(paths, file.end["id"])
-                    return True
-                is_undone = cls._undo(paths, file, heed)
-                if not is_undone:
-                    State.doubt(paths.state)  # a part of it may have been applied before
-                aside = paths.journal.with_name(f"{paths.journal.name}.damaged-{utc_now().strftime('%Y%m%dT%H%M%SZ')}")
-                paths.journal.rename(aside)
-                sync_directory(paths.metadata)
-                raise Damaged(
-                    f"the journal of {paths.name} is damaged or does not belong to its image ({problem}); it was set "
-                    f"aside as {aside}, and "
-                    + ("the image was put back to what it was before. " if is_undone else "nothing of it was applied. ")
-                    + f"The next run compares {paths.image} with the volume"
-                ) from problem
-            if Identity.of(paths.image).inode != file.head["base"]["inode"]:
-                warn(f"{paths.image} is another file than when its journal was begun; the next sync compares all of it")
-            journal.apply(paths, heed)
-            return True
-
-    @staticmethod
-    def _undo(paths: ImagePaths, file: PatchFile, heed: Callable[[int], None]) -> bool:
-        """Take back what may have been applied of a damaged journal, by the version that it would have left."""
-        try:
-            with PatchFile(paths.new_version, "version", from_disk=True) as version:
-                if version.end is None or version.head.get("journal") != (file.end or file.head).get("id"):
-                    return False
-                with contextlib.closing(SparseFile(paths.image, os.O_RDWR)) as image:
-                    if file.head and Identity.of(image.fd).inode != file.head["base"]["inode"]:
-                        return False  # another file
-                    for _, patch in version.patches():
-                        patch.write_to(image)
-                        heed(patch.room)
-                    os.ftruncate(image.fd, version.head["snapshot"]["size"])
-                    os.fsync(image.fd)
-        except (Damaged, FileNotFoundError):
-            return False
-        return True
-
-    @staticmethod
-    def fits(paths: ImagePaths, file: PatchFile) -> bool:
-        """Whether a journal without a commit mark was begun for the image as it is."""
-        exists = bool(file.head) and paths.image.exists()
-        return exists and bool(file.head["base"] == dataclasses.asdict(Identity.of(paths.image)))
-
-    @staticmethod
-    def _refuse_older_commit(path: Path) -> None:
-        """Raise DosvobError for a committed journal of dosvob without versions, which only that one can apply.
-
-        That began with a record of the kind B, and its commit mark was the last record, of the kind C, of 1057 bytes.
-        """
-        with path.open("rb") as file:
-            is_older = file.read(1) == b"B"
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(size - 1057, 0))
-            if is_older and size > 1057 and file.read(1) == b"C":
-                raise DosvobError(
-                    f"{path} was left by an older dosvob, which must finish it: run that one's `dosvob.py verify` once "
-                    "in this directory, then this one"
-                )
-
-    def read_places(self, heed: Callable[[int], None]) -> None:
-        """Read all of it, up to the first patch that is not whole; raises Damaged there."""
-        for position, patch in self.file.patches():
-            if patch.index >= len(self.places):
-                raise Damaged(f"{self.file.path} is damaged at byte {position}: beyond the image's end")
-            self.places[patch.index] = position
-            self.end = position + patch.room
-            heed(patch.room)
+    def append(self, patch: Patch) -> None:
+        """From now on this is the chunk's patch."""
+        self.places[patch.index] = self.file.append(patch)
 
     def header(self, index: int) -> Patch | None:
         """The patch of a chunk without its data, if there is one."""
@@ -2219,12 +2116,124 @@ class Journal:
                 needed += (patch.filled & (ALL_PAGES if copies else image.holes(patch.index))).bit_count() * PAGE
         return needed + needed // 64 + (256 << 10) * bool(needed)  # and what the file system writes about it
 
+    # What becomes of it
+
+    @classmethod
+    def finish(cls, paths: ImagePaths, warn: Callable[[str], None], heed: Callable[[int], None]) -> bool:
+        """Finish what a crash left in a journal: no network is needed. Returns whether one was applied.
+
+        `heed` is told of the bytes that were read or written, and may raise `Interrupted`: the next call goes on.
+        Without a commit mark a journal promises nothing: what does not fit the image is dropped, the rest is for the
+        next sync. A committed one that is damaged, or of another image, is set aside, and nothing of it is applied:
+        raises Damaged.
+        """
+        try:
+            file = PatchFile(paths.journal, "journal", from_disk=True)
+        except FileNotFoundError:
+            return False
+        with file:
+            paths.check_link()
+            has_image = paths.image.exists()
+            if file.end is None:
+                cls._refuse_older_commit(paths.journal)
+                if not cls.fits(paths, file):
+                    # If it was complete, it may have had a mark, which has decayed, and have been applied in part.
+                    if file.head and has_image and cls.led_to(file.head["id"], paths.new_state):
+                        cls._undo(paths, file, heed)
+                    paths.journal.unlink()
+                return False
+            try:
+                if file.head.get("name") != paths.image.name or not has_image:
+                    raise Damaged("it does not belong to the image")
+                journal = cls(file, file.end["snapshot"]["size"] // CHUNK)
+                journal.read_places(heed)
+            except Damaged as problem:
+                if has_image and cls.led_to(file.end["id"], paths.state):  # all was applied before
+                    cls._settle(paths, file.end["id"])
+                    return True
+                is_undone = cls._undo(paths, file, heed)
+                aside = paths.journal.with_name(f"{paths.journal.name}.damaged-{utc_now().strftime('%Y%m%dT%H%M%SZ')}")
+                paths.journal.rename(aside)
+                sync_directory(paths.metadata)
+                raise Damaged(
+                    f"the journal of {paths.name} is damaged or does not belong to its image ({problem}); it was set "
+                    f"aside as {aside}, and "
+                    + ("the image was put back to what it was before. " if is_undone else "nothing of it was applied. ")
+                    + f"The next run compares {paths.image} with the volume"
+                ) from problem
+            if identity_of(paths.image)["inode"] != file.head["base"]["inode"]:
+                warn(f"{paths.image} is another file than when its journal was begun; the next sync compares all of it")
+            journal.apply(paths, heed)
+            return True
+
+    @staticmethod
+    def fits(paths: ImagePaths, file: PatchFile) -> bool:
+        """Whether a journal without a commit mark was begun for the image as it is."""
+        return bool(file.head) and paths.image.exists() and file.head["base"] == identity_of(paths.image)
+
+    @staticmethod
+    def _refuse_older_commit(path: Path) -> None:
+        """Raise DosvobError for a committed journal of dosvob without versions, which only that one can apply.
+
+        That began with a record of the kind B, and its commit mark was the last record, of the kind C, of 1057 bytes.
+        """
+        with path.open("rb") as file:
+            is_older = file.read(1) == b"B"
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(size - 1057, 0))
+            if is_older and size > 1057 and file.read(1) == b"C":
+                raise DosvobError(
+                    f"{path} was left by an older dosvob, which must finish it: run that one's `dosvob.py verify` once "
+                    "in this directory, then this one"
+                )
+
+    @staticmethod
+    def led_to(journal: str, *states: Path) -> Path | None:
+        """The first of these files that is a state in good order, and the one that a journal led to."""
+        for path in states:
+            with contextlib.suppress(Damaged):
+                if (state := State.load(path)) is not None and state.journal == journal:
+                    return path
+        return None
+
+    @staticmethod
+    def _undo(paths: ImagePaths, file: PatchFile, heed: Callable[[int], None]) -> bool:
+        """Take back what may have been applied of a journal that is damaged, by the version that it would have left.
+
+        Returns False if that cannot be: then the image is in doubt.
+        """
+        with (
+            contextlib.suppress(Damaged, FileNotFoundError),
+            PatchFile(paths.new_version, "version", from_disk=True) as version,
+            contextlib.closing(SparseFile(paths.image, os.O_RDWR)) as image,
+        ):
+            is_same_file = not file.head or identity_of(image.fd)["inode"] == file.head["base"]["inode"]
+            is_its_own = version.end is not None and version.head.get("journal") == (file.end or file.head).get("id")
+            if is_same_file and is_its_own:
+                for _, patch in version.patches():
+                    patch.write_to(image)
+                    heed(patch.room)
+                os.ftruncate(image.fd, version.head["snapshot"]["size"])
+                os.fsync(image.fd)
+                return True
+        State.doubt(paths.state)
+        return False
+
+    def read_places(self, heed: Callable[[int], None]) -> None:
+        """Read all of it, up to the first patch that is not whole; raises Damaged there."""
+        for position, patch in self.file.patches():
+            if patch.index >= len(self.places):
+                raise Damaged(f"{self.file.path} is damaged at byte {position}: beyond the image's end")
+            self.places[patch.index] = position
+            self.end = position + patch.room
+            heed(patch.room)
+
     def apply(self, paths: ImagePaths, heed: Callable[[int], None]) -> None:
         """Steps 5 and 6 of a sync, for a committed journal. Raises Damaged if not all of it could be read again."""
         head, end = self.file.head, self.file.end
         assert end is not None
         with contextlib.closing(SparseFile(paths.image, os.O_RDWR)) as image:
-            was_untouched = dataclasses.asdict(Identity.of(image.fd)) == head["base"]
+            was_untouched = identity_of(image.fd) == head["base"]
             os.ftruncate(image.fd, end["snapshot"]["size"])
             for place in filter(None, self.places):
                 patch = self.file.patch_at(place)
@@ -2233,20 +2242,19 @@ class Journal:
             if was_untouched:  # else the image is not what the new state says, and the next sync reads all of it
                 os.utime(image.fd, ns=(end["mtime_ns"], end["mtime_ns"]))
             os.fsync(image.fd)
-        self._adopt_state(paths)
         self._settle(paths, head["id"])
 
-    @staticmethod
-    def _led_to(journal: str, state: Path) -> bool:
-        """Whether a state file is whole, and that of a journal."""
-        with contextlib.suppress(Damaged):
-            loaded = State.load(state)
-            return loaded is not None and loaded.journal == journal
-        return False
+    @classmethod
+    def _settle(cls, paths: ImagePaths, journal: str) -> None:
+        """Step 6: what belongs to an applied journal becomes the state and a version, and the journal goes.
 
-    @staticmethod
-    def _settle(paths: ImagePaths, journal: str) -> None:
-        """Give the version that belongs to an applied journal its name, and remove the journal."""
+        Without a state that belongs to it there is none, and the next sync compares the image in full.
+        """
+        if state := cls.led_to(journal, paths.new_state, paths.state):  # the second if a crash came after the rename
+            state.rename(paths.state)
+        else:
+            paths.new_state.unlink(missing_ok=True)
+            paths.state.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError), PatchFile(paths.new_version, "version") as version:
             if version.head.get("journal") == journal:  # a damaged one too: all older ones lead back over it
                 paths.versions.mkdir(mode=0o700, exist_ok=True)
@@ -2255,15 +2263,6 @@ class Journal:
         sync_directory(paths.metadata)
         paths.journal.unlink()
         sync_directory(paths.metadata)
-
-    def _adopt_state(self, paths: ImagePaths) -> None:
-        """Make the state that belongs to it the image's; without that the image is compared in full."""
-        for path in (paths.new_state, paths.state):  # the second if a crash came after the rename
-            if self._led_to(self.file.head["id"], path):
-                path.rename(paths.state)
-                return
-        for path in (paths.new_state, paths.state):
-            path.unlink(missing_ok=True)
 
 
 # ── Versions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2276,7 +2275,8 @@ class Version:
     """A version as its file tells; sizes in bytes. It is not whole if its head or its end is damaged.
 
     `newer` is the snapshot that it leads back from, `changed` how much differed between the two, `occupied` what the
-    file takes. Without a head nothing is known but the time, by the file's name.
+    file takes, `journal` the id of the journal whose sync made it. Without a head nothing is known but the time, by the
+    file's name.
     """
 
     path: Path
@@ -2286,6 +2286,7 @@ class Version:
     newer: Snapshot | None
     changed: int
     occupied: int
+    journal: str
 
     TIME = "%Y%m%dT%H%M%SZ"
 
@@ -2295,10 +2296,24 @@ class Version:
         with PatchFile(path, "version") as file:
             head, end = file.head, file.end
         moment = datetime.datetime.strptime(head.get("time", path.name), cls.TIME).replace(tzinfo=datetime.UTC)
-        occupied = path.stat().st_size
         snapshot, newer = (Snapshot(**head[key]) if head else None for key in ("snapshot", "newer"))
-        is_whole = bool(head) and end is not None
-        return cls(path, moment, is_whole, snapshot, newer, end["changed"] if end else 0, occupied)
+        is_whole, changed = bool(head) and end is not None, end["changed"] if end else 0
+        return cls(path, moment, is_whole, snapshot, newer, changed, path.stat().st_size, head.get("journal", ""))
+
+    def is_loose(self, newer: Sequence[Snapshot | None]) -> bool:
+        """Whether it leads back from none of the newer snapshots, so that what is between is missing.
+
+        None stands for one that is not known, being damaged: then that one tells, and this one leads back from it.
+        """
+        return self.newer is not None and None not in newer and self.newer not in newer
+
+
+def moment_of_image(state: State | None, versions: Sequence[Version]) -> datetime.datetime | None:
+    """When the image's snapshot was taken; without a state by what the newest version leads back from."""
+    newer = versions[0].newer if versions else None
+    if state is not None:
+        return state.moment
+    return newer.moment(utc_now()) if newer else None
 
 
 class Versions:
@@ -2316,10 +2331,6 @@ class Versions:
                     versions.append(Version.load(path))
         return versions
 
-    def occupied(self) -> int:
-        """The bytes that they take."""
-        return sum(version.occupied for version in self.all())
-
     def write(
         self, image: SparseFile, state: State | None, newer: Snapshot, journal: Journal, heed: Callable[[int], None]
     ) -> None:
@@ -2330,12 +2341,11 @@ class Versions:
         older snapshot by that is told by its digest. Without a state, the image is what the newest version leads from.
         """
         older = self.all()
-        if state is None and older[0].newer is None:  # nobody knows more than that it is later than that version
+        snapshot = state.snapshot if state else older[0].newer
+        if snapshot is None:  # nobody knows more than that it is later than that version
             size = os.fstat(image.fd).st_size // CHUNK * CHUNK
             snapshot = dataclasses.replace(newer, size=size, taken_at=older[0].moment.isoformat())
-        else:
-            snapshot = state.snapshot if state else older[0].newer or newer
-        moment = state.moment if state else parse_time(snapshot.taken_at) or utc_now()
+        moment = state.moment if state else snapshot.moment(utc_now())
         if older:  # the order of their names is that of the chain
             moment = max(moment, older[0].moment + datetime.timedelta(seconds=1))
         head = {
@@ -2345,14 +2355,13 @@ class Versions:
             "snapshot": dataclasses.asdict(snapshot),
             "newer": dataclasses.asdict(newer),
         }
-        writer = PatchWriter(self._paths.new_version, "version", head)
-        with contextlib.closing(writer.file):
+        with PatchFile.create(self._paths.new_version, "version", head) as version:
             for index, digest in self._differing(image, state, journal):
                 patch = journal.header(index)
                 old = Patch.of_image(image, index, patch.pages if patch else 0, digest)
-                writer.append(old)
+                version.append(old)
                 heed(old.room)
-            writer.complete({})
+            version.complete({})
 
     def _differing(self, image: SparseFile, state: State | None, journal: Journal) -> Iterator[tuple[int, bytes]]:
         """The chunks that differ between the image's snapshot and the new one, with their old digests."""
@@ -2369,7 +2378,7 @@ class Versions:
                 if digest != new.read(DIGEST_SIZE):
                     yield index, digest
 
-    def thin(self, image_moment: datetime.datetime, keep: Keep, heed: Callable[[int], None] = lambda _: None) -> None:
+    def thin(self, keep: Keep, heed: Callable[[int], None] = lambda _: None) -> None:
         """Drop those that `keep` does not ask for; raises OSError, Damaged, and has dropped none wrongly then.
 
         What a version has that is to be dropped goes into the next older one that stays: that one's new file, which
@@ -2379,7 +2388,8 @@ class Versions:
         for unfinished in self._paths.versions.glob("*.new"):
             unfinished.unlink()
         versions = self.all()
-        wanted = keep.wanted([image_moment, *(version.moment for version in versions)])[1:]
+        image = moment_of_image(State.load(self._paths.state, whole=False), versions) or utc_now()
+        wanted = keep.wanted([image, *(version.moment for version in versions)])[1:]
         groups: list[list[Version]] = [[]]  # each ends with one that stays, the last one has none
         for version, stays in zip(versions, wanted, strict=True):
             groups[-1].append(version)
@@ -2405,28 +2415,29 @@ class Versions:
 
     def _merge(self, versions: Sequence[Version], heed: Callable[[int], None]) -> None:
         """Let the last of the versions, the oldest, lead back over all of them, which come the newest first."""
-        oldest = versions[-1]
+        oldest, known = versions[-1], [versions[0].newer]
+        for version in versions:
+            if not version.is_whole:
+                raise Damaged(f"{version.path} is damaged")
+            if version.is_loose(known):
+                raise Damaged(f"what {version.path} leads back from is missing")
+            known.append(version.snapshot)
         target = oldest.path.with_name(f"{oldest.path.name}.new")
         with contextlib.ExitStack() as files:
             opened = [files.enter_context(PatchFile(version.path, "version")) for version in versions]
+            head = {**opened[-1].head, "id": secrets.token_hex(16), "newer": opened[0].head["newer"]}
+            size = head["snapshot"]["size"]
+            merged = files.enter_context(PatchFile.create(target, "version", head))
             streams = [PatchStream(file) for file in opened]
-            for version in versions:
-                if not version.is_whole:
-                    raise Damaged(f"{version.path} is damaged")
-            assert oldest.snapshot is not None
-            assert versions[0].newer is not None
-            for number, version in enumerate(versions[1:], start=1):
-                if version.newer not in [versions[0].newer, *(newer.snapshot for newer in versions[:number])]:
-                    raise Damaged(f"what {version.path} leads back from is missing")
-            head = {**opened[-1].head, "id": secrets.token_hex(16), "newer": dataclasses.asdict(versions[0].newer)}
-            writer = PatchWriter(target, "version", head)
-            files.enter_context(contextlib.closing(writer.file))
             try:
-                for index, patches in PatchStream.by_chunk(streams):
-                    if index < oldest.snapshot.size // CHUNK:
-                        writer.append(self._one_of([patch for _, patch in patches]))
-                    heed(sum(patch.room for _, patch in patches))
-                writer.complete({})
+                for index, patches in patches_by_chunk(streams):
+                    if index < size // CHUNK:
+                        merged.append(self._one_of([*patches.values()]))
+                    heed(sum(patch.room for patch in patches.values()))
+                for stream in streams:
+                    if stream.doubtful:
+                        raise Damaged(f"{stream.file.path} is damaged")
+                merged.complete({})
             except BaseException:
                 target.unlink(missing_ok=True)
                 raise
@@ -2449,78 +2460,56 @@ class Versions:
         """The bytes that removing one would free: those that the next older one need not take over; raises Damaged."""
         if older is None or older.snapshot is None:
             return version.occupied
-        with PatchFile(version.path, "version") as ours, PatchFile(older.path, "version") as others:
-            theirs = (patch for _, patch in others.patches(data=False))
-            other, taken_over = next(theirs, None), 0
-            for _, patch in ours.patches(data=False):
-                while other is not None and other.index < patch.index:
-                    other = next(theirs, None)
-                is_in_both = other is not None and other.index == patch.index
-                if patch.index < older.snapshot.size // CHUNK:
-                    moved = patch.filled & ~(other.pages if other is not None and is_in_both else 0)
-                    taken_over += moved.bit_count() * PAGE + Patch.HEADER.size * (not is_in_both)
+        taken_over = 0
+        with PatchFile(version.path, "version") as file, PatchFile(older.path, "version") as older_file:
+            headers = [(patch for _, patch in each.patches(data=False)) for each in (file, older_file)]
+            for index, patches in patches_by_chunk(headers):
+                if 0 in patches and index < older.snapshot.size // CHUNK:
+                    has_own, own = 1 in patches, patches[1].pages if 1 in patches else 0
+                    taken_over += (patches[0].filled & ~own).bit_count() * PAGE + Patch.HEADER.size * (not has_own)
         return version.occupied - taken_over
 
 
 class PatchStream:
-    """A version's patches in the order of the chunks.
+    """The whole patches of a version, in the order of the chunks, whatever is damaged between them.
 
-    Of what is damaged `problem` tells; the chunks between the whole patches before and behind are in doubt.
+    `doubtful` are the chunks that the damaged ones may have been of, as far as was read: ranges, neither end included.
     """
 
-    def __init__(self, file: PatchFile) -> None:
-        self.problem: Damaged | None = None
-        self.next: Patch | None = None
-        self._file = file
-        self._position = BLOCK
-        self._last = -1
-        self._doubtful: list[tuple[int, float]] = []  # chunks, neither end included
-        self.advance()
+    def __init__(self, file: PatchFile, *, is_loose: bool = False) -> None:
+        self.file = file
+        self.doubtful: list[tuple[int, float]] = [(-1, float("inf"))] if is_loose else []
 
-    def advance(self) -> None:
-        """Go to the next whole patch; at the end there is none."""
-        file, self.next = self._file, None
-        is_damaged = not file.head
-        while self.next is None and file.head and self._position < file.limit:
+    def __iter__(self) -> Iterator[Patch]:
+        file, position, last, is_damaged = self.file, BLOCK, -1, False
+        while file.head and position < file.limit:
             try:
-                patch = file.patch_at(self._position)
-                self._position += patch.room
-                self.next = patch if patch.index > self._last else None
-                is_damaged |= self.next is None
+                patch = file.patch_at(position)
+                position += patch.room
             except Damaged:
+                patch = None
+                position = file.find_patch(position + 1)
+            if patch is None or patch.index <= last:
                 is_damaged = True
-                self._position = file.find_patch(self._position + 1)
-        if is_damaged or (self.next is None and file.end is None):
-            self.problem = Damaged(f"{file.path} is damaged")
-            self._doubtful.append((self._last, self.next.index if self.next else float("inf")))
-        if self.next is not None:
-            self._last = self.next.index
+                continue
+            if is_damaged:
+                self.doubtful.append((last, patch.index))
+            last, is_damaged = patch.index, False
+            yield patch
+        if is_damaged or not file.head or file.end is None:
+            self.doubtful.append((last, float("inf")))
 
     def doubts(self, index: int) -> bool:
         """Whether nobody knows if there was a patch for the chunk."""
-        return any(first < index < end for first, end in self._doubtful)
+        return any(first < index < end for first, end in self.doubtful)
 
-    @staticmethod
-    def by_chunk(
-        streams: Sequence[PatchStream], *, tolerant: bool = False
-    ) -> Iterator[tuple[int, list[tuple[int, Patch]]]]:
-        """The chunks that have patches, in order, each with its patches and the numbers of their streams.
 
-        Raises Damaged unless `tolerant`: then a stream ends where it is damaged, which its `problem` tells.
-        """
-        while True:
-            for stream in streams:
-                if stream.problem and not tolerant:
-                    raise stream.problem
-            index = min((stream.next.index for stream in streams if stream.next), default=None)
-            if index is None:
-                return
-            taken = []
-            for number, stream in enumerate(streams):
-                if stream.next is not None and stream.next.index == index:
-                    taken.append((number, stream.next))
-                    stream.advance()
-            yield index, taken
+def patches_by_chunk(streams: Iterable[Iterable[Patch]]) -> Iterator[tuple[int, dict[int, Patch]]]:
+    """The chunks that have patches, in order, each with its patches by the numbers of their streams."""
+    numbered = [zip(itertools.repeat(number), stream) for number, stream in enumerate(streams)]
+    merged = heapq.merge(*numbered, key=lambda item: item[1].index)
+    for index, patches in itertools.groupby(merged, key=lambda item: item[1].index):
+        yield index, dict(patches)
 
 
 class Ranges:
@@ -2535,6 +2524,11 @@ class Ranges:
         first = self.ranges.pop()[0] if self.ranges and self.ranges[-1][1] == start else start
         self.ranges.append((first, start + CHUNK))
 
+    @property
+    def size(self) -> int:
+        """The bytes that are in them."""
+        return sum(end - start for start, end in self.ranges)
+
     def __str__(self) -> str:
         told = [f"{start} to {end - 1}" for start, end in sorted(self.ranges)[:20]]
         return "bytes " + ", ".join(told) + f" and {len(self.ranges) - 20} more places" * (len(self.ranges) > 20)
@@ -2543,64 +2537,53 @@ class Ranges:
 class Chain:
     """An image and all that leads back from it: what each snapshot was, chunk by chunk. To be closed.
 
-    A committed journal is laid over, not applied, so nothing is changed. `versions` are the newest first. Raises
-    FileNotFoundError without an image, Damaged for a state or a journal that cannot be used.
+    A committed journal is laid over, not applied, so nothing is changed. `versions` are the newest first; `problem` is
+    what is wrong with the state, without which versions can be restored all the same; `moment` is when the image's
+    snapshot was taken, None if unknown. Raises FileNotFoundError without an image, Damaged for a journal that cannot be
+    used.
     """
 
     def __init__(self, paths: ImagePaths, *, from_disk: bool = False) -> None:
         self.paths = paths
-        self._files = contextlib.ExitStack()
-        try:
-            self.image = self._files.enter_context(contextlib.closing(SparseFile(paths.image)))
-            self.versions = Versions(paths).all()
-            self._from_disk = from_disk
+        self.state: State | None = None
+        self.problem: Damaged | None = None
+        self._from_disk = from_disk
+        self._table: BinaryIO | None = None
+        with contextlib.ExitStack() as files:
+            self.image = files.enter_context(contextlib.closing(SparseFile(paths.image)))
             if from_disk:
                 self.image.forget_cached()
-            self._journal = self._committed_journal()
-            self.problem: Damaged | None = None  # of the state, without which versions can be restored all the same
-            self.state, table = self._state_of_all()
-            self._table = self._files.enter_context(table.open("rb", buffering=128 << 10)) if self.state else None
-        except BaseException:
-            self.close()
-            raise
-        end = self._journal.file.end if self._journal else None
-        size = end["snapshot"]["size"] if end else -(-os.fstat(self.image.fd).st_size // CHUNK) * CHUNK
-        self.size: int = self.state.snapshot.size if self.state else size
+            self.versions = Versions(paths).all()
+            self.size = -(-os.fstat(self.image.fd).st_size // CHUNK) * CHUNK
+            self._journal = self._lay_journal(files)
+            table: Path | None = paths.state
+            if self._journal is not None:
+                table = Journal.led_to(self._journal.file.head["id"], paths.new_state, paths.state)
+            try:
+                if table is not None and (state := State.load(table)) is not None:
+                    self.state, self.size = state, state.snapshot.size
+                    self._table = files.enter_context(table.open("rb", buffering=128 << 10))
+            except Damaged as problem:
+                self.problem = problem
+            self.moment = moment_of_image(self.state, self.versions)
+            self._files = files.pop_all()
 
-    def _committed_journal(self) -> Journal | None:
-        """The journal that is to complete the image, and the version that gets its name with it."""
+    def _lay_journal(self, files: contextlib.ExitStack) -> Journal | None:
+        """The journal that is to complete the image, to a size and with a version; None if there is nothing to do."""
         try:
-            file = self._files.enter_context(PatchFile(self.paths.journal, "journal"))
+            file = files.enter_context(PatchFile(self.paths.journal, "journal"))
         except FileNotFoundError:
             return None
         if file.end is None:
             return None
-        journal = Journal(file, file.end["snapshot"]["size"] // CHUNK)
+        self.size = file.end["snapshot"]["size"]
+        journal = Journal(file, self.size // CHUNK)
         journal.read_places(lambda _: None)
-        with contextlib.suppress(FileNotFoundError), PatchFile(self.paths.new_version, "version") as version:
-            if version.end and version.head.get("journal") == file.head["id"]:
-                self.versions.insert(0, Version.load(self.paths.new_version))
+        with contextlib.suppress(FileNotFoundError):
+            version = Version.load(self.paths.new_version)
+            if version.is_whole and version.journal == file.head["id"]:
+                self.versions.insert(0, version)
         return journal
-
-    def _state_of_all(self) -> tuple[State | None, Path]:
-        """The state of what the journal makes of the image, and where it is; None if it is damaged: see `problem`."""
-        paths = (self.paths.new_state, self.paths.state) if self._journal else (self.paths.state,)
-        for path in paths:
-            try:
-                state = State.load(path)
-            except Damaged as problem:
-                self.problem = problem
-                continue
-            if state is not None and (self._journal is None or state.journal == self._journal.file.head["id"]):
-                self.problem = None
-                return state, path
-        return None, self.paths.state
-
-    @property
-    def moment(self) -> datetime.datetime | None:
-        """When the image's snapshot was taken, also by what the newest version leads back from; None if unknown."""
-        newer = self.versions[0].newer if self.versions else None
-        return self.state.moment if self.state else parse_time(newer.taken_at if newer else "")
 
     def depth_at(self, moment: datetime.datetime | None) -> int:
         """How many steps back the newest snapshot is that is not later than a time; 0, the image's, without a time.
@@ -2626,41 +2609,32 @@ class Chain:
         Contents that are the same are the same object; those of a hole are ZERO_CHUNK. A chunk is sound if it has the
         digest that was recorded for it; of an image without a state nothing is recorded, and all is taken for sound.
         """
+        newer = self.versions[0].newer if self.versions else None
+        known = [self.state.snapshot if self.state else newer]
+        streams = []
         with contextlib.ExitStack() as files:
-            streams = [
-                PatchStream(files.enter_context(PatchFile(version.path, "version", from_disk=self._from_disk)))
-                for version in self.versions[:depth]
-            ]
-            is_loose = [self._is_loose(number) for number in range(depth)]
-            patched = PatchStream.by_chunk(streams, tolerant=True)
+            for version in self.versions[:depth]:
+                file = files.enter_context(PatchFile(version.path, "version", from_disk=self._from_disk))
+                streams.append(PatchStream(file, is_loose=version.is_loose(known)))
+                known.append(version.snapshot)
+            patched = patches_by_chunk(streams)
             upcoming = next(patched, None)
-            hole_until = 0
-            for index in range(self.size // CHUNK):
-                if index * CHUNK >= hole_until:
-                    hole_until = self.image.end_of_hole(index * CHUNK, self.size)
-                chunk, is_sound = self._image_chunk(index, is_hole=(index + 1) * CHUNK <= hole_until)
+            for index, is_hole in enumerate(self.image.chunk_holes(0, self.size // CHUNK)):
+                chunk, is_sound = self._image_chunk(index, is_hole=is_hole)
                 patches: dict[int, Patch] = {}
                 if upcoming is not None and upcoming[0] == index:
-                    patches = dict(upcoming[1])
+                    patches = upcoming[1]
                     upcoming = next(patched, None)
                 contents, soundness = [chunk], [is_sound]
                 for number, stream in enumerate(streams):
                     if number in patches:
                         chunk = patches[number].over(chunk)
                         is_sound = chunk_digest(page_digests(chunk)) == patches[number].digest
-                    elif is_loose[number] or stream.doubts(index):  # it may have had one
+                    elif stream.doubts(index):  # it may have had one
                         is_sound = False
                     contents.append(chunk)
                     soundness.append(is_sound)
                 yield index, contents, soundness
-
-    def _is_loose(self, number: int) -> bool:
-        """Whether a version leads back from a snapshot that is not here: what is between is missing."""
-        version, newer = self.versions[number], self.versions[:number]
-        if version.newer is None or any(one.snapshot is None for one in newer):
-            return False  # a damaged one tells by itself
-        origin = self.state.snapshot if self.state else self.versions[0].newer
-        return version.newer not in [origin, *(one.snapshot for one in newer)]
 
     def _image_chunk(self, index: int, *, is_hole: bool) -> tuple[bytes, bool]:
         """A chunk as the journal makes it, and whether it is sound."""
@@ -2668,15 +2642,13 @@ class Chain:
         if self._table is not None:
             self._table.seek(BLOCK + index * DIGEST_SIZE)
             recorded = self._table.read(DIGEST_SIZE)
+        stored = ZERO_CHUNK if is_hole else self.image.chunk(index)
         patch = self._journal.patch(index) if self._journal else None
-        if is_hole and patch is None:
-            return ZERO_CHUNK, recorded in (None, ZERO_DIGEST)
-        stored = self.image.chunk(index)
-        chunk = ZERO_CHUNK if stored is None else stored
-        if patch is not None:
-            chunk = patch.over(chunk)
-        is_whole = recorded is None or chunk_digest(page_digests(chunk)) == recorded
-        return chunk, is_whole and (stored is not None or patch is not None)
+        chunk = patch.over(stored or ZERO_CHUNK) if patch else stored or ZERO_CHUNK
+        if stored is None and patch is None:
+            return chunk, False
+        digest = ZERO_DIGEST if chunk is ZERO_CHUNK or recorded is None else chunk_digest(page_digests(chunk))
+        return chunk, recorded in (None, digest)
 
     def verify(self, heed: Callable[[int], None]) -> list[Ranges]:
         """Compare the image and all versions with their digests; what is damaged of each, the image first."""
@@ -2711,8 +2683,10 @@ class Chain:
                 is_cloned = self._clone_to(file, depth)
                 os.ftruncate(file.fd, size)
                 for index, contents, soundness in itertools.islice(self.chunks(depth), size // CHUNK):
-                    base = self._stored_chunk(index, contents[0]) if is_cloned else ZERO_CHUNK
-                    if (content := contents[depth]) is not base:
+                    content, base = contents[depth], contents[0] if is_cloned else ZERO_CHUNK
+                    if is_cloned and self._journal and self._journal.places[index]:
+                        base = self.image.chunk(index) or ZERO_CHUNK
+                    if content is not base:
                         pages = ((page, page * PAGE) for page in range(PAGES))
                         differing = [page for page, at in pages if base[at : at + PAGE] != content[at : at + PAGE]]
                         Patch.of(index, sum(1 << page for page in differing), content, b"").write_to(file)
@@ -2739,11 +2713,6 @@ class Chain:
             )
         return False
 
-    def _stored_chunk(self, index: int, content: bytes) -> bytes:
-        """A chunk of the image's file, given its content as the journal makes it."""
-        is_journalled = self._journal is not None and self._journal.places[index]
-        return (self.image.chunk(index) or ZERO_CHUNK) if is_journalled else content
-
     def close(self) -> None:
         """Close all files."""
         self._files.close()
@@ -2759,15 +2728,6 @@ def rename_new(old: Path, new: Path) -> None:
 
 # ── The update of an image ───────────────────────────────────────────────────────────────────────────────────────────
 # One sync's side of the local disk: what the image has, what becomes of it, and the end of that. Knows files only.
-
-
-@dataclass
-class Tally:
-    """What a sync did, in bytes; `differing` has the chunks of the image that were not what was recorded."""
-
-    changed: int = 0
-    differing: Ranges = field(default_factory=Ranges)
-    differing_bytes: int = 0
 
 
 class LocalImage:
@@ -2794,45 +2754,40 @@ class LocalImage:
         self._image = image
         self._chunks = chunks
         self._journal = journal
-        self._is_trusted = state is not None and not reread and state.identity == Identity.of(image.fd)
-        self._known_chunks = state.snapshot.size // CHUNK if state else 0
-        self._known = paths.state.open("rb", buffering=128 << 10) if state else None
-        self._hole_until = 0
-        first, end = (-(-part * chunks // self.PARTS) for part in (self.part, self.part + 1))
-        if self._is_trusted:  # what is read again is to come from the disk
-            image.forget_cached(first * CHUNK, max(end - first, 1) * CHUNK)
-        else:
-            image.forget_cached()
+        self._state = paths.state if state else None
+        is_trusted = state is not None and not reread and state.identity == identity_of(image.fd)
+        part = range(*(-(-part * chunks // self.PARTS) for part in (self.part, self.part + 1)))
+        self._reread = part if is_trusted else range(chunks)
+        image.forget_cached(self._reread.start * CHUNK, max(len(self._reread), 1) * CHUNK)  # to come from the disk
 
     def digests(self, start: int) -> Iterator[bytes]:
         """The digests of the chunks in order, from `start` on; b"" for what cannot be read. Reads ahead."""
-        self._hole_until = 0
         self.suspects.clear()
-        if self._known is not None:
-            self._known.seek(BLOCK + start * DIGEST_SIZE)
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with (
+            self._state.open("rb", buffering=128 << 10) if self._state else io.BytesIO() as table,
+            concurrent.futures.ThreadPoolExecutor(1) as pool,
+        ):
+            table.seek(BLOCK + start * DIGEST_SIZE)
+            holes = self._image.chunk_holes(start, self._chunks)
             ahead: collections.deque[concurrent.futures.Future[bytes] | bytes] = collections.deque()
             for index in range(start, self._chunks + self.READ_AHEAD):
                 if index < self._chunks:
-                    recorded = self._known.read(DIGEST_SIZE) if self._known and index < self._known_chunks else None
-                    known = self._known_digest(index, recorded)
+                    recorded = table.read(DIGEST_SIZE) or None
+                    known = self._known_digest(index, recorded, is_hole=next(holes))
                     ahead.append(pool.submit(self._read_digest, index, recorded) if known is None else known)
                 if index - start >= self.READ_AHEAD:
                     digest = ahead.popleft()
                     yield digest if isinstance(digest, bytes) else digest.result()
 
-    def _known_digest(self, index: int, recorded: bytes | None) -> bytes | None:
+    def _known_digest(self, index: int, recorded: bytes | None, *, is_hole: bool) -> bytes | None:
         """The chunk's digest if it is known without reading the chunk."""
         if self._journal is not None and self._journal.places[index]:
             return None
-        if index * CHUNK >= self._hole_until:
-            self._hole_until = self._image.end_of_hole(index * CHUNK, self._chunks * CHUNK)
-        if (index + 1) * CHUNK <= self._hole_until:
+        if is_hole:
             if recorded not in (None, ZERO_DIGEST):
                 self.suspects.add(index)
             return ZERO_DIGEST
-        in_turn = index * self.PARTS // self._chunks == self.part
-        return recorded if self._is_trusted and not in_turn else None
+        return None if index in self._reread else recorded
 
     def _read_digest(self, index: int, recorded: bytes | None) -> bytes:
         chunk = self._image.chunk(index)
@@ -2851,17 +2806,13 @@ class LocalImage:
             self.suspects.add(index)
         return b"" if chunk is None else page_digests(chunk)
 
-    def close(self) -> None:
-        """Close what it opened."""
-        if self._known is not None:
-            self._known.close()
-
 
 class Update:
     """What one sync makes of one image: patches that may come in any order within a window, and the end of it.
 
-    Of a first sync everything goes straight into NAME.partial, of a later one into the journal. To be closed in any
-    case; only `finish` makes it count.
+    Of a first sync everything goes straight into NAME.partial, of a later one into the journal. `changed` counts bytes;
+    `differing` are the chunks of the image that were not what was recorded. To be closed in any case; only `finish`
+    makes it count.
     """
 
     ROOM_FOR_OTHERS = 1 << 30  # bytes that a first sync on a full disk leaves to the changes of other volumes
@@ -2871,112 +2822,66 @@ class Update:
     ) -> None:
         self.chunks = snapshot.size // CHUNK
         self.settled = 0  # chunks from the first on that are done
-        self.tally = Tally()
+        self.done: dict[int, bytes] = {}  # digests of chunks that are done, beyond `settled`
+        self.changed = 0
+        self.differing = Ranges()
         self._paths = paths
         self._snapshot = snapshot
         self._warn = warn
-        self._digests: dict[int, bytes] = {}  # of chunks that are done, beyond `settled`
-        self._is_committed = False
         described = dataclasses.asdict(snapshot)
         seal("end", {"snapshot": described, "newer": described})  # must be possible
         paths.check_link()
         self._state = self._fitting_state()
         self.is_first = not paths.image.exists()  # whether there is no image yet
-        has_versions = bool(Versions(paths).all())
-        self._makes_version = has_versions or (keep.anything and self._state is not None)
-        self._writer: PatchWriter | None = None
-        self.journal: Journal | None = None
+        self._makes_version = bool(Versions(paths).all()) or (keep.anything and self._state is not None)
+        self.journal = None if self.is_first else Journal.open(paths, snapshot.volume_id, self.chunks)
+        self._image = SparseFile(paths.partial, os.O_RDWR | os.O_CREAT) if self.is_first else SparseFile(paths.image)
         if self.is_first:
-            self._image = SparseFile(paths.partial, os.O_RDWR | os.O_CREAT)
             os.ftruncate(self._image.fd, snapshot.size)
-        else:
-            self._image = SparseFile(paths.image)
-            self._writer, self.journal = self._open_journal()
         paths.new_version.unlink(missing_ok=True)
-        self._new_state = StateWriter(paths.new_state)
+        new_state = create_private(paths.new_state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self._new_state = os.fdopen(new_state, "wb", buffering=128 << 10)
+        self._new_state.write(bytes(BLOCK))
+        self._table = hashlib.sha256()
         self.local = LocalImage(paths, self._image, self.chunks, self._state, self.journal, reread=reread)
 
     def _fitting_state(self) -> State | None:
         """The state, if it is this volume's; what belongs to another volume, or to no image, is set aside."""
         paths, size = self._paths, self._snapshot.size
-        state = State.load(paths.state)
-        has_image = paths.image.exists()
+        state, versions = State.load(paths.state), Versions(paths).all()
         is_other = state is not None and state.snapshot.volume_id != self._snapshot.volume_id
         if state is not None and not is_other and state.snapshot.size > size:
             raise DosvobError(
                 f"DigitalOcean says that it has shrunk to {human_size(size)}, which no volume does; {paths.image} was "
                 "left as it is: try again later"
             )
-        is_unknown = state is None and has_image and paths.image.stat().st_size > size
-        is_orphaned = not has_image and bool(Versions(paths).all())
-        if is_other or is_unknown or is_orphaned:
-            aside = paths.set_aside(state)
+        has_image = paths.image.exists()
+        length = paths.image.stat().st_size if has_image else 0
+        if is_other or (state is None and length > size) or (versions and not has_image):
+            aside = paths.set_aside(moment_of_image(state, versions) or utc_now())
             what = f"the image {paths.image} is of another volume that had this name, and" if has_image else (
                 f"the image {paths.image} is gone, and its older versions, which are of no use without it,"
             )  # fmt: skip
-            if aside is not None:
-                self._warn(f"{what} was set aside as {aside.image}: delete it when you no longer need it")
-            paths.journal.unlink(missing_ok=True)
-            return None
+            self._warn(f"{what} was set aside as {aside.image}: delete it when you no longer need it")
+            has_image = False
         if not has_image:
             paths.state.unlink(missing_ok=True)
             paths.journal.unlink(missing_ok=True)
             return None
-        if state is not None:
-            self._check_length(state)
-            self._check_chain(state)
+        if state is not None and length > state.snapshot.size:  # it is cut when the journal is applied
+            self._warn(
+                f"{paths.image} has {length} bytes, and {state.snapshot.size} were backed up: somebody appended to it; "
+                "it is cut"
+            )
+        newer = versions[0].newer if versions else None
+        if state is not None and newer is not None and newer != state.snapshot:
+            stamp = newer.moment(utc_now()).strftime(Version.TIME)
+            moved = paths.versions.with_name(f"{paths.versions.name}.of-{stamp}-{secrets.token_hex(2)}")
+            paths.versions.rename(moved)
+            self._warn(f"the versions of {paths.name} do not lead back from its image; they were moved to {moved}")
         return state
 
-    def _check_length(self, state: State) -> None:
-        """Tell of an image that has become longer; it is cut when the journal is applied."""
-        length = self._paths.image.stat().st_size
-        if length > state.snapshot.size:
-            self._warn(
-                f"{self._paths.image} has {length} bytes, and {state.snapshot.size} were backed up: somebody appended "
-                "to it; it is cut"
-            )
-
-    def _check_chain(self, state: State) -> None:
-        """Put aside versions that do not lead back from the image."""
-        versions = Versions(self._paths).all()
-        newer = versions[0].newer if versions else None
-        if newer is not None and newer != state.snapshot:
-            stamp = (parse_time(newer.taken_at) or utc_now()).strftime(Version.TIME)
-            aside = self._paths.versions.with_name(f"{self._paths.versions.name}.of-{stamp}-{secrets.token_hex(2)}")
-            self._paths.versions.rename(aside)
-            self._warn(
-                f"the versions of {self._paths.name} do not lead back from its image; they were moved to {aside}"
-            )
-
-    def _open_journal(self) -> tuple[PatchWriter, Journal]:
-        """A new journal, or the one that a crash left, to be continued."""
-        path = self._paths.journal
-        with contextlib.suppress(FileNotFoundError):
-            file = PatchFile(path, "journal")
-            if file.end is not None:
-                raise DosvobError(f"{path} must be applied first: run again")
-            if Journal.fits(self._paths, file) and file.head["volume_id"] == self._snapshot.volume_id:
-                journal = Journal(file, self.chunks)
-                with contextlib.suppress(Damaged):  # which is where its good part ends
-                    journal.read_places(lambda _: None)
-                return PatchWriter(path, "journal", file.head, journal.end), journal
-            file.close()
-        head = {"id": secrets.token_hex(16), "name": self._paths.image.name, "volume_id": self._snapshot.volume_id}
-        writer = PatchWriter(path, "journal", {**head, "base": dataclasses.asdict(Identity.of(self._image.fd))})
-        writer.file.flush()
-        return writer, Journal(PatchFile(path, "journal"), self.chunks)
-
     # What becomes of it
-
-    def local_digests(self) -> Iterator[bytes]:
-        """The digests of the local chunks in order, from the first one on that is not settled."""
-        if self._writer is not None:
-            self._writer.file.flush()
-        return self.local.digests(self.settled)
-
-    def is_settled(self, index: int) -> bool:
-        """Whether the chunk is done, by an attempt before this one."""
-        return index in self._digests
 
     def has_nothing_at(self, index: int, digest: bytes) -> bool:
         """Whether the image, by the chunk's local digest, has zeros there, or nothing that can be read."""
@@ -2984,33 +2889,30 @@ class Update:
 
     def keep(self, index: int, digest: bytes) -> None:
         """The chunk is as it should be, as its journal stands."""
-        header = self.journal.header(index) if self.journal is not None else None
-        if header is not None and header.digest == digest:
-            self.tally.changed += header.pages.bit_count() * PAGE
-        elif header is not None:  # it has become again what the image has: what was journalled is not to be applied
-            self._append(Patch(index, 0, 0, b"", digest))
+        if self.journal and (header := self.journal.header(index)):
+            if header.digest == digest:
+                self.changed += header.pages.bit_count() * PAGE
+            else:  # it has become again what the image has: what was journalled is not to be applied
+                self.journal.append(Patch(index, 0, 0, b"", digest))
         self._settle(index, digest)
 
     def store(self, patch: Patch) -> None:
         """Change a chunk of the image, when all of the sync counts."""
-        self.tally.changed += patch.pages.bit_count() * PAGE
-        self._append(patch)
+        self.changed += patch.pages.bit_count() * PAGE
+        if self.journal:
+            self.journal.append(patch)
+        else:
+            patch.write_to(self._image)
         self._settle(patch.index, patch.digest)
 
-    def _append(self, patch: Patch) -> None:
-        if self._writer is None or self.journal is None:
-            patch.write_to(self._image)
-        else:
-            self.journal.places[patch.index] = self._writer.append(patch)
-
     def _settle(self, index: int, digest: bytes) -> None:
-        self._digests[index] = digest
+        self.done[index] = digest
         if index in self.local.suspects:
             self.local.suspects.remove(index)
-            self.tally.differing_bytes += CHUNK
-            self.tally.differing.add(index)
-        while (done := self._digests.pop(self.settled, None)) is not None:
-            self._new_state.append(done)
+            self.differing.add(index)
+        while (settled := self.done.pop(self.settled, None)) is not None:
+            self._new_state.write(settled)
+            self._table.update(settled)
             self.settled += 1
 
     # The end of it
@@ -3021,35 +2923,30 @@ class Update:
         `heed` may raise `Interrupted`: what is committed by then is completed by the next command.
         """
         assert self.settled == self.chunks
-        if self._writer is None or self.journal is None:
+        paths, journal = self._paths, self.journal
+        self._new_state.flush()
+        if journal is None:
             self._finish_first()
             return
-        paths, writer, journal = self._paths, self._writer, self.journal
-        writer.file.flush()
-        self._new_state.file.flush()
         if self._makes_version:
             Versions(paths).write(self._image, self._state, self._snapshot, journal, heed)
         if journal.room_needed(self._image) > self._image.free_room():  # fallocate(2) would touch the image's time
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths.image))
-        writer.make_durable()
-        base = Identity.of(self._image.fd)
+        journal.file.make_durable()
+        base = identity_of(self._image.fd)
         # Whole seconds, which every file system keeps; later than before, which tells the new image from the old one.
-        mtime_ns = max(int(time.time()), base.mtime_ns // 10**9 + 2) * 10**9 if any(journal.places) else base.mtime_ns
-        identity = Identity(self._snapshot.size, base.inode, mtime_ns)
-        self._new_state.complete(self._snapshot, self.local.part, writer.id, identity)
+        later = max(int(time.time()), base["mtime_ns"] // 10**9 + 2) * 10**9
+        mtime_ns = later if any(journal.places) else base["mtime_ns"]
+        self._complete_state(journal.file.head["id"], {**base, "size": self._snapshot.size, "mtime_ns": mtime_ns})
         sync_directory(paths.metadata)
-        writer.complete({"snapshot": dataclasses.asdict(self._snapshot), "mtime_ns": mtime_ns})
-        self._is_committed = True
-        journal.file.close()
-        try:
-            journal.file = PatchFile(paths.journal, "journal")
-        except FileNotFoundError:
-            raise DosvobError(f"{paths.journal} has gone before it could be applied: who removed it?") from None
+        journal.file.complete({"snapshot": dataclasses.asdict(self._snapshot), "mtime_ns": mtime_ns})
+        if not paths.journal.exists():
+            raise DosvobError(f"{paths.journal} has gone before it could be applied: who removed it?")
         journal.apply(paths, heed)
 
     def _finish_first(self) -> None:
         os.fsync(self._image.fd)
-        self._new_state.complete(self._snapshot, self.local.part, "", Identity.of(self._image.fd))
+        self._complete_state("", identity_of(self._image.fd))
         try:
             rename_new(self._paths.partial, self._paths.image)
         except DosvobError as problem:
@@ -3057,33 +2954,33 @@ class Update:
         self._paths.new_state.rename(self._paths.state)
         sync_directory(self._paths.metadata)
 
+    def _complete_state(self, journal: str, identity: dict[str, int]) -> None:
+        now, digests = utc_now().isoformat(), self._table.hexdigest()
+        State(self._snapshot, now, self.local.part, journal, digests, identity).write(self._paths.new_state)
+
     def give_room(self) -> None:
         """Give up so much of a sync that cannot go on for want of room that the other volumes can.
 
-        That is a journal and a version, or the end of a first sync: each run that fails fetches only that again.
+        That is a journal and a version, unless they are committed, or the end of a first sync: each run that fails
+        fetches only that again.
         """
-        if self._is_committed:
-            return
-        self._paths.new_version.unlink(missing_ok=True)
-        if not self.is_first:
+        if self.journal is None:
+            goal = os.fstat(self._image.fd).st_blocks * 512 - self.ROOM_FOR_OTHERS
+            for index in reversed(range(self.chunks)):
+                if os.fstat(self._image.fd).st_blocks * 512 <= goal:
+                    break
+                os.ftruncate(self._image.fd, index * CHUNK)
+        elif self.journal.file.end is None:
+            self._paths.new_version.unlink(missing_ok=True)
             self._paths.journal.unlink(missing_ok=True)
-            return
-        goal = os.fstat(self._image.fd).st_blocks * 512 - self.ROOM_FOR_OTHERS
-        for index in reversed(range(min(self.settled + WINDOW, self.chunks))):
-            if os.fstat(self._image.fd).st_blocks * 512 <= goal or not self._image.punch(index * CHUNK, CHUNK):
-                break
 
     def close(self) -> None:
         """Close the files. What was not finished is left for the next sync to take up."""
-        for file in (self._writer, self._new_state):
-            with contextlib.suppress(OSError):  # a full disk, which was reported when it was met
-                if file is not None:
-                    file.file.close()
-        self.local.close()
         self._image.close()
-        if self.journal is not None:
-            with contextlib.suppress(OSError):  # closed already, if the journal has gone
-                self.journal.file.close()
+        if self.journal:
+            self.journal.file.close()
+        with contextlib.suppress(OSError):  # a full disk, which was reported when it was met
+            self._new_state.close()
 
 
 # ── The sync ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3199,7 +3096,7 @@ class Sync:
         self._pending: dict[int, Pending] = {}
         self._next = update.settled  # the chunk that must be announced next
         self._greeted = False
-        self._local = update.local_digests()
+        self._local = update.local.digests(update.settled)
 
     def run(self) -> None:
         """Go on until all chunks are settled."""
@@ -3267,7 +3164,7 @@ class Sync:
         if local is None:
             raise BadAgent(f"the droplet announced chunk {index}, which is beyond the volume's end")
         self._next = index + 1
-        if self._update.is_settled(index):
+        if index in self._update.done:  # by an attempt before this one
             self._drop(index)
         elif local == digest:
             self._update.keep(index, digest)
@@ -4450,17 +4347,17 @@ class Backup:
                     if problem.errno in (errno.ENOSPC, errno.EDQUOT):
                         update.give_room()
                     raise
-            if update.tally.differing_bytes:
+            if update.differing.ranges:
                 warn(
-                    f"{human_size(update.tally.differing_bytes)} of the image differs from what was recorded, or "
-                    f"cannot be read: {update.tally.differing}. Either it was mounted or opened for writing, or the "
+                    f"{human_size(update.differing.size)} of the image differs from what was recorded, or "
+                    f"cannot be read: {update.differing}. Either it was mounted or opened for writing, or the "
                     "disk is failing; the volume's content was put back"
                 )
-            self._thin(paths, snapshot)
+            self._thin(paths)
         except (DosvobError, OSError) as problem:
             self._fail(turn, problem)
         else:
-            result = Result(name, snapshot.size, "ok", update.tally.changed, received, time.monotonic() - start)
+            result = Result(name, snapshot.size, "ok", update.changed, received, time.monotonic() - start)
             self._results[name] = result
             self._report.end_progress()
             self._report.say(
@@ -4487,15 +4384,15 @@ class Backup:
             except DropletLost as problem:
                 hosts.replace(problem)
 
-    def _thin(self, paths: ImagePaths, snapshot: Snapshot) -> None:
+    def _thin(self, paths: ImagePaths) -> None:
         """Drop the versions that are not to be kept; what cannot be dropped now is at the next run."""
         try:
             meter = Meter(self._report, self._job.stop, f"{paths.name}: thinning its versions")
-            Versions(paths).thin(parse_time(snapshot.taken_at) or utc_now(), self._job.config.keep, meter)
+            Versions(paths).thin(self._job.config.keep, meter)
         except Interrupted:
             return  # the volume is backed up; whoever waits next ends the run
         except (OSError, DosvobError) as problem:
-            held = human_size(Versions(paths).occupied())
+            held = human_size(sum(version.occupied for version in Versions(paths).all()))
             self._report.warn(
                 f"{paths.name}: its older versions could not all be thinned, and none is lost by that: "
                 f"{explained(problem, paths.versions)}. They "
