@@ -4747,16 +4747,16 @@ class Source:
         with contextlib.closing(Chain(paths)) as chain:
             depth = chain.depth_at(moment)
             snapshot = chain.versions[depth - 1].snapshot if depth else chain.state.snapshot if chain.state else None
-            time = chain.versions[depth - 1].moment if depth else chain.moment
-            name = f"{paths.name} of {local_time(time)}" if time else paths.name
-            at = ["--at", f"'{local_time(time)}'"] if time else []
+            taken = chain.versions[depth - 1].moment if depth else chain.moment
+            name = f"{paths.name} of {local_time(taken)}" if taken else paths.name
+            at = ["--at", f"'{local_time(taken)}'"] if taken else []
             rest = f"to restore the rest of it to a file: {command_line('restore', paths.name, 'FILE', *at)}"
             size = snapshot.size if snapshot else chain.size
             for version in chain.versions[:depth]:
                 if not version.is_whole:
                     raise Damaged(f"{version.path} is damaged; {rest}")
             length = os.fstat(chain.image.fd).st_size
-            if chain.problem or length < size:
+            if chain.problem or (snapshot and length < size):
                 raise Damaged(f"{chain.problem or f'{paths.image} has only {length} bytes of {size}'}; {rest}")
 
             def chunks() -> Iterator[tuple[int, bytes]]:
@@ -5608,7 +5608,12 @@ def restore_to_volume(arguments: argparse.Namespace, report: Reporter, stop: Sto
     job = Job.open(arguments, report, stop)
     with job.home.locked():
         sweep(job)
-        with open_source(job.home, file, arguments) as source:
+        if file:
+            opened = Source.of_file(file)
+        else:
+            moment = parse_wanted_time(arguments.at) if arguments.at else None
+            opened = Source.of_image(ImagePaths(job.home.path, job.home.meant(arguments.names[0])), moment)
+        with opened as source:
             least = -(-source.size // GIB)
             size = least if arguments.size is None else arguments.size
             if not least:
@@ -5631,16 +5636,6 @@ def restore_to_volume(arguments: argparse.Namespace, report: Reporter, stop: Sto
         f"  doctl compute volume-action attach {new.id} DROPLET-ID\n"
         f"  mount {Link.device(new.name)} /mnt    # on the droplet"
     )
-
-
-def open_source(
-    home: Home, file: Path | None, arguments: argparse.Namespace
-) -> contextlib.AbstractContextManager[Source]:
-    """What is asked for; raises UsageError, Damaged, OSError."""
-    if file:
-        return Source.of_file(file)
-    paths = ImagePaths(home.path, home.meant(arguments.names[0]))
-    return Source.of_image(paths, parse_wanted_time(arguments.at) if arguments.at else None)
 
 
 def restore_to_file(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:

@@ -210,6 +210,16 @@ def test_image_that_was_set_aside(home: Home, sim: Simulator, tmp_path: Path, lo
     assert same(new_volume(sim).path, lost.newer)
 
 
+def test_image_that_somebody_else_made(home: Home, sim: Simulator) -> None:
+    """It lies among the backups, and nothing is recorded of it; its size may be odd."""
+    home.backups.mkdir()
+    content = random.Random(1).randbytes(2 * MIB + 77)
+    home.image("data").write_bytes(content)
+    done = restore(home, "data")
+    assert new_volume(sim).path.read_bytes() == content.ljust(GIB, b"\0")
+    assert "was not checked" in done.stdout
+
+
 def test_nothing_but_zeros(home: Home, sim: Simulator, tmp_path: Path) -> None:
     file = tmp_path / "zeros"
     file.write_bytes(b"")
