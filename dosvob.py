@@ -85,6 +85,8 @@ import dataclasses
 import datetime
 import difflib
 import fnmatch
+import functools
+import heapq
 import io
 import itertools
 import json
@@ -98,9 +100,11 @@ import socket
 import ssl
 import traceback
 import urllib.parse
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import ClassVar, NoReturn
 
 try:
     import paramiko
@@ -147,7 +151,8 @@ class Stop:
 
     NAP = 0.1  # seconds; how late a wish to stop may be noticed
 
-    def __init__(self) -> None:
+    def __init__(self, parent: Stop | None = None) -> None:
+        self._parent = parent  # whose wish is this one's too
         self.requested = False
 
     def request(self) -> None:
@@ -158,6 +163,8 @@ class Stop:
         """Raise `Interrupted` if a stop was requested."""
         if self.requested:
             raise Interrupted("interrupted")
+        if self._parent is not None:
+            self._parent.check()
 
     def sleep(self, seconds: float) -> None:
         """Sleep, or raise `Interrupted` as soon as a stop is requested."""
@@ -170,13 +177,10 @@ class Stop:
     def wait_until(self, limit: float, probe: Callable[[], T | None]) -> T | None:
         """Call `probe` until it returns something, at growing intervals; None after `limit` seconds."""
         end = time.monotonic() + limit
-        for pause in pauses(0.25, 1.0):  # two threads wait at a time at most, and the API allows 250 requests a minute
-            if (result := probe()) is not None:
-                return result
-            if time.monotonic() > end:
-                return None
-            self.sleep(pause)
-        raise AssertionError("unreachable")
+        intervals = pauses(0.25, 1.0)  # two threads wait at a time at most, and the API allows 250 requests a minute
+        while (result := probe()) is None and time.monotonic() <= end:
+            self.sleep(next(intervals))
+        return result
 
 
 def pauses(first: float, most: float, growth: float = 1.3) -> Iterator[float]:
@@ -303,14 +307,16 @@ class Keep:
 class Config:
     """What conf.json and the environment say.
 
-    `include` and `exclude` are shell patterns of volume names; an empty `include` means all. `droplet_size` and
-    `droplet_image` are slugs, or None for the cheapest and the newest that will do. `healthchecks` is the address of a
-    monitoring service that is told how each run goes; whoever knows it can do so too.
+    `regions` are slugs, none for all that have volumes of the account; with `by_region` each has a directory for its
+    images. `include` and `exclude` are shell patterns of volume names; an empty `include` means all. `droplet_size`
+    and `droplet_image` are slugs, or None for the cheapest and the newest that will do. `healthchecks` is the address
+    of a monitoring service that is told how each run goes; whoever knows it can do so too.
     """
 
     token: str = field(repr=False)
     token_from: str
-    region: str
+    regions: tuple[str, ...]
+    by_region: bool
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     droplet_size: str | None
@@ -322,14 +328,27 @@ class Config:
     PLACEHOLDER = "dop_v1_PUT-YOUR-TOKEN-HERE"  # in conf.json.example
     TOKEN_VARIABLES = ("DIGITALOCEAN_ACCESS_TOKEN", "DIGITALOCEAN_TOKEN")  # doctl's and the Terraform provider's
     URL_VARIABLE = "DIGITALOCEAN_API_URL"
-    TEXTS = ("do_token", "region", "droplet_size", "droplet_image", "healthchecks")
-    LISTS = ("include", "exclude")
+    TEXT = ((str,), "a text in quotes")
+    NAMES = ((list,), 'a list of names in quotes, such as ["data", "db-*"]')
+    KEYS: ClassVar[Mapping[str, tuple[tuple[type, ...], str]]] = {  # the types of its value, and what it must be
+        "do_token": TEXT,
+        "region": ((str, list), 'a region in quotes, such as "fra1", or ["fra1", "nyc3"] for several, or "all"'),
+        "include": NAMES,
+        "exclude": NAMES,
+        "droplet_size": TEXT,
+        "droplet_image": TEXT,
+        "healthchecks": TEXT,
+        "keep": ((dict,), f"an object such as {json.dumps(dataclasses.asdict(Keep()))}"),
+    }
 
     @classmethod
     def load(cls, path: Path, environment: Mapping[str, str], warn: Callable[[str], None]) -> Config:
         """Read and check the configuration; raise UsageError with a message in terms of the file."""
         content = cls._read(path)
-        cls._check_keys(path, content)
+        cls._check(path, content, cls.KEYS)
+        number = ((int,), "a whole number from 0 to 10000")
+        numbers = {item.name: number for item in dataclasses.fields(Keep)}
+        cls._check(path, content.get("keep", {}), numbers, ' in "keep"')
         variable = next((name for name in cls.TOKEN_VARIABLES if environment.get(name)), None)
         token = environment[variable] if variable else content.get("do_token", "")
         if not token or token == cls.PLACEHOLDER:
@@ -338,7 +357,8 @@ class Config:
             )
         if not re.fullmatch(r"[\x21-\x7e]+", token):
             raise UsageError("the DigitalOcean token has a space, a line break or another character that no token has")
-        if not content.get("region"):
+        region = content.get("region")
+        if not region:
             raise UsageError(f'{path}: "region" is missing: the region of your volumes, such as "fra1"')
         if not variable and path.stat().st_mode & 0o077:
             warn(f"{path} holds your token and others can read it: chmod 600 {path}")
@@ -353,49 +373,33 @@ class Config:
         return cls(
             token=token,
             token_from=f"the environment variable {variable}" if variable else f'"do_token" in {path}',
-            region=content["region"],
+            regions=() if region == "all" else (region,) if isinstance(region, str) else tuple(dict.fromkeys(region)),
+            by_region=region == "all" or isinstance(region, list),
             include=tuple(content.get("include", ())),
             exclude=tuple(content.get("exclude", ())),
             droplet_size=content.get("droplet_size"),
             droplet_image=content.get("droplet_image"),
             api_url=url.rstrip("/").removesuffix("/v2"),
             healthchecks=ping,
-            keep=cls._keep(path, content),
+            keep=Keep(**{**dict.fromkeys(numbers, 0), **content["keep"]}) if "keep" in content else Keep(),
         )
 
     @classmethod
-    def _check_keys(cls, path: Path, content: Json) -> None:
-        """Every key is known and its value is of the right type."""
-        cls._check_known(path, "key", content, (*cls.TEXTS, *cls.LISTS, "keep"))
+    def _check(
+        cls, path: Path, content: Json, known: Mapping[str, tuple[tuple[type, ...], str]], where: str = ""
+    ) -> None:
+        """Every key is a known one, and its value is what that must be; raises UsageError."""
         for key, value in content.items():
-            if key in cls.TEXTS and not isinstance(value, str):
-                raise UsageError(f'{path}: "{key}" must be a text in quotes')
-            if key in cls.LISTS and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-                raise UsageError(f'{path}: "{key}" must be a list of names in quotes, such as ["data", "db-*"]')
-
-    @classmethod
-    def _keep(cls, path: Path, content: Json) -> Keep:
-        """How many versions are kept."""
-        wanted = content.get("keep")
-        if "keep" not in content:
-            return Keep()
-        if not isinstance(wanted, dict):
-            raise UsageError(f'{path}: "keep" must be an object such as {json.dumps(dataclasses.asdict(Keep()))}')
-        names = [item.name for item in dataclasses.fields(Keep)]
-        cls._check_known(path, 'key in "keep"', wanted, names)
-        for name, number in wanted.items():
-            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= 10_000:
-                raise UsageError(f'{path}: "{name}" in "keep" must be a whole number from 0 to 10000')
-        return Keep(**{name: wanted.get(name, 0) for name in names})
-
-    @staticmethod
-    def _check_known(path: Path, what: str, content: Json, known: Sequence[str]) -> None:
-        """Every key is one of the known ones."""
-        for key in content:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(known)}"
-                raise UsageError(f'{path}: unknown {what} "{key}": {hint}')
+                raise UsageError(f'{path}: unknown key{where} "{key}": {hint}')
+            types, must_be = known[key]
+            is_fit = type(value) in types  # a bool is an int to isinstance
+            if isinstance(value, list):
+                is_fit = is_fit and all(isinstance(name, str) for name in value)
+            if not is_fit or (isinstance(value, int) and not 0 <= value <= 10_000):
+                raise UsageError(f'{path}: "{key}"{where} must be {must_be}')
 
     @staticmethod
     def _read(path: Path) -> Json:
@@ -493,11 +497,6 @@ class ApiError(DosvobError):
             status, " It is DigitalOcean's fault: see https://status.digitalocean.com" * (status >= 500)
         )
 
-    @property
-    def is_forbidden(self) -> bool:
-        """Whether the token may not do it, now or later."""
-        return self.status in (401, 403)
-
 
 class Api:
     """The calls, each with the patience that suits it: `patience` is for how many seconds a failing one is repeated.
@@ -507,6 +506,7 @@ class Api:
     """
 
     PATIENCE = 300  # seconds
+    DRY_RUN_PATIENCE = 20  # seconds: somebody waits for it
     TEARDOWN_PATIENCE = 10  # seconds: a teardown comes back to what failed, after it has tried the rest
     RATE_LIMIT_PATIENCE = 7200  # seconds for which a call that meets 429 is repeated: the longest limit is by the hour
     RATE_LIMIT_WAIT = 15  # seconds to wait after a 429 that does not say how long
@@ -529,9 +529,9 @@ class Api:
         self.limited_since: float | None = None  # the first of the 429s that no other answer has come after
         self._sessions = threading.local()  # requests does not promise that a session can be shared by threads
 
-    def for_teardown(self) -> Api:
-        """The same API, which no signal stops, and no call holds up for long, save by the rate limit."""
-        api = Api(self._config, Stop(), self._say, self._detail, self.TEARDOWN_PATIENCE)
+    def with_stop(self, stop: Stop, patience: float | None = None) -> Api:
+        """The same API, whose waiting another stop ends; with a patience of its own."""
+        api = Api(self._config, stop, self._say, self._detail, self._patience if patience is None else patience)
         api._is_token_known = self._is_token_known
         return api
 
@@ -561,40 +561,36 @@ class Api:
         items: list[Json] = []
         for page in range(1, self.MOST_PAGES + 1):
             answer = self.get(path, **params, per_page=self.PAGE_SIZE, page=page)
-            found = answer.get(key)
-            if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+            found, links = answer.get(key), answer.get("links") or {}
+            pages = (links.get("pages") or {}) if isinstance(links, dict) else None  # each may be missing, or null
+            if not isinstance(found, list) or not all(isinstance(item, dict) for item in [*found, pages]):
                 raise DosvobError(f'DigitalOcean answered GET {path} without a list of "{key}": try again later')
             items += found
-            if not found or not self._has_next_page(answer):
+            if not found or not pages or not pages.get("next"):
                 return items
         raise DosvobError(f"DigitalOcean's answers to GET {path} have no end: try again later")
 
-    def post(self, path: str, body: Json, *, limit_is_mine: bool = False) -> Json:
-        """POST, once that is let through; with `limit_is_mine`, a 429 is the caller's to handle.
+    def post(self, path: str, body: Json) -> Json:
+        """POST, once that is let through, save that the limit of a volume's own snapshots is the caller's to wait for.
 
         If it fails so that it may have taken effect, it is the caller's to find out whether it did.
         """
-        return self._repeated("POST", path, body=body, limit_is_mine=limit_is_mine)
+        return self._repeated("POST", path, body=body)
 
-    def _repeated(
-        self,
-        method: str,
-        path: str,
-        body: Json | None = None,
-        params: Json | None = None,
-        *,
-        limit_is_mine: bool = False,
-    ) -> Json:
-        start = time.monotonic()
-        for pause in pauses(self.FIRST_BACKOFF, self.MAX_BACKOFF, 2):
+    def _repeated(self, method: str, path: str, body: Json | None = None, params: Json | None = None) -> Json:
+        start, intervals = time.monotonic(), self.backoff()
+        heeds_limit = not (method == "POST" and path.endswith("/snapshots"))
+        while True:
             try:
                 return self._once(method, path, body, params)
             except ApiError as problem:
-                is_repeatable = problem.status == 429 and not limit_is_mine if method == "POST" else problem.may_pass
-                if not is_repeatable:
+                if not (heeds_limit if problem.status == 429 else problem.may_exist and method != "POST"):
                     raise
-                self.pause(problem, pause, start)
-        raise AssertionError("unreachable")
+                self.pause(problem, next(intervals), start)
+
+    def backoff(self) -> Iterator[float]:
+        """The seconds between repetitions of a call."""
+        return pauses(self.FIRST_BACKOFF, self.MAX_BACKOFF, 2)
 
     def pause(self, problem: ApiError, pause: float, start: float) -> None:
         """Wait before a repetition, visibly; raise the problem if that has gone on for too long since `start`."""
@@ -613,18 +609,9 @@ class Api:
         limit = min(self.CALL_LIMIT, max(self._patience, self.TEARDOWN_PATIENCE))
         self.stop.check()
         session = self._session()
-        try:
-            response = within(
-                limit,
-                lambda: session.request(
-                    method,
-                    url + path,
-                    json=body,
-                    params=params,
-                    timeout=self.CALL_TIMEOUT,
-                    allow_redirects=False,  # the token is for this host alone
-                ),
-            )
+        request = functools.partial(session.request, method, url + path, json=body, params=params)
+        try:  # the token is for this host alone
+            response = within(limit, lambda: request(timeout=self.CALL_TIMEOUT, allow_redirects=False))
         except TimeoutError:
             del self._sessions.session  # the call that goes on has it
             raise ApiError(None, f"{call}: no complete answer from {url} within {limit:.0f} s") from None
@@ -669,14 +656,6 @@ class Api:
                 return min(max(1.0, float(headers["ratelimit-reset"]) - time.time()), self.LONGEST_WAIT)
         return None
 
-    @staticmethod
-    def _has_next_page(answer: Json) -> bool:
-        """Whether a list has more pages; the fields that say so may be missing, empty or null."""
-        try:
-            return bool(((answer.get("links") or {}).get("pages") or {}).get("next"))
-        except AttributeError:
-            raise DosvobError("DigitalOcean's list does not say whether it has more pages: try again later") from None
-
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["Authorization"] = f"Bearer {self._config.token}"
         return request
@@ -707,7 +686,6 @@ class Volume:
     region: str
     size: int
     droplet_ids: tuple[int, ...]
-    tags: tuple[str, ...]
 
     @classmethod
     def parse(cls, item: Json) -> Volume:
@@ -718,7 +696,6 @@ class Volume:
             region=required(required(item, "region", dict), "slug", str),
             size=required(item, "size_gigabytes", int) * GIB,
             droplet_ids=tuple(item.get("droplet_ids") or ()),
-            tags=tuple(item.get("tags") or ()),
         )
 
 
@@ -731,14 +708,6 @@ LIST_LAG = 6  # seconds after which a list is taken to show what was created: li
 BUSY_LIMIT = 120  # seconds for which a droplet may be busy with another event, or a volume with its droplet
 HOURS_PER_MONTH = 730
 UNKNOWN = "unknown"  # the id of what may be there, and cannot be listed
-
-
-class SnapshotTooSoon(DosvobError):
-    """The volume's previous snapshot is less than ten minutes old; `wait`: the seconds that DigitalOcean tells."""
-
-    def __init__(self, wait: float | None) -> None:
-        self.wait = wait
-        super().__init__("DigitalOcean takes one snapshot of a volume per 10 minutes")
 
 
 class NoDroplet(DosvobError):
@@ -872,20 +841,18 @@ class Removal:
         """
         self._known = sorted(known, key=lambda resource: list(KINDS).index(resource.kind))
         self._delete(self._known)
-        since, fewest = time.monotonic(), sys.maxsize
-        for pause in pauses(0.3, 5, 1.5):
+        since, fewest, intervals = time.monotonic(), sys.maxsize, pauses(0.3, 5, 1.5)
+        while self._kinds:
             begun = time.monotonic()
             left = self._round()
-            if not self._kinds:
-                return {}
             if len(left) < fewest:  # it gets on
                 since, fewest = time.monotonic(), len(left)
-            if left and (
-                (begun >= self._not_before and self._is_hopeless(left)) or time.monotonic() - since > self.LIMIT
-            ):
+            is_hopeless = begun >= self._not_before and self._is_hopeless(left)
+            if left and (is_hopeless or time.monotonic() - since > self.LIMIT):
                 return self._named(left, asked or {})
-            self._api.stop.sleep(pause if left else max(self._not_before - time.monotonic(), 0))
-        raise AssertionError("unreachable")
+            if self._kinds:
+                self._api.stop.sleep(next(intervals) if left else max(self._not_before - time.monotonic(), 0))
+        return {}
 
     def _round(self) -> dict[Resource, Exception | None]:
         """List and delete what is there of each kind; what is left, and what went wrong with it, None for nothing.
@@ -925,7 +892,7 @@ class Removal:
     def _is_hopeless(left: Mapping[Resource, Exception | None]) -> bool:
         """Whether it is of no use to try again: the token may not do it, or it is in use by what must stay."""
         refused = [resource.kind for resource, problem in left.items() if isinstance(problem, ApiError)
-                   and problem.is_forbidden]  # fmt: skip
+                   and problem.status in (401, 403)]  # fmt: skip
         return len(refused) == len(left) or (
             DROPLET in refused and {resource.kind for resource in left} <= {*refused, VOLUME}
         )
@@ -954,60 +921,44 @@ class DropletPlan:
     DEFAULT_SIZES = ("s-1vcpu-512mb-10gb", "s-1vcpu-1gb")  # the two smallest; the first is not in all regions
 
     @classmethod
-    def make(cls, api: Api, config: Config) -> DropletPlan:
+    def make(cls, api: Api, config: Config, region: str) -> DropletPlan:
         """Check region, size and image against what DigitalOcean offers now; raise UsageError for what it does not."""
-        cls._check_region(api, config.region)
-        return cls(config.region, cls._sizes(api, config), cls._image(api, config))
-
-    @staticmethod
-    def _check_region(api: Api, region: str) -> None:
-        """The region exists and has volumes; raises UsageError if not."""
         regions = {str(item.get("slug")): item for item in api.list("/v2/regions", "regions")}
-        fit = sorted(
-            slug
-            for slug, item in regions.items()
-            if item.get("available") and "storage" in (item.get("features") or ())
-        )
-        if region not in regions:
-            raise UsageError(f'there is no region "{region}"; those with volumes are {", ".join(fit)}')
+        fit = sorted(slug for slug, item in regions.items()
+                     if item.get("available") and "storage" in (item.get("features") or ()))  # fmt: skip
         if region not in fit:
-            raise UsageError(f'region "{region}" has no volumes or is closed; those with volumes are {", ".join(fit)}')
+            is_there = region in regions
+            what = f'region "{region}" has no volumes or is closed' if is_there else f'there is no region "{region}"'
+            raise UsageError(f"{what}; those with volumes are {', '.join(fit)}")
 
-    @classmethod
-    def _sizes(cls, api: Api, config: Config) -> tuple[tuple[str, float], ...]:
-        """The sizes to try in the region, the cheapest first."""
-        offered = {
+        prices = {
             str(item.get("slug")): float(item.get("price_hourly") or 0)
             for item in api.list("/v2/sizes", "sizes")
-            if item.get("available") and config.region in (item.get("regions") or ())
+            if item.get("available") and region in (item.get("regions") or ())
         }
-        wanted = (config.droplet_size,) if config.droplet_size else cls.DEFAULT_SIZES
-        usable = sorted(((slug, offered[slug]) for slug in wanted if slug in offered), key=lambda size: size[1])
+        sizes = (config.droplet_size,) if config.droplet_size else cls.DEFAULT_SIZES
+        usable = sorted(((slug, prices[slug]) for slug in sizes if slug in prices), key=lambda size: size[1])
         if not usable:
-            near = difflib.get_close_matches(wanted[0], offered, n=3) or sorted(offered, key=offered.__getitem__)[:3]
-            raise UsageError(
-                f'droplet size "{" or ".join(wanted)}" is not to be had in {config.region} now: '
-                f'set "droplet_size" in conf.json to one of {", ".join(near) or "another region, there is none"}'
-            )
-        return tuple(usable)
+            cls._refuse("size", sizes, sorted(prices, key=prices.__getitem__), region)
 
-    @staticmethod
-    def _image(api: Api, config: Config) -> str:
-        """The slug of the configured image, or of the newest Debian in the region."""
-        slugs = [
+        images = [
             str(item["slug"])
             for item in api.list("/v2/images", "images", type="distribution")
-            if item.get("slug") and item.get("status") != "retired" and config.region in (item.get("regions") or ())
+            if item.get("slug") and item.get("status") != "retired" and region in (item.get("regions") or ())
         ]
-        debians = sorted((int(m[1]), m[0]) for slug in slugs if (m := re.fullmatch(r"debian-(\d+)-x64", slug)))
-        wanted = config.droplet_image or (debians[-1][1] if debians else "debian-x64")
-        if wanted not in slugs:
-            near = difflib.get_close_matches(wanted, slugs, n=3) or slugs[:3]
-            raise UsageError(
-                f'droplet image "{wanted}" is not to be had in {config.region}: '
-                f'set "droplet_image" in conf.json to one of {", ".join(near)}'
-            )
-        return wanted
+        debians = sorted((int(m[1]), m[0]) for slug in images if (m := re.fullmatch(r"debian-(\d+)-x64", slug)))
+        image = config.droplet_image or (debians[-1][1] if debians else "debian-x64")
+        if image not in images:
+            cls._refuse("image", [image], images, region)
+        return cls(region, tuple(usable), image)
+
+    @staticmethod
+    def _refuse(what: str, wanted: Sequence[str], offered: Sequence[str], region: str) -> NoReturn:
+        near = difflib.get_close_matches(wanted[0], offered, n=3) or offered[:3]
+        raise UsageError(
+            f'droplet {what} "{" or ".join(wanted)}" is not to be had in {region} now: '
+            f'set "droplet_{what}" in conf.json to one of {", ".join(near) or "another region, there is none"}'
+        )
 
 
 @dataclass(frozen=True)
@@ -1039,6 +990,7 @@ class Ephemeral:
         self._removed: dict[Resource, float] = {}
         self._asked: dict[str, str] = {}  # kinds by name of what was asked for, and not answered yet
         self._last_post = time.monotonic()
+        self._key: int | None = None  # the id of the run's one-time key
         self._attached: dict[str, int] = {}  # droplets by clone
         self._events = threading.Lock()  # a droplet takes one attach or detach at a time
 
@@ -1048,18 +1000,12 @@ class Ephemeral:
     def __exit__(self, *_error: object) -> None:
         """Remove everything, and say loudly what stays."""
         existing = [resource for resource in self._created if resource not in self._removed]
-        counts = collections.Counter(resource.kind for resource in existing)
-        told = [f"{count} {kind}{'s' * (count > 1)}" for kind, count in sorted(counts.items())]
-        self._report.say(
-            f"removing {', '.join(told) or 'what may have been created'}: all that is named {self.prefix}…"
-        )
+        counts = sorted(collections.Counter(resource.kind for resource in existing).items())
+        told = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts) or "what may have been created"
+        self._report.say(f"removing {told}: all that is named {self.prefix}…")
+        api, note = self._api.with_stop(Stop(), Api.TEARDOWN_PATIENCE), self._report.doing  # no signal ends this
         try:
-            removal = Removal(
-                self._api.for_teardown(),
-                lambda resource: resource.home in ("", self._home),
-                self._last_post + LIST_LAG,
-                self._report.doing,
-            )
+            removal = Removal(api, lambda item: item.home in ("", self._home), self._last_post + LIST_LAG, note)
             left = removal.run(existing, self._asked)
         except Exception as problem:  # noqa: BLE001 - even after a bug in here: tell what there may be
             self._report.detail(traceback.format_exc())
@@ -1075,45 +1021,40 @@ class Ephemeral:
         now = time.monotonic()
         return sum(resource.cost(self._removed.get(resource, now) - since) for resource, since in self._created.items())
 
-    def upload_key(self, public_key: str) -> int:
-        """Register the run's one-time public key; returns its id."""
-        name = f"{self.prefix}key"
-        return required(self._create(KEY, {"name": name, "public_key": public_key}), "id", int)
-
-    def create_droplet(self, plan: DropletPlan, key: int, user_data: str) -> Droplet:
+    def create_droplet(self, plan: DropletPlan, public_key: str, user_data: str) -> Droplet:
         """Create the droplet in the first size that can be had, and wait until it is active and has an address.
 
-        Raises NoDroplet if DigitalOcean refuses, DropletLost if it did not come up.
+        The key, which lets us in, is registered first, once in a run. Raises ApiError if DigitalOcean refuses that,
+        NoDroplet if it refuses the droplet, DropletLost if that did not come up.
         """
-        try:
-            item = self._order_droplet(plan, key, user_data)
-        except ApiError as problem:
-            raise NoDroplet(f"the droplet could not be had: {problem}") from problem
-        droplet = Droplet(required(item, "id", int), required(item, "name", str), "")
-        actions = (item.get("links") or {}).get("actions") or [{}]  # what was found in a list has none
-        address = self._await_address(droplet, str(actions[0].get("id", "")))
-        return dataclasses.replace(droplet, address=address)
-
-    def _order_droplet(self, plan: DropletPlan, key: int, user_data: str) -> Json:
+        if self._key is None:
+            key = self._create(KEY, {"name": f"{self.prefix}key", "public_key": public_key})
+            self._key = required(key, "id", int)
         made = sum(resource.kind == DROPLET for resource in list(self._created))
-        for number, (size, _) in enumerate(plan.sizes, start=1):
+        sizes = [size for size, _ in plan.sizes]
+        item: Json | None = None
+        while item is None:
+            size = sizes.pop(0)
             body = {
                 "name": f"{self.prefix}droplet{f'-{made}' * bool(made)}",  # unique, so that it can be looked for
                 "region": plan.region,
                 "size": size,
                 "image": plan.image,
-                "ssh_keys": [key],
+                "ssh_keys": [self._key],
                 "user_data": user_data,
                 "tags": [TAG],
                 "with_droplet_agent": False,
             }
             try:
-                return self._create(DROPLET, body)
+                item = self._create(DROPLET, body)
             except ApiError as problem:
-                if problem.status != 422 or number == len(plan.sizes):
-                    raise
+                if problem.status != 422 or not sizes:
+                    raise NoDroplet(f"the droplet could not be had: {problem}") from problem
                 self._report.say(f"{size} is not to be had in {plan.region} now; trying the next size")
-        raise AssertionError("unreachable")
+        droplet = Droplet(required(item, "id", int), required(item, "name", str), "")
+        actions = (item.get("links") or {}).get("actions") or [{}]  # what was found in a list has none
+        address = self._await_address(droplet, str(actions[0].get("id", "")))
+        return dataclasses.replace(droplet, address=address)
 
     def _await_address(self, droplet: Droplet, action: str) -> str:
         """The public address of a droplet that was created; raises DropletLost if it, or its action, has failed."""
@@ -1158,9 +1099,12 @@ class Ephemeral:
                     self._report.detail(f"{problem}; it is removed at the end of the run")
 
     def make_clone(self, volume: Volume, number: int) -> tuple[Volume, str]:
-        """A volume with the content that this one has now, and the time of that; the snapshot between is gone again."""
+        """A volume with the content that this one has now, and the time of that; the snapshot between is gone again.
+
+        Raises ApiError with the status 429 if the volume's last snapshot is less than ten minutes old.
+        """
         name = f"{self.prefix}{number}"  # the device is named by it: unique and short
-        snapshot = self._make_snapshot(volume, name)
+        snapshot = self._create(SNAPSHOT, {"name": name, "tags": [TAG]}, f"/v2/volumes/{volume.id}/snapshots")
         body = {
             "name": name,
             "region": volume.region,
@@ -1183,23 +1127,15 @@ class Ephemeral:
         self._remove_now(Resource.parse(SNAPSHOT, snapshot))
         return Volume.parse(clone), str(snapshot.get("created_at", ""))
 
-    def _make_snapshot(self, volume: Volume, name: str) -> Json:
-        try:
-            return self._create(SNAPSHOT, {"name": name, "tags": [TAG]}, f"/v2/volumes/{volume.id}/snapshots")
-        except ApiError as problem:
-            if problem.status == 429:
-                raise SnapshotTooSoon(problem.wait) from problem
-            raise
-
     def attach(self, clone: Volume, droplet: Droplet) -> None:
         """Attach the clone to the droplet, unless it is."""
         if self._attached.get(clone.id) != droplet.id:
-            self._volume_event("attach", clone, droplet, lambda volume: droplet.id in volume.droplet_ids)
+            self._volume_event("attach", clone, droplet)
             self._attached[clone.id] = droplet.id
 
     def release(self, clone: Volume, droplet: Droplet) -> None:
         """Detach the clone and delete it."""
-        self._volume_event("detach", clone, droplet, lambda volume: droplet.id not in volume.droplet_ids)
+        self._volume_event("detach", clone, droplet)
         self._remove_now(next(r for r in list(self._created) if r.kind == VOLUME and r.id == clone.id))
 
     def _create(self, kind: str, body: Json, post_path: str | None = None) -> Json:
@@ -1208,38 +1144,37 @@ class Ephemeral:
         When no answer came, or a 5xx did, it may exist: it is looked for by its unique name, until a list can be
         trusted to show it, before it is asked for again. `_asked` has its name while it may exist without our knowing.
         """
-        where, name, start = KINDS[kind], body["name"], time.monotonic()
+        where, name = KINDS[kind], body["name"]
+        start, intervals, is_doubtful = time.monotonic(), self._api.backoff(), name in self._asked
 
         def find() -> Json | None:
             items = self._api.list(where.path, where.key, **where.params)
             return next((item for item in items if item.get("name") == name), None)
 
-        for number, pause in enumerate(pauses(self._api.FIRST_BACKOFF, self._api.MAX_BACKOFF, 2)):
+        item: Json | None = None
+        while item is None:
             self._api.stop.check()
             self._asked[name] = kind
-            item: Json | None
             try:
-                answer = self._api.post(post_path or where.path, body, limit_is_mine=kind == SNAPSHOT)
+                answer = self._api.post(post_path or where.path, body)
                 links = answer.get("links") or {}
                 item = {"links": links, **required(answer, where.key.removesuffix("s"), dict)}
             except ApiError as problem:
                 if not problem.may_exist:
-                    if number == 0:
+                    if not is_doubtful:
                         del self._asked[name]
                     raise
-                self._last_post = time.monotonic()
+                is_doubtful, self._last_post = True, time.monotonic()
                 item = self._api.stop.wait_until(LIST_LAG, find)
                 if item is None:
-                    self._api.pause(problem, pause, start)
-                    continue
+                    self._api.pause(problem, next(intervals), start)
             finally:
                 self._last_post = time.monotonic()
-            resource = Resource.parse(kind, item)
-            self._created[resource] = time.monotonic()
-            del self._asked[name]
-            self._report.detail(f"created {resource}")
-            return item
-        raise AssertionError("unreachable")
+        resource = Resource.parse(kind, item)
+        self._created[resource] = time.monotonic()
+        del self._asked[name]
+        self._report.detail(f"created {resource}")
+        return item
 
     def _remove_now(self, resource: Resource) -> None:
         """Remove what is not needed any more; what does not go is left to the end of the run."""
@@ -1258,7 +1193,7 @@ class Ephemeral:
             return
         self._removed[resource] = time.monotonic()
 
-    def _volume_event(self, event: str, clone: Volume, droplet: Droplet, reached: Callable[[Volume], bool]) -> None:
+    def _volume_event(self, event: str, clone: Volume, droplet: Droplet) -> None:
         """Attach or detach, however often it takes until the volume is as wished."""
         path = f"/v2/volumes/{clone.id}/actions"
         body = {"type": event, "droplet_id": droplet.id, "region": clone.region}
@@ -1274,8 +1209,9 @@ class Ephemeral:
                 problem[:] = [refused]
                 if self.is_gone(droplet):
                     raise DropletLost(f"the droplet {droplet.name} is gone") from refused
-                volume = self._api.get_fresh(f"/v2/volumes/{clone.id}", "volume")
-                return True if volume is not None and reached(Volume.parse(volume)) else None
+                item = self._api.get_fresh(f"/v2/volumes/{clone.id}", "volume")
+                is_attached = None if item is None else droplet.id in Volume.parse(item).droplet_ids
+                return True if is_attached == (event == "attach") else None
             self._await_action(f"{path}/{required(action, 'id', int)}", f"the {event} of {clone.name}")
             return True
 
@@ -1799,19 +1735,10 @@ def create_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
-@dataclass(frozen=True)
-class Identity:
+def identity_of(path_or_fd: Path | int) -> dict[str, int]:
     """What tells that a file was not touched since: size in bytes, inode, modification time in ns."""
-
-    size: int
-    inode: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path_or_fd: Path | int) -> Identity:
-        """That of a file now."""
-        status = os.stat(path_or_fd)
-        return cls(status.st_size, status.st_ino, status.st_mtime_ns)
+    status = os.stat(path_or_fd)
+    return {"size": status.st_size, "inode": status.st_ino, "mtime_ns": status.st_mtime_ns}
 
 
 @dataclass(frozen=True)
@@ -1824,13 +1751,24 @@ class Snapshot:
     size: int
     taken_at: str
 
+    def moment(self, known_at: datetime.datetime) -> datetime.datetime:
+        """When it was taken; if what DigitalOcean says of that cannot be, when it was known here.
+
+        Versions are named and thinned by it, so a time that is far in the future would spoil all that come after.
+        """
+        taken = parse_time(self.taken_at)
+        if taken is None or taken.year < 2000 or taken - known_at > datetime.timedelta(days=1):
+            taken = known_at
+        return taken.replace(microsecond=0)  # as it is listed
+
 
 @dataclass(frozen=True)
 class State:
     """What is known of an image; the digests are in the file, behind this block.
 
     `reread` is the part of the image that was read again by the last sync; `journal` the id of the journal that led to
-    it ("" for none); `digests` the SHA-256 of the table of digests; `identity` that of the image, None if unknown.
+    it ("" for none); `digests` the SHA-256 of the table of digests; `identity` what `identity_of` said of the image,
+    None if it is in doubt.
     """
 
     snapshot: Snapshot
@@ -1838,17 +1776,15 @@ class State:
     reread: int
     journal: str
     digests: str
-    identity: Identity | None = None
+    identity: dict[str, int] | None
 
     @classmethod
     def unpack(cls, block: bytes, path: Path) -> State:
         """From the block that a state file begins with; raises Damaged, or DosvobError for a newer dosvob's."""
+        content = unseal("state", block, path) or {}
         try:
-            content = unseal("state", block, path) or {}
-            identity = content.pop("identity")
-            snapshot = Snapshot(**content.pop("snapshot"))
-            return cls(snapshot=snapshot, identity=Identity(**identity) if identity else None, **content)
-        except (ValueError, TypeError, KeyError):
+            return cls(snapshot=Snapshot(**content.pop("snapshot")), **content)
+        except (TypeError, KeyError):
             raise Damaged(
                 f"{path} is damaged; the image was left as it is. Delete that file, and the next run compares all of "
                 "the image with the volume"
@@ -1860,96 +1796,80 @@ class State:
         try:
             with path.open("rb") as file:
                 state = cls.unpack(file.read(BLOCK), path)
-                table, length = hashlib.sha256(), 0
-                while whole and (block := file.read(CHUNK)):
-                    table.update(block)
-                    length += len(block)
+                is_sound = not whole or hashlib.file_digest(file, "sha256").hexdigest() == state.digests
         except FileNotFoundError:
             return None
-        expected = (state.digests, state.snapshot.size // CHUNK * DIGEST_SIZE)
-        return state if not whole or (table.hexdigest(), length) == expected else cls.unpack(b"", path)
+        return state if is_sound else cls.unpack(b"", path)
+
+    def write(self, path: Path) -> None:
+        """Put it before the digests that are in a file, and make it all durable."""
+        with contextlib.closing(SparseFile(path, os.O_WRONLY)) as file:
+            file.write(seal("state", dataclasses.asdict(self)), 0)
+            os.fsync(file.fd)
 
     @classmethod
     def doubt(cls, path: Path) -> None:
         """Record that the image may not be what its state says, until the next sync."""
         with contextlib.suppress(Damaged):
             if (state := cls.load(path, whole=False)) is not None:
-                with contextlib.closing(SparseFile(path, os.O_RDWR)) as file:
-                    file.write(seal("state", dataclasses.asdict(dataclasses.replace(state, identity=None))), 0)
-                    os.fsync(file.fd)
+                dataclasses.replace(state, identity=None).write(path)
 
     @property
     def moment(self) -> datetime.datetime:
-        """When the snapshot was taken; if what DigitalOcean says is not a time, when it was backed up."""
-        moment = parse_time(self.snapshot.taken_at)
-        if moment is None or not 2000 <= moment.year < 9000:
-            moment = parse_time(self.completed_at) or utc_now()
-        return moment.replace(microsecond=0)  # as it is listed
-
-
-class StateWriter:
-    """Writes the state of the sync that goes on: digests come in the order of the chunks, the head last."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = os.fdopen(create_private(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), "wb", buffering=128 << 10)
-        self.file.write(bytes(BLOCK))
-        self._table = hashlib.sha256()
-
-    def append(self, digest: bytes) -> None:
-        """The digest of the next chunk."""
-        self.file.write(digest)
-        self._table.update(digest)
-
-    def complete(self, snapshot: Snapshot, reread: int, journal: str, identity: Identity) -> None:
-        """Write the head, and make it all durable."""
-        state = State(snapshot, utc_now().isoformat(), reread, journal, self._table.hexdigest(), identity)
-        self.file.seek(0)
-        self.file.write(seal("state", dataclasses.asdict(state)))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        """When the snapshot was taken."""
+        return self.snapshot.moment(parse_time(self.completed_at) or utc_now())
 
 
 class ImagePaths:
-    """The files of one volume's backup, or of one that was set aside."""
+    """The files of one volume's backup, or of one that was set aside.
+
+    Its name is the volume's; where several regions are backed up REGION/NAME, and it is all in a directory REGION.
+    """
 
     VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")  # what DigitalOcean allows; as a file name it is harmless
     ASIDE = re.compile(VOLUME_NAME.pattern + r"\.set-aside-[0-9A-Za-z-]+")
 
     def __init__(self, backups: Path, name: str) -> None:
-        if not (self.VOLUME_NAME.fullmatch(name) or self.ASIDE.fullmatch(name)):
+        *region, base = name.split("/", 1)
+        is_fit = self.VOLUME_NAME.fullmatch(base) or self.ASIDE.fullmatch(base)
+        if not is_fit or not all(self.VOLUME_NAME.fullmatch(slug) for slug in region):
             raise DosvobError(f"{name!r} is not a name that a volume can have: it is not backed up")
         self.name = name
-        self.backups = backups
-        self.metadata = backups / ".dosvob"
-        self.image = backups / name
-        self.partial = backups / f"{name}.partial"
-        self.state = self.metadata / f"{name}.state"
-        self.new_state = self.metadata / f"{name}.state.new"
-        self.journal = self.metadata / f"{name}.journal"
-        self.versions = self.metadata / f"{name}.versions"
-        self.new_version = self.metadata / f"{name}.version.new"
+        self.directory = backups.joinpath(*region)
+        self.metadata = self.directory / ".dosvob"
+        self.image = self.directory / base
+        self.partial = self.directory / f"{base}.partial"
+        self.state = self.metadata / f"{base}.state"
+        self.new_state = self.metadata / f"{base}.state.new"
+        self.journal = self.metadata / f"{base}.journal"
+        self.versions = self.metadata / f"{base}.versions"
+        self.new_version = self.metadata / f"{base}.version.new"
 
     def check_link(self) -> None:
-        """Raise DosvobError if the image is a link that leads nowhere: what it led to will come back."""
+        """Raise DosvobError if the image is a directory or a link that leads nowhere: what it led to will come back."""
+        if self.image.is_dir():
+            raise DosvobError(f"{self.image} is a directory, and its name is that of an image: move it elsewhere")
         if self.image.is_symlink() and not self.image.exists():
             raise DosvobError(f"{self.image} leads to {self.image.readlink()}, which is not there: is it mounted?")
 
-    def set_aside(self, state: State | None) -> ImagePaths | None:
+    def set_aside(self, moment: datetime.datetime) -> ImagePaths:
         """Rename the image, its versions and its state so that they are out of the way, but not lost.
 
-        What a crash left of that is completed: the name is the snapshot's, and the state, which tells that there is
-        something to do, goes last. None if there was nothing.
+        `moment` is when the image's snapshot was taken, as the state or else the versions tell: so what a crash left of
+        this is completed under the same name. The image goes first, for without it the others are set aside too.
         """
-        stamp = f"{self.name}.set-aside-{(state.moment if state else utc_now()).strftime('%Y%m%dT%H%M%SZ')}"
+        stamp = f"{self.image.name}.set-aside-{moment.strftime('%Y%m%dT%H%M%SZ')}"
         for number in itertools.count():
-            aside = ImagePaths(self.backups, f"{stamp}{f'-{number}' * bool(number)}")
-            if not (self.image.exists() and aside.image.exists()) and not aside.state.exists():
+            aside = ImagePaths(self.directory, f"{stamp}{f'-{number}' * bool(number)}")
+            moves = [(self.image, aside.image), (self.versions, aside.versions), (self.state, aside.state)]
+            if not aside.state.exists() and not any(old.exists() and new.exists() for old, new in moves):
                 break
-        moves = [(self.versions, aside.versions), (self.image, aside.image), (self.state, aside.state)]
-        moved = [old.rename(new) for old, new in moves if old.exists()]
-        sync_directory(self.backups)
+        for old, new in moves:
+            if old.exists():
+                old.rename(new)
+        sync_directory(self.directory)
         sync_directory(self.metadata)
-        return aside if moved else None
+        return aside
 
 
 class SparseFile:
@@ -1983,24 +1903,18 @@ class SparseFile:
             view, offset = view[written:], offset + written
 
     def write_zeros(self, offset: int, length: int) -> None:
-        """Make a range zeros, as a hole where the file system has them."""
-        if not self.punch(offset, length):
-            for start in range(offset, offset + length, CHUNK):
-                self.write(bytes(min(CHUNK, offset + length - start)), start)
-
-    def punch(self, offset: int, length: int) -> bool:
-        """Make a range a hole; False if the file system or the C library has none."""
+        """Make a range zeros, as a hole where the file system and the C library have them."""
         # Python has only posix_fallocate
         fallocate = getattr(LIBC, "fallocate64", None) or getattr(LIBC, "fallocate", None)
-        if fallocate is None:
-            return False
-        keep_size_and_punch = 1 | 2  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE of fallocate(2)
-        if fallocate(self.fd, keep_size_and_punch, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
-            return True
-        number = ctypes.get_errno()
-        if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
-            raise OSError(number, os.strerror(number))
-        return False
+        if fallocate is not None:
+            keep_size_and_punch = 1 | 2  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE of fallocate(2)
+            if fallocate(self.fd, keep_size_and_punch, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
+                return
+            number = ctypes.get_errno()
+            if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
+                raise OSError(number, os.strerror(number))
+        for start in range(offset, offset + length, CHUNK):
+            self.write(bytes(min(CHUNK, offset + length - start)), start)
 
     def end_of_hole(self, offset: int, end: int) -> int:
         """Where the first data at or after an offset is; `end` if there is none before."""
@@ -2010,6 +1924,14 @@ class SparseFile:
             if problem.errno != errno.ENXIO:
                 raise
             return end
+
+    def chunk_holes(self, first: int, end: int) -> Iterator[bool]:
+        """For each of these chunks, in order, whether it is a hole: one look for all that a hole is made of."""
+        data = 0
+        for index in range(first, end):
+            if index * CHUNK >= data:
+                data = self.end_of_hole(index * CHUNK, end * CHUNK)
+            yield (index + 1) * CHUNK <= data
 
     def holes(self, index: int) -> int:
         """A bitmap of the pages of a chunk that have no room on the disk yet."""
@@ -2085,19 +2007,18 @@ class Patch:
     @property
     def room(self) -> int:
         """The bytes that it takes in a file."""
-        return self.HEADER.size + len(self.data)
+        return self.HEADER.size + self.filled.bit_count() * PAGE
 
     def runs(self) -> Iterator[tuple[int, int, memoryview | None]]:
         """The runs of pages that are alike: (offset and length in the chunk in bytes, data; None for zeros)."""
-        data, first, kind, position = memoryview(self.data), 0, None, 0
-        for page in range(PAGES + 1):
-            this = bool(self.filled >> page & 1) if page < PAGES and self.pages >> page & 1 else None
-            if this is not kind:
-                length = (page - first) * PAGE
-                if kind is not None:
-                    yield first * PAGE, length, data[position : position + length] if kind else None
-                    position += length * kind
-                first, kind = page, this
+        data, position = memoryview(self.data), 0
+        kinds = [(self.pages >> page & 1, self.filled >> page & 1) for page in range(PAGES)]
+        for (is_there, is_filled), run in itertools.groupby(range(PAGES), kinds.__getitem__):
+            first, *others = run
+            length = (1 + len(others)) * PAGE
+            if is_there:
+                yield first * PAGE, length, data[position : position + length] if is_filled else None
+            position += length * is_filled
 
     def over(self, chunk: bytes) -> bytes:
         """The chunk as the patch makes it."""
@@ -2124,75 +2045,36 @@ class Patch:
         return b"".join([data[place * PAGE : (place + 1) * PAGE] for place, page in places if wanted >> page & 1])
 
     @classmethod
-    def of(cls, index: int, pages: int, data: bytes, digest: bytes, among: int = ALL_PAGES) -> Patch:
-        """The patch that puts these pages there; the data has those of the bitmap `among`."""
-        places = enumerate(page for page in range(PAGES) if among >> page & 1)
-        filled = sum(
-            1 << page
-            for place, page in places
-            if pages >> page & 1 and not data.startswith(ZERO_PAGE, place * PAGE)
-        )  # fmt: skip
-        return cls(index, pages, filled, cls.select(data, filled, among), digest)
+    def of(cls, index: int, pages: int, chunk: bytes, digest: bytes) -> Patch:
+        """The patch that puts these pages of a chunk there."""
+        among = (page for page in range(PAGES) if pages >> page & 1)
+        filled = sum(1 << page for page in among if not chunk.startswith(ZERO_PAGE, page * PAGE))
+        return cls(index, pages, filled, cls.select(chunk, filled), digest)
 
     @classmethod
     def of_image(cls, file: SparseFile, index: int, pages: int, digest: bytes) -> Patch:
         """What these pages of an image have now; zeros for what the disk cannot read, which the digest will tell."""
-        places = [index * CHUNK + page * PAGE for page in range(PAGES) if pages >> page & 1]
-        runs = [(index * CHUNK + start, length) for start, length, _ in cls(index, pages, 0, b"", digest).runs()]
-        parts = [file.read(start, length) for start, length in runs]
-        if None in parts:  # then page by page: what can be read is kept
-            parts = [file.read(place, PAGE) or ZERO_PAGE for place in places]
-        return cls.of(index, pages, b"".join(part or b"" for part in parts), digest, pages)
-
-
-class PatchWriter:
-    """Writes a file of patches, which is what a journal and a version are: a sealed head, patches, a sealed end.
-
-    The end, when the file is complete, is always in the last block. With `end`, the file that a crash left is continued
-    behind that many bytes.
-    """
-
-    def __init__(self, path: Path, kind: str, head: Json, end: int = 0) -> None:
-        self.id: str = head["id"]
-        if not end:
-            path.unlink(missing_ok=True)
-        self.file = os.fdopen(create_private(path), "wb", buffering=CHUNK)
-        self.file.seek(end)
-        self.file.truncate()
-        if not end:
-            self.file.write(seal(kind, head))
-        self._changed = self._filled = 0
-
-    def append(self, patch: Patch) -> int:
-        """Append a patch; returns its position."""
-        position = self.file.tell()
-        self.file.write(patch.pack(self.id))
-        self.file.write(patch.data)
-        self._changed += patch.pages.bit_count() * PAGE
-        self._filled += len(patch.data)
-        return position
-
-    def make_durable(self) -> None:
-        """Everything so far survives a power cut."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def complete(self, end: Json) -> None:
-        """Write the end, durably: a journal's is the commit mark."""
-        self.file.write(seal("end", {"id": self.id, "changed": self._changed, "data": self._filled, **end}))
-        self.make_durable()
+        chunk = bytearray(CHUNK)
+        for start, length, _ in cls(index, pages, 0, b"", digest).runs():
+            data = file.read(index * CHUNK + start, length)
+            if data is None:  # then page by page: what can be read is kept
+                places = range(index * CHUNK + start, index * CHUNK + start + length, PAGE)
+                data = b"".join([file.read(place, PAGE) or ZERO_PAGE for place in places])
+            chunk[start : start + length] = data
+        return cls.of(index, pages, bytes(chunk), digest)
 
 
 class PatchFile:
-    """A file of patches as found on disk; may be read by several threads. To be closed.
+    """A file of patches, which is what a journal and a version are: a sealed head, patches, a sealed end. To be closed.
 
-    `head` and `end` are the contents of the sealed blocks: {} for a head that is damaged, None for an end that is not
-    there. Raises DosvobError for a newer dosvob's, FileNotFoundError. `from_disk`: as SparseFile.forget_cached.
+    The end, when the file is complete, is always in the last block. `head` and `end` are the contents of these: {} for
+    a head that is damaged, None for an end that is not there. May be read by several threads, also what one of them has
+    just appended. Raises DosvobError for a newer dosvob's, FileNotFoundError. `from_disk`: as SparseFile.forget_cached.
     """
 
-    def __init__(self, path: Path, kind: str, *, from_disk: bool = False) -> None:
+    def __init__(self, path: Path, kind: str, flags: int = os.O_RDONLY, *, from_disk: bool = False) -> None:
         self.path = path
-        self._file = SparseFile(path)
+        self._file = SparseFile(path, flags)
         try:
             if from_disk:
                 self._file.forget_cached()
@@ -2204,6 +2086,40 @@ class PatchFile:
             raise
         self.end = None if end is None or (self.head and end["id"] != self.head["id"]) else end
         self.limit = size - BLOCK * (self.end is not None)  # of the patches
+        self._changed = 0  # bytes
+
+    @classmethod
+    def create(cls, path: Path, kind: str, head: Json) -> PatchFile:
+        """A new file, to be appended to, in place of what is there."""
+        path.unlink(missing_ok=True)
+        with contextlib.closing(SparseFile(path, os.O_WRONLY | os.O_CREAT)) as file:
+            file.write(seal(kind, head), 0)
+        return cls(path, kind, os.O_RDWR)
+
+    def append(self, patch: Patch) -> int:
+        """Append a patch; returns its position."""
+        position = self.limit
+        self._file.write(patch.pack(self.head["id"]), position)
+        self._file.write(patch.data, position + Patch.HEADER.size)
+        self.limit += patch.room
+        self._changed += patch.pages.bit_count() * PAGE
+        return position
+
+    def cut(self, position: int) -> None:
+        """Go on there, behind the good part of what a crash left."""
+        os.ftruncate(self._file.fd, position)
+        self.limit = position
+
+    def make_durable(self) -> None:
+        """Everything so far survives a power cut."""
+        os.fsync(self._file.fd)
+
+    def complete(self, end: Json) -> None:
+        """Write the end, durably: a journal's is the commit mark."""
+        end = {"id": self.head["id"], "changed": self._changed, **end}
+        self._file.write(seal("end", end), self.limit)
+        self.make_durable()
+        self.end = end
 
     def header_at(self, position: int) -> Patch:
         """The patch at a position, without its data and not verified; raises Damaged if there is none."""
@@ -2216,8 +2132,7 @@ class PatchFile:
     def patch_at(self, position: int) -> Patch:
         """The patch at a position; raises Damaged if it is not whole."""
         header = self.header_at(position)
-        size = Patch.HEADER.size + header.filled.bit_count() * PAGE
-        stored = self._file.read(position, size) or b""
+        stored = self._file.read(position, header.room) or b""
         patch = dataclasses.replace(header, data=memoryview(stored)[Patch.HEADER.size :])
         if patch.filled & ~patch.pages or patch.pack(self.head.get("id", "")) != stored[: Patch.HEADER.size]:
             raise Damaged(f"{self.path} is damaged at byte {position}")
@@ -2242,7 +2157,7 @@ class PatchFile:
         while position < self.limit:
             patch = self.patch_at(position) if data else self.header_at(position)
             yield position, patch
-            position += Patch.HEADER.size + patch.filled.bit_count() * PAGE
+            position += patch.room
 
     def close(self) -> None:
         """Close the file."""
@@ -2263,108 +2178,32 @@ class Journal:
 
     def __init__(self, file: PatchFile, chunks: int) -> None:
         self.file = file
-        self.places = array.array("Q", bytes(8 * chunks))  # positions in the file; 0: none
+        self.places = array.array("Q", [0]) * chunks  # positions in the file; 0: none
         self.end = BLOCK  # where its good part ends
 
+    # While a sync goes on
+
     @classmethod
-    def finish(cls, paths: ImagePaths, warn: Callable[[str], None], heed: Callable[[int], None]) -> bool:
-        """Finish what a crash left in a journal: no network is needed. Returns whether one was applied.
+    def open(cls, paths: ImagePaths, volume_id: str, chunks: int) -> Journal:
+        """The journal of the sync that begins: the good part of what a crash left, if it fits, or a new one."""
+        is_begun = False
+        with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as file:
+            if file.end is not None:
+                raise DosvobError(f"{paths.journal} must be applied first: run again")
+            is_begun = cls.fits(paths, file) and file.head["volume_id"] == volume_id
+        if not is_begun:
+            base = identity_of(paths.image)
+            head = {"id": secrets.token_hex(16), "name": paths.image.name, "volume_id": volume_id, "base": base}
+            PatchFile.create(paths.journal, "journal", head).close()
+        journal = cls(PatchFile(paths.journal, "journal", os.O_RDWR), chunks)
+        with contextlib.suppress(Damaged):  # which is where its good part ends
+            journal.read_places(lambda _: None)
+        journal.file.cut(journal.end)
+        return journal
 
-        `heed` is told of the bytes that were read or written, and may raise `Interrupted`: the next call goes on.
-        Without a commit mark a journal promises nothing: what does not fit the image is dropped, the rest is for the
-        next sync. A committed one that is damaged, or of another image, is set aside, and nothing of it is applied:
-        raises Damaged.
-        """
-        try:
-            file = PatchFile(paths.journal, "journal", from_disk=True)
-        except FileNotFoundError:
-            return False
-        with file:
-            paths.check_link()
-            if file.end is None:
-                cls._refuse_older_commit(paths.journal)
-                if not cls.fits(paths, file):
-                    # It was complete: so it may have had a mark, which has decayed, and have been applied in part.
-                    was_ready = file.head and paths.image.exists() and cls._led_to(file.head["id"], paths.new_state)
-                    if was_ready and not cls._undo(paths, file, heed):
-                        State.doubt(paths.state)
-                    paths.journal.unlink()
-                return False
-            try:
-                if file.head.get("name") != paths.name or not paths.image.exists():
-                    raise Damaged("it does not belong to the image")
-                journal = cls(file, file.end["snapshot"]["size"] // CHUNK)
-                journal.read_places(heed)
-            except Damaged as problem:
-                if paths.image.exists() and cls._led_to(file.end["id"], paths.state):  # all was applied before
-                    cls._settle(paths, file.end["id"])
-                    return True
-                is_undone = cls._undo(paths, file, heed)
-                if not is_undone:
-                    State.doubt(paths.state)  # a part of it may have been applied before
-                aside = paths.journal.with_name(f"{paths.name}.journal.damaged-{utc_now().strftime('%Y%m%dT%H%M%SZ')}")
-                paths.journal.rename(aside)
-                sync_directory(paths.metadata)
-                raise Damaged(
-                    f"the journal of {paths.name} is damaged or does not belong to its image ({problem}); it was set "
-                    f"aside as {aside}, and "
-                    + ("the image was put back to what it was before. " if is_undone else "nothing of it was applied. ")
-                    + f"The next run compares {paths.image} with the volume"
-                ) from problem
-            if Identity.of(paths.image).inode != file.head["base"]["inode"]:
-                warn(f"{paths.image} is another file than when its journal was begun; the next sync compares all of it")
-            journal.apply(paths, heed)
-            return True
-
-    @staticmethod
-    def _undo(paths: ImagePaths, file: PatchFile, heed: Callable[[int], None]) -> bool:
-        """Take back what may have been applied of a damaged journal, by the version that it would have left."""
-        try:
-            with PatchFile(paths.new_version, "version", from_disk=True) as version:
-                if version.end is None or version.head.get("journal") != (file.end or file.head).get("id"):
-                    return False
-                with contextlib.closing(SparseFile(paths.image, os.O_RDWR)) as image:
-                    if file.head and Identity.of(image.fd).inode != file.head["base"]["inode"]:
-                        return False  # another file
-                    for _, patch in version.patches():
-                        patch.write_to(image)
-                        heed(patch.room)
-                    os.ftruncate(image.fd, version.head["snapshot"]["size"])
-                    os.fsync(image.fd)
-        except (Damaged, FileNotFoundError):
-            return False
-        return True
-
-    @staticmethod
-    def fits(paths: ImagePaths, file: PatchFile) -> bool:
-        """Whether a journal without a commit mark was begun for the image as it is."""
-        exists = bool(file.head) and paths.image.exists()
-        return exists and bool(file.head["base"] == dataclasses.asdict(Identity.of(paths.image)))
-
-    @staticmethod
-    def _refuse_older_commit(path: Path) -> None:
-        """Raise DosvobError for a committed journal of dosvob without versions, which only that one can apply.
-
-        That began with a record of the kind B, and its commit mark was the last record, of the kind C, of 1057 bytes.
-        """
-        with path.open("rb") as file:
-            is_older = file.read(1) == b"B"
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(size - 1057, 0))
-            if is_older and size > 1057 and file.read(1) == b"C":
-                raise DosvobError(
-                    f"{path} was left by an older dosvob, which must finish it: run that one's `dosvob.py verify` once "
-                    "in this directory, then this one"
-                )
-
-    def read_places(self, heed: Callable[[int], None]) -> None:
-        """Read all of it, up to the first patch that is not whole; raises Damaged there."""
-        for position, patch in self.file.patches():
-            if patch.index >= len(self.places):
-                raise Damaged(f"{self.file.path} is damaged at byte {position}: beyond the image's end")
-            self.places[patch.index] = position
-            self.end = position + patch.room
-            heed(patch.room)
+    def append(self, patch: Patch) -> None:
+        """From now on this is the chunk's patch."""
+        self.places[patch.index] = self.file.append(patch)
 
     def header(self, index: int) -> Patch | None:
         """The patch of a chunk without its data, if there is one."""
@@ -2383,12 +2222,124 @@ class Journal:
                 needed += (patch.filled & (ALL_PAGES if copies else image.holes(patch.index))).bit_count() * PAGE
         return needed + needed // 64 + (256 << 10) * bool(needed)  # and what the file system writes about it
 
+    # What becomes of it
+
+    @classmethod
+    def finish(cls, paths: ImagePaths, warn: Callable[[str], None], heed: Callable[[int], None]) -> bool:
+        """Finish what a crash left in a journal: no network is needed. Returns whether one was applied.
+
+        `heed` is told of the bytes that were read or written, and may raise `Interrupted`: the next call goes on.
+        Without a commit mark a journal promises nothing: what does not fit the image is dropped, the rest is for the
+        next sync. A committed one that is damaged, or of another image, is set aside, and nothing of it is applied:
+        raises Damaged.
+        """
+        try:
+            file = PatchFile(paths.journal, "journal", from_disk=True)
+        except FileNotFoundError:
+            return False
+        with file:
+            paths.check_link()
+            has_image = paths.image.exists()
+            if file.end is None:
+                cls._refuse_older_commit(paths.journal)
+                if not cls.fits(paths, file):
+                    # If it was complete, it may have had a mark, which has decayed, and have been applied in part.
+                    if file.head and has_image and cls.led_to(file.head["id"], paths.new_state):
+                        cls._undo(paths, file, heed)
+                    paths.journal.unlink()
+                return False
+            try:
+                if file.head.get("name") != paths.image.name or not has_image:
+                    raise Damaged("it does not belong to the image")
+                journal = cls(file, file.end["snapshot"]["size"] // CHUNK)
+                journal.read_places(heed)
+            except Damaged as problem:
+                if has_image and cls.led_to(file.end["id"], paths.state):  # all was applied before
+                    cls._settle(paths, file.end["id"])
+                    return True
+                is_undone = cls._undo(paths, file, heed)
+                aside = paths.journal.with_name(f"{paths.journal.name}.damaged-{utc_now().strftime('%Y%m%dT%H%M%SZ')}")
+                paths.journal.rename(aside)
+                sync_directory(paths.metadata)
+                raise Damaged(
+                    f"the journal of {paths.name} is damaged or does not belong to its image ({problem}); it was set "
+                    f"aside as {aside}, and "
+                    + ("the image was put back to what it was before. " if is_undone else "nothing of it was applied. ")
+                    + f"The next run compares {paths.image} with the volume"
+                ) from problem
+            if identity_of(paths.image)["inode"] != file.head["base"]["inode"]:
+                warn(f"{paths.image} is another file than when its journal was begun; the next sync compares all of it")
+            journal.apply(paths, heed)
+            return True
+
+    @staticmethod
+    def fits(paths: ImagePaths, file: PatchFile) -> bool:
+        """Whether a journal without a commit mark was begun for the image as it is."""
+        return bool(file.head) and paths.image.exists() and file.head["base"] == identity_of(paths.image)
+
+    @staticmethod
+    def _refuse_older_commit(path: Path) -> None:
+        """Raise DosvobError for a committed journal of dosvob without versions, which only that one can apply.
+
+        That began with a record of the kind B, and its commit mark was the last record, of the kind C, of 1057 bytes.
+        """
+        with path.open("rb") as file:
+            is_older = file.read(1) == b"B"
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(size - 1057, 0))
+            if is_older and size > 1057 and file.read(1) == b"C":
+                raise DosvobError(
+                    f"{path} was left by an older dosvob, which must finish it: run that one's `dosvob.py verify` once "
+                    "in this directory, then this one"
+                )
+
+    @staticmethod
+    def led_to(journal: str, *states: Path) -> Path | None:
+        """The first of these files that is a state in good order, and the one that a journal led to."""
+        for path in states:
+            with contextlib.suppress(Damaged):
+                if (state := State.load(path)) is not None and state.journal == journal:
+                    return path
+        return None
+
+    @staticmethod
+    def _undo(paths: ImagePaths, file: PatchFile, heed: Callable[[int], None]) -> bool:
+        """Take back what may have been applied of a journal that is damaged, by the version that it would have left.
+
+        Returns False if that cannot be: then the image is in doubt.
+        """
+        with (
+            contextlib.suppress(Damaged, FileNotFoundError),
+            PatchFile(paths.new_version, "version", from_disk=True) as version,
+            contextlib.closing(SparseFile(paths.image, os.O_RDWR)) as image,
+        ):
+            is_same_file = not file.head or identity_of(image.fd)["inode"] == file.head["base"]["inode"]
+            is_its_own = version.end is not None and version.head.get("journal") == (file.end or file.head).get("id")
+            if is_same_file and is_its_own:
+                for _, patch in version.patches():
+                    patch.write_to(image)
+                    heed(patch.room)
+                os.ftruncate(image.fd, version.head["snapshot"]["size"])
+                os.fsync(image.fd)
+                return True
+        State.doubt(paths.state)
+        return False
+
+    def read_places(self, heed: Callable[[int], None]) -> None:
+        """Read all of it, up to the first patch that is not whole; raises Damaged there."""
+        for position, patch in self.file.patches():
+            if patch.index >= len(self.places):
+                raise Damaged(f"{self.file.path} is damaged at byte {position}: beyond the image's end")
+            self.places[patch.index] = position
+            self.end = position + patch.room
+            heed(patch.room)
+
     def apply(self, paths: ImagePaths, heed: Callable[[int], None]) -> None:
         """Steps 5 and 6 of a sync, for a committed journal. Raises Damaged if not all of it could be read again."""
         head, end = self.file.head, self.file.end
         assert end is not None
         with contextlib.closing(SparseFile(paths.image, os.O_RDWR)) as image:
-            was_untouched = dataclasses.asdict(Identity.of(image.fd)) == head["base"]
+            was_untouched = identity_of(image.fd) == head["base"]
             os.ftruncate(image.fd, end["snapshot"]["size"])
             for place in filter(None, self.places):
                 patch = self.file.patch_at(place)
@@ -2397,20 +2348,19 @@ class Journal:
             if was_untouched:  # else the image is not what the new state says, and the next sync reads all of it
                 os.utime(image.fd, ns=(end["mtime_ns"], end["mtime_ns"]))
             os.fsync(image.fd)
-        self._adopt_state(paths)
         self._settle(paths, head["id"])
 
-    @staticmethod
-    def _led_to(journal: str, state: Path) -> bool:
-        """Whether a state file is whole, and that of a journal."""
-        with contextlib.suppress(Damaged):
-            loaded = State.load(state)
-            return loaded is not None and loaded.journal == journal
-        return False
+    @classmethod
+    def _settle(cls, paths: ImagePaths, journal: str) -> None:
+        """Step 6: what belongs to an applied journal becomes the state and a version, and the journal goes.
 
-    @staticmethod
-    def _settle(paths: ImagePaths, journal: str) -> None:
-        """Give the version that belongs to an applied journal its name, and remove the journal."""
+        Without a state that belongs to it there is none, and the next sync compares the image in full.
+        """
+        if state := cls.led_to(journal, paths.new_state, paths.state):  # the second if a crash came after the rename
+            state.rename(paths.state)
+        else:
+            paths.new_state.unlink(missing_ok=True)
+            paths.state.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError), PatchFile(paths.new_version, "version") as version:
             if version.head.get("journal") == journal:  # a damaged one too: all older ones lead back over it
                 paths.versions.mkdir(mode=0o700, exist_ok=True)
@@ -2419,15 +2369,6 @@ class Journal:
         sync_directory(paths.metadata)
         paths.journal.unlink()
         sync_directory(paths.metadata)
-
-    def _adopt_state(self, paths: ImagePaths) -> None:
-        """Make the state that belongs to it the image's; without that the image is compared in full."""
-        for path in (paths.new_state, paths.state):  # the second if a crash came after the rename
-            if self._led_to(self.file.head["id"], path):
-                path.rename(paths.state)
-                return
-        for path in (paths.new_state, paths.state):
-            path.unlink(missing_ok=True)
 
 
 # ── Versions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2440,7 +2381,8 @@ class Version:
     """A version as its file tells; sizes in bytes. It is not whole if its head or its end is damaged.
 
     `newer` is the snapshot that it leads back from, `changed` how much differed between the two, `occupied` what the
-    file takes. Without a head nothing is known but the time, by the file's name.
+    file takes, `journal` the id of the journal whose sync made it. Without a head nothing is known but the time, by the
+    file's name.
     """
 
     path: Path
@@ -2450,6 +2392,7 @@ class Version:
     newer: Snapshot | None
     changed: int
     occupied: int
+    journal: str
 
     TIME = "%Y%m%dT%H%M%SZ"
 
@@ -2459,10 +2402,24 @@ class Version:
         with PatchFile(path, "version") as file:
             head, end = file.head, file.end
         moment = datetime.datetime.strptime(head.get("time", path.name), cls.TIME).replace(tzinfo=datetime.UTC)
-        occupied = path.stat().st_size
         snapshot, newer = (Snapshot(**head[key]) if head else None for key in ("snapshot", "newer"))
-        is_whole = bool(head) and end is not None
-        return cls(path, moment, is_whole, snapshot, newer, end["changed"] if end else 0, occupied)
+        is_whole, changed = bool(head) and end is not None, end["changed"] if end else 0
+        return cls(path, moment, is_whole, snapshot, newer, changed, path.stat().st_size, head.get("journal", ""))
+
+    def is_loose(self, newer: Sequence[Snapshot | None]) -> bool:
+        """Whether it leads back from none of the newer snapshots, so that what is between is missing.
+
+        None stands for one that is not known, being damaged: then that one tells, and this one leads back from it.
+        """
+        return self.newer is not None and None not in newer and self.newer not in newer
+
+
+def moment_of_image(state: State | None, versions: Sequence[Version]) -> datetime.datetime | None:
+    """When the image's snapshot was taken; without a state by what the newest version leads back from."""
+    newer = versions[0].newer if versions else None
+    if state is not None:
+        return state.moment
+    return newer.moment(utc_now()) if newer else None
 
 
 class Versions:
@@ -2480,10 +2437,6 @@ class Versions:
                     versions.append(Version.load(path))
         return versions
 
-    def occupied(self) -> int:
-        """The bytes that they take."""
-        return sum(version.occupied for version in self.all())
-
     def write(
         self, image: SparseFile, state: State | None, newer: Snapshot, journal: Journal, heed: Callable[[int], None]
     ) -> None:
@@ -2494,12 +2447,11 @@ class Versions:
         older snapshot by that is told by its digest. Without a state, the image is what the newest version leads from.
         """
         older = self.all()
-        if state is None and older[0].newer is None:  # nobody knows more than that it is later than that version
+        snapshot = state.snapshot if state else older[0].newer
+        if snapshot is None:  # nobody knows more than that it is later than that version
             size = os.fstat(image.fd).st_size // CHUNK * CHUNK
             snapshot = dataclasses.replace(newer, size=size, taken_at=older[0].moment.isoformat())
-        else:
-            snapshot = state.snapshot if state else older[0].newer or newer
-        moment = state.moment if state else parse_time(snapshot.taken_at) or utc_now()
+        moment = state.moment if state else snapshot.moment(utc_now())
         if older:  # the order of their names is that of the chain
             moment = max(moment, older[0].moment + datetime.timedelta(seconds=1))
         head = {
@@ -2509,14 +2461,13 @@ class Versions:
             "snapshot": dataclasses.asdict(snapshot),
             "newer": dataclasses.asdict(newer),
         }
-        writer = PatchWriter(self._paths.new_version, "version", head)
-        with contextlib.closing(writer.file):
+        with PatchFile.create(self._paths.new_version, "version", head) as version:
             for index, digest in self._differing(image, state, journal):
                 patch = journal.header(index)
                 old = Patch.of_image(image, index, patch.pages if patch else 0, digest)
-                writer.append(old)
+                version.append(old)
                 heed(old.room)
-            writer.complete({})
+            version.complete({})
 
     def _differing(self, image: SparseFile, state: State | None, journal: Journal) -> Iterator[tuple[int, bytes]]:
         """The chunks that differ between the image's snapshot and the new one, with their old digests."""
@@ -2533,7 +2484,7 @@ class Versions:
                 if digest != new.read(DIGEST_SIZE):
                     yield index, digest
 
-    def thin(self, image_moment: datetime.datetime, keep: Keep, heed: Callable[[int], None] = lambda _: None) -> None:
+    def thin(self, keep: Keep, heed: Callable[[int], None] = lambda _: None) -> None:
         """Drop those that `keep` does not ask for; raises OSError, Damaged, and has dropped none wrongly then.
 
         What a version has that is to be dropped goes into the next older one that stays: that one's new file, which
@@ -2543,7 +2494,8 @@ class Versions:
         for unfinished in self._paths.versions.glob("*.new"):
             unfinished.unlink()
         versions = self.all()
-        wanted = keep.wanted([image_moment, *(version.moment for version in versions)])[1:]
+        image = moment_of_image(State.load(self._paths.state, whole=False), versions) or utc_now()
+        wanted = keep.wanted([image, *(version.moment for version in versions)])[1:]
         groups: list[list[Version]] = [[]]  # each ends with one that stays, the last one has none
         for version, stays in zip(versions, wanted, strict=True):
             groups[-1].append(version)
@@ -2569,28 +2521,29 @@ class Versions:
 
     def _merge(self, versions: Sequence[Version], heed: Callable[[int], None]) -> None:
         """Let the last of the versions, the oldest, lead back over all of them, which come the newest first."""
-        oldest = versions[-1]
+        oldest, known = versions[-1], [versions[0].newer]
+        for version in versions:
+            if not version.is_whole:
+                raise Damaged(f"{version.path} is damaged")
+            if version.is_loose(known):
+                raise Damaged(f"what {version.path} leads back from is missing")
+            known.append(version.snapshot)
         target = oldest.path.with_name(f"{oldest.path.name}.new")
         with contextlib.ExitStack() as files:
             opened = [files.enter_context(PatchFile(version.path, "version")) for version in versions]
+            head = {**opened[-1].head, "id": secrets.token_hex(16), "newer": opened[0].head["newer"]}
+            size = head["snapshot"]["size"]
+            merged = files.enter_context(PatchFile.create(target, "version", head))
             streams = [PatchStream(file) for file in opened]
-            for version in versions:
-                if not version.is_whole:
-                    raise Damaged(f"{version.path} is damaged")
-            assert oldest.snapshot is not None
-            assert versions[0].newer is not None
-            for number, version in enumerate(versions[1:], start=1):
-                if version.newer not in [versions[0].newer, *(newer.snapshot for newer in versions[:number])]:
-                    raise Damaged(f"what {version.path} leads back from is missing")
-            head = {**opened[-1].head, "id": secrets.token_hex(16), "newer": dataclasses.asdict(versions[0].newer)}
-            writer = PatchWriter(target, "version", head)
-            files.enter_context(contextlib.closing(writer.file))
             try:
-                for index, patches in PatchStream.by_chunk(streams):
-                    if index < oldest.snapshot.size // CHUNK:
-                        writer.append(self._one_of([patch for _, patch in patches]))
-                    heed(sum(patch.room for _, patch in patches))
-                writer.complete({})
+                for index, patches in patches_by_chunk(streams):
+                    if index < size // CHUNK:
+                        merged.append(self._one_of([*patches.values()]))
+                    heed(sum(patch.room for patch in patches.values()))
+                for stream in streams:
+                    if stream.doubtful:
+                        raise Damaged(f"{stream.file.path} is damaged")
+                merged.complete({})
             except BaseException:
                 target.unlink(missing_ok=True)
                 raise
@@ -2613,78 +2566,56 @@ class Versions:
         """The bytes that removing one would free: those that the next older one need not take over; raises Damaged."""
         if older is None or older.snapshot is None:
             return version.occupied
-        with PatchFile(version.path, "version") as ours, PatchFile(older.path, "version") as others:
-            theirs = (patch for _, patch in others.patches(data=False))
-            other, taken_over = next(theirs, None), 0
-            for _, patch in ours.patches(data=False):
-                while other is not None and other.index < patch.index:
-                    other = next(theirs, None)
-                is_in_both = other is not None and other.index == patch.index
-                if patch.index < older.snapshot.size // CHUNK:
-                    moved = patch.filled & ~(other.pages if other is not None and is_in_both else 0)
-                    taken_over += moved.bit_count() * PAGE + Patch.HEADER.size * (not is_in_both)
+        taken_over = 0
+        with PatchFile(version.path, "version") as file, PatchFile(older.path, "version") as older_file:
+            headers = [(patch for _, patch in each.patches(data=False)) for each in (file, older_file)]
+            for index, patches in patches_by_chunk(headers):
+                if 0 in patches and index < older.snapshot.size // CHUNK:
+                    has_own, own = 1 in patches, patches[1].pages if 1 in patches else 0
+                    taken_over += (patches[0].filled & ~own).bit_count() * PAGE + Patch.HEADER.size * (not has_own)
         return version.occupied - taken_over
 
 
 class PatchStream:
-    """A version's patches in the order of the chunks.
+    """The whole patches of a version, in the order of the chunks, whatever is damaged between them.
 
-    Of what is damaged `problem` tells; the chunks between the whole patches before and behind are in doubt.
+    `doubtful` are the chunks that the damaged ones may have been of, as far as was read: ranges, neither end included.
     """
 
-    def __init__(self, file: PatchFile) -> None:
-        self.problem: Damaged | None = None
-        self.next: Patch | None = None
-        self._file = file
-        self._position = BLOCK
-        self._last = -1
-        self._doubtful: list[tuple[int, float]] = []  # chunks, neither end included
-        self.advance()
+    def __init__(self, file: PatchFile, *, is_loose: bool = False) -> None:
+        self.file = file
+        self.doubtful: list[tuple[int, float]] = [(-1, float("inf"))] if is_loose else []
 
-    def advance(self) -> None:
-        """Go to the next whole patch; at the end there is none."""
-        file, self.next = self._file, None
-        is_damaged = not file.head
-        while self.next is None and file.head and self._position < file.limit:
+    def __iter__(self) -> Iterator[Patch]:
+        file, position, last, is_damaged = self.file, BLOCK, -1, False
+        while file.head and position < file.limit:
             try:
-                patch = file.patch_at(self._position)
-                self._position += patch.room
-                self.next = patch if patch.index > self._last else None
-                is_damaged |= self.next is None
+                patch = file.patch_at(position)
+                position += patch.room
             except Damaged:
+                patch = None
+                position = file.find_patch(position + 1)
+            if patch is None or patch.index <= last:
                 is_damaged = True
-                self._position = file.find_patch(self._position + 1)
-        if is_damaged or (self.next is None and file.end is None):
-            self.problem = Damaged(f"{file.path} is damaged")
-            self._doubtful.append((self._last, self.next.index if self.next else float("inf")))
-        if self.next is not None:
-            self._last = self.next.index
+                continue
+            if is_damaged:
+                self.doubtful.append((last, patch.index))
+            last, is_damaged = patch.index, False
+            yield patch
+        if is_damaged or not file.head or file.end is None:
+            self.doubtful.append((last, float("inf")))
 
     def doubts(self, index: int) -> bool:
         """Whether nobody knows if there was a patch for the chunk."""
-        return any(first < index < end for first, end in self._doubtful)
+        return any(first < index < end for first, end in self.doubtful)
 
-    @staticmethod
-    def by_chunk(
-        streams: Sequence[PatchStream], *, tolerant: bool = False
-    ) -> Iterator[tuple[int, list[tuple[int, Patch]]]]:
-        """The chunks that have patches, in order, each with its patches and the numbers of their streams.
 
-        Raises Damaged unless `tolerant`: then a stream ends where it is damaged, which its `problem` tells.
-        """
-        while True:
-            for stream in streams:
-                if stream.problem and not tolerant:
-                    raise stream.problem
-            index = min((stream.next.index for stream in streams if stream.next), default=None)
-            if index is None:
-                return
-            taken = []
-            for number, stream in enumerate(streams):
-                if stream.next is not None and stream.next.index == index:
-                    taken.append((number, stream.next))
-                    stream.advance()
-            yield index, taken
+def patches_by_chunk(streams: Iterable[Iterable[Patch]]) -> Iterator[tuple[int, dict[int, Patch]]]:
+    """The chunks that have patches, in order, each with its patches by the numbers of their streams."""
+    numbered = [zip(itertools.repeat(number), stream) for number, stream in enumerate(streams)]
+    merged = heapq.merge(*numbered, key=lambda item: item[1].index)
+    for index, patches in itertools.groupby(merged, key=lambda item: item[1].index):
+        yield index, dict(patches)
 
 
 class Ranges:
@@ -2699,6 +2630,11 @@ class Ranges:
         first = self.ranges.pop()[0] if self.ranges and self.ranges[-1][1] == start else start
         self.ranges.append((first, start + CHUNK))
 
+    @property
+    def size(self) -> int:
+        """The bytes that are in them."""
+        return sum(end - start for start, end in self.ranges)
+
     def __str__(self) -> str:
         told = [f"{start} to {end - 1}" for start, end in sorted(self.ranges)[:20]]
         return "bytes " + ", ".join(told) + f" and {len(self.ranges) - 20} more places" * (len(self.ranges) > 20)
@@ -2707,64 +2643,53 @@ class Ranges:
 class Chain:
     """An image and all that leads back from it: what each snapshot was, chunk by chunk. To be closed.
 
-    A committed journal is laid over, not applied, so nothing is changed. `versions` are the newest first. Raises
-    FileNotFoundError without an image, Damaged for a state or a journal that cannot be used.
+    A committed journal is laid over, not applied, so nothing is changed. `versions` are the newest first; `problem` is
+    what is wrong with the state, without which versions can be restored all the same; `moment` is when the image's
+    snapshot was taken, None if unknown. Raises FileNotFoundError without an image, Damaged for a journal that cannot be
+    used.
     """
 
     def __init__(self, paths: ImagePaths, *, from_disk: bool = False) -> None:
         self.paths = paths
-        self._files = contextlib.ExitStack()
-        try:
-            self.image = self._files.enter_context(contextlib.closing(SparseFile(paths.image)))
-            self.versions = Versions(paths).all()
-            self._from_disk = from_disk
+        self.state: State | None = None
+        self.problem: Damaged | None = None
+        self._from_disk = from_disk
+        self._table: BinaryIO | None = None
+        with contextlib.ExitStack() as files:
+            self.image = files.enter_context(contextlib.closing(SparseFile(paths.image)))
             if from_disk:
                 self.image.forget_cached()
-            self._journal = self._committed_journal()
-            self.problem: Damaged | None = None  # of the state, without which versions can be restored all the same
-            self.state, table = self._state_of_all()
-            self._table = self._files.enter_context(table.open("rb", buffering=128 << 10)) if self.state else None
-        except BaseException:
-            self.close()
-            raise
-        end = self._journal.file.end if self._journal else None
-        size = end["snapshot"]["size"] if end else -(-os.fstat(self.image.fd).st_size // CHUNK) * CHUNK
-        self.size: int = self.state.snapshot.size if self.state else size
+            self.versions = Versions(paths).all()
+            self.size = -(-os.fstat(self.image.fd).st_size // CHUNK) * CHUNK
+            self._journal = self._lay_journal(files)
+            table: Path | None = paths.state
+            if self._journal is not None:
+                table = Journal.led_to(self._journal.file.head["id"], paths.new_state, paths.state)
+            try:
+                if table is not None and (state := State.load(table)) is not None:
+                    self.state, self.size = state, state.snapshot.size
+                    self._table = files.enter_context(table.open("rb", buffering=128 << 10))
+            except Damaged as problem:
+                self.problem = problem
+            self.moment = moment_of_image(self.state, self.versions)
+            self._files = files.pop_all()
 
-    def _committed_journal(self) -> Journal | None:
-        """The journal that is to complete the image, and the version that gets its name with it."""
+    def _lay_journal(self, files: contextlib.ExitStack) -> Journal | None:
+        """The journal that is to complete the image, to a size and with a version; None if there is nothing to do."""
         try:
-            file = self._files.enter_context(PatchFile(self.paths.journal, "journal"))
+            file = files.enter_context(PatchFile(self.paths.journal, "journal"))
         except FileNotFoundError:
             return None
         if file.end is None:
             return None
-        journal = Journal(file, file.end["snapshot"]["size"] // CHUNK)
+        self.size = file.end["snapshot"]["size"]
+        journal = Journal(file, self.size // CHUNK)
         journal.read_places(lambda _: None)
-        with contextlib.suppress(FileNotFoundError), PatchFile(self.paths.new_version, "version") as version:
-            if version.end and version.head.get("journal") == file.head["id"]:
-                self.versions.insert(0, Version.load(self.paths.new_version))
+        with contextlib.suppress(FileNotFoundError):
+            version = Version.load(self.paths.new_version)
+            if version.is_whole and version.journal == file.head["id"]:
+                self.versions.insert(0, version)
         return journal
-
-    def _state_of_all(self) -> tuple[State | None, Path]:
-        """The state of what the journal makes of the image, and where it is; None if it is damaged: see `problem`."""
-        paths = (self.paths.new_state, self.paths.state) if self._journal else (self.paths.state,)
-        for path in paths:
-            try:
-                state = State.load(path)
-            except Damaged as problem:
-                self.problem = problem
-                continue
-            if state is not None and (self._journal is None or state.journal == self._journal.file.head["id"]):
-                self.problem = None
-                return state, path
-        return None, self.paths.state
-
-    @property
-    def moment(self) -> datetime.datetime | None:
-        """When the image's snapshot was taken, also by what the newest version leads back from; None if unknown."""
-        newer = self.versions[0].newer if self.versions else None
-        return self.state.moment if self.state else parse_time(newer.taken_at if newer else "")
 
     def depth_at(self, moment: datetime.datetime | None) -> int:
         """How many steps back the newest snapshot is that is not later than a time; 0, the image's, without a time.
@@ -2790,41 +2715,32 @@ class Chain:
         Contents that are the same are the same object; those of a hole are ZERO_CHUNK. A chunk is sound if it has the
         digest that was recorded for it; of an image without a state nothing is recorded, and all is taken for sound.
         """
+        newer = self.versions[0].newer if self.versions else None
+        known = [self.state.snapshot if self.state else newer]
+        streams = []
         with contextlib.ExitStack() as files:
-            streams = [
-                PatchStream(files.enter_context(PatchFile(version.path, "version", from_disk=self._from_disk)))
-                for version in self.versions[:depth]
-            ]
-            is_loose = [self._is_loose(number) for number in range(depth)]
-            patched = PatchStream.by_chunk(streams, tolerant=True)
+            for version in self.versions[:depth]:
+                file = files.enter_context(PatchFile(version.path, "version", from_disk=self._from_disk))
+                streams.append(PatchStream(file, is_loose=version.is_loose(known)))
+                known.append(version.snapshot)
+            patched = patches_by_chunk(streams)
             upcoming = next(patched, None)
-            hole_until = 0
-            for index in range(self.size // CHUNK):
-                if index * CHUNK >= hole_until:
-                    hole_until = self.image.end_of_hole(index * CHUNK, self.size)
-                chunk, is_sound = self._image_chunk(index, is_hole=(index + 1) * CHUNK <= hole_until)
+            for index, is_hole in enumerate(self.image.chunk_holes(0, self.size // CHUNK)):
+                chunk, is_sound = self._image_chunk(index, is_hole=is_hole)
                 patches: dict[int, Patch] = {}
                 if upcoming is not None and upcoming[0] == index:
-                    patches = dict(upcoming[1])
+                    patches = upcoming[1]
                     upcoming = next(patched, None)
                 contents, soundness = [chunk], [is_sound]
                 for number, stream in enumerate(streams):
                     if number in patches:
                         chunk = patches[number].over(chunk)
                         is_sound = chunk_digest(page_digests(chunk)) == patches[number].digest
-                    elif is_loose[number] or stream.doubts(index):  # it may have had one
+                    elif stream.doubts(index):  # it may have had one
                         is_sound = False
                     contents.append(chunk)
                     soundness.append(is_sound)
                 yield index, contents, soundness
-
-    def _is_loose(self, number: int) -> bool:
-        """Whether a version leads back from a snapshot that is not here: what is between is missing."""
-        version, newer = self.versions[number], self.versions[:number]
-        if version.newer is None or any(one.snapshot is None for one in newer):
-            return False  # a damaged one tells by itself
-        origin = self.state.snapshot if self.state else self.versions[0].newer
-        return version.newer not in [origin, *(one.snapshot for one in newer)]
 
     def _image_chunk(self, index: int, *, is_hole: bool) -> tuple[bytes, bool]:
         """A chunk as the journal makes it, and whether it is sound."""
@@ -2832,15 +2748,13 @@ class Chain:
         if self._table is not None:
             self._table.seek(BLOCK + index * DIGEST_SIZE)
             recorded = self._table.read(DIGEST_SIZE)
+        stored = ZERO_CHUNK if is_hole else self.image.chunk(index)
         patch = self._journal.patch(index) if self._journal else None
-        if is_hole and patch is None:
-            return ZERO_CHUNK, recorded in (None, ZERO_DIGEST)
-        stored = self.image.chunk(index)
-        chunk = ZERO_CHUNK if stored is None else stored
-        if patch is not None:
-            chunk = patch.over(chunk)
-        is_whole = recorded is None or chunk_digest(page_digests(chunk)) == recorded
-        return chunk, is_whole and (stored is not None or patch is not None)
+        chunk = patch.over(stored or ZERO_CHUNK) if patch else stored or ZERO_CHUNK
+        if stored is None and patch is None:
+            return chunk, False
+        digest = ZERO_DIGEST if chunk is ZERO_CHUNK or recorded is None else chunk_digest(page_digests(chunk))
+        return chunk, recorded in (None, digest)
 
     def verify(self, heed: Callable[[int], None]) -> list[Ranges]:
         """Compare the image and all versions with their digests; what is damaged of each, the image first."""
@@ -2875,8 +2789,10 @@ class Chain:
                 is_cloned = self._clone_to(file, depth)
                 os.ftruncate(file.fd, size)
                 for index, contents, soundness in itertools.islice(self.chunks(depth), size // CHUNK):
-                    base = self._stored_chunk(index, contents[0]) if is_cloned else ZERO_CHUNK
-                    if (content := contents[depth]) is not base:
+                    content, base = contents[depth], contents[0] if is_cloned else ZERO_CHUNK
+                    if is_cloned and self._journal and self._journal.places[index]:
+                        base = self.image.chunk(index) or ZERO_CHUNK
+                    if content is not base:
                         pages = ((page, page * PAGE) for page in range(PAGES))
                         differing = [page for page, at in pages if base[at : at + PAGE] != content[at : at + PAGE]]
                         Patch.of(index, sum(1 << page for page in differing), content, b"").write_to(file)
@@ -2903,11 +2819,6 @@ class Chain:
             )
         return False
 
-    def _stored_chunk(self, index: int, content: bytes) -> bytes:
-        """A chunk of the image's file, given its content as the journal makes it."""
-        is_journalled = self._journal is not None and self._journal.places[index]
-        return (self.image.chunk(index) or ZERO_CHUNK) if is_journalled else content
-
     def close(self) -> None:
         """Close all files."""
         self._files.close()
@@ -2923,15 +2834,6 @@ def rename_new(old: Path, new: Path) -> None:
 
 # ── The update of an image ───────────────────────────────────────────────────────────────────────────────────────────
 # One sync's side of the local disk: what the image has, what becomes of it, and the end of that. Knows files only.
-
-
-@dataclass
-class Tally:
-    """What a sync did, in bytes; `differing` has the chunks of the image that were not what was recorded."""
-
-    changed: int = 0
-    differing: Ranges = field(default_factory=Ranges)
-    differing_bytes: int = 0
 
 
 class LocalImage:
@@ -2958,45 +2860,40 @@ class LocalImage:
         self._image = image
         self._chunks = chunks
         self._journal = journal
-        self._is_trusted = state is not None and not reread and state.identity == Identity.of(image.fd)
-        self._known_chunks = state.snapshot.size // CHUNK if state else 0
-        self._known = paths.state.open("rb", buffering=128 << 10) if state else None
-        self._hole_until = 0
-        first, end = (-(-part * chunks // self.PARTS) for part in (self.part, self.part + 1))
-        if self._is_trusted:  # what is read again is to come from the disk
-            image.forget_cached(first * CHUNK, max(end - first, 1) * CHUNK)
-        else:
-            image.forget_cached()
+        self._state = paths.state if state else None
+        is_trusted = state is not None and not reread and state.identity == identity_of(image.fd)
+        part = range(*(-(-part * chunks // self.PARTS) for part in (self.part, self.part + 1)))
+        self._reread = part if is_trusted else range(chunks)
+        image.forget_cached(self._reread.start * CHUNK, max(len(self._reread), 1) * CHUNK)  # to come from the disk
 
     def digests(self, start: int) -> Iterator[bytes]:
         """The digests of the chunks in order, from `start` on; b"" for what cannot be read. Reads ahead."""
-        self._hole_until = 0
         self.suspects.clear()
-        if self._known is not None:
-            self._known.seek(BLOCK + start * DIGEST_SIZE)
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with (
+            self._state.open("rb", buffering=128 << 10) if self._state else io.BytesIO() as table,
+            concurrent.futures.ThreadPoolExecutor(1) as pool,
+        ):
+            table.seek(BLOCK + start * DIGEST_SIZE)
+            holes = self._image.chunk_holes(start, self._chunks)
             ahead: collections.deque[concurrent.futures.Future[bytes] | bytes] = collections.deque()
             for index in range(start, self._chunks + self.READ_AHEAD):
                 if index < self._chunks:
-                    recorded = self._known.read(DIGEST_SIZE) if self._known and index < self._known_chunks else None
-                    known = self._known_digest(index, recorded)
+                    recorded = table.read(DIGEST_SIZE) or None
+                    known = self._known_digest(index, recorded, is_hole=next(holes))
                     ahead.append(pool.submit(self._read_digest, index, recorded) if known is None else known)
                 if index - start >= self.READ_AHEAD:
                     digest = ahead.popleft()
                     yield digest if isinstance(digest, bytes) else digest.result()
 
-    def _known_digest(self, index: int, recorded: bytes | None) -> bytes | None:
+    def _known_digest(self, index: int, recorded: bytes | None, *, is_hole: bool) -> bytes | None:
         """The chunk's digest if it is known without reading the chunk."""
         if self._journal is not None and self._journal.places[index]:
             return None
-        if index * CHUNK >= self._hole_until:
-            self._hole_until = self._image.end_of_hole(index * CHUNK, self._chunks * CHUNK)
-        if (index + 1) * CHUNK <= self._hole_until:
+        if is_hole:
             if recorded not in (None, ZERO_DIGEST):
                 self.suspects.add(index)
             return ZERO_DIGEST
-        in_turn = index * self.PARTS // self._chunks == self.part
-        return recorded if self._is_trusted and not in_turn else None
+        return None if index in self._reread else recorded
 
     def _read_digest(self, index: int, recorded: bytes | None) -> bytes:
         chunk = self._image.chunk(index)
@@ -3015,17 +2912,13 @@ class LocalImage:
             self.suspects.add(index)
         return b"" if chunk is None else page_digests(chunk)
 
-    def close(self) -> None:
-        """Close what it opened."""
-        if self._known is not None:
-            self._known.close()
-
 
 class Update:
     """What one sync makes of one image: patches that may come in any order within a window, and the end of it.
 
-    Of a first sync everything goes straight into NAME.partial, of a later one into the journal. To be closed in any
-    case; only `finish` makes it count.
+    Of a first sync everything goes straight into NAME.partial, of a later one into the journal. `changed` counts bytes;
+    `differing` are the chunks of the image that were not what was recorded. To be closed in any case; only `finish`
+    makes it count.
     """
 
     ROOM_FOR_OTHERS = 1 << 30  # bytes that a first sync on a full disk leaves to the changes of other volumes
@@ -3035,112 +2928,66 @@ class Update:
     ) -> None:
         self.chunks = snapshot.size // CHUNK
         self.settled = 0  # chunks from the first on that are done
-        self.tally = Tally()
+        self.done: dict[int, bytes] = {}  # digests of chunks that are done, beyond `settled`
+        self.changed = 0
+        self.differing = Ranges()
         self._paths = paths
         self._snapshot = snapshot
         self._warn = warn
-        self._digests: dict[int, bytes] = {}  # of chunks that are done, beyond `settled`
-        self._is_committed = False
         described = dataclasses.asdict(snapshot)
         seal("end", {"snapshot": described, "newer": described})  # must be possible
         paths.check_link()
         self._state = self._fitting_state()
         self.is_first = not paths.image.exists()  # whether there is no image yet
-        has_versions = bool(Versions(paths).all())
-        self._makes_version = has_versions or (keep.anything and self._state is not None)
-        self._writer: PatchWriter | None = None
-        self.journal: Journal | None = None
+        self._makes_version = bool(Versions(paths).all()) or (keep.anything and self._state is not None)
+        self.journal = None if self.is_first else Journal.open(paths, snapshot.volume_id, self.chunks)
+        self._image = SparseFile(paths.partial, os.O_RDWR | os.O_CREAT) if self.is_first else SparseFile(paths.image)
         if self.is_first:
-            self._image = SparseFile(paths.partial, os.O_RDWR | os.O_CREAT)
             os.ftruncate(self._image.fd, snapshot.size)
-        else:
-            self._image = SparseFile(paths.image)
-            self._writer, self.journal = self._open_journal()
         paths.new_version.unlink(missing_ok=True)
-        self._new_state = StateWriter(paths.new_state)
+        new_state = create_private(paths.new_state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self._new_state = os.fdopen(new_state, "wb", buffering=128 << 10)
+        self._new_state.write(bytes(BLOCK))
+        self._table = hashlib.sha256()
         self.local = LocalImage(paths, self._image, self.chunks, self._state, self.journal, reread=reread)
 
     def _fitting_state(self) -> State | None:
         """The state, if it is this volume's; what belongs to another volume, or to no image, is set aside."""
         paths, size = self._paths, self._snapshot.size
-        state = State.load(paths.state)
-        has_image = paths.image.exists()
+        state, versions = State.load(paths.state), Versions(paths).all()
         is_other = state is not None and state.snapshot.volume_id != self._snapshot.volume_id
         if state is not None and not is_other and state.snapshot.size > size:
             raise DosvobError(
                 f"DigitalOcean says that it has shrunk to {human_size(size)}, which no volume does; {paths.image} was "
                 "left as it is: try again later"
             )
-        is_unknown = state is None and has_image and paths.image.stat().st_size > size
-        is_orphaned = not has_image and bool(Versions(paths).all())
-        if is_other or is_unknown or is_orphaned:
-            aside = paths.set_aside(state)
+        has_image = paths.image.exists()
+        length = paths.image.stat().st_size if has_image else 0
+        if is_other or (state is None and length > size) or (versions and not has_image):
+            aside = paths.set_aside(moment_of_image(state, versions) or utc_now())
             what = f"the image {paths.image} is of another volume that had this name, and" if has_image else (
                 f"the image {paths.image} is gone, and its older versions, which are of no use without it,"
             )  # fmt: skip
-            if aside is not None:
-                self._warn(f"{what} was set aside as {aside.image}: delete it when you no longer need it")
-            paths.journal.unlink(missing_ok=True)
-            return None
+            self._warn(f"{what} was set aside as {aside.image}: delete it when you no longer need it")
+            has_image = False
         if not has_image:
             paths.state.unlink(missing_ok=True)
             paths.journal.unlink(missing_ok=True)
             return None
-        if state is not None:
-            self._check_length(state)
-            self._check_chain(state)
+        if state is not None and length > state.snapshot.size:  # it is cut when the journal is applied
+            self._warn(
+                f"{paths.image} has {length} bytes, and {state.snapshot.size} were backed up: somebody appended to it; "
+                "it is cut"
+            )
+        newer = versions[0].newer if versions else None
+        if state is not None and newer is not None and newer != state.snapshot:
+            stamp = newer.moment(utc_now()).strftime(Version.TIME)
+            moved = paths.versions.with_name(f"{paths.versions.name}.of-{stamp}-{secrets.token_hex(2)}")
+            paths.versions.rename(moved)
+            self._warn(f"the versions of {paths.name} do not lead back from its image; they were moved to {moved}")
         return state
 
-    def _check_length(self, state: State) -> None:
-        """Tell of an image that has become longer; it is cut when the journal is applied."""
-        length = self._paths.image.stat().st_size
-        if length > state.snapshot.size:
-            self._warn(
-                f"{self._paths.image} has {length} bytes, and {state.snapshot.size} were backed up: somebody appended "
-                "to it; it is cut"
-            )
-
-    def _check_chain(self, state: State) -> None:
-        """Put aside versions that do not lead back from the image."""
-        versions = Versions(self._paths).all()
-        newer = versions[0].newer if versions else None
-        if newer is not None and newer != state.snapshot:
-            stamp = (parse_time(newer.taken_at) or utc_now()).strftime(Version.TIME)
-            aside = self._paths.versions.with_name(f"{self._paths.versions.name}.of-{stamp}-{secrets.token_hex(2)}")
-            self._paths.versions.rename(aside)
-            self._warn(
-                f"the versions of {self._paths.name} do not lead back from its image; they were moved to {aside}"
-            )
-
-    def _open_journal(self) -> tuple[PatchWriter, Journal]:
-        """A new journal, or the one that a crash left, to be continued."""
-        path = self._paths.journal
-        with contextlib.suppress(FileNotFoundError):
-            file = PatchFile(path, "journal")
-            if file.end is not None:
-                raise DosvobError(f"{path} must be applied first: run again")
-            if Journal.fits(self._paths, file) and file.head["volume_id"] == self._snapshot.volume_id:
-                journal = Journal(file, self.chunks)
-                with contextlib.suppress(Damaged):  # which is where its good part ends
-                    journal.read_places(lambda _: None)
-                return PatchWriter(path, "journal", file.head, journal.end), journal
-            file.close()
-        head = {"id": secrets.token_hex(16), "name": self._paths.name, "volume_id": self._snapshot.volume_id}
-        writer = PatchWriter(path, "journal", {**head, "base": dataclasses.asdict(Identity.of(self._image.fd))})
-        writer.file.flush()
-        return writer, Journal(PatchFile(path, "journal"), self.chunks)
-
     # What becomes of it
-
-    def local_digests(self) -> Iterator[bytes]:
-        """The digests of the local chunks in order, from the first one on that is not settled."""
-        if self._writer is not None:
-            self._writer.file.flush()
-        return self.local.digests(self.settled)
-
-    def is_settled(self, index: int) -> bool:
-        """Whether the chunk is done, by an attempt before this one."""
-        return index in self._digests
 
     def has_nothing_at(self, index: int, digest: bytes) -> bool:
         """Whether the image, by the chunk's local digest, has zeros there, or nothing that can be read."""
@@ -3148,33 +2995,30 @@ class Update:
 
     def keep(self, index: int, digest: bytes) -> None:
         """The chunk is as it should be, as its journal stands."""
-        header = self.journal.header(index) if self.journal is not None else None
-        if header is not None and header.digest == digest:
-            self.tally.changed += header.pages.bit_count() * PAGE
-        elif header is not None:  # it has become again what the image has: what was journalled is not to be applied
-            self._append(Patch(index, 0, 0, b"", digest))
+        if self.journal and (header := self.journal.header(index)):
+            if header.digest == digest:
+                self.changed += header.pages.bit_count() * PAGE
+            else:  # it has become again what the image has: what was journalled is not to be applied
+                self.journal.append(Patch(index, 0, 0, b"", digest))
         self._settle(index, digest)
 
     def store(self, patch: Patch) -> None:
         """Change a chunk of the image, when all of the sync counts."""
-        self.tally.changed += patch.pages.bit_count() * PAGE
-        self._append(patch)
+        self.changed += patch.pages.bit_count() * PAGE
+        if self.journal:
+            self.journal.append(patch)
+        else:
+            patch.write_to(self._image)
         self._settle(patch.index, patch.digest)
 
-    def _append(self, patch: Patch) -> None:
-        if self._writer is None or self.journal is None:
-            patch.write_to(self._image)
-        else:
-            self.journal.places[patch.index] = self._writer.append(patch)
-
     def _settle(self, index: int, digest: bytes) -> None:
-        self._digests[index] = digest
+        self.done[index] = digest
         if index in self.local.suspects:
             self.local.suspects.remove(index)
-            self.tally.differing_bytes += CHUNK
-            self.tally.differing.add(index)
-        while (done := self._digests.pop(self.settled, None)) is not None:
-            self._new_state.append(done)
+            self.differing.add(index)
+        while (settled := self.done.pop(self.settled, None)) is not None:
+            self._new_state.write(settled)
+            self._table.update(settled)
             self.settled += 1
 
     # The end of it
@@ -3185,35 +3029,30 @@ class Update:
         `heed` may raise `Interrupted`: what is committed by then is completed by the next command.
         """
         assert self.settled == self.chunks
-        if self._writer is None or self.journal is None:
+        paths, journal = self._paths, self.journal
+        self._new_state.flush()
+        if journal is None:
             self._finish_first()
             return
-        paths, writer, journal = self._paths, self._writer, self.journal
-        writer.file.flush()
-        self._new_state.file.flush()
         if self._makes_version:
             Versions(paths).write(self._image, self._state, self._snapshot, journal, heed)
         if journal.room_needed(self._image) > self._image.free_room():  # fallocate(2) would touch the image's time
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths.image))
-        writer.make_durable()
-        base = Identity.of(self._image.fd)
+        journal.file.make_durable()
+        base = identity_of(self._image.fd)
         # Whole seconds, which every file system keeps; later than before, which tells the new image from the old one.
-        mtime_ns = max(int(time.time()), base.mtime_ns // 10**9 + 2) * 10**9 if any(journal.places) else base.mtime_ns
-        identity = Identity(self._snapshot.size, base.inode, mtime_ns)
-        self._new_state.complete(self._snapshot, self.local.part, writer.id, identity)
+        later = max(int(time.time()), base["mtime_ns"] // 10**9 + 2) * 10**9
+        mtime_ns = later if any(journal.places) else base["mtime_ns"]
+        self._complete_state(journal.file.head["id"], {**base, "size": self._snapshot.size, "mtime_ns": mtime_ns})
         sync_directory(paths.metadata)
-        writer.complete({"snapshot": dataclasses.asdict(self._snapshot), "mtime_ns": mtime_ns})
-        self._is_committed = True
-        journal.file.close()
-        try:
-            journal.file = PatchFile(paths.journal, "journal")
-        except FileNotFoundError:
-            raise DosvobError(f"{paths.journal} has gone before it could be applied: who removed it?") from None
+        journal.file.complete({"snapshot": dataclasses.asdict(self._snapshot), "mtime_ns": mtime_ns})
+        if not paths.journal.exists():
+            raise DosvobError(f"{paths.journal} has gone before it could be applied: who removed it?")
         journal.apply(paths, heed)
 
     def _finish_first(self) -> None:
         os.fsync(self._image.fd)
-        self._new_state.complete(self._snapshot, self.local.part, "", Identity.of(self._image.fd))
+        self._complete_state("", identity_of(self._image.fd))
         try:
             rename_new(self._paths.partial, self._paths.image)
         except DosvobError as problem:
@@ -3221,33 +3060,33 @@ class Update:
         self._paths.new_state.rename(self._paths.state)
         sync_directory(self._paths.metadata)
 
+    def _complete_state(self, journal: str, identity: dict[str, int]) -> None:
+        now, digests = utc_now().isoformat(), self._table.hexdigest()
+        State(self._snapshot, now, self.local.part, journal, digests, identity).write(self._paths.new_state)
+
     def give_room(self) -> None:
         """Give up so much of a sync that cannot go on for want of room that the other volumes can.
 
-        That is a journal and a version, or the end of a first sync: each run that fails fetches only that again.
+        That is a journal and a version, unless they are committed, or the end of a first sync: each run that fails
+        fetches only that again.
         """
-        if self._is_committed:
-            return
-        self._paths.new_version.unlink(missing_ok=True)
-        if not self.is_first:
+        if self.journal is None:
+            goal = os.fstat(self._image.fd).st_blocks * 512 - self.ROOM_FOR_OTHERS
+            for index in reversed(range(self.chunks)):
+                if os.fstat(self._image.fd).st_blocks * 512 <= goal:
+                    break
+                os.ftruncate(self._image.fd, index * CHUNK)
+        elif self.journal.file.end is None:
+            self._paths.new_version.unlink(missing_ok=True)
             self._paths.journal.unlink(missing_ok=True)
-            return
-        goal = os.fstat(self._image.fd).st_blocks * 512 - self.ROOM_FOR_OTHERS
-        for index in reversed(range(min(self.settled + WINDOW, self.chunks))):
-            if os.fstat(self._image.fd).st_blocks * 512 <= goal or not self._image.punch(index * CHUNK, CHUNK):
-                break
 
     def close(self) -> None:
         """Close the files. What was not finished is left for the next sync to take up."""
-        for file in (self._writer, self._new_state):
-            with contextlib.suppress(OSError):  # a full disk, which was reported when it was met
-                if file is not None:
-                    file.file.close()
-        self.local.close()
         self._image.close()
-        if self.journal is not None:
-            with contextlib.suppress(OSError):  # closed already, if the journal has gone
-                self.journal.file.close()
+        if self.journal:
+            self.journal.file.close()
+        with contextlib.suppress(OSError):  # a full disk, which was reported when it was met
+            self._new_state.close()
 
 
 # ── The sync ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3358,7 +3197,7 @@ class Sync:
         self._pending: dict[int, Pending] = {}
         self._next = update.settled  # the chunk that must be announced next
         self._greeted = False
-        self._local = update.local_digests()
+        self._local = update.local.digests(update.settled)
 
     def run(self) -> None:
         """Go on until all chunks are settled."""
@@ -3413,7 +3252,7 @@ class Sync:
         """Decide what is to be done about a chunk."""
         local = next(self._local)
         self._next = index + 1
-        if self._update.is_settled(index):
+        if index in self._update.done:  # by an attempt before this one
             self._drop(index)
         elif local == digest:
             self._update.keep(index, digest)
@@ -3909,6 +3748,7 @@ class Reporter:
         self.quiet = quiet
         self.secret = ""
         self.current = ""  # what is going on, for whoever asks with a second signal
+        self.has_failed = False  # whether there was an error
         self.has_left = False  # whether something could not be removed from the account
         self.summary: list[str] = []  # what somebody who was not there must know: warnings, errors, results
         self._lock = threading.Lock()
@@ -3923,8 +3763,10 @@ class Reporter:
         closed = [writer.close() for writer in {self._output, self._errors}]
         return all(closed)
 
-    def say(self, text: str) -> None:
-        """Something happened."""
+    def say(self, text: str, *, is_result: bool = False) -> None:
+        """Something happened, or came of the run."""
+        if is_result:
+            self.summary.append(text)
         if not self.quiet:
             self._write(self._output, text)
 
@@ -3933,20 +3775,15 @@ class Reporter:
         if self.verbose:
             self._write(self._output, text)
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, kind: str = "warning") -> None:
         """Something that the user should look into."""
-        self.summary.append(f"warning: {text}")
-        self._write(self._errors, f"warning: {text}")
+        self.summary.append(f"{kind}: {text}")
+        self._write(self._errors, f"{kind}: {text}")
 
     def error(self, text: str) -> None:
-        """Something failed."""
-        self.summary.append(f"error: {text}")
-        self._write(self._errors, f"error: {text}")
-
-    def conclude(self, text: str) -> None:
-        """What came of the run."""
-        self.summary.append(text)
-        self.say(text)
+        """Something failed, and so does the command."""
+        self.has_failed = True
+        self.warn(text, "error")
 
     def answer(self, text: str) -> None:
         """What was asked for: as it is, also with --quiet, and without the time."""
@@ -4062,54 +3899,28 @@ def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> No
     lines = [] if event == "/start" else [*report.summary, *([f"error: {problem}"] if problem else [])]
     body = report.clean("\n".join(lines)).encode(errors="replace")[-most:]
     headers = {"User-Agent": f"dosvob/{VERSION}", "Content-Type": "text/plain; charset=utf-8"}
+    post = functools.partial(requests.post, address, body, headers=headers, timeout=limit, allow_redirects=False)
     try:
-        response = within(
-            limit,
-            lambda: requests.post(address, data=body, headers=headers, timeout=limit, allow_redirects=False),
-        )
+        response = within(limit, post)
         failure = "" if 200 <= response.status_code < 300 else f"HTTP status {response.status_code}"
     except TimeoutError:
         failure = f"no answer within {limit} s"
     except Exception as unreachable:  # noqa: BLE001 - whatever it is, the backup is what matters
-        cause = root_cause(unreachable)
-        failure = reason(cause)
+        failure = reason(root_cause(unreachable))
     if failure:
         report.warn(f"the ping to {parts.hostname} failed: {failure}; the backup is not affected")
 
 
-@dataclass(frozen=True)
-class Result:
-    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up."""
-
-    name: str
-    size: int
-    outcome: str
-    changed: int = 0
-    fetched: int = 0
-    seconds: float = 0.0
-
-
-def table(rows: Sequence[Sequence[str]], left: Iterable[int]) -> str:
+def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
     """Rows in columns, those whose numbers are in `left` adjusted to the left."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    adjusted = set(left)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if number in adjusted else cell.rjust(width)
+            cell.ljust(width) if number in left else cell.rjust(width)
             for number, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     )
-
-
-def result_table(results: Iterable[Result]) -> str:
-    """The table at the end of a run."""
-    rows = [("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", "")]
-    for result in results:
-        figures = (human_size(result.changed), human_size(result.fetched), human_time(result.seconds))
-        is_ok = result.outcome == "ok"
-        rows.append((result.name, human_size(result.size), *(figures if is_ok else ("-", "-", "-")), result.outcome))
-    return table(rows, (0, 5))
 
 
 # ── The backup ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4131,13 +3942,13 @@ class Home:
             if not self.path.is_dir():
                 self.path.mkdir(mode=0o700)
                 sync_directory(self.path.resolve().parent)
-            self.metadata.mkdir(mode=0o700, exist_ok=True)
-            sync_directory(self.path)  # a journal counts only if its directory survives a power cut
+            self.make_directory("")
             fd = create_private(self.metadata / "lock")
         except OSError as problem:
             raise UsageError(f"cannot write to {self.path}: {problem.strerror}: is it there, and yours?") from problem
         with self._held(fd, fcntl.LOCK_EX):
-            self._make_id()
+            if not self.id:  # durable before anything is named by it
+                self._write("home", secrets.token_hex(4) + "\n")
             yield
 
     @contextlib.contextmanager
@@ -4184,40 +3995,90 @@ class Home:
             return text if re.fullmatch(r"[0-9a-f]{8}", text) else ""
         return ""
 
-    def _make_id(self) -> None:
-        """See that it has an id, durable before anything is named by it; raises UsageError."""
-        if self.id:
-            return
-        new = self.metadata / "home.new"
-        try:
-            with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
-                file.write(secrets.token_hex(4) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            new.rename(self.metadata / "home")
-            sync_directory(self.metadata)
-        except OSError as problem:
-            raise UsageError(f"cannot write to {self.metadata}: {problem.strerror}: is there room?") from problem
+    def _write(self, name: str, text: str) -> None:
+        """Replace a small file of ours, durably; raises OSError."""
+        new = self.metadata / f"{name}.new"
+        with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(self.metadata / name)
+        sync_directory(self.metadata)
 
-    def names(self) -> set[str]:
-        """The volumes that have an image or a state here."""
-        images = {path.name for path in self.path.iterdir() if path.is_file()}
-        states = {path.name.removesuffix(".state") for path in self.metadata.glob("*.state")}
-        return {name for name in images | states if ImagePaths.VOLUME_NAME.fullmatch(name)}
+    def make_directory(self, region: str) -> None:
+        """See that the directories for the images of a region, "" for those of no region, are there, durably."""
+        directory = self.path / region
+        if directory.is_file():
+            raise DosvobError(
+                f"{directory} is a file, and the images of the region {region} go into a directory of that name. If it "
+                f"is the image of a volume in that region: mv {directory} {directory}.image && mkdir {directory} && "
+                f"mv {directory}.image {directory}/{region}; otherwise move it elsewhere"
+            )
+        if region and (directory / ".dosvob" / "home").exists():
+            raise DosvobError(f"{directory} is a backups directory of its own: the images of {region} cannot go there")
+        for path in (directory, directory / ".dosvob"):
+            path.mkdir(mode=0o700, exist_ok=True)
+        for path in (self.path, directory):  # a journal counts only if its directory survives a power cut
+            sync_directory(path)
 
-    def aside_names(self) -> set[str]:
-        """The images that were set aside."""
-        return {path.name for path in self.path.iterdir() if ImagePaths.ASIDE.fullmatch(path.name)}
+    def directories(self) -> list[str]:
+        """Where images are: "", and the regions that have a directory; what has a lock of its own is another home."""
+        found = [path.parent for path in self.path.glob("*/.dosvob") if not (path / "home").exists()]
+        return ["", *sorted(path.name for path in found if ImagePaths.VOLUME_NAME.fullmatch(path.name))]
 
-    def chosen(self, names: list[str]) -> list[str]:
-        """The names, which must all be of images here; raises UsageError."""
-        there = self.names() | self.aside_names()
+    def names(self, *, with_aside: bool = True) -> set[str]:
+        """What has an image, a state or versions here: the volumes, and what of them was set aside."""
+        patterns = (ImagePaths.VOLUME_NAME, *([ImagePaths.ASIDE] if with_aside else []))
+        names = set()
+        for region in self.directories():
+            directory = self.path / region
+            found = {path.name for path in directory.iterdir() if path.is_file()}
+            found |= {path.stem for path in directory.glob(".dosvob/*") if path.suffix in (".state", ".versions")}
+            fit = {name for name in found if any(pattern.fullmatch(name) for pattern in patterns)}
+            names |= {f"{region}/{name}" if region else name for name in fit}
+        return names
+
+    def chosen(self, names: list[str], *, with_aside: bool = True) -> list[str]:
+        """The names, which must all be of something here, or all that are; raises UsageError."""
+        there = self.names()
+        chosen: list[str] = []
         for name in names:
-            if name not in there:
+            if not (found := called(name, there)):
                 near = difflib.get_close_matches(name, there, n=1)
                 hint = f": did you mean {near[0]}?" if near else ""
                 raise UsageError(f"there is no image of {name} in {self.path}{hint}")
-        return names
+            chosen += found
+        return list(dict.fromkeys(chosen)) or sorted(self.names(with_aside=with_aside))
+
+    def move(self, old: ImagePaths, new: ImagePaths) -> None:
+        """Rename all that belongs to an image, for it to lie in another directory; raises DosvobError, OSError.
+
+        What a crash leaves of that the next call completes: the state, which tells that there is something left to be
+        moved, and where to, goes last.
+        """
+        rest = [path for path in old.metadata.glob(f"{old.image.name}.*")
+                if path != old.state and not path.name.startswith(f"{old.image.name}.set-aside-")]  # fmt: skip
+        paths = [path for path in (old.image, old.partial, *rest, old.state) if os.path.lexists(path)]
+        for path in paths:
+            if os.path.lexists(target := new.directory / path.relative_to(old.directory)):
+                raise DosvobError(f"{path} belongs where {target} is already: move one of them elsewhere")
+        self.make_directory("" if new.directory == self.path else new.directory.name)
+        for path in paths:
+            if path == old.state:
+                self._sync(old, new)
+            target = new.directory / path.relative_to(old.directory)
+            if path.is_symlink():  # it may lead from where it is
+                target.symlink_to(os.path.realpath(path))
+                path.unlink()
+            else:
+                path.rename(target)
+        self._sync(old, new)
+
+    @staticmethod
+    def _sync(*images: ImagePaths) -> None:
+        for paths in images:
+            sync_directory(paths.directory)
+            sync_directory(paths.metadata)
 
     def wanted(self) -> set[str]:
         """What the last run was to back up."""
@@ -4229,10 +4090,12 @@ class Home:
 
     def record_wanted(self, names: Iterable[str]) -> None:
         """Keep in mind what is to be backed up, for `health`; raises OSError."""
-        new = self.metadata / "wanted.json.new"
-        with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
-            json.dump(list(names), file)
-        new.rename(new.with_suffix(""))
+        self._write("wanted.json", json.dumps(list(names)))
+
+
+def called(name: str, names: Iterable[str]) -> list[str]:
+    """Those of the names of images that somebody means who says this: with a region, or in whatever region."""
+    return sorted(each for each in names if name in (each, each.rpartition("/")[2]))
 
 
 @dataclass(frozen=True)
@@ -4245,46 +4108,50 @@ class Job:
     report: Reporter
     stop: Stop
 
+    def name(self, volume: Volume) -> str:
+        """The name of a volume's image."""
+        return f"{volume.region}/{volume.name}" if self.config.by_region else volume.name
+
     @classmethod
-    def open(cls, arguments: argparse.Namespace, report: Reporter, stop: Stop, patience: float | None = None) -> Job:
+    def open(cls, arguments: argparse.Namespace, report: Reporter, stop: Stop) -> Job:
         """Read the configuration; raises UsageError."""
         config = Config.load(arguments.config, os.environ, report.warn)
         report.secret = config.token
-        api = Api(config, stop, report.say, report.detail, Api.PATIENCE if patience is None else patience)
+        patience = Api.DRY_RUN_PATIENCE if arguments.dry_run else Api.PATIENCE
+        api = Api(config, stop, report.say, report.detail, patience)
         return cls(config, api, Home(arguments.backups), report, stop)
 
 
-def disk_problem(problem: OSError, backups: Path) -> str:
-    """What the local disk refused, for the user."""
+def explained(problem: DosvobError | OSError, where: Path) -> str:
+    """What an error says to the user; of what the local disk refused, `where` unless it names the file itself."""
+    if isinstance(problem, DosvobError):
+        return str(problem)
     advice = {
         errno.ENOSPC: "make room there and run again",
         errno.EDQUOT: "make room there and run again",
         errno.EROFS: "mount it for writing",
         errno.EACCES: "it must belong to the user who runs dosvob",
         errno.EPERM: "it must belong to the user who runs dosvob",
+        errno.EXDEV: "it is on another disk than where it belongs: move it there yourself",
         errno.EIO: "the disk may be failing: look at the kernel's log",
-    }
-    where = problem.filename or backups
-    return f"{where}: {problem.strerror or problem}: {advice.get(problem.errno or 0, 'look at that file and its disk')}"
+    }.get(problem.errno or 0, "look at that file and its disk")
+    return f"{problem.filename or where}: {problem.strerror or problem}: {advice}"
 
 
-@dataclass(frozen=True)
-class Host:
-    """The droplet, and the way to its agents."""
-
-    droplet: Droplet
-    link: Link
+Host = tuple[Droplet, Link]
 
 
 class Hosts:
-    """Makes the run's droplet in the background, and once another one if it is lost. To be closed."""
+    """Makes the run's droplet, and the way to its agents, in the background; another one, once, if it is lost.
+
+    To be closed.
+    """
 
     def __init__(self, job: Job, ephemeral: Ephemeral, plan: DropletPlan) -> None:
         self._job = job
         self._ephemeral = ephemeral
         self._plan = plan
         self._keys = RunKeys.generate()
-        self._key_id: int | None = None
         self._is_replaced = False
         self._links = contextlib.ExitStack()
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
@@ -4299,42 +4166,35 @@ class Hosts:
         if self._future.done():
             self._future.result()
 
-    def replace(self, problem: DropletLost) -> None:
+    def replace(self, problem: DosvobError) -> None:
         """Make another one; raises NoDroplet if this is not the first that was lost."""
         self._give_up_on(problem)
         self._future = self._pool.submit(self._make)
 
-    def _make(self) -> Host:
-        while True:
-            try:
-                return self._boot()
-            except NoDroplet:
-                raise
-            except DropletLost as problem:
-                self._give_up_on(problem)
-            except DosvobError as problem:
-                raise NoDroplet(f"no volume can be backed up, for want of a droplet: {problem}") from problem
-
-    def _give_up_on(self, problem: DropletLost) -> None:
+    def _give_up_on(self, problem: DosvobError) -> None:
         if self._is_replaced:
             raise NoDroplet(f"no volume can be backed up, for want of a droplet, a second one too: {problem}")
         self._is_replaced = True
         self._job.report.warn(f"{problem}; making another one")
         self._ephemeral.remove_droplets()
 
-    def _boot(self) -> Host:
-        """Create the droplet and wait until it lets us in."""
-        if self._key_id is None:
-            self._key_id = self._ephemeral.upload_key(self._keys.public)
-        droplet = self._ephemeral.create_droplet(self._plan, self._key_id, self._keys.user_data())
-        link = self._links.enter_context(contextlib.closing(Link(droplet.address, self._keys, self._job.stop)))
-        try:
-            link.open(SSH_LIMIT)
-            self._disarm(link, droplet)
-        except ConnectionLost as problem:
-            raise DropletLost(str(problem)) from problem
-        self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
-        return Host(droplet, link)
+    def _make(self) -> Host:
+        """Create the droplet, and another one if it is lost meanwhile, and wait until it lets us in."""
+        while True:
+            try:
+                droplet = self._ephemeral.create_droplet(self._plan, self._keys.public, self._keys.user_data())
+                link = self._links.enter_context(contextlib.closing(Link(droplet.address, self._keys, self._job.stop)))
+                link.open(SSH_LIMIT)
+                self._disarm(link, droplet)
+            except NoDroplet:
+                raise
+            except (DropletLost, ConnectionLost) as problem:
+                self._give_up_on(problem)
+            except DosvobError as problem:
+                raise NoDroplet(f"no volume can be backed up, for want of a droplet: {problem}") from problem
+            else:
+                self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
+                return droplet, link
 
     def _disarm(self, link: Link, droplet: Droplet) -> None:
         """Once more, in case something wrote the rule after bootcmd."""
@@ -4353,6 +4213,23 @@ class Hosts:
 
 
 @dataclass(frozen=True)
+class Result:
+    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up."""
+
+    name: str
+    size: int
+    outcome: str
+    changed: int = 0
+    fetched: int = 0
+    seconds: float = 0.0
+
+    def row(self) -> tuple[str, ...]:
+        """Its line in the table at the end of a run."""
+        figures = (human_size(self.changed), human_size(self.fetched), human_time(self.seconds))
+        return self.name, human_size(self.size), *(figures if self.outcome == "ok" else ("-",) * 3), self.outcome
+
+
+@dataclass
 class Turn:
     """A volume whose turn it is; times are time.monotonic.
 
@@ -4360,171 +4237,135 @@ class Turn:
     """
 
     volume: Volume
+    name: str
     number: int
     not_before: float = 0.0
     until: float = 0.0
     give_up: float = float("inf")
 
 
+Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
+
+
 class Backup:
-    """One run over some volumes."""
+    """One run over the volumes of one region. `results` are by the names of the images, those of other regions too."""
 
     SNAPSHOT_INTERVAL = 600  # seconds; DigitalOcean takes one snapshot of a volume per 10 minutes
     SNAPSHOT_RETRY = 20  # seconds between attempts when a snapshot came too soon and nobody says how much
     RELEASE_DELAY = 60  # seconds at most for which a clone that was synced stays so that another one is attached first
 
-    def __init__(self, job: Job, plan: DropletPlan, *, reread: bool) -> None:
-        self._job = job
+    def __init__(
+        self, job: Job, plan: DropletPlan, volumes: Sequence[Volume], results: dict[str, Result], *, reread: bool
+    ) -> None:
+        stop = Stop(job.stop)  # what ends with this region
+        self._job = dataclasses.replace(job, stop=stop, api=job.api.with_stop(stop))
         self._plan = plan
         self._reread = reread
         self._report = job.report
-        self._ephemeral = Ephemeral(job.api, job.home.id, job.report)
-        self._results: dict[str, Result] = {}
+        self._results = results
+        self._turns = collections.deque(Turn(volume, job.name(volume), number) for number, volume in enumerate(volumes))
+        self._ephemeral = Ephemeral(self._job.api, job.home.id, job.report)
         self._has_no_droplet = False
 
-    def run(self, volumes: list[Volume]) -> list[Result]:
-        """Back up all volumes; returns the results in their order."""
-        names = ", ".join(volume.name for volume in volumes)
+    def run(self) -> float:
+        """Back up all volumes and remove what was created for that; returns what it cost, in dollars."""
+        names = ", ".join(turn.name for turn in self._turns)
         self._report.say(f"backing up {names}, over a droplet {self._plan.sizes[0][0]} with {self._plan.image}")
         with self._ephemeral:
             try:
-                self._run(volumes)
-            except Interrupted:
-                self._tell_interrupted(volumes)
-                raise
+                self._take_turns()
             finally:
                 self._report.end_progress()
-        results = [self._results[volume.name] for volume in volumes]
-        self._report.conclude(result_table(results))
-        self._report.conclude(
-            f"this run cost about ${self._ephemeral.cost():.4f}, DigitalOcean's minimum charges included"
-        )
-        return results
+        return self._ephemeral.cost()
 
-    def _run(self, volumes: list[Volume]) -> None:
+    def _take_turns(self) -> None:
+        """One volume after the other; the next one is prepared, and the last one released, while one syncs."""
         pool = concurrent.futures.ThreadPoolExecutor
-        turns = [Turn(volume, number) for number, volume in enumerate(volumes) if self._is_fit(volume)]
-        if not turns:
-            return
         hosts = Hosts(self._job, self._ephemeral, self._plan)
         with contextlib.closing(hosts), pool(1) as ahead, pool(1) as behind:
+
+            def start() -> tuple[Turn, Prepared] | None:
+                turn = self._turns.popleft() if self._turns else None
+                return (turn, ahead.submit(self._prepare, turn, hosts)) if turn else None
+
             try:
-                self._take_turns(collections.deque(turns), hosts, ahead, behind)
+                upcoming, last = start(), None
+                while upcoming is not None:
+                    turn, future = upcoming
+                    prepared = self._await(turn, future)
+                    upcoming = start()
+                    if prepared is None:
+                        continue
+                    if last is not None and upcoming is not None:  # the last clones go with the droplet
+                        behind.submit(self._release, last, hosts, upcoming[1])
+                    self._sync(turn, *prepared, hosts)
+                    last = prepared[0]
             finally:
                 self._job.stop.request()  # what goes on in the background is of no use any more
 
-    def _is_fit(self, volume: Volume) -> bool:
-        try:
-            ImagePaths(self._job.home.path, volume.name)
-        except DosvobError as problem:
-            self._fail(volume, str(problem))
-            return False
-        return True
-
-    def _next_snapshot(self, turn: Turn, told: float | None) -> tuple[float, float]:
-        """In how many seconds to try again, and the time (time.monotonic) that the user was told for the next snapshot.
-
-        DigitalOcean says it seldom; the state knows when the last one was taken, if that was ours.
-        """
-        wait = told
-        path = ImagePaths(self._job.home.path, turn.volume.name).state
-        with contextlib.suppress(OSError, DosvobError), path.open("rb") as file:
-            since = age(State.unpack(file.read(BLOCK), path).snapshot.taken_at)
-            if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
-                wait = self.SNAPSHOT_INTERVAL - since
-        until = turn.until
-        if not until:
-            seconds = self.SNAPSHOT_INTERVAL if wait is None else wait
-            moment = local_time(utc_now() + datetime.timedelta(seconds=seconds))
-            self._report.say(
-                f"{turn.volume.name}: DigitalOcean takes one snapshot of a volume per 10 minutes, the next one "
-                f"{'at' if wait is not None else 'by'} {moment}; the other volumes go first"
-            )
-            until = time.monotonic() + seconds
-        return self.SNAPSHOT_RETRY if wait is None else wait, until
-
-    def _take_turns(
-        self,
-        turns: collections.deque[Turn],
-        hosts: Hosts,
-        ahead: concurrent.futures.Executor,
-        behind: concurrent.futures.Executor,
-    ) -> None:
-        """One volume after the other; the next one is prepared, and the last one released, while one syncs."""
-
-        def start() -> tuple[Turn, concurrent.futures.Future[tuple[Volume, str]]] | None:
-            turn = turns.popleft() if turns else None
-            return (turn, ahead.submit(self._prepare, turn, hosts)) if turn else None
-
-        upcoming = start()
-        last: Volume | None = None
-        while upcoming is not None:
-            turn, future = upcoming
-            prepared = self._prepared(turn, future, turns)
-            upcoming = start()
-            if prepared is None:
-                continue
-            if last is not None and upcoming is not None:  # the last clones go with the droplet
-                behind.submit(self._release, last, hosts, upcoming[1])
-            self._sync(turn.volume, *prepared, hosts, turns)
-            last = prepared[0]
-
-    def _prepared(
-        self, turn: Turn, future: concurrent.futures.Future[tuple[Volume, str]], turns: collections.deque[Turn]
-    ) -> tuple[Volume, str] | None:
+    def _await(self, turn: Turn, future: Prepared) -> tuple[Volume, str] | None:
         """What was prepared for the turn; None if it failed, or is to be taken later."""
-        try:
-            return self._await(turn, future)
-        except SnapshotTooSoon as problem:
-            wait, until = self._next_snapshot(turn, problem.wait)
-            now = time.monotonic()
-            give_up = min(turn.give_up, now + max(self.SNAPSHOT_INTERVAL, wait) + 60)
-            if now + wait > give_up:
-                self._fail(turn.volume, f"{problem}, and did not take this one for longer: try again later")
-                return None
-            turns.append(Turn(turn.volume, turn.number, now + wait, until, give_up))
-        except NoDroplet as problem:
-            self._fail_all([turn, *turns], problem)
-            turns.clear()
-        except DosvobError as problem:
-            self._fail(turn.volume, str(problem))
-        return None
-
-    def _await(self, turn: Turn, future: concurrent.futures.Future[tuple[Volume, str]]) -> tuple[Volume, str]:
         start = time.monotonic()
         while not future.done():
             left = max(turn.until, turn.not_before) - time.monotonic()
             until = f"{human_time(left)} until DigitalOcean takes its next snapshot"
             waiting = f"waiting for its clone and the droplet, {human_time(time.monotonic() - start)}"
-            self._report.progress(f"{turn.volume.name}: {until if left > 0 else waiting}")
+            self._report.progress(f"{turn.name}: {until if left > 0 else waiting}")
             concurrent.futures.wait([future], timeout=0.5)
-        return future.result()
+        try:
+            return future.result()
+        except DosvobError as problem:
+            if isinstance(problem, ApiError) and problem.status == 429:
+                self._put_off(turn, problem.wait)
+            else:
+                self._fail(turn, problem)
+        return None
 
-    def _fail(self, volume: Volume, problem: str) -> None:
-        self._report.end_progress()
-        self._report.error(f"{volume.name}: {problem}")
-        self._results[volume.name] = Result(volume.name, volume.size, "FAILED")
+    def _put_off(self, turn: Turn, wait: float | None) -> None:
+        """Take a turn later, when DigitalOcean takes the volume's next snapshot.
 
-    def _fail_all(self, turns: Iterable[Turn], problem: NoDroplet) -> None:
-        self._report.end_progress()
-        if not self._has_no_droplet:  # the volume that was being prepared meanwhile meets it too
-            self._report.error(str(problem))
-        self._has_no_droplet = True
-        for turn in turns:
-            self._results[turn.volume.name] = Result(turn.volume.name, turn.volume.size, "FAILED")
+        DigitalOcean says seldom in how many seconds that is (`wait`); the state knows when the last one was taken, if
+        that was ours.
+        """
+        now, path = time.monotonic(), ImagePaths(self._job.home.path, turn.name).state
+        with contextlib.suppress(OSError, DosvobError), path.open("rb") as file:
+            since = age(State.unpack(file.read(BLOCK), path).snapshot.taken_at)
+            if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
+                wait = self.SNAPSHOT_INTERVAL - since
+        rule = "DigitalOcean takes one snapshot of a volume per 10 minutes"
+        if not turn.until:
+            seconds = self.SNAPSHOT_INTERVAL if wait is None else wait
+            moment = local_time(utc_now() + datetime.timedelta(seconds=seconds))
+            the_next_one = f"the next one {'by' if wait is None else 'at'} {moment}"
+            self._report.say(f"{turn.name}: {rule}, {the_next_one}; the other volumes go first")
+            turn.until = now + seconds
+        wait = self.SNAPSHOT_RETRY if wait is None else wait
+        turn.not_before = now + wait
+        turn.give_up = min(turn.give_up, now + max(self.SNAPSHOT_INTERVAL, wait) + 60)
+        if turn.not_before > turn.give_up:
+            self._fail(turn, DosvobError(f"{rule}, and did not take this one for longer: try again later"))
+        else:
+            self._turns.append(turn)
 
-    def _tell_interrupted(self, volumes: Iterable[Volume]) -> None:
-        """Say what is complete, what goes on next time, and how to see it."""
-        outcomes: dict[str, list[str]] = {"ok": [], "begun": [], "FAILED": [], "not begun": []}
-        for volume in volumes:
-            result = self._results.get(volume.name)
-            outcomes[result.outcome if result else "not begun"].append(volume.name)
-        words = {"ok": "complete", "begun": "begun, and goes on next time"}
-        told = "; ".join(
-            f"{words.get(outcome, outcome)}: {', '.join(names)}" for outcome, names in outcomes.items() if names
-        )
+    def _fail(self, turn: Turn, problem: DosvobError | OSError) -> None:
+        """Report what a volume, or for want of a droplet each that is left, failed for."""
         self._report.end_progress()
-        self._report.conclude(f"interrupted; {told}; to see what there is: {command_line('list')}")
+        failed = [turn]
+        if isinstance(problem, NoDroplet):
+            if not self._has_no_droplet:  # the volume that was being prepared meanwhile meets it too
+                self._report.error(str(problem))
+            self._has_no_droplet = True
+            failed += self._turns
+            self._turns.clear()
+        else:
+            told = explained(problem, self._job.home.path)
+            if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                versions = Versions(ImagePaths(self._job.home.path, turn.name)).all()
+                held = f"{len(versions)} older versions hold {human_size(sum(each.occupied for each in versions))}"
+                told += f'; its {held}, and "keep" in conf.json says how many there are' * bool(versions)
+            self._report.error(f"{turn.name}: {told}")
+        for each in failed:
+            self._results[each.name] = dataclasses.replace(self._results[each.name], outcome="FAILED")
 
     # In the background
 
@@ -4534,393 +4375,463 @@ class Backup:
         hosts.check()  # a clone would be of no use without a droplet
         clone, taken_at = self._ephemeral.make_clone(turn.volume, turn.number)
         with contextlib.suppress(DropletLost):  # then it is attached to another one, before its sync
-            self._ephemeral.attach(clone, hosts.get().droplet)
+            self._ephemeral.attach(clone, hosts.get()[0])
         return clone, taken_at
 
-    def _release(self, clone: Volume, hosts: Hosts, upcoming: concurrent.futures.Future[tuple[Volume, str]]) -> None:
+    def _release(self, clone: Volume, hosts: Hosts, upcoming: Prepared) -> None:
         """Detach the clone and delete it, after the next one's attachment: that one is waited for first."""
         concurrent.futures.wait([upcoming], timeout=self.RELEASE_DELAY)
         try:
-            self._ephemeral.release(clone, hosts.get().droplet)
+            self._ephemeral.release(clone, hosts.get()[0])
         except (DosvobError, Interrupted) as problem:
             self._report.detail(f"{problem}; {clone.name} is removed at the end of the run")
 
     # In the foreground
 
-    def _sync(self, volume: Volume, clone: Volume, taken_at: str, hosts: Hosts, turns: collections.deque[Turn]) -> None:
-        start = time.monotonic()
-        self._report.current = f"backing up {volume.name}"
-        self._results[volume.name] = Result(volume.name, volume.size, "begun")
+    def _sync(self, turn: Turn, clone: Volume, taken_at: str, hosts: Hosts) -> None:
+        """Make the clone's content the volume's image."""
+        start, volume, name = time.monotonic(), turn.volume, turn.name
+        self._report.current = f"backing up {name}"
+        self._report.detail(f"{name}: syncing its snapshot of {taken_at}")
+        self._results[name] = Result(name, volume.size, "begun")
+        paths = ImagePaths(self._job.home.path, name)
+        snapshot = Snapshot(volume.id, name, volume.region, clone.size, taken_at)
+
+        def warn(text: str) -> None:
+            self._report.warn(f"{name}: {text}")
+
         try:
-            result = self._sync_image(volume, clone, taken_at, hosts)
-        except NoDroplet as problem:
-            self._fail_all([Turn(volume, 0), *turns], problem)
-            turns.clear()
-        except DosvobError as problem:
-            self._fail(volume, str(problem))
-        except OSError as problem:
-            self._fail(volume, self._disk_problem(problem, volume))
+            update = Update(paths, snapshot, self._job.config.keep, warn, reread=self._reread)
+            with contextlib.closing(update):
+                try:
+                    received = self._fetch(name, clone, hosts, update)
+                    update.finish(Meter(self._report, self._job.stop, f"{name}: writing what changed"))
+                except OSError as problem:
+                    if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                        update.give_room()
+                    raise
+            if update.differing.ranges:
+                warn(
+                    f"{human_size(update.differing.size)} of the image differs from what was recorded, or "
+                    f"cannot be read: {update.differing}. Either it was mounted or opened for writing, or the "
+                    "disk is failing; the volume's content was put back"
+                )
+            self._thin(paths)
+        except (DosvobError, OSError) as problem:
+            self._fail(turn, problem)
         else:
-            result = self._results[volume.name] = dataclasses.replace(result, seconds=time.monotonic() - start)
+            result = Result(name, snapshot.size, "ok", update.changed, received, time.monotonic() - start)
+            self._results[name] = result
             self._report.end_progress()
             self._report.say(
-                f"{volume.name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
+                f"{name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
 
-    def _disk_problem(self, problem: OSError, volume: Volume) -> str:
-        told = disk_problem(problem, self._job.home.path)
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-            versions = Versions(ImagePaths(self._job.home.path, volume.name)).all()
-            if versions:
-                held = human_size(sum(version.occupied for version in versions))
-                told += (
-                    f'; its {len(versions)} older versions hold {held}, and "keep" in conf.json says how many there are'
-                )
-        return told
-
-    def _sync_image(self, volume: Volume, clone: Volume, taken_at: str, hosts: Hosts) -> Result:
-        paths = ImagePaths(self._job.home.path, volume.name)
-        snapshot = Snapshot(volume.id, volume.name, volume.region, clone.size, taken_at)
-        self._report.detail(f"{volume.name}: syncing its snapshot of {taken_at}")
-        keep = self._job.config.keep
-        with contextlib.closing(Update(paths, snapshot, keep, self._warn_of(volume), reread=self._reread)) as update:
-            try:
-                received = self._fetch(volume, clone, hosts, update)
-                update.finish(Meter(self._report, self._job.stop, f"{volume.name}: writing what changed"))
-            except OSError as problem:
-                if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-                    update.give_room()
-                raise
-        self._tell_differing(volume.name, update.tally)
-        self._thin(paths, snapshot)
-        return Result(volume.name, snapshot.size, "ok", update.tally.changed, received)
-
-    def _fetch(self, volume: Volume, clone: Volume, hosts: Hosts, update: Update) -> int:
+    def _fetch(self, name: str, clone: Volume, hosts: Hosts, update: Update) -> int:
         """Sync over the droplet, or another one if it is lost; returns the bytes received."""
         device = Link.device(clone.name)
-        meter = Meter(self._report, self._job.stop, volume.name, update.chunks * CHUNK)
+        meter = Meter(self._report, self._job.stop, name, update.chunks * CHUNK)
         begun = update.settled * CHUNK
         while True:
             try:
-                host = hosts.get()
-                self._ephemeral.attach(clone, host.droplet)
+                droplet, link = hosts.get()
+                self._ephemeral.attach(clone, droplet)
                 return sync_device(
-                    lambda first, window: host.link.start_agent(agent_source(device, first, window)),  # noqa: B023
+                    lambda first, window: link.start_agent(agent_source(device, first, window)),  # noqa: B023
                     update,
                     self._report.warn,
                     lambda received: meter.show_sync(update.settled * CHUNK, begun, received),
-                    lambda: self._ephemeral.is_gone(host.droplet),  # noqa: B023 - called while it is this one
+                    lambda: self._ephemeral.is_gone(droplet),  # noqa: B023 - called while it is this one
                 )
             except DropletLost as problem:
                 hosts.replace(problem)
 
-    def _warn_of(self, volume: Volume) -> Callable[[str], None]:
-        return lambda text: self._report.warn(f"{volume.name}: {text}")
-
-    def _tell_differing(self, name: str, tally: Tally) -> None:
-        if tally.differing_bytes:
-            self._report.warn(
-                f"{name}: {human_size(tally.differing_bytes)} of the image differs from what was recorded, or cannot "
-                f"be read: {tally.differing}. Either it was mounted or opened for writing, or the disk is failing; the "
-                "volume's content was put back"
-            )
-
-    def _thin(self, paths: ImagePaths, snapshot: Snapshot) -> None:
+    def _thin(self, paths: ImagePaths) -> None:
         """Drop the versions that are not to be kept; what cannot be dropped now is at the next run."""
         try:
             meter = Meter(self._report, self._job.stop, f"{paths.name}: thinning its versions")
-            Versions(paths).thin(parse_time(snapshot.taken_at) or utc_now(), self._job.config.keep, meter)
+            Versions(paths).thin(self._job.config.keep, meter)
         except Interrupted:
             return  # the volume is backed up; whoever waits next ends the run
         except (OSError, DosvobError) as problem:
-            told = disk_problem(problem, paths.versions) if isinstance(problem, OSError) else str(problem)
-            held = human_size(Versions(paths).occupied())
+            held = human_size(sum(version.occupied for version in Versions(paths).all()))
             self._report.warn(
-                f"{paths.name}: its older versions could not all be thinned, and none is lost by that: {told}. They "
+                f"{paths.name}: its older versions could not all be thinned, and none is lost by that: "
+                f"{explained(problem, paths.versions)}. They "
                 f'hold {held}; to keep fewer change "keep" in conf.json; to see which are damaged: '
                 + command_line("verify", paths.name)
             )
 
 
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# What the user can ask for. Those that need no account: verify, health, list, restore.
+# What the user can ask for. Those that need no account: verify, health, list, restore. A command has failed if it
+# raises, or reports an error.
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+
+def volumes_here(job: Job) -> tuple[list[Volume], list[Volume]]:
+    """The account's volumes in the regions of conf.json, and those elsewhere; tells of regions that have none.
+
+    Raises UsageError if there is none in any.
+    """
+    config = job.config
+    items = job.api.list("/v2/volumes", "volumes")
+    volumes = sorted((Volume.parse(item) for item in items if not Resource.is_ephemeral(item)), key=job.name)
+    regions = set(config.regions or [volume.region for volume in volumes])
+    here = [volume for volume in volumes if volume.region in regions]
+    elsewhere = [volume for volume in volumes if volume.region not in regions]
+    others = ", ".join(sorted(f"{volume.name} ({volume.region})" for volume in elsewhere))
+    for region in sorted(regions - {volume.region for volume in here}):
+        problem = f"there are no volumes in {region}"
+        problem += f'; there are {others}: is "region" in conf.json right?' * bool(others)
+        try:
+            DropletPlan.make(job.api, config, region)
+        except UsageError as better:  # there is no such region
+            problem = str(better)
+        if not here:
+            raise UsageError(problem)
+        job.report.error(problem)
+    if not here:
+        raise UsageError("there are no volumes in the account")
+    if elsewhere:
+        job.report.say(f"not backed up, because in another region than {', '.join(sorted(regions))}: {others}")
+    return here, elsewhere
 
 
 def select_volumes(job: Job, names: Sequence[str]) -> list[Volume]:
-    """The volumes to back up; tells of those in other regions. Raises UsageError for a name that fits none."""
+    """The volumes to back up; raises UsageError for a name that fits none."""
     config, report = job.config, job.report
-    items = job.api.list("/v2/volumes", "volumes")
-    theirs = [Volume.parse(item) for item in items if not Resource.is_ephemeral(item)]
-    here = [volume for volume in theirs if volume.region == config.region]
-    elsewhere = sorted(f"{volume.name} ({volume.region})" for volume in theirs if volume.region != config.region)
-    if not here:
-        raise UsageError(
-            f"there are no volumes in {config.region}"
-            + (f'; there are {", ".join(elsewhere)}: is "region" in conf.json right?' if elsewhere else "")
-        )
+    here, elsewhere = volumes_here(job)
+    where = ", ".join(sorted({volume.region for volume in here}))
+    there_are = f"there are {', '.join(job.name(volume) for volume in here)}"
     for name in names:
         if not matching(here, [name]):
-            others = {volume.region for volume in matching(theirs, [name])}
+            others = ", ".join(sorted({volume.region for volume in matching(elsewhere, [name])}))
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             raise UsageError(
-                f'no volume in {config.region} matches "{name}"; '
-                + (
-                    f'it is in {", ".join(sorted(others))}, and "region" in conf.json is {config.region}; '
-                    if others
-                    else ""
-                )
+                f'no volume in {where} matches "{name}"; '
+                + f'it is in {others}, and "region" in conf.json is {where}; ' * bool(others)
                 + (f'did you mean the command "{near[0]}"? ' if near else "")
-                + f"there are {', '.join(sorted(volume.name for volume in here))}"
+                + there_are
             )
-    there_are = f"there are {', '.join(sorted(volume.name for volume in here))}"
     for key, patterns in (("include", config.include), ("exclude", config.exclude)):
         for pattern in patterns:
             if not matching(here, [pattern]):
-                report.warn(f'"{key}" in conf.json: no volume in {config.region} matches "{pattern}"; {there_are}')
-    if elsewhere:
-        report.say(f"not backed up, because in another region than {config.region}: {', '.join(elsewhere)}")
+                report.warn(f'"{key}" in conf.json: no volume in {where} matches "{pattern}"; {there_are}')
     chosen = matching(here, names or config.include or ("*",))
     excluded = () if names else matching(here, config.exclude)
     chosen = [volume for volume in chosen if volume not in excluded]
     if not chosen:
         raise UsageError(f'"include" and "exclude" in conf.json leave no volume to back up; {there_are}')
-    return sorted(chosen, key=lambda volume: volume.name)
+    return chosen
 
 
 def matching(volumes: Iterable[Volume], patterns: Sequence[str]) -> list[Volume]:
-    """Those whose names one of the shell patterns fits."""
-    return [volume for volume in volumes if any(fnmatch.fnmatchcase(volume.name, pattern) for pattern in patterns)]
+    """Those that one of the shell patterns fits: of names, or with a slash of a region and a name."""
+
+    def fits(volume: Volume, pattern: str) -> bool:
+        return fnmatch.fnmatchcase(f"{volume.region}/{volume.name}" if "/" in pattern else volume.name, pattern)
+
+    return [volume for volume in volumes if any(fits(volume, pattern) for pattern in patterns)]
 
 
-def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False) -> None:
+def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False, dry_run: bool = False) -> list[Resource]:
     """Remove this home's leftovers and those of no home, and report what stays; name those of other homes.
 
     What another home has may be in use: `everything` removes it too. With `not_before` (time.monotonic) it is gone on
-    until a list shows nothing that was asked for after that.
+    until a list shows nothing that was asked for after that. Returns what was found to be removed; a `dry_run` only
+    names it.
     """
-    ours = ("", job.home.id)
+    report, ours = job.report, ("", job.home.id)
     found: list[Resource] = []
     kinds = list(KINDS)
-    problem: ApiError | None = None
+    refused: ApiError | None = None
     for kind in KINDS:
         try:
             found += Resource.list(job.api, [kind])
-        except ApiError as refused:
-            if refused.status is None:  # nobody answers
+        except ApiError as problem:
+            if problem.status is None:  # nobody answers
                 raise
             kinds.remove(kind)  # the others cost money meanwhile
-            problem = refused
+            refused = problem
     leftovers = [resource for resource in found if everything or resource.home in ours]
-    tell_foreign(job, [resource for resource in found if resource not in leftovers])
-    for resource in leftovers:
-        job.report.say(f"left over from an earlier run: {resource}")
-    if leftovers or not_before:
-        note = job.report.doing
-        removal = Removal(job.api, lambda item: everything or item.home in ours, not_before, note, kinds)
-        job.report.left_behind(removal.run())
-    if problem:
-        raise problem
-
-
-def tell_foreign(job: Job, resources: Iterable[Resource]) -> None:
-    """Name what belongs to other homes; loudly what is older than a run is, and billed."""
-    for resource in resources:
+    for resource in found:
+        if resource in leftovers:
+            report.say(f"{'would remove' if dry_run else 'left over from an earlier run:'} {resource}")
+            continue
         seconds = age(resource.created_at)
         how_old = "of unknown age" if seconds == float("inf") else f"{human_time(max(seconds, 0))} old"
-        tell = job.report.say if seconds < 24 * 3600 or not resource.hourly else job.report.warn
+        tell = report.say if seconds < 24 * 3600 or not resource.hourly else report.warn  # no run takes so long
         tell(
             f"not touched, because it belongs to another backups directory (its id is {resource.home}): {resource}, "
             f"{how_old}. If nothing backs up to that any more: {command_line('sweep', '--all')}"
         )
+    if (leftovers or not_before) and not dry_run:
+        removal = Removal(job.api, lambda item: everything or item.home in ours, not_before, report.doing, kinds)
+        report.left_behind(removal.run())
+    if refused:
+        raise refused
+    return leftovers
 
 
 def finish_journals(home: Home, report: Reporter, stop: Stop) -> set[str]:
     """Finish what crashes left, without network; returns the names for which that failed."""
     failed = set()
-    for journal in sorted(home.metadata.glob("*.journal")):
-        name = journal.name.removesuffix(".journal")
+    directories = [home.path / region / ".dosvob" for region in home.directories()]
+    for journal in sorted(path for directory in directories for path in directory.glob("*.journal")):
+        name = str(journal.parent.parent.relative_to(home.path) / journal.stem)
         meter = Meter(report, stop, f"{name}: completing an interrupted backup from its journal", is_told=True)
         try:
             if Journal.finish(ImagePaths(home.path, name), report.warn, meter):
                 report.end_progress()
                 report.say(f"{name}: an interrupted backup was completed from its journal")
-        except DosvobError as problem:
-            report.error(str(problem))
-            failed.add(name)
-        except OSError as problem:
-            report.error(
-                f"{name}: {disk_problem(problem, home.path)}; the journal is kept and applied at the next start"
-            )
+        except (DosvobError, OSError) as problem:
+            kept = "; the journal is kept and applied at the next start" * isinstance(problem, OSError)
+            report.error(f"{name}: {explained(problem, home.path)}{kept}")
             failed.add(name)
     return failed
 
 
-def back_up(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
-    """The main job; returns the exit code."""
-    if arguments.dry_run:
-        return dry_run(Job.open(arguments, report, stop, patience=20), arguments.names)
+def back_up(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
+    """The main job."""
     job = Job.open(arguments, report, stop)
+    if arguments.dry_run:
+        dry_run(job, arguments.names)
+        return
     url = job.config.healthchecks
     try:
         with job.home.locked():
             ping(url, "/start", report)
-            code = back_up_all(job, arguments)
+            back_up_all(job, arguments)
     except Busy:
         raise  # the one that is at work tells how it goes
     except (Exception, Interrupted) as problem:
         ping(url, "/fail", report, str(problem))
         raise
-    ping(url, "" if code == EXIT_OK else "/fail", report)
-    return code
+    ping(url, "/fail" if report.has_failed else "", report)
 
 
-def back_up_all(job: Job, arguments: argparse.Namespace) -> int:
-    """A backup, once the lock is held; returns the exit code."""
+def back_up_all(job: Job, arguments: argparse.Namespace) -> None:
+    """A backup, once the lock is held."""
     home, report = job.home, job.report
     try:
         sweep(job)  # first: what is left costs money while a large journal is applied
     finally:
         damaged = finish_journals(home, report, job.stop)
-    plan = DropletPlan.make(job.api, job.config)
     volumes = select_volumes(job, arguments.names)
     if not arguments.names:
         try:
-            home.record_wanted(volume.name for volume in volumes)
+            home.record_wanted(job.name(volume) for volume in volumes)
         except OSError as problem:
-            told = disk_problem(problem, home.path)
-            report.warn(f"{told}; `health` will not miss a volume that was never backed up")
-    fit = [volume for volume in volumes if volume.name not in damaged]
-    results = Backup(job, plan, reread=arguments.reread).run(fit) if fit else []
+            report.warn(f"{explained(problem, home.path)}; `health` will not miss a volume that was never backed up")
+    volumes = [volume for volume in volumes if is_fit(job, volume)]
+    damaged |= move_images(job, volumes, damaged)
+    fit = [volume for volume in volumes if job.name(volume) not in damaged]
+    results = {job.name(volume): Result(job.name(volume), volume.size, "not begun") for volume in fit}
+    cost = 0.0
+    try:
+        for _, volumes_there in itertools.groupby(fit, lambda volume: volume.region):
+            cost += back_up_region(job, list(volumes_there), results, reread=arguments.reread)
+    except Interrupted:
+        tell_interrupted(report, results.values())
+        raise
+    if results:
+        rows = [("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", ""), *(result.row() for result in results.values())]
+        report.say(table(rows, (0, 5)), is_result=True)
+        report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included", is_result=True)
     if not report.has_left:
         report.say("nothing of this home's is left in the account")
-    has_failed = report.has_left or damaged or any(result.outcome != "ok" for result in results)
-    return EXIT_FAILED if has_failed else EXIT_OK
 
 
-def dry_run(job: Job, names: Sequence[str]) -> int:
+def is_fit(job: Job, volume: Volume) -> bool:
+    """Whether a volume's name is one that it can have; tells if not, for it becomes a path."""
+    if all(ImagePaths.VOLUME_NAME.fullmatch(name) for name in (volume.name, volume.region)):
+        return True
+    job.report.error(f"{volume.name!r} is not a name that a volume can have: it is not backed up")
+    return False
+
+
+def back_up_region(job: Job, volumes: Sequence[Volume], results: dict[str, Result], *, reread: bool) -> float:
+    """Back up volumes of one region; returns what it cost. If it fails, that is no matter of other regions."""
+    region = volumes[0].region
+    try:
+        plan = DropletPlan.make(job.api, job.config, region)
+        if job.config.by_region:
+            job.home.make_directory(region)
+    except (DosvobError, OSError) as problem:
+        if not job.config.by_region:
+            raise
+        job.report.error(f"{region}: {explained(problem, job.home.path)}")
+        for volume in volumes:
+            name = job.name(volume)
+            results[name] = dataclasses.replace(results[name], outcome="FAILED")
+        return 0.0
+    return Backup(job, plan, volumes, results, reread=reread).run()
+
+
+def tell_interrupted(report: Reporter, results: Iterable[Result]) -> None:
+    """Say what is complete, what goes on next time, and how to see it."""
+    words = {"ok": "complete", "begun": "begun, and goes on next time", "FAILED": "FAILED", "not begun": "not begun"}
+    told = []
+    for outcome, word in words.items():
+        names = [result.name for result in results if result.outcome == outcome]
+        told += [f"{word}: {', '.join(names)}"] if names else []
+    told.append(f"to see what there is: {command_line('list')}")
+    report.say(f"interrupted; {'; '.join(told)}", is_result=True)
+
+
+def misplaced(job: Job, volumes: Iterable[Volume]) -> Iterator[tuple[ImagePaths, str]]:
+    """The images that lie where another "region" in conf.json had them, and where they belong, "" if nobody knows.
+
+    That is told by a region's directory, or else by the state. Of what has none only what may be one of these volumes'
+    is named.
+    """
+    config, home = job.config, job.home
+    elsewhere = {volume.name if config.by_region else f"{volume.region}/{volume.name}" for volume in volumes}
+    for name in sorted(home.names() | elsewhere):
+        old = ImagePaths(home.path, name)
+        region, _, base = name.rpartition("/")
+        has_anything = any(path.exists() for path in (old.image, old.partial, old.state, old.versions))
+        if bool(region) == config.by_region or not has_anything:
+            continue
+        if region in config.regions:
+            yield old, base
+        elif config.by_region:
+            with contextlib.suppress(DosvobError):
+                state = State.load(old.state, whole=False)
+                region = state.snapshot.region if state else ""
+            if region or name in elsewhere:
+                yield old, f"{region}/{base}" if region else ""
+
+
+def move_images(job: Job, volumes: Sequence[Volume], damaged: Container[str]) -> set[str]:
+    """Move images to where "region" in conf.json has them now; returns the names of what is not to be backed up.
+
+    Those are what could not be moved: it would be fetched anew. That is so for what must be finished first (`damaged`).
+    """
+    report, failed = job.report, set()
+    for old, name in misplaced(job, volumes):
+        if name:
+            try:
+                if old.name not in damaged:
+                    job.home.move(old, ImagePaths(job.home.path, name))
+                    report.say(f'{old.name}: its image is {job.home.path / name} now, for "region" in conf.json')
+                    continue
+            except (DosvobError, OSError) as problem:
+                report.error(f"{old.name}: {explained(problem, old.directory)}")
+            failed.add(name)
+            continue
+        regions = [volume.region for volume in volumes if volume.name == old.name]
+        files = " ".join(str(path) for path in (old.image, old.partial) if path.exists())
+        metadata = " ".join(str(path) for path in (old.state, old.versions) if path.exists())
+        directory = job.home.path / regions[0]
+        commands = f"mkdir -p {directory}/.dosvob"
+        commands += f" && mv {files} {directory}/" * bool(files)
+        commands += f" && mv {metadata} {directory}/.dosvob/" * bool(metadata)
+        others = f" (or {', '.join(regions[1:])})" * (len(regions) > 1)
+        report.error(
+            f"{old.name}: nothing tells of which region {files or metadata} is, so that is not backed up. If it is of "
+            f"{regions[0]}{others}: {commands}; otherwise move it elsewhere"
+        )
+        failed |= {f"{region}/{old.name}" for region in regions}
+    return failed
+
+
+def dry_run(job: Job, names: Sequence[str]) -> None:
     """Say what a backup would do; changes nothing."""
     report = job.report
-    for resource in Resource.list(job.api):
-        if resource.home in ("", job.home.id):
-            report.say(f"would remove what an earlier run left: {resource}")
-        else:
-            tell_foreign(job, [resource])
-    plan = DropletPlan.make(job.api, job.config)
-    size, price = plan.sizes[0]
-    for volume in select_volumes(job, names):
-        try:
-            image = ImagePaths(job.home.path, volume.name).image
-        except DosvobError as problem:
-            report.say(f"would not back it up: {problem}")
-            continue
-        how = "changes only" if image.exists() else "all of it, for the first time"
-        report.say(f"would back up {volume.name}, {volume.size // GIB} GiB, to {image}: {how}")
-    report.say(f"would do so over a droplet {size} with {plan.image} in {plan.region}, at ${price:.5f} an hour")
-    return EXIT_OK
+    sweep(job, dry_run=True)
+    volumes = [volume for volume in select_volumes(job, names) if is_fit(job, volume)]
+    moved = {name: old for old, name in misplaced(job, volumes)} if job.home.path.is_dir() else {}
+    for volume in volumes:
+        name = job.name(volume)
+        image = ImagePaths(job.home.path, name).image
+        old = moved.get(name)
+        how = "changes only" if image.exists() or (old and old.image.exists()) else "all of it, for the first time"
+        first = f" (where {old.image} goes first)" if old else ""
+        report.say(f"would back up {name}, {volume.size // GIB} GiB, to {image}{first}: {how}")
+    for region in dict.fromkeys(volume.region for volume in volumes):
+        plan = DropletPlan.make(job.api, job.config, region)
+        size, price = plan.sizes[0]
+        report.say(f"would do so over a droplet {size} with {plan.image} in {region}, at ${price:.5f} an hour")
 
 
-def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
     """Remove leftovers, and nothing else."""
     if arguments.names:
         raise UsageError("sweep takes no names: it removes all that dosvob left behind")
     job = Job.open(arguments, report, stop)
     if arguments.dry_run:
-        ours = ("", job.home.id)
-        found = Resource.list(job.api)
-        leftovers = [resource for resource in found if arguments.all or resource.home in ours]
-        for resource in leftovers:
-            report.say(f"would remove {resource}")
-        tell_foreign(job, [resource for resource in found if resource not in leftovers])
-        if not leftovers:
+        if not sweep(job, everything=arguments.all, dry_run=True):
             report.say("there is nothing to remove")
-        return EXIT_OK
+        return
     with job.home.locked():
         sweep(job, time.monotonic() + LIST_LAG, everything=arguments.all)  # what was created a moment ago shows late
-        damaged = finish_journals(job.home, report, stop)
+        finish_journals(job.home, report, stop)
     if not report.has_left:
         report.say("nothing of dosvob's is left in the account" + " for this home" * (not arguments.all))
-    return EXIT_FAILED if report.has_left or damaged else EXIT_OK
 
 
-def verify_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+def verify_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
     """Compare images and versions with their recorded digests, without network or account."""
     home = Home(arguments.backups)
     home.check()
     with home.locked():
-        failed = bool(finish_journals(home, report, stop))
-        names = home.chosen(arguments.names) or sorted(home.names())
+        finish_journals(home, report, stop)
+        names = home.chosen(arguments.names, with_aside=False)
         if not names:
             raise DosvobError(f"there is no backup in {home.path} yet, so nothing was verified")
         for name in names:
             try:
-                failed |= not verify_one(ImagePaths(home.path, name), report, stop)
+                verify_one(ImagePaths(home.path, name), report, stop)
             except (OSError, DosvobError) as problem:
-                told = disk_problem(problem, home.path) if isinstance(problem, OSError) else str(problem)
-                report.error(told if told.startswith(name) else f"{name}: {told}")
-                failed = True
-    return EXIT_FAILED if failed else EXIT_OK
+                report.error(f"{name}: {explained(problem, home.path)}")
 
 
-def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> bool:
-    """Verify one image and its versions and say what was found; returns whether all is sound."""
+def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> None:
+    """Verify one image and its versions and say what was found."""
     paths.check_link()
     with contextlib.closing(Chain(paths, from_disk=True)) as chain:
+        problems = [str(chain.problem)] if chain.problem else []
         length, meter = os.fstat(chain.image.fd).st_size, Meter(report, stop, f"{paths.name}: verified", chain.size)
-        if chain.problem:
-            report.error(f"{paths.name}: {chain.problem}")
-        elif chain.state is None:
+        if chain.state is None and not problems:
             report.say(f"{paths.name}: no digests are recorded yet, the next backup records them")
-        if chain.state is None and not chain.versions:
-            return not chain.problem
-        image, *versions = chain.verify(meter)
+        is_recorded = chain.state is not None or bool(chain.versions)
+        image, *versions = chain.verify(meter) if is_recorded else [Ranges()]
     report.end_progress()
-    if length != chain.size:
-        report.error(
-            f"{paths.name}: the image's size is {length} bytes, and {chain.size} were backed up: the next backup mends "
-            "it"
+    if is_recorded and length != chain.size:
+        problems.append(
+            f"the image's size is {length} bytes, and {chain.size} were backed up: the next backup mends it"
         )
     if image.ranges:
-        report.error(f"{paths.name}: differs from its snapshot in {image}: the next backup mends it")
+        problems.append(f"differs from its snapshot in {image}: the next backup mends it")
     for version, ranges in zip(chain.versions, versions, strict=True):
         if ranges.ranges or not version.is_whole:
             lost = f"cannot be restored in {ranges}" if ranges.ranges else "can be restored whole"
-            report.error(
-                f"{paths.name}: the version of {local_time(version.moment)} {lost}"
-                + f"; {version.path} is damaged" * (not version.is_whole)
-            )
-    all_sound = all(version.is_whole for version in chain.versions) and not any(
-        each.ranges for each in (image, *versions)
-    )
-    is_sound = all_sound and length == chain.size and not chain.problem
-    if is_sound:
+            damaged = f"; {version.path} is damaged" * (not version.is_whole)
+            problems.append(f"the version of {local_time(version.moment)} {lost}{damaged}")
+    for problem in problems:
+        report.error(f"{paths.name}: {problem}")
+    if is_recorded and not problems:
         and_versions = f", and {len(versions)} older version{'s' * (len(versions) > 1)}" if versions else ""
         report.say(f"{paths.name}: sound, {human_size(chain.size)}{and_versions}")
-    return is_sound
 
 
-def health(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:  # noqa: ARG001 - as every command
+def health(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:  # noqa: ARG001 - as every command
     """Say how old each backup is, without network, account or lock; it fails if one is too old, or there is none."""
     home = Home(arguments.backups)
     home.check()
-    try:
-        wanted = home.wanted()
-        states = {path.name.removesuffix(".state") for path in home.metadata.glob("*.state")}
-        names = arguments.names or sorted(wanted | {name for name in states if ImagePaths.VOLUME_NAME.fullmatch(name)})
-        if not names:
-            raise DosvobError(f"there is no backup in {home.path} yet")
-        failed = False
-        for name in names:
-            try:
-                report.say(f"{name}: {health_of(home, name, arguments.max_age, is_wanted=name in wanted)}")
-            except DosvobError as problem:
-                report.error(f"{name}: {problem}")
-                failed = True
-    except OSError as problem:
-        raise DosvobError(disk_problem(problem, home.path)) from problem
-    return EXIT_FAILED if failed else EXIT_OK
+    wanted = home.wanted()
+    there = wanted | {name for name in home.names(with_aside=False) if ImagePaths(home.path, name).state.exists()}
+    asked = [found for name in arguments.names for found in called(name, there) or [name]]
+    names = list(dict.fromkeys(asked)) or sorted(there)
+    if not names:
+        raise DosvobError(f"there is no backup in {home.path} yet")
+    for name in names:
+        try:
+            report.say(f"{name}: {health_of(home, name, arguments.max_age, is_wanted=name in wanted)}")
+        except DosvobError as problem:
+            report.error(f"{name}: {problem}")
 
 
 def health_of(home: Home, name: str, max_age: float, *, is_wanted: bool) -> str:
@@ -4950,54 +4861,48 @@ def health_of(home: Home, name: str, max_age: float, *, is_wanted: bool) -> str:
     return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
 
 
-def list_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:  # noqa: ARG001 - as every command
+def list_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:  # noqa: ARG001 - as every command
     """Say what is there to be restored, without network, account or lock."""
     home = Home(arguments.backups)
     home.check()
-    names = home.chosen(arguments.names) or sorted(home.names() | home.aside_names())
-    try:
-        described = [describe(ImagePaths(home.path, name)) for name in names]
-    except OSError as problem:
-        raise DosvobError(disk_problem(problem, home.path)) from problem
+    described = [describe(ImagePaths(home.path, name)) for name in home.chosen(arguments.names)]
     if arguments.json:
         report.answer(json.dumps({"volumes": described}, indent=2))
     elif not described:
         report.say(f"there is no backup in {home.path} yet")
     else:
         report.answer("\n\n".join(description_text(volume) for volume in described))
-    return EXIT_OK
 
 
 def describe(paths: ImagePaths) -> Json:
     """What there is of a volume, in the form of `list --json`: README has it."""
     described: Json = {"name": paths.name, "region": None, "size": None, "occupied": 0, "problem": None, "versions": []}
+
+    def add(moment: datetime.datetime, version: Version | None = None, frees: int | None = None, **more: Any) -> None:
+        changed, occupied = (version.changed, version.occupied) if version else (None, described["occupied"])
+        described["versions"].append(
+            {"time": moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
+             "frees": frees, "damaged": False, **more}
+        )  # fmt: skip
+
     try:
         paths.check_link()
         status = paths.image.stat()
         described |= {"size": status.st_size, "occupied": status.st_blocks * 512}
         with paths.state.open("rb") as file:
             state = State.unpack(file.read(BLOCK), paths.state)
+        described |= {"region": state.snapshot.region, "size": state.snapshot.size}
+        add(state.moment)
     except FileNotFoundError:
         described["problem"] = "no snapshot is recorded" if described["size"] else "the image is missing"
     except DosvobError as problem:
         described["problem"] = str(problem)
-    else:
-        described |= {"region": state.snapshot.region, "size": state.snapshot.size}
-        described["versions"].append(
-            {"time": state.moment.isoformat(), "image": True, "changed": None, "occupied": status.st_blocks * 512,
-             "frees": None, "damaged": False}
-        )  # fmt: skip
     versions = Versions(paths).all()
     for version, older in itertools.zip_longest(versions, versions[1:]):
-        is_damaged = not version.is_whole
         try:
-            frees = Versions.freed_by(version, older)
+            add(version.moment, version, Versions.freed_by(version, older), damaged=not version.is_whole)
         except Damaged:
-            is_damaged, frees = True, version.occupied
-        described["versions"].append(
-            {"time": version.moment.isoformat(), "image": False, "changed": version.changed,
-             "occupied": version.occupied, "frees": frees, "damaged": is_damaged}
-        )  # fmt: skip
+            add(version.moment, version, version.occupied, damaged=True)
     return described
 
 
@@ -5005,10 +4910,8 @@ def description_text(volume: Json) -> str:
     """The same for people."""
     size = human_size(volume["size"]) if volume["size"] else "of unknown size"
     older = sum(version["occupied"] for version in volume["versions"] if not version["image"])
-    head = (
-        f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {human_size(volume['occupied'])} here"
-    )
-    lines = [head + f" and {human_size(older)} for older versions" * bool(older)]
+    here = human_size(volume["occupied"]) + " here" + f" and {human_size(older)} for older versions" * bool(older)
+    lines = [f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {here}"]
     if volume["problem"]:
         lines.append(f"  {volume['problem']}")
     rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "")]
@@ -5020,14 +4923,18 @@ def description_text(volume: Json) -> str:
     return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
 
 
-def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> int:
+def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
     """Write an image or an older version to a new file, without network, account or configuration."""
     if len(arguments.names) != 2:
         raise UsageError(f"restore takes a volume's name and a new file: {command_line('restore', 'data', 'data.img')}")
     name, target = arguments.names[0], Path(arguments.names[1])
     home = Home(arguments.backups)
     with home.unchanged():
-        paths = ImagePaths(home.path, *home.chosen([name]))
+        found = home.chosen([name])
+        if len(found) > 1 and name not in found:
+            raise UsageError(f"{name} may be {' or '.join(found)}: say which")
+        name = name if name in found else found[0]
+        paths = ImagePaths(home.path, name)
         paths.check_link()
         try:
             with contextlib.closing(Chain(paths)) as chain:
@@ -5038,16 +4945,15 @@ def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> 
                 is_recorded = chain.state is not None
                 final, damaged = chain.restore(depth, target, meter)
         except OSError as problem:
-            raise DosvobError(f"{name} could not be restored: {disk_problem(problem, target)}") from problem
+            raise DosvobError(f"{name} could not be restored: {explained(problem, target)}") from problem
     report.end_progress()
     size = final.stat()
     figures = f"{human_size(size.st_size)}, which take {human_size(size.st_blocks * 512)} of the disk"
     if damaged.ranges:
         report.error(f"{told} is damaged in {damaged}; the rest of it is in {final}, {figures}")
-        return EXIT_FAILED
+        return
     checked = "every chunk as it was recorded" if is_recorded else "not checked, for want of the image's digests"
     report.say(f"{told} is restored to {final}: {figures}, {checked}")
-    return EXIT_OK
 
 
 def parse_wanted_time(text: str) -> datetime.datetime:
@@ -5093,8 +4999,9 @@ exit codes:
   2  wrong use or configuration; nothing was created
   128+n  ended by signal n, after removing everything
 """
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 ACCOUNT = {"config", "backups", "dry_run"}
-COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Reporter, Stop], int], set[str]]] = {
+COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Reporter, Stop], None], set[str]]] = {
     # what does it, and the options that it uses
     "": (back_up, {*ACCOUNT, "reread"}),
     "sweep": (sweep_only, {*ACCOUNT, "all"}),
@@ -5208,19 +5115,19 @@ def main(arguments: list[str] | None = None) -> int:
 def run_command(parsed: argparse.Namespace, report: Reporter, stop: Stop) -> int:
     """Do what was asked for; returns the exit code, and raises nothing."""
     try:
-        return COMMANDS[parsed.command][0](parsed, report, stop)
+        COMMANDS[parsed.command][0](parsed, report, stop)
     except Interrupted:
         return EXIT_FAILED
     except UsageError as problem:
         report.error(str(problem))
         return EXIT_USAGE
-    except DosvobError as problem:
-        report.error(str(problem))
+    except (DosvobError, OSError) as problem:
+        report.error(explained(problem, parsed.backups))
         report.detail(traceback.format_exc())
-    except Exception as problem:  # noqa: BLE001 - a bug, or a disk that fails where nobody expects it: one clear line
+    except Exception as problem:  # noqa: BLE001 - a bug: one clear line
         report.error(f"unexpected {type(problem).__name__}: {problem}; run again with --verbose to see where")
         report.detail(traceback.format_exc())
-    return EXIT_FAILED
+    return EXIT_FAILED if report.has_failed else EXIT_OK
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "dosvob.py"
 WITH_CONSTANTS = Path(__file__).resolve().parent / "with_constants.py"
 OPENAPI = os.environ.get("DIGITALOCEAN_OPENAPI")
 MIB = 1 << 20
+pytest_plugins = ["trouble_support"]
 T = TypeVar("T")
 
 ignore_for_ourselves_only()
@@ -174,12 +175,6 @@ def wait_for(condition: Callable[[], T | None], limit: float = 60) -> T:
 
 
 @pytest.fixture
-def behaviour() -> Behaviour:
-    """How the simulated account behaves; a test that wants another one overrides it."""
-    return Behaviour()
-
-
-@pytest.fixture
 def sim(tmp_path: Path, behaviour: Behaviour) -> Iterator[Simulator]:
     """A simulated account. At the end nothing that was created through the API is left, and all was by the book."""
     with Simulator(tmp_path / "cloud", behaviour=behaviour, openapi=OPENAPI) as simulator:
@@ -191,3 +186,31 @@ def sim(tmp_path: Path, behaviour: Behaviour) -> Iterator[Simulator]:
 def home(tmp_path: Path, sim: Simulator) -> Home:
     """A user's directory."""
     return Home(tmp_path / "home", sim)
+
+
+class Tmpfs:
+    """A file system of a size that can be changed, in bytes; for `free` more than is used now."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m,mode=755", "dosvob-test", path], check=True)
+
+    def leave_free(self, free: int) -> None:
+        """Only so much can be written from now on."""
+        room = os.statvfs(self.path)
+        used = (room.f_blocks - room.f_bfree) * room.f_frsize
+        # tmpfs takes a size of 0 for "no limit"
+        subprocess.run(["mount", "-o", f"remount,size={max(used + free, 4096)}", self.path], check=True)
+
+    def unmount(self) -> None:
+        """Take it away."""
+        subprocess.run(["umount", "--lazy", self.path], check=True)
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Tmpfs]:
+    """A small file system."""
+    made = Tmpfs(tmp_path / "tmpfs")
+    yield made
+    made.unmount()

@@ -141,7 +141,7 @@ def back_up(
     keep: dosvob.Keep = dosvob.Keep(),  # noqa: B008 - frozen
     connect: Callable[[int, int], Any] | None = None,
     warn: Callable[[str], None] = lambda text: None,
-) -> dosvob.Tally:
+) -> dosvob.Update:
     """What a run of the script does locally: lock, recovery, sync, finish; `connect` takes first chunk and window."""
     stream_to = connect or (lambda first, window: AgentProcess(device, first, window))
     with dosvob.Home(backups).locked():
@@ -153,7 +153,7 @@ def back_up(
                 cast("Callable[[int, int], dosvob.AgentStream]", stream_to), update, warn, lambda received: None
             )
             update.finish()
-        return update.tally
+        return update
 
 
 def leave_committed(backups: Path, name: str, device: Path) -> None:
@@ -229,7 +229,7 @@ def commits(calls: list[Call]) -> list[bool]:
     found, is_durable = [], False
     for call in calls:
         is_journal = bool(call.files) and call.files[0].endswith(".journal")
-        found.append(is_journal and is_durable and (call.name, call.result) == ("write", COMMIT_MARK))
+        found.append(is_journal and is_durable and (call.name, call.result) == ("pwrite64", COMMIT_MARK))
         is_durable |= is_journal and call.name == "fsync" and call.succeeded
     return found
 
@@ -241,7 +241,7 @@ def files_of(backups: Path, name: str) -> list[Path]:
     times = [FIRST_TAKEN_AT + datetime.timedelta(hours=number) for number in range(MOST_VERSIONS)]
     versions = [paths.versions / f"{time:{dosvob.Version.TIME}}" for time in times]
     there = sorted(paths.versions.glob("*"))
-    return list(dict.fromkeys([*images, *versions, *there, paths.backups, paths.metadata, paths.versions]))
+    return list(dict.fromkeys([*images, *versions, *there, paths.directory, paths.metadata, paths.versions]))
 
 
 def strace(backups: Path, name: str, *options: str, calls: str = CHANGING_CALLS) -> tuple[str, ...]:

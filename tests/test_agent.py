@@ -645,18 +645,18 @@ def test_no_deadlock_with_one_byte_at_a_time(tmp_path: Path, monkeypatch: pytest
 
 def test_no_deadlock_with_a_slow_local_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent is done long before what it sends is stored."""
-    write, append, barrier = dosvob.SparseFile.write, dosvob.PatchWriter.append, threading.Event()
+    write, append, barrier = dosvob.SparseFile.write, dosvob.PatchFile.append, threading.Event()
 
     def write_slowly(file: dosvob.SparseFile, data: bytes | memoryview, offset: int) -> None:
         barrier.wait(0.005)
         write(file, data, offset)
 
-    def append_slowly(writer: dosvob.PatchWriter, patch: dosvob.Patch) -> int:
+    def append_slowly(writer: dosvob.PatchFile, patch: dosvob.Patch) -> int:
         barrier.wait(0.05)
         return append(writer, patch)
 
     monkeypatch.setattr(dosvob.SparseFile, "write", write_slowly)
-    monkeypatch.setattr(dosvob.PatchWriter, "append", append_slowly)
+    monkeypatch.setattr(dosvob.PatchFile, "append", append_slowly)
     back_up_tightly(tmp_path)
 
 
@@ -1079,9 +1079,9 @@ def test_what_was_done_before_a_connection_broke_is_not_counted_twice(tmp_path: 
         streams.append(AgentProcess(device, first, window, cut=cuts.pop(0), most=100))
         return streams[-1]
 
-    tally = back_up(backups, NAME, device, connect=connect)
+    update = back_up(backups, NAME, device, connect=connect)
     assert [stream.received < CHUNK for stream in streams] == [True, False]
-    assert tally.changed == 2 * CHUNK
+    assert update.changed == 2 * CHUNK
     assert same(backups / NAME, device)
 
 

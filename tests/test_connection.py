@@ -11,7 +11,7 @@ from pathlib import Path
 import paramiko
 import pytest
 from conftest import MIB, Home, sampled
-from simulator import FOREVER, Behaviour, Droplet, Fault, Simulator
+from simulator import FOREVER, Droplet, Fault, Simulator
 from trouble_support import (
     FAST,
     PausingPython,
@@ -21,23 +21,14 @@ from trouble_support import (
     assert_backed_up,
     assert_nothing_left,
     run,
-    small_volumes,
     start,
     until,
 )
 
+pytestmark = pytest.mark.small
+
 SIZE = 12 * MIB  # of the content, which is random
 OVERHEAD = 1.06  # SSH's, TCP's and the agent's own
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_volumes(monkeypatch)
-
-
-@pytest.fixture
-def behaviour() -> Behaviour:
-    return FAST
 
 
 def bytes_sent(sim: Simulator) -> int:

@@ -280,7 +280,7 @@ class PowerCut:
         if call.name in ("fsync", "fdatasync"):
             self.volatile.discard(call.files[0])
         elif call.name.startswith(("mkdir", "rename", "unlink")):
-            if call.files[-1] != str(self._paths.backups):  # whose parent is the user's
+            if call.files[-1] != str(self._paths.directory):  # whose parent is the user's
                 self.volatile.add(parent(call.files[-1]))
         else:
             self.volatile.add(call.files[0])
@@ -293,7 +293,7 @@ class PowerCut:
         paths = self._paths
         image, journal, metadata = str(paths.image), str(paths.journal), str(paths.metadata)
         if call.name.startswith("rename"):  # something becomes the image, a version, or the state
-            return {call.files[0]} | (set() if call.files[-1] == image else {image, str(paths.backups)})
+            return {call.files[0]} | (set() if call.files[-1] == image else {image, str(paths.directory)})
         if call.name.startswith("unlink"):
             settled = {image, str(paths.state), metadata, str(paths.versions)}
             return settled if call.files[0] == journal else set()
@@ -302,7 +302,7 @@ class PowerCut:
     def commit_relies_on(self) -> set[str]:
         """What must be durable before the commit mark is written."""
         paths = self._paths
-        files = (paths.journal, paths.new_state, paths.new_version, paths.metadata, paths.backups)
+        files = (paths.journal, paths.new_state, paths.new_version, paths.metadata, paths.directory)
         return {str(path) for path in files}
 
 
@@ -423,7 +423,7 @@ class WholeScript:
 
     def created_from(self) -> int:
         """How many calls, all about directories, the last run made before its first about a file."""
-        directories = {str(self.paths.backups), str(self.paths.metadata)}
+        directories = {str(self.paths.directory), str(self.paths.metadata)}
         calls = calls_in(self.trace)
         return next((n for n, call in enumerate(calls) if not set(call.files) <= directories), len(calls))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Home, sampled
-from simulator import FOREVER, Behaviour, Droplet, Fault, RequestRecord, Simulator, Volume
+from simulator import FOREVER, Droplet, Fault, RequestRecord, Simulator, Volume
 from simulator.faults import ActionKind, CallKind, DropletKind
 from trouble_support import (
     FAST,
@@ -31,16 +31,7 @@ from trouble_support import (
     until,
 )
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_volumes(monkeypatch)
-
-
-@pytest.fixture
-def behaviour(request: pytest.FixtureRequest) -> Behaviour:
-    """A fast account, with the changes that `behaving` gives."""
-    return replace(FAST, **getattr(request, "param", {}))
+pytestmark = pytest.mark.small
 
 
 def behaving(**changes: Any) -> pytest.MarkDecorator:

@@ -26,32 +26,22 @@ from typing import Any
 
 import pytest
 from conftest import MIB, SCRIPT, Home, write_at
-from simulator import FOREVER, Behaviour, Droplet, Fault, Resource, Simulator, Snapshot, Volume
+from simulator import FOREVER, Droplet, Fault, Resource, Simulator, Snapshot, Volume
 from trouble_support import (
-    FAST,
     QUICK,
     add_volume,
     assert_backed_up,
     assert_nothing_left,
     run,
-    small_volumes,
     start,
     until,
 )
 
+pytestmark = pytest.mark.small
+
 PAGE = 4096
 WAIT = 10  # seconds that a snapshot comes too soon, at the time a run is started: more than it needs to get there
 VARIABLES = ("DIGITALOCEAN_ACCESS_TOKEN", "DIGITALOCEAN_TOKEN")
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_volumes(monkeypatch)
-
-
-@pytest.fixture
-def behaviour() -> Behaviour:
-    return FAST
 
 
 # ── What the tests ask

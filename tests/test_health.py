@@ -253,7 +253,7 @@ def write_old_state(home: Home, name: str) -> None:
     """The state of a volume that was backed up in 2020, and has an image."""
     moment = "2020-01-01T00:00:00+00:00"
     snapshot = dosvob.Snapshot("an-id", name, "fra1", 0, moment)
-    identity = dosvob.Identity.of(home.image(name))
+    identity = dosvob.identity_of(home.image(name))
     state = dosvob.State(snapshot, moment, 0, "", hashlib.sha256(b"").hexdigest(), identity)
     (home.backups / ".dosvob" / f"{name}.state").write_bytes(dosvob.seal("state", dataclasses.asdict(state)))
 

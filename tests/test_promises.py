@@ -23,12 +23,11 @@ from pathlib import Path
 
 import paramiko
 import pytest
-from conftest import MIB, Home, same, write_at
-from simulator import FOREVER, Behaviour, Droplet, Fault, Resource, Simulator, Snapshot, Volume
+from conftest import MIB, Home, Tmpfs, same, write_at
+from simulator import FOREVER, Droplet, Fault, Resource, Simulator, Snapshot, Volume
 from simulator.machine import Machine
 from simulator.storage import LoopDevice
 from trouble_support import (
-    FAST,
     GIB,
     QUICK,
     Running,
@@ -36,10 +35,11 @@ from trouble_support import (
     assert_backed_up,
     assert_nothing_left,
     run,
-    small_volumes,
     start,
     until,
 )
+
+pytestmark = pytest.mark.small
 
 NAME = "data"
 PAGE = 4096
@@ -47,16 +47,6 @@ WRITES = "pwrite64,pwritev,pwritev2,write"
 IMPATIENT = {"STALL_LIMIT": 2, "RECONNECT_LIMIT": 1, "SSH_TIMEOUT": 2, "ADDRESS_LIMIT": 5, "BUSY_LIMIT": 5}
 PATIENT = {"STALL_LIMIT": 600}
 FEW_AHEAD = {"MOST_AHEAD": 64}  # chunks: a hole of so many MiB stands for one of 256 GiB
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_volumes(monkeypatch)
-
-
-@pytest.fixture
-def behaviour(request: pytest.FixtureRequest) -> Behaviour:
-    return replace(FAST, **getattr(request, "param", {}))
 
 
 def noise(size: int, seed: object = 0) -> bytes:
@@ -194,28 +184,6 @@ def kill_in_the_middle_of_the_transfer(home: Home, directory: Path, change: Call
 
 
 # -- a full disk
-
-
-class Tmpfs:
-    """A small file system, whose room can be changed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m,mode=755", "dosvob-test", path], check=True)
-
-    def leave_free(self, free: int) -> None:
-        """Only so many bytes can be written from now on."""
-        room = os.statvfs(self.path)
-        used = (room.f_blocks - room.f_bfree) * room.f_frsize
-        subprocess.run(["mount", "-o", f"remount,size={used + free}", self.path], check=True)
-
-
-@pytest.fixture
-def tmpfs(tmp_path: Path) -> Iterator[Tmpfs]:
-    made = Tmpfs(tmp_path / "tmpfs")
-    yield made
-    subprocess.run(["umount", "--lazy", made.path], check=True)
 
 
 def test_changes_that_fit_beside_an_image_but_not_into_it_leave_the_old_image_and_the_other_volume_its_room(

@@ -20,28 +20,18 @@ from conftest import Home
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from simulator import Behaviour, Droplet, Fault, Simulator
+from simulator import Droplet, Fault, Simulator
 from trouble_support import (
-    FAST,
     QUICK,
     PausingPython,
     add_volume,
     assert_backed_up,
     assert_nothing_left,
     run,
-    small_volumes,
     start,
 )
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_volumes(monkeypatch)
-
-
-@pytest.fixture
-def behaviour() -> Behaviour:
-    return FAST
+pytestmark = pytest.mark.small
 
 
 def files_with(directory: Path, text: str) -> list[str]:

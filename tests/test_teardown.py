@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import Home, sampled
-from simulator import FOREVER, Behaviour, Fault, Simulator
+from simulator import FOREVER, Fault, Simulator
 from trouble_support import (
     FAST,
     PATIENCE,
@@ -30,23 +30,14 @@ from trouble_support import (
     assert_named,
     assert_nothing_left,
     run,
-    small_volumes,
     start,
     until,
 )
 
+pytestmark = pytest.mark.small
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CALLS = 60  # about as many as a run with three volumes makes; a run that has made fewer has ended, which is fine
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_volumes(monkeypatch)
-
-
-@pytest.fixture
-def behaviour(request: pytest.FixtureRequest) -> Behaviour:
-    return replace(FAST, **getattr(request, "param", {}))
 
 
 def after_call(running: Running, sim: Simulator, number: int) -> None:

@@ -147,6 +147,16 @@ def test_list_for_programs(user: User) -> None:
     assert before - after == first["frees"]
 
 
+def test_list_shows_the_versions_of_an_image_that_is_gone(user: User) -> None:
+    """The next backup sets them aside; the user must see what takes the room."""
+    (user.backups / NAME).unlink()
+    user.go_on(1)
+    lines = user.run("list").splitlines()
+    (aside,) = [number for number, line in enumerate(lines) if line.startswith(f"{NAME}.set-aside-")]
+    assert "the image is missing" in lines[aside + 1]
+    assert len(lines[aside + 3 :]) == 3
+
+
 def test_list_of_nothing_and_of_what_is_not_there(tmp_path: Path, user: User) -> None:
     assert "did you mean data?" in user.run("list", "dat", expect=2)
     assert "did you mean data?" in user.run("restore", "dato", "file", expect=2)

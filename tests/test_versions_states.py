@@ -252,8 +252,8 @@ class Versions(RuleBasedStateMachine):
             read = {time: digest(content) for time, content in Reader(self.lineage.backups, NAME).all()}
             assert read == {time: self.lineage.truth[time] for time in times}
             assert not list(paths.metadata.glob("*.damaged*"))
-            for aside in dosvob.Home(self.lineage.backups).aside_names():
-                if (paths.metadata / f"{aside}.state").exists():
+            for aside in dosvob.Home(self.lineage.backups).names() - {NAME}:
+                if (self.lineage.backups / aside).exists() and (paths.metadata / f"{aside}.state").exists():
                     check_all(self.lineage.backups, self.lineage.truth, aside, lambda depths: depths[-1:])
 
     @rule(which=st.integers(0, 20))

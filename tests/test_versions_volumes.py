@@ -9,15 +9,27 @@ import os
 import random
 import shutil
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import Home, write_at
+from conftest import Home, Tmpfs, write_at
 from simulator import Simulator
 from trouble_support import GIB, QUICK, small_volumes
-from versions_support import MIB, NAME, PAGE, Lineage, Tmpfs, check_all, digest, file_name, listed, restored, thin
+from versions_support import (
+    MIB,
+    NAME,
+    PAGE,
+    Lineage,
+    PowerCut,
+    back_up,
+    check_all,
+    digest,
+    file_name,
+    listed,
+    restored,
+    thin,
+)
 
 import dosvob
 
@@ -31,14 +43,6 @@ def lineage(tmp_path: Path) -> Lineage:
     made = Lineage(tmp_path, ALL)
     made.go_on(4)
     return made
-
-
-@pytest.fixture
-def tmpfs(tmp_path: Path) -> Iterator[Tmpfs]:
-    """A small file system."""
-    made = Tmpfs(tmp_path / "tmpfs")
-    yield made
-    made.unmount()
 
 
 def damage_of(lineage: Lineage) -> dict[str, str]:
@@ -148,8 +152,8 @@ def test_what_is_written_to_the_image_here_costs_what_it_overwrites_of_one_versi
     newest = file_name(lineage.now)
     write_at(lineage.paths.image, 2 * MIB + 5 * PAGE, b"written here")
     lineage.pass_time()  # the volume itself has not changed
-    tally = lineage.back_up()
-    assert tally.differing_bytes == MIB
+    update = lineage.back_up()
+    assert update.differing.size == MIB
     assert damage_of(lineage) == {}  # what was overwritten came back from the volume
     assert len(lineage.check()) == 5
 
@@ -182,6 +186,40 @@ def test_an_image_that_was_removed(lineage: Lineage) -> None:
     assert not warnings
     lineage.go_on()
     assert len(lineage.check()) == 2
+
+
+@pytest.mark.parametrize("moves", [1, 2])
+def test_a_crash_while_something_without_a_state_is_set_aside_does_not_part_it(
+    lineage: Lineage, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """What goes on an hour later gets the same name."""
+    before = lineage.check()
+    lineage.paths.state.unlink()
+    lineage.size -= MIB  # so it is another volume's, whatever is known
+    lineage.change()
+    lineage.pass_time()
+    rename = Path.rename
+    moved: list[Path] = []
+
+    def crash(path: Path, target: Path) -> Path:
+        if len(moved) == moves:
+            raise PowerCut
+        moved.append(path)
+        return rename(path, target)
+
+    with monkeypatch.context() as patches, contextlib.suppress(PowerCut):
+        patches.setattr(Path, "rename", crash)
+        lineage.back_up()
+    assert len(moved) == moves
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+    monkeypatch.setattr(dosvob, "utc_now", lambda: later)
+    lineage.back_up()
+    assert lineage.check() == [file_name(lineage.now)]
+    home = dosvob.Home(lineage.backups)
+    (aside,) = home.names() - home.names(with_aside=False)
+    assert [path.name for path in lineage.paths.metadata.glob("*.set-aside-*")] == [f"{aside}.versions"]
+    for depth, time in enumerate(before):
+        assert digest(restored(lineage.backups, depth, aside)) == lineage.truth[time]
 
 
 def test_an_image_of_another_time_is_put_in_its_place(lineage: Lineage) -> None:
@@ -232,6 +270,20 @@ def test_a_snapshot_that_is_said_to_be_older_than_the_last(lineage: Lineage) -> 
         assert not any(ranges.ranges for ranges in chain.verify(lambda size: None))
     for depth, time in enumerate(reversed(listed(lineage.backups)[::-1][: len(before) - 1])):
         assert digest(restored(lineage.backups, depth + 3)) == lineage.truth[time]
+
+
+def test_a_snapshot_that_is_said_to_be_of_a_time_to_come_is_of_the_time_of_its_backup(lineage: Lineage) -> None:
+    """Else all that come after would be named, and thinned, by that time too."""
+    lineage.change()
+    content = digest(lineage.device.read_bytes())
+    back_up(lineage.backups, lineage.device, datetime.datetime(2999, 1, 1, tzinfo=datetime.UTC), ALL)
+    lineage.now = datetime.datetime.now(datetime.UTC)
+    lineage.go_on()
+    tomorrow = file_name(lineage.now + datetime.timedelta(days=1))
+    assert max(listed(lineage.backups)) < tomorrow
+    assert digest(restored(lineage.backups, 1)) == content
+    thin(lineage.backups, dosvob.Keep(last=0, daily=0, weekly=0, monthly=2))
+    assert [time[:4] for time in listed(lineage.backups)] == [str(lineage.now.year), "2015"]
 
 
 def test_a_damaged_version_does_not_keep_others_for_ever(lineage: Lineage) -> None:
@@ -305,7 +357,7 @@ def test_a_disk_that_is_full_while_versions_are_thinned(tmp_path: Path, tmpfs: T
         _report=types.SimpleNamespace(warn=warnings.append, progress=lambda text: None),
     )
     tmpfs.leave_free(PAGE)
-    dosvob.Backup._thin(cast("dosvob.Backup", backup), lineage.paths, state.snapshot)
+    dosvob.Backup._thin(cast("dosvob.Backup", backup), lineage.paths)
     tmpfs.leave_free(60 * MIB)
     assert lineage.check() == before
     assert len(warnings) == 1

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +44,20 @@ def small_volumes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the simulator count in small GiB; the script is told by QUICK."""
     for module in ("cloud", "resources"):
         monkeypatch.setattr(f"simulator.{module}.GIB", GIB)
+
+
+@pytest.fixture(autouse=True)
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that is marked `small` has small volumes."""
+    if request.node.get_closest_marker("small"):
+        small_volumes(monkeypatch)
+
+
+@pytest.fixture
+def behaviour(request: pytest.FixtureRequest) -> Behaviour:
+    """How the simulated account behaves: fast for a test that is marked `small`; with the changes in its param."""
+    usual = FAST if request.node.get_closest_marker("small") else Behaviour()
+    return replace(usual, **getattr(request, "param", {}))
 
 
 def add_volume(sim: Simulator, name: str, offset: int = 3 * MIB, size: int = 5 * MIB // 2) -> Volume:

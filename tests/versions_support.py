@@ -33,7 +33,7 @@ import dosvob
 
 NAME = "data"
 MIB, PAGE = 1 << 20, 4096
-FIRST_DAY = datetime.datetime(2026, 1, 31, 20, 30, tzinfo=datetime.UTC)
+FIRST_DAY = datetime.datetime(2015, 1, 31, 20, 30, tzinfo=datetime.UTC)  # long ago: no time is taken that is to come
 KEEP = dosvob.Keep(last=3, daily=4, weekly=3, monthly=3)
 COMMAND_SIZE = struct.calcsize(dosvob.COMMAND)
 
@@ -99,7 +99,7 @@ def back_up(
     volume_id: str = "volume-1",
     reread: bool = False,
     warn: Callable[[str], None] = lambda text: None,
-) -> dosvob.Tally:
+) -> dosvob.Update:
     """What a run of the script does locally: recovery, sync, finish, thinning. The volume was such at that moment."""
     snapshot = dosvob.Snapshot(volume_id, name, "fra1", device.stat().st_size, text_of(moment))
     paths = dosvob.ImagePaths(backups, name)
@@ -110,10 +110,10 @@ def back_up(
             dosvob.sync_device(stream, update, warn, lambda received: None)
             update.finish(lambda size: None)
         try:
-            dosvob.Versions(paths).thin(moment, keep)
+            dosvob.Versions(paths).thin(keep)
         except dosvob.Damaged as problem:
             warn(f"not thinned: {problem}")
-    return update.tally
+    return update
 
 
 def thin(backups: Path, keep: dosvob.Keep) -> None:
@@ -121,7 +121,7 @@ def thin(backups: Path, keep: dosvob.Keep) -> None:
     paths = dosvob.ImagePaths(backups, NAME)
     state = dosvob.State.load(paths.state)
     assert state is not None
-    dosvob.Versions(paths).thin(state.moment, keep)
+    dosvob.Versions(paths).thin(keep)
 
 
 def recover(backups: Path) -> bool:
@@ -350,7 +350,7 @@ class Lineage:
         self.now += datetime.timedelta(hours=hours)
         self.truth[file_name(self.now)] = digest(self.device.read_bytes())
 
-    def back_up(self, **options: Any) -> dosvob.Tally:
+    def back_up(self, **options: Any) -> dosvob.Update:
         """Back it up as it is."""
         options = {"volume_id": self.volume_id, **options}
         return back_up(self.backups, self.device, self.now, self.keep, **options)
@@ -392,23 +392,3 @@ def mounted(device: Path, target: Path, *options: str) -> Iterator[Path]:
             wait_for(lambda: is_free(loop.path), 300)
     finally:
         loop.close()
-
-
-class Tmpfs:
-    """A file system of a size that can be changed, in bytes; for `free` more than is used now."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=755", "dosvob-test", path], check=True)
-
-    def leave_free(self, free: int) -> None:
-        """Only so much can be written from now on."""
-        room = os.statvfs(self.path)
-        used = (room.f_blocks - room.f_bfree) * room.f_frsize
-        # tmpfs takes a size of 0 for "no limit"
-        subprocess.run(["mount", "-o", f"remount,size={max(used + free, PAGE)}", self.path], check=True)
-
-    def unmount(self) -> None:
-        """Take it away."""
-        subprocess.run(["umount", "--lazy", self.path], check=True)
