@@ -10,7 +10,7 @@ snapshot → clone → droplet → agent: digests of every MiB → patches of wh
 The words:
 
 - Volume: what is backed up. Snapshot: its content at a moment. Clone: a throwaway volume made from the snapshot.
-- Image: the local file `backups/NAME`, byte for byte the last snapshot.
+- Image: the local file `backups/NAME`, with several regions `backups/REGION/NAME`, byte for byte the last snapshot.
 - Chunk: 1 MiB of either, the unit of digests and of the conversation. Page: 4 KiB, the unit of change.
 - Patch: new contents for some pages of one chunk, with the digest that the chunk has afterwards.
 - Journal: the patches that a sync will apply to the image. Version: an older snapshot, kept as the patches that lead
@@ -21,8 +21,9 @@ A run, from `main` on, and where to read of it:
 
  1. `Config.load` checks conf.json, `Home.locked` keeps other runs of this home out.
  2. `sweep` removes this home's leftovers; `finish_journals` completes what a crash left.
- 3. `Backup.run` takes the volumes in turn. In the background `Hosts` makes a key and a droplet, and `_prepare` a
-    snapshot and a clone of the next volume (`Ephemeral.make_clone`), and attaches it.
+ 3. `move_images` follows a change of "region"; then for each region `Backup.run` takes the volumes in turn. In the
+    background `Hosts` makes a key and a droplet, and `_prepare` a snapshot and a clone of the next volume
+    (`Ephemeral.make_clone`), and attaches it.
  4. `Update` opens the volume's image; `sync_device` starts an `Agent` on the droplet, and talks with it by a `Sync`:
     chunks whose digest is the image's are kept, of the others the pages that differ are fetched, as patches.
  5. `Update.finish` writes the version, commits the journal, and `Journal.apply` makes the image the new snapshot.
@@ -974,7 +975,7 @@ class Ephemeral:
     """All that one run creates. As a context manager it removes it at the end, whatever happens, by `Removal`.
 
     Since a home has one run at a time, the end also removes what an earlier run of this home left, and lists showed
-    too late for the sweep at the beginning.
+    too late for the sweep at the beginning. What could not be removed before is not waited for once more.
     """
 
     ACTION_LIMIT = 600  # seconds that an action, such as an attach, may take
@@ -1005,8 +1006,7 @@ class Ephemeral:
         self._report.say(f"removing {told}: all that is named {self.prefix}…")
         api, note = self._api.with_stop(Stop(), Api.TEARDOWN_PATIENCE), self._report.doing  # no signal ends this
         try:
-            removal = Removal(api, lambda item: item.home in ("", self._home), self._last_post + LIST_LAG, note)
-            left = removal.run(existing, self._asked)
+            left = Removal(api, self._is_ours, self._last_post + LIST_LAG, note).run(existing, self._asked)
         except Exception as problem:  # noqa: BLE001 - even after a bug in here: tell what there may be
             self._report.detail(traceback.format_exc())
             unknown = [Resource(kind, UNKNOWN, name) for name, kind in self._asked.items()]
@@ -1015,6 +1015,9 @@ class Ephemeral:
             if resource not in left:
                 self._removed[resource] = time.monotonic()
         self._report.left_behind(left)
+
+    def _is_ours(self, resource: Resource) -> bool:
+        return resource.home in ("", self._home) and resource not in self._report.left
 
     def cost(self) -> float:
         """Dollars for all that was created, by the seconds that it existed until now."""
@@ -1675,6 +1678,8 @@ exec({source + start!r})
 #   backups/.dosvob/NAME.journal         the patches that the sync that goes on will apply to the image
 #   backups/.dosvob/NAME.versions/TIME   a version: the patches that lead back to the snapshot of that time (UTC)
 #   backups/.dosvob/NAME.version.new     the version that the sync that goes on will leave
+#
+# With several regions all of these are in backups/REGION.
 #
 # A sync of an existing image goes through these steps, and a crash in any of them leaves what is said beside it:
 #   1. patches go to the journal, digests to state.new              the old image; of the journal is used what fits
@@ -3749,7 +3754,7 @@ class Reporter:
         self.secret = ""
         self.current = ""  # what is going on, for whoever asks with a second signal
         self.has_failed = False  # whether there was an error
-        self.has_left = False  # whether something could not be removed from the account
+        self.left: set[Resource] = set()  # what could not be removed from the account
         self.summary: list[str] = []  # what somebody who was not there must know: warnings, errors, results
         self._lock = threading.Lock()
         self._live = ""
@@ -3796,7 +3801,7 @@ class Reporter:
 
     def left_behind(self, left: Mapping[Resource, str]) -> None:
         """Say loudly what could not be removed."""
-        self.has_left |= bool(left)
+        self.left |= set(left)
         for resource, reason in left.items():
             what = "there may be something " if resource.id == UNKNOWN else ""
             billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
@@ -4050,6 +4055,13 @@ class Home:
             chosen += found
         return list(dict.fromkeys(chosen)) or sorted(self.names(with_aside=with_aside))
 
+    def meant(self, name: str) -> str:
+        """The name of the image that somebody means who says this; raises UsageError if there is none, or several."""
+        found = self.chosen([name])
+        if len(found) > 1 and name not in found:
+            raise UsageError(f"{name} may be {' or '.join(found)}: say which")
+        return name if name in found else found[0]
+
     def move(self, old: ImagePaths, new: ImagePaths) -> None:
         """Rename all that belongs to an image, for it to lie in another directory; raises DosvobError, OSError.
 
@@ -4066,12 +4078,12 @@ class Home:
         for path in paths:
             if path == old.state:
                 self._sync(old, new)
-            target = new.directory / path.relative_to(old.directory)
             if path.is_symlink():  # it may lead from where it is
-                target.symlink_to(os.path.realpath(path))
-                path.unlink()
-            else:
-                path.rename(target)
+                link = path.with_name(f"{path.name}.link")
+                link.unlink(missing_ok=True)
+                link.symlink_to(os.path.realpath(path))
+                link.rename(path)
+            path.rename(new.directory / path.relative_to(old.directory))
         self._sync(old, new)
 
     @staticmethod
@@ -4619,6 +4631,7 @@ def back_up_all(job: Job, arguments: argparse.Namespace) -> None:
     finally:
         damaged = finish_journals(home, report, job.stop)
     volumes = select_volumes(job, arguments.names)
+    plans = plan_droplets(job, volumes)
     if not arguments.names:
         try:
             home.record_wanted(job.name(volume) for volume in volumes)
@@ -4631,7 +4644,7 @@ def back_up_all(job: Job, arguments: argparse.Namespace) -> None:
     cost = 0.0
     try:
         for _, volumes_there in itertools.groupby(fit, lambda volume: volume.region):
-            cost += back_up_region(job, list(volumes_there), results, reread=arguments.reread)
+            cost += back_up_region(job, plans, list(volumes_there), results, reread=arguments.reread)
     except Interrupted:
         tell_interrupted(report, results.values())
         raise
@@ -4639,7 +4652,7 @@ def back_up_all(job: Job, arguments: argparse.Namespace) -> None:
         rows = [("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", ""), *(result.row() for result in results.values())]
         report.say(table(rows, (0, 5)), is_result=True)
         report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included", is_result=True)
-    if not report.has_left:
+    if not report.left:
         report.say("nothing of this home's is left in the account")
 
 
@@ -4651,22 +4664,36 @@ def is_fit(job: Job, volume: Volume) -> bool:
     return False
 
 
-def back_up_region(job: Job, volumes: Sequence[Volume], results: dict[str, Result], *, reread: bool) -> float:
+def plan_droplets(job: Job, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
+    """What droplets to create, by region; one of several regions that cannot have one fails for itself."""
+    plans = {}
+    for region in dict.fromkeys(volume.region for volume in volumes):
+        try:
+            plans[region] = DropletPlan.make(job.api, job.config, region)
+        except DosvobError as problem:
+            if not job.config.by_region:
+                raise
+            job.report.error(f"{region}: {problem}")
+    return plans
+
+
+def back_up_region(
+    job: Job, plans: Mapping[str, DropletPlan], volumes: Sequence[Volume], results: dict[str, Result], *, reread: bool
+) -> float:
     """Back up volumes of one region; returns what it cost. If it fails, that is no matter of other regions."""
     region = volumes[0].region
     try:
-        plan = DropletPlan.make(job.api, job.config, region)
         if job.config.by_region:
             job.home.make_directory(region)
+        if region in plans:
+            return Backup(job, plans[region], volumes, results, reread=reread).run()
     except (DosvobError, OSError) as problem:
-        if not job.config.by_region:
-            raise
         job.report.error(f"{region}: {explained(problem, job.home.path)}")
-        for volume in volumes:
-            name = job.name(volume)
+    for volume in volumes:
+        name = job.name(volume)
+        if results[name].outcome != "ok":
             results[name] = dataclasses.replace(results[name], outcome="FAILED")
-        return 0.0
-    return Backup(job, plan, volumes, results, reread=reread).run()
+    return 0.0
 
 
 def tell_interrupted(report: Reporter, results: Iterable[Result]) -> None:
@@ -4707,34 +4734,38 @@ def misplaced(job: Job, volumes: Iterable[Volume]) -> Iterator[tuple[ImagePaths,
 def move_images(job: Job, volumes: Sequence[Volume], damaged: Container[str]) -> set[str]:
     """Move images to where "region" in conf.json has them now; returns the names of what is not to be backed up.
 
-    Those are what could not be moved: it would be fetched anew. That is so for what must be finished first (`damaged`).
+    Those are what could not be moved, for it would be fetched anew; also if a journal must be finished (`damaged`).
     """
-    report, failed = job.report, set()
+    failed: set[str] = set()
     for old, name in misplaced(job, volumes):
-        if name:
-            try:
-                if old.name not in damaged:
-                    job.home.move(old, ImagePaths(job.home.path, name))
-                    report.say(f'{old.name}: its image is {job.home.path / name} now, for "region" in conf.json')
-                    continue
-            except (DosvobError, OSError) as problem:
-                report.error(f"{old.name}: {explained(problem, old.directory)}")
-            failed.add(name)
-            continue
-        regions = [volume.region for volume in volumes if volume.name == old.name]
-        files = " ".join(str(path) for path in (old.image, old.partial) if path.exists())
-        metadata = " ".join(str(path) for path in (old.state, old.versions) if path.exists())
-        directory = job.home.path / regions[0]
-        commands = f"mkdir -p {directory}/.dosvob"
-        commands += f" && mv {files} {directory}/" * bool(files)
-        commands += f" && mv {metadata} {directory}/.dosvob/" * bool(metadata)
-        others = f" (or {', '.join(regions[1:])})" * (len(regions) > 1)
-        report.error(
-            f"{old.name}: nothing tells of which region {files or metadata} is, so that is not backed up. If it is of "
-            f"{regions[0]}{others}: {commands}; otherwise move it elsewhere"
-        )
-        failed |= {f"{region}/{old.name}" for region in regions}
+        names = [name] if name else [job.name(volume) for volume in volumes if volume.name == old.name]
+        try:
+            if old.name in damaged:  # which was told
+                failed.update(names)
+                continue
+            if not name:
+                raise DosvobError(how_to_move(old, [ImagePaths(job.home.path, name) for name in names]))
+            job.home.move(old, ImagePaths(job.home.path, name))
+            job.report.say(f'{old.name}: its image is {job.home.path / name} now, for "region" in conf.json')
+        except (DosvobError, OSError) as problem:
+            job.report.error(f"{old.name}: {explained(problem, old.directory)}")
+            failed.update(names)
     return failed
+
+
+def how_to_move(old: ImagePaths, places: Sequence[ImagePaths]) -> str:
+    """What to do about an image that may belong in any of these places."""
+    files = " ".join(str(path) for path in (old.image, old.partial) if path.exists())
+    metadata = " ".join(str(path) for path in (old.state, old.versions) if path.exists())
+    new = places[0]
+    commands = [f"mkdir -p {new.metadata}"]
+    commands += [f"mv {files} {new.directory}/"] if files else []
+    commands += [f"mv {metadata} {new.metadata}/"] if metadata else []
+    regions = " or ".join(place.directory.name for place in places)
+    return (
+        f"nothing tells of which region {files or metadata} is, {regions} perhaps, so that is not backed up. If it is "
+        f"of {new.directory.name}: {' && '.join(commands)}; otherwise move it elsewhere"
+    )
 
 
 def dry_run(job: Job, names: Sequence[str]) -> None:
@@ -4768,7 +4799,7 @@ def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> N
     with job.home.locked():
         sweep(job, time.monotonic() + LIST_LAG, everything=arguments.all)  # what was created a moment ago shows late
         finish_journals(job.home, report, stop)
-    if not report.has_left:
+    if not report.left:
         report.say("nothing of dosvob's is left in the account" + " for this home" * (not arguments.all))
 
 
@@ -4930,10 +4961,7 @@ def restore_one(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> 
     name, target = arguments.names[0], Path(arguments.names[1])
     home = Home(arguments.backups)
     with home.unchanged():
-        found = home.chosen([name])
-        if len(found) > 1 and name not in found:
-            raise UsageError(f"{name} may be {' or '.join(found)}: say which")
-        name = name if name in found else found[0]
+        name = home.meant(name)
         paths = ImagePaths(home.path, name)
         paths.check_link()
         try:
@@ -5105,7 +5133,7 @@ def main(arguments: list[str] | None = None) -> int:
     code = run_command(parsed, report, stop)
     if signals.number:
         code = 128 + signals.number
-    if report.has_left:
+    if report.left:
         code = EXIT_FAILED
     if not report.close():
         os._exit(code)  # Python would wait for what cannot be written

@@ -239,6 +239,27 @@ def test_answer_is_lost_and_a_list_shows_the_droplet_at_the_end(home: Home, sim:
     assert_nothing_left(sim)
 
 
+@behaving(list_lag_seconds=1000)
+def test_a_refusal_does_not_answer_for_what_was_lost_before(home: Home, sim: Simulator) -> None:
+    """The first size's droplet may exist, although it is refused when it is asked for again, and in the next size."""
+    add_volume(sim, "data")
+    sim.faults.add(
+        Fault("lost", method="POST", path="^/v2/droplets$"),
+        Fault("error", method="POST", path="^/v2/droplets$", nth=2, status=422, times=FOREVER),
+        Fault("delay", method="DELETE", path="^/v2/account/keys/", seconds=2),  # lists come after it
+    )
+    running = start(home, constants={"LIST_LAG": 0.3})
+    running.wait_for("removing ")
+    sim.token_lacks("droplet:read")
+    assert running.end() == 1
+    (left,) = sim.alive()
+    assert re.search(rf"there may be something LEFT BEHIND, .*{left.name} ", running.output)
+    sim.token_lacks()
+    left.listed = 0
+    run(home, "sweep")
+    assert_nothing_left(sim)
+
+
 def test_signal_before_anything_went_out(home: Home, sim: Simulator) -> None:
     """What was asked for and refused, or not asked for at all, cannot be left behind."""
     add_volume(sim, "data")

@@ -300,6 +300,7 @@ def test_health_misses_what_was_never_backed_up(home: Home, sim: Simulator) -> N
     (home.backups / "bad").mkdir(parents=True)
     home.run(expect=1)
     home.run("good")
+    (home.backups / "bad").rmdir()
     done = offline(home, "health", expect=1)
     assert "bad: there is no complete backup of it yet" in done.stderr
     assert "good: its last complete backup is" in done.stdout
