@@ -4878,12 +4878,10 @@ class Sending(Conversation):
 class Comparison:
     """What a volume of `chunks` chunks must have, by the digests in a file; behind these, zeros."""
 
-    MOST_DIFFERING = 1024  # chunks; when more of what was written is not there, writing them once more is of no use
-
     def __init__(self, chunks: int, digests: BinaryIO) -> None:
         self.chunks = chunks
         self.settled = 0
-        self.differing: set[int] = set()
+        self.differing: set[int] = set()  # of those before `settled`, what the volume does not have
         self._digests = digests
 
     def digests(self) -> Iterator[bytes]:
@@ -4891,16 +4889,6 @@ class Comparison:
         self._digests.seek(self.settled * DIGEST_SIZE)
         for _ in range(self.settled, self.chunks):
             yield self._digests.read(DIGEST_SIZE) or ZERO_DIGEST
-
-    def compared(self, index: int, *, is_same: bool) -> None:
-        """A chunk is what it must be, or not; they come in order."""
-        if not is_same:
-            self.differing.add(index)
-        if len(self.differing) > self.MOST_DIFFERING:
-            raise BadAgent(
-                f"the volume does not have what was written to it, in the first {index} MiB {len(self.differing)} times"
-            )
-        self.settled = index + 1
 
 
 class ReadBack(Conversation):
@@ -4912,7 +4900,9 @@ class ReadBack(Conversation):
         self._expected = comparison.digests()
 
     def _on_digest(self, index: int, digest: bytes) -> None:
-        self._comparison.compared(index, is_same=digest == next(self._expected))
+        if digest != next(self._expected):
+            self._comparison.differing.add(index)
+        self._comparison.settled = index + 1
         self._drop(index)
 
 
