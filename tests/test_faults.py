@@ -445,7 +445,7 @@ def test_droplet_dies_during_the_sync(home: Home, sim: Simulator, tmp_path: Path
         return
     sim.faults.add(Fault("ssh-refused"))
     assert running.end() == 1
-    assert re.search(r"error: no volume .* a second one too: no connection to the droplet", running.output)
+    assert re.search(r"error: nothing can be done .* a second one too: no connection to the droplet", running.output)
     assert_nothing_left(sim)
     assert home.image("data.partial").exists()
     sim.faults.clear()
