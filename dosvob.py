@@ -720,7 +720,7 @@ UNKNOWN = "unknown"  # the id of what may be there, and cannot be listed
 
 
 class NoDroplet(DosvobError):
-    """The droplet could not be had, so no volume can be backed up."""
+    """The droplet could not be had, so nothing can be done."""
 
 
 class DropletLost(DosvobError):
