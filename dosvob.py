@@ -1315,8 +1315,8 @@ class Ephemeral:
 #   DROP     forget `count` chunks from the index on                 COMPARE   send the chunk's SHORT
 #   SEND     send the pages in the bitmap, forget the chunk
 # The agent ends when no more commands can come.
-# On the way back, to a new volume, a Receiver is what runs on the droplet: RAW, ZLIB and ZSTD frames go to it instead of
-# commands, in the order of the chunks.
+# On the way back, to a new volume, a Receiver is what runs on the droplet: frames that are RAW, ZLIB or ZSTD go to it
+# instead of commands, in the order of the chunks.
 #
 # Why nothing can stand still: a thread of the agent's own takes the commands, which are few and small, as they come, so
 # whoever sends one never waits for the agent; so the reader here always goes on reading, and the agent's writing always

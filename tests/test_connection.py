@@ -138,7 +138,8 @@ def test_droplet_that_hears_nothing_on_any_connection_is_given_up(home: Home, si
     if droplets == 1:
         assert_backed_up(home, volume)
     else:
-        assert re.search("error: nothing can be done .*, a second one too: the connection to the droplet broke", done.stderr)
+        told = "error: nothing can be done .*, a second one too: the connection to the droplet broke"
+        assert re.search(told, done.stderr)
     assert_nothing_left(sim)
 
 
