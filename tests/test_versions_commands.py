@@ -175,24 +175,24 @@ def test_restore_without_a_time_is_the_latest(user: User) -> None:
 
 def test_every_way_to_say_a_time(user: User) -> None:
     times = sorted(user.truth)
-    assert times[1] == "20260202T203000Z"
+    assert times[1] == "20150202T203000Z"
     for text in (
-        "2026-02-03 02:00:00 +0530",  # as `list` prints it
-        "2026-02-03 02:00:00+05:30",
-        "2026-02-02 20:30:00 +0000",
-        "2026-02-02T20:30:00Z",
-        "20260202T203000Z",  # as the file is named
-        "2026-02-02 21:30 +01:00",
-        "2026-02-03 02:00",  # local
-        "2026-02-03T02:00:01",
-        "2026-02-03",  # to the end of that day here, when the next one was not yet
-        "20260203",
-        "2026-02-04 01:59:59",
+        "2015-02-03 02:00:00 +0530",  # as `list` prints it
+        "2015-02-03 02:00:00+05:30",
+        "2015-02-02 20:30:00 +0000",
+        "2015-02-02T20:30:00Z",
+        "20150202T203000Z",  # as the file is named
+        "2015-02-02 21:30 +01:00",
+        "2015-02-03 02:00",  # local
+        "2015-02-03T02:00:01",
+        "2015-02-03",  # to the end of that day here, when the next one was not yet
+        "20150203",
+        "2015-02-04 01:59:59",
     ):
         assert user.restore("--at", text) == times[1], text
-    assert user.restore("--at", "2026-02-03 01:59:59") == times[0]
-    assert user.restore("--at", "2026-02-02", zone="UTC") == times[1]
-    assert user.restore("--at", "2026-02-02", zone="Asia/Kolkata") == times[0]
+    assert user.restore("--at", "2015-02-03 01:59:59") == times[0]
+    assert user.restore("--at", "2015-02-02", zone="UTC") == times[1]
+    assert user.restore("--at", "2015-02-02", zone="Asia/Kolkata") == times[0]
     assert user.restore("--at", "2030-01-01") == times[3]
 
 
@@ -223,8 +223,8 @@ def test_yesterday_and_days_ago(tmp_path: Path) -> None:
 
 
 def test_a_time_before_the_oldest_and_what_is_no_time(user: User) -> None:
-    said = user.run("restore", NAME, "file", "--at", "2026-02-01", expect=2)
-    assert "the oldest is of 2026-02-02 02:00:00 +0530" in said
+    said = user.run("restore", NAME, "file", "--at", "2015-02-01", expect=2)
+    assert "the oldest is of 2015-02-02 02:00:00 +0530" in said
     for text in ("soon", "", "2026-13-01", "99999999 days ago", "0001-01-01", "9999-12-31", "tomorrow"):
         if text in ("0001-01-01", "9999-12-31", ""):
             continue
@@ -373,7 +373,7 @@ def test_damage_of_the_image_is_that_of_what_still_has_it(user: User) -> None:
 
 def test_verify_and_health_know_versions(user: User) -> None:
     assert "sound, 6.0 MiB, and 3 older versions" in user.run("verify")
-    assert "back to 2026-02-02 02:00:00 +0530" in user.run("health", "--max-age", "1e6")
+    assert "back to 2015-02-02 02:00:00 +0530" in user.run("health", "--max-age", "1e6")
 
 
 # -- where it is restored from
