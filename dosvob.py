@@ -2459,11 +2459,9 @@ class Journal:
 
         Returns False if that cannot be: then the image is in doubt.
         """
-        with (
-            contextlib.suppress(Damaged, FileNotFoundError),
-            PatchFile(paths.new_version, "version", from_disk=True) as version,
-            contextlib.closing(SparseFile(paths.image, os.O_RDWR)) as image,
-        ):
+        with contextlib.suppress(Damaged, FileNotFoundError), contextlib.ExitStack() as files:
+            version = files.enter_context(PatchFile(paths.new_version, "version", from_disk=True))
+            image = files.enter_context(contextlib.closing(SparseFile(paths.image, os.O_RDWR)))
             is_same_file = not file.head or identity_of(image.fd)["inode"] == file.head["base"]["inode"]
             is_its_own = version.end is not None and version.head.get("journal") == (file.end or file.head).get("id")
             if is_same_file and is_its_own:
@@ -3020,10 +3018,8 @@ class LocalImage:
     def digests(self, start: int) -> Iterator[bytes]:
         """The digests of the chunks in order, from `start` on; b"" for what cannot be read. Reads ahead."""
         self.suspects.clear()
-        with (
-            self._state.open("rb", buffering=128 << 10) if self._state else io.BytesIO() as table,
-            concurrent.futures.ThreadPoolExecutor(1) as pool,
-        ):
+        opened = self._state.open("rb", buffering=128 << 10) if self._state else io.BytesIO()
+        with opened as table, concurrent.futures.ThreadPoolExecutor(1) as pool:
             table.seek(BLOCK + start * DIGEST_SIZE)
             holes = self._image.chunk_holes(start, self._chunks)
             ahead: collections.deque[concurrent.futures.Future[bytes] | bytes] = collections.deque()
