@@ -13,7 +13,6 @@ import pty
 import random
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 
 import pytest
 from conftest import MIB, SCRIPT, Home, write_at
+from pythons import python_3
 from simulator import FOREVER, Droplet, Fault, Resource, Simulator, Snapshot, Volume
 from trouble_support import (
     QUICK,
@@ -112,18 +112,6 @@ def run_bare(home: Home, command: Sequence[str]) -> subprocess.CompletedProcess[
     assert {path.name for path in home.directory.iterdir()} == {"conf.json"}
     assert not home.simulator.requests
     return done
-
-
-def python_3(minor: int) -> str | None:
-    """A Python of this version, on the PATH or among those of pyenv."""
-    name = f"python3.{minor}"
-    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
-    for candidate in [shutil.which(name), *map(str, sorted(pyenv.glob(f"versions/*/bin/{name}")))]:
-        if candidate:  # which may be one of pyenv's that says only that it is switched off
-            told = [candidate, "-c", "import sys; print(sys.version_info[1])"]
-            if subprocess.run(told, capture_output=True, text=True, check=False).stdout.strip() == str(minor):
-                return candidate
-    return None
 
 
 def assert_python_refused(done: subprocess.CompletedProcess[str], version: str) -> None:

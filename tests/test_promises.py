@@ -11,7 +11,6 @@ import fcntl
 import os
 import random
 import re
-import shutil
 import signal
 import struct
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 import paramiko
 import pytest
 from conftest import MIB, Home, Tmpfs, same, write_at
+from pythons import python_3
 from simulator import FOREVER, Droplet, Fault, Resource, Simulator, Snapshot, Volume
 from simulator.machine import Machine
 from simulator.storage import LoopDevice
@@ -697,8 +697,7 @@ def test_a_droplet_gives_up_a_connection_that_is_dead_within_minutes(home: Home,
 def old_python(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fault]:
     """A droplet that has a Python of this version; skips the test if there is none here."""
     version: str = request.param
-    found = [*Path("/root/.pyenv/versions").glob(f"{version}.*/bin/python{version}"), shutil.which(f"python{version}")]
-    python = next((str(path) for path in found if path and is_running(str(path))), None)
+    python = python_3(int(version.removeprefix("3.")))
     if python is None:
         pytest.skip(f"there is no Python {version} here")
     there = tmp_path / "python"
@@ -708,11 +707,6 @@ def old_python(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fault
     command = f"env LD_LIBRARY_PATH={there}/lib {there}/bin/python{version}"
     yield Fault("python", text=command, times=FOREVER)
     subprocess.run(["umount", "--lazy", there], check=True)
-
-
-def is_running(python: str) -> bool:
-    """Whether there is something behind this name."""
-    return subprocess.run([python, "-c", ""], check=False, capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("old_python", ["3.8", "3.9"], indirect=True)
