@@ -1744,7 +1744,14 @@ class Receiver(Agent):
         return self.take_frames, self.make_durable
 
     def take_frames(self) -> None:
-        """Write what comes until nothing more can; the process ends with that."""
+        """Write what comes until nothing more does; the process ends with that."""
+        self.guarded(self.write_what_comes)
+        while self.commands.read(CHUNK):  # after a failure: who is sending hears of it when that is off their hands
+            pass
+        os._exit(0)
+
+    def write_what_comes(self) -> None:
+        """Write what comes; returns when nothing more does."""
         self.open_device()
         size = struct.calcsize(FRAME)
         while len(header := self.commands.read(size)) == size:
@@ -1758,7 +1765,6 @@ class Receiver(Agent):
             with self.room:
                 self.end = index + 1
                 self.room.notify()
-        os._exit(0)
 
     def write_pages(self, index: int, pages: int, data: bytes) -> None:
         """Write the pages of a chunk that are in the bitmap; the data has them in order."""
@@ -3060,7 +3066,21 @@ class LocalImage:
         return b"" if chunk is None else page_digests(chunk)
 
 
-class Update:
+class Work:
+    """What is to be got done for all `chunks` of a device, in as many conversations as it takes.
+
+    `settled` is how many of them are done with, from the first on.
+    """
+
+    chunks: int
+    settled = 0
+
+    def count_done(self) -> int:
+        """How many chunks are done with, in whatever order: while this grows, a connection is worth another one."""
+        return self.settled
+
+
+class Update(Work):
     """What one sync makes of one image: patches that may come in any order within a window, and the end of it.
 
     Of a first sync everything goes straight into NAME.partial, of a later one into the journal. `changed` counts bytes;
@@ -3074,7 +3094,6 @@ class Update:
         self, paths: ImagePaths, snapshot: Snapshot, keep: Keep, warn: Callable[[str], None], *, reread: bool = False
     ) -> None:
         self.chunks = snapshot.size // CHUNK
-        self.settled = 0  # chunks from the first on that are done
         self.done: dict[int, bytes] = {}  # digests of chunks that are done, beyond `settled`
         self.changed = 0
         self.differing = Ranges()
@@ -3139,6 +3158,10 @@ class Update:
     def has_nothing_at(self, index: int, digest: bytes) -> bool:
         """Whether the image, by the chunk's local digest, has zeros there, or nothing that can be read."""
         return digest == b"" or (digest == ZERO_DIGEST and not (self.journal and self.journal.places[index]))
+
+    def count_done(self) -> int:
+        """How many chunks are done with, in whatever order."""
+        return self.settled + len(self.done)
 
     def keep(self, index: int, digest: bytes) -> None:
         """The chunk is as it should be, as its journal stands."""
@@ -3240,7 +3263,7 @@ class Update:
 # The local end of the conversation with the agent: compares, asks, checks, stores. Knows neither SSH nor the API, and
 # trusts nothing that comes in: what does not fit the conversation ends it.
 
-PROGRESS_LIMIT = 600  # seconds in which at least one chunk must be settled
+PROGRESS_LIMIT = 600  # seconds in which at least one chunk must be done with
 MOST_PAYLOAD = {  # bytes, by kind of frame
     HELLO: len(AGENT_MAGIC) + 8 + 1,
     DIGEST: DIGEST_SIZE,
@@ -3315,16 +3338,6 @@ class FrameParser:
         self._header, self._missing = (kind, index), length
 
 
-class Work(Protocol):
-    """What is to be got done for all chunks of a device, in as many conversations as it takes.
-
-    `chunks` is how many there are, `settled` how many of them are done with, from the first on.
-    """
-
-    chunks: int
-    settled: int
-
-
 class Conversation:
     """One conversation with an agent, from the first chunk that is not settled to the last."""
 
@@ -3341,14 +3354,14 @@ class Conversation:
     def run(self) -> None:
         """Go on until all chunks are settled."""
         keep_freed_memory()
-        settled, deadline = -1, 0.0
+        done, deadline = -1, 0.0
         while self._work.settled < self._work.chunks:
             for frame in self._parser.feed(self._stream.receive()):
                 self._handle(*frame)
             self._flush()
             self._progress()
-            if self._work.settled != settled:
-                settled, deadline = self._work.settled, time.monotonic() + PROGRESS_LIMIT
+            if self._work.count_done() != done:
+                done, deadline = self._work.count_done(), time.monotonic() + PROGRESS_LIMIT
             elif time.monotonic() > deadline:
                 raise ConnectionLost(f"the droplet says that it lives, but sent nothing for {PROGRESS_LIMIT} s")
 
@@ -3559,7 +3572,7 @@ SEND_SIZE = 32 << 10  # bytes given to paramiko at once: the most that OpenSSH t
 RECEIVE_SIZE = 4 << 20  # bytes taken at once: paramiko moves all the rest of what has come, each time
 PACKET_SIZE = 256 << 10  # bytes; fewer packets, each of which costs paramiko some Python
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr")  # GCM is three times as fast
-ATTEMPTS = 5  # connections in a row that break without one more chunk settled
+ATTEMPTS = 5  # connections in a row that break without one more chunk done with
 
 FIRST_PACKETS = 100  # that the droplet sends before it hears of the first one's arrival; Linux sends 10
 DISARM = (
@@ -3884,13 +3897,13 @@ def converse(
     """
     received = failures = 0
     while True:
-        settled, stream = work.settled, None
+        done, stream = work.count_done(), None
         try:
-            stream = start_agent(settled)
+            stream = start_agent(work.settled)
             conversation(stream, work, lambda: progress(received + stream.received)).run()  # noqa: B023 - used in here
             return received + stream.received
         except (ConnectionLost, HostKeyMismatch) as problem:
-            failures = failures + 1 if work.settled == settled else 1
+            failures = failures + 1 if work.count_done() == done else 1
             if is_gone():  # its address may be somebody else's by now
                 raise DropletLost(f"{problem}; the droplet is gone") from problem
             if failures >= ATTEMPTS or isinstance(problem, HostKeyMismatch):
@@ -4764,7 +4777,7 @@ class Source:
             yield cls(name, size, snapshot.region if snapshot else None, chain.state is not None, chunks)
 
 
-class Upload:
+class Upload(Work):
     """What is sent to a volume of `chunks` chunks, over as many connections as it takes.
 
     What is not durable there yet is kept, to be sent again. Zeros are not sent, which a new volume is full of, unless
@@ -4784,7 +4797,6 @@ class Upload:
         with_zeros: bool = False,
     ) -> None:
         self.chunks = chunks
-        self.settled = 0  # chunks from the first on that are durable
         self._source = source
         self._note = note
         self.with_zeros = with_zeros
@@ -4871,12 +4883,11 @@ class Sending(Conversation):
         self._upload.made_durable(index)
 
 
-class Comparison:
+class Comparison(Work):
     """What a volume of `chunks` chunks must have, by the digests in a file; behind these, zeros."""
 
     def __init__(self, chunks: int, digests: BinaryIO) -> None:
         self.chunks = chunks
-        self.settled = 0
         self.differing: set[int] = set()  # of those before `settled`, what the volume does not have
         self._digests = digests
 

@@ -517,6 +517,14 @@ LIES = {
         "not one of 1 GiB",
     ),
     "fails": ("def fail(self, *_):\n    raise OSError(5, 'broken')\nReceiver.write_pages = fail", "broken"),
+    "fails-late": (
+        (
+            "import time\n"
+            "def fail(self, *_):\n    time.sleep(2)  # all that fits under way is\n    raise OSError(5, 'broken')\n"
+            "Receiver.write_pages = fail"
+        ),
+        "broken",
+    ),
     "not-durable": ("def fail(_):\n    raise OSError(5, 'broken')\nos.fdatasync = fail", "broken"),
 }
 
