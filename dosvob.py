@@ -1335,6 +1335,7 @@ HELD = 64  # chunks that the agent keeps of these, others are read again; a drop
 MOST_AHEAD = 1 << 16  # chunks, of zeros too, that the scan may be beyond the first one that is not done with
 READ_AHEAD = 8  # chunks; a volume is latency-bound, one read at a time does not reach its speed
 READERS = 4
+FEW_READS = 4  # pieces of a chunk that are read one by one; of more, reading all of it takes no longer
 BATCH = 16  # digests to a write: fewer packets
 BATCH_SECONDS = 0.05  # after which a smaller batch will do
 QUEUED_FRAMES = 8
@@ -1373,6 +1374,23 @@ def page_digests(chunk: bytes) -> bytes:
 def chunk_digest(pages: bytes | bytearray) -> bytes:
     """The digest of a chunk, given those of its pages."""
     return hashlib.sha256(pages).digest()
+
+
+def runs(bitmap: int) -> Iterator[tuple[int, int]]:
+    """The runs of pages in a bitmap (page p is the bit 1 << p), in order: the first page, and how many."""
+    end = 0
+    while bitmap:
+        skipped = (bitmap & -bitmap).bit_length() - 1
+        count = (~(bitmap >> skipped) & ((bitmap >> skipped) + 1)).bit_length() - 1
+        bitmap >>= skipped + count
+        end += skipped + count
+        yield end - count, count
+
+
+def pages_in(bitmap: int) -> Iterator[int]:
+    """The pages in a bitmap, in order."""
+    for first, count in runs(bitmap):
+        yield from range(first, first + count)
 
 
 def keep_freed_memory() -> None:
@@ -1460,7 +1478,7 @@ class Packer:
     That is decided for each piece, by what compressing and sending of late took. Any thread may use it.
     """
 
-    SHARE = 0.25  # of the time that the link takes for the data; the cores have reading, hashing and SSH to do as well
+    SHARE = 0.6  # of the time that the link takes for the data; the cores have reading, hashing and SSH to do as well
     SAMPLES, SAMPLE = 4, 2 << 10  # pieces, and bytes of each, that are compressed to see whether it makes a difference
     FADING = 0.9  # of the sums below, with each piece; sums, and not a mean of rates, which a buffer that fills spoils
 
@@ -1628,12 +1646,12 @@ class Agent:
         indices = range(self.first, chunks)
         return zip(indices, done_ahead(self.read, indices, READERS, READ_AHEAD))  # noqa: B905 - Python 3.8 has no strict
 
-    def read(self, index: int) -> bytes:
-        """One chunk of the device."""
-        chunk = os.pread(self.fd, CHUNK, index * CHUNK)
-        if len(chunk) != CHUNK:
-            raise OSError(f"{self.device} ended at chunk {index}, after {len(chunk)} bytes of it")
-        return chunk
+    def read(self, index: int, first: int = 0, count: int = PAGES) -> bytes:
+        """One chunk of the device, or so many of its pages."""
+        data = os.pread(self.fd, count * PAGE, index * CHUNK + first * PAGE)
+        if len(data) != count * PAGE:
+            raise OSError(f"{self.device} ended in chunk {index}, {first * PAGE + len(data)} bytes from its beginning")
+        return data
 
     def open_device(self) -> int:
         """Wait for the device, protect it from writes that are not ours, and say hello; returns its size in bytes."""
@@ -1713,17 +1731,24 @@ class Agent:
 
     def send_pages(self, index: int, wanted: int) -> None:
         """Send the wanted pages, save those that are zeros."""
-        chunk = self.held.get(index) or self.read(index)
-        digests = self.announced.get(index) or page_digests(chunk)
-        pages = [
-            page
-            for page in range(PAGES)
-            if wanted >> page & 1 and digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] != ZERO_PAGE_DIGEST
-        ]
-        bitmap = sum(1 << page for page in pages).to_bytes(PAGES // 8, "little")
-        data = chunk if len(pages) == PAGES else b"".join([chunk[page * PAGE : (page + 1) * PAGE] for page in pages])
+        chunk, digests = self.held.get(index), self.announced.get(index)
+        if digests is None:
+            chunk = chunk or self.read(index)
+            digests = page_digests(chunk)
+        starts = {page: page * DIGEST_SIZE for page in pages_in(wanted)}
+        filled = [page for page, start in starts.items() if digests[start : start + DIGEST_SIZE] != ZERO_PAGE_DIGEST]
+        bitmap = sum(1 << page for page in filled)
+        pieces = list(runs(bitmap))
+        if chunk is None and len(pieces) > FEW_READS:
+            chunk = self.read(index)
+        data = b"".join(
+            [
+                self.read(index, first, count) if chunk is None else chunk[first * PAGE : (first + count) * PAGE]
+                for first, count in pieces
+            ]
+        )
         kind, packed = self.packer.pack(data)
-        self.put(kind, index, bitmap, packed)
+        self.put(kind, index, bitmap.to_bytes(PAGES // 8, "little"), packed)
 
 
 class Receiver(Agent):
@@ -1768,14 +1793,10 @@ class Receiver(Agent):
 
     def write_pages(self, index: int, pages: int, data: bytes) -> None:
         """Write the pages of a chunk that are in the bitmap; the data has them in order."""
-        view, offset = memoryview(data), index * CHUNK
-        while pages:
-            skipped = (pages & -pages).bit_length() - 1
-            pages >>= skipped
-            run = (~pages & (pages + 1)).bit_length() - 1
-            pages >>= run
-            offset += skipped * PAGE
-            end = offset + run * PAGE
+        view = memoryview(data)
+        for first, count in runs(pages):
+            offset = index * CHUNK + first * PAGE
+            end = offset + count * PAGE
             while offset < end:
                 written = os.pwrite(self.fd, view[: end - offset], offset)
                 view, offset = view[written:], offset + written
@@ -2138,7 +2159,7 @@ class SparseFile:
 class Patch:
     """New contents for some pages of a chunk, and the digest that the whole chunk has then.
 
-    `pages` is the bitmap of the pages that it is about (page p is the bit 1 << p); `data` has those of them that are in
+    `pages` is the bitmap of the pages that it is about; `data` has those of them that are in
     the bitmap `filled`, in order; the others become zeros. In a file a header goes before the data. Its checksum binds
     it to the file's id, so that no old data on the disk can pass for it: the first half of the SHA-256 of the id, the
     other fields, and the data.
@@ -2169,12 +2190,11 @@ class Patch:
     def runs(self) -> Iterator[tuple[int, int, memoryview | None]]:
         """The runs of pages that are alike: (offset and length in the chunk in bytes, data; None for zeros)."""
         data, position = memoryview(self.data), 0
-        kinds = [(self.pages >> page & 1, self.filled >> page & 1) for page in range(PAGES)]
-        for (is_there, is_filled), run in itertools.groupby(range(PAGES), kinds.__getitem__):
-            first, *others = run
-            length = (1 + len(others)) * PAGE
-            if is_there:
-                yield first * PAGE, length, data[position : position + length] if is_filled else None
+        filled = [(*run, True) for run in runs(self.filled)]
+        zeros = [(*run, False) for run in runs(self.pages & ~self.filled)]
+        for first, count, is_filled in sorted(filled + zeros):
+            length = count * PAGE
+            yield first * PAGE, length, data[position : position + length] if is_filled else None
             position += length * is_filled
 
     def over(self, chunk: bytes) -> bytes:
@@ -2198,27 +2218,27 @@ class Patch:
         """The wanted ones of the pages in the data, which has those of the bitmap `among`."""
         if wanted == among:
             return data
-        places = enumerate(page for page in range(PAGES) if among >> page & 1)
+        places = enumerate(pages_in(among))
         return b"".join([data[place * PAGE : (place + 1) * PAGE] for place, page in places if wanted >> page & 1])
 
     @classmethod
-    def of(cls, index: int, pages: int, chunk: bytes, digest: bytes) -> Patch:
-        """The patch that puts these pages of a chunk there."""
-        among = (page for page in range(PAGES) if pages >> page & 1)
-        filled = sum(1 << page for page in among if not chunk.startswith(ZERO_PAGE, page * PAGE))
-        return cls(index, pages, filled, cls.select(chunk, filled), digest)
+    def of(cls, index: int, pages: int, data: bytes, digest: bytes) -> Patch:
+        """The patch that puts these pages of a chunk, which the data has, there."""
+        places = enumerate(pages_in(pages))
+        filled = sum(1 << page for place, page in places if not data.startswith(ZERO_PAGE, place * PAGE))
+        return cls(index, pages, filled, cls.select(data, filled, pages), digest)
 
     @classmethod
     def of_image(cls, file: SparseFile, index: int, pages: int, digest: bytes) -> Patch:
         """What these pages of an image have now; zeros for what the disk cannot read, which the digest will tell."""
-        chunk = bytearray(CHUNK)
-        for start, length, _ in cls(index, pages, 0, b"", digest).runs():
-            data = file.read(index * CHUNK + start, length)
+        pieces = []
+        for first, count in runs(pages):
+            start, length = index * CHUNK + first * PAGE, count * PAGE
+            data = file.read(start, length)
             if data is None:  # then page by page: what can be read is kept
-                places = range(index * CHUNK + start, index * CHUNK + start + length, PAGE)
-                data = b"".join([file.read(place, PAGE) or ZERO_PAGE for place in places])
-            chunk[start : start + length] = data
-        return cls.of(index, pages, bytes(chunk), digest)
+                data = b"".join([file.read(place, PAGE) or ZERO_PAGE for place in range(start, start + length, PAGE)])
+            pieces.append(data)
+        return cls.of(index, pages, b"".join(pieces), digest)
 
 
 class PatchFile:
@@ -2714,7 +2734,7 @@ class Versions:
         for patch in patches:
             chunk = patch.over(chunk)
             pages |= patch.pages
-        return Patch.of(last.index, pages, chunk, last.digest)
+        return Patch.of(last.index, pages, Patch.select(chunk, pages), last.digest)
 
     @staticmethod
     def freed_by(version: Version, older: Version | None) -> int:
@@ -2949,8 +2969,10 @@ class Chain:
                         base = self.image.chunk(index) or ZERO_CHUNK
                     if content is not base:
                         pages = ((page, page * PAGE) for page in range(PAGES))
-                        differing = [page for page, at in pages if base[at : at + PAGE] != content[at : at + PAGE]]
-                        Patch.of(index, sum(1 << page for page in differing), content, b"").write_to(file)
+                        differing = sum(
+                            1 << page for page, at in pages if base[at : at + PAGE] != content[at : at + PAGE]
+                        )
+                        Patch.of(index, differing, Patch.select(content, differing), b"").write_to(file)
                     if not soundness[depth]:
                         damaged.add(index)
                     heed(CHUNK)
@@ -3543,16 +3565,15 @@ class Sync(Conversation):
         """
         digests, fetched = bytearray(local), page_digests(data)
         changed = position = 0
-        for page in range(PAGES):
-            if wanted >> page & 1:
-                digest = ZERO_PAGE_DIGEST
-                if included >> page & 1:
-                    digest = fetched[position : position + DIGEST_SIZE]
-                    position += DIGEST_SIZE
-                place = slice(page * DIGEST_SIZE, (page + 1) * DIGEST_SIZE)
-                if digests[place] != digest:
-                    digests[place] = digest
-                    changed |= 1 << page
+        for page in pages_in(wanted):
+            digest = ZERO_PAGE_DIGEST
+            if included >> page & 1:
+                digest = fetched[position : position + DIGEST_SIZE]
+                position += DIGEST_SIZE
+            place = slice(page * DIGEST_SIZE, (page + 1) * DIGEST_SIZE)
+            if digests[place] != digest:
+                digests[place] = digest
+                changed |= 1 << page
         return digests, changed
 
 
