@@ -17,14 +17,14 @@ The words:
   back to it from the next newer one. State: what is known of an image: its snapshot and the digest of each chunk.
 - Home: one backups directory. Leftover: something that was created for a run, and that run has ended.
 
-A run, from `main` on, and where to read of it:
+A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and where to read of it:
 
  1. `Config.load` checks conf.json, `Home.locked` keeps other runs of this home out.
- 2. `sweep` removes this home's leftovers; `finish_journals` completes what a crash left.
- 3. `move_images` follows a change of "region"; then for each region `Backup.run` takes the volumes in turn. In the
+ 2. `sweep` removes this home's leftovers; `Home.finish_journals` completes what a crash left; `Selection` chooses.
+ 3. `Misplaced.move` follows a change of "region"; then for each region `Backup.run` takes the volumes in turn. In the
     background `Hosts` makes a key and a droplet, and `_prepare` a snapshot and a clone of the next volume
     (`Ephemeral.make_clone`), and attaches it.
- 4. `Update` opens the volume's image; `sync_device` starts an `Agent` on the droplet, and talks with it by a `Sync`:
+ 4. `Update` opens the volume's image; `converse` starts an `Agent` on the droplet, and talks with it by a `Sync`:
     chunks whose digest is the image's are kept, of the others the pages that differ are fetched, as patches.
  5. `Update.finish` writes the version, commits the journal, and `Journal.apply` makes the image the new snapshot.
  6. `Versions.thin` drops the versions that `keep` does not ask for.
@@ -289,11 +289,6 @@ class Keep:
     weekly: int = 4
     monthly: int = 6
 
-    @property
-    def anything(self) -> bool:
-        """Whether any version is kept."""
-        return any(dataclasses.astuple(self))
-
     def wanted(self, moments: Sequence[datetime.datetime]) -> list[bool]:
         """Which versions to keep, given when they were taken, the newest first; the first of them is the image."""
         wanted = [number <= self.last for number in range(len(moments))]
@@ -482,11 +477,6 @@ class ApiError(DosvobError):
         """Whether the call may have taken effect all the same."""
         return self.status is None or self.status >= 500 or self.status == 408
 
-    @property
-    def may_pass(self) -> bool:
-        """Whether the same call may well succeed later."""
-        return self.may_exist or self.status == 429
-
     @staticmethod
     def advice(call: str, status: int) -> str:
         """What the user can do about a refused call, as a sentence after a space; or nothing."""
@@ -551,7 +541,7 @@ class Api:
     def get_fresh(self, path: str, key: str) -> Json | None:
         """An item by its id; None if the API does not know it: not yet, or not any more."""
         try:
-            return required(self.get(path), key, dict)
+            return Api.required(self.get(path), key, dict)
         except ApiError as problem:
             if problem.status != 404:
                 raise
@@ -677,13 +667,13 @@ class Api:
             session.headers["User-Agent"] = f"dosvob/{VERSION}"
         return session
 
-
-def required(item: Json, key: str, kind: type[T]) -> T:
-    """A field of an answer, of the type it must have."""
-    value = item.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise DosvobError(f'DigitalOcean\'s answer has no usable "{key}": try again later')
-    return value
+    @staticmethod
+    def required(item: Json, key: str, kind: type[T]) -> T:
+        """A field of an answer, of the type it must have."""
+        value = item.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise DosvobError(f'DigitalOcean\'s answer has no usable "{key}": try again later')
+        return value
 
 
 @dataclass(frozen=True)
@@ -700,10 +690,10 @@ class Volume:
     def parse(cls, item: Json) -> Volume:
         """From the API's volume object."""
         return cls(
-            id=required(item, "id", str),
-            name=required(item, "name", str),
-            region=required(required(item, "region", dict), "slug", str),
-            size=required(item, "size_gigabytes", int) * GIB,
+            id=Api.required(item, "id", str),
+            name=Api.required(item, "name", str),
+            region=Api.required(Api.required(item, "region", dict), "slug", str),
+            size=Api.required(item, "size_gigabytes", int) * GIB,
             droplet_ids=tuple(item.get("droplet_ids") or ()),
         )
 
@@ -863,7 +853,7 @@ class Removal:
             if len(left) < fewest:  # it gets on
                 since, fewest = time.monotonic(), len(left)
             is_hopeless = begun >= self._not_before and self._is_hopeless(left)
-            if left and (is_hopeless or time.monotonic() - since > self.LIMIT):
+            if left and (is_hopeless or begun - since > self.LIMIT):  # a round may take long
                 return self._named(left, asked or {})
             if self._kinds:
                 self._api.stop.sleep(next(intervals) if left else max(self._not_before - time.monotonic(), 0))
@@ -1070,7 +1060,7 @@ class Ephemeral:
         """
         if self._key is None:
             key = self._create(KEY, {"name": f"{self.prefix}key", "public_key": public_key})
-            self._key = required(key, "id", int)
+            self._key = Api.required(key, "id", int)
         made = sum(resource.kind == DROPLET for resource in list(self._created))
         sizes = [size for size, _ in plan.sizes]
         item: Json | None = None
@@ -1092,7 +1082,7 @@ class Ephemeral:
                 if problem.status != 422 or not sizes:
                     raise NoDroplet(f"the droplet could not be had: {problem}") from problem
                 self._report.say(f"{size} is not to be had in {plan.region} now; trying the next size")
-        droplet = Droplet(required(item, "id", int), required(item, "name", str), "")
+        droplet = Droplet(Api.required(item, "id", int), Api.required(item, "name", str), "")
         actions = (item.get("links") or {}).get("actions") or [{}]  # what was found in a list has none
         address = self._await_address(droplet, str(actions[0].get("id", "")))
         return dataclasses.replace(droplet, address=address)
@@ -1134,10 +1124,7 @@ class Ephemeral:
         self._attached.clear()
         for resource in list(self._created):
             if resource.kind == DROPLET and resource not in self._removed:
-                try:
-                    self._remove_now(resource)
-                except ApiError as problem:
-                    self._report.detail(f"{problem}; it is removed at the end of the run")
+                self._remove_now(resource)
 
     def make_clone(self, volume: Volume, number: int) -> tuple[Volume, str]:
         """A volume with the content that this one has now, and the time of that; the snapshot between is gone again.
@@ -1149,7 +1136,7 @@ class Ephemeral:
         body = {
             "name": name,
             "region": volume.region,
-            "snapshot_id": required(snapshot, "id", str),
+            "snapshot_id": Api.required(snapshot, "id", str),
             "size_gigabytes": max(volume.size // GIB, int(snapshot.get("min_disk_size") or 0)),
             "tags": [TAG],
         }
@@ -1183,11 +1170,11 @@ class Ephemeral:
         self._mark = ""
         self._created = {resource: since for resource, since in self._created.items() if resource.id != volume.id}
 
-    def attach(self, clone: Volume, droplet: Droplet) -> None:
-        """Attach the clone to the droplet, unless it is."""
-        if self._attached.get(clone.id) != droplet.id:
-            self._volume_event("attach", clone, droplet)
-            self._attached[clone.id] = droplet.id
+    def attach(self, volume: Volume, droplet: Droplet) -> None:
+        """Attach the volume to the droplet, unless it is."""
+        if self._attached.get(volume.id) != droplet.id:
+            self._volume_event("attach", volume, droplet)
+            self._attached[volume.id] = droplet.id
 
     def detach(self, volume: Volume, droplet: Droplet) -> None:
         """Detach it."""
@@ -1219,7 +1206,7 @@ class Ephemeral:
             try:
                 answer = self._api.post(post_path or where.path, body)
                 links = answer.get("links") or {}
-                item = {"links": links, **required(answer, where.key.removesuffix("s"), dict)}
+                item = {"links": links, **Api.required(answer, where.key.removesuffix("s"), dict)}
             except ApiError as problem:
                 if not problem.may_exist:
                     if not is_doubtful:
@@ -1244,36 +1231,33 @@ class Ephemeral:
             try:
                 self._api.delete(resource.path)
             except ApiError as problem:
-                if problem.status not in (409, 422):
-                    raise
-                return None
+                self._report.detail(f"{problem}; {resource} is removed at the end of the run, if not before")
+                return None if problem.status in (409, 422) else False  # in use
             return True
 
-        if self._api.stop.wait_until(BUSY_LIMIT, delete) is None:
-            self._report.detail(f"{resource} is still in use; it will be removed at the end of the run")
-            return
-        self._removed[resource] = time.monotonic()
+        if self._api.stop.wait_until(BUSY_LIMIT, delete):
+            self._removed[resource] = time.monotonic()
 
-    def _volume_event(self, event: str, clone: Volume, droplet: Droplet) -> None:
+    def _volume_event(self, event: str, volume: Volume, droplet: Droplet) -> None:
         """Attach or detach, however often it takes until the volume is as wished."""
-        path = f"/v2/volumes/{clone.id}/actions"
-        body = {"type": event, "droplet_id": droplet.id, "region": clone.region}
+        path = f"/v2/volumes/{volume.id}/actions"
+        body = {"type": event, "droplet_id": droplet.id, "region": volume.region}
         problem: list[DosvobError] = []
 
         def done() -> bool | None:
             try:
-                action = required(self._api.post(path, body), "action", dict)
+                action = Api.required(self._api.post(path, body), "action", dict)
             except ApiError as refused:
                 # busy with another event, attached or detached already, too fresh to be known, or an answer lost
-                if not (refused.may_pass or refused.status in (404, 409, 422)):
+                if not (refused.may_exist or refused.status in (404, 409, 422, 429)):
                     raise
                 problem[:] = [refused]
                 if self.is_gone(droplet):
                     raise DropletLost(f"the droplet {droplet.name} is gone") from refused
-                item = self._api.get_fresh(f"/v2/volumes/{clone.id}", "volume")
+                item = self._api.get_fresh(f"/v2/volumes/{volume.id}", "volume")
                 is_attached = None if item is None else droplet.id in Volume.parse(item).droplet_ids
                 return True if is_attached == (event == "attach") else None
-            self._await_action(f"{path}/{required(action, 'id', int)}", f"the {event} of {clone.name}")
+            self._await_action(f"{path}/{Api.required(action, 'id', int)}", f"the {event} of {volume.name}")
             return True
 
         with self._events:
@@ -1301,9 +1285,9 @@ class Ephemeral:
 # The frames and commands. Frames (agent to here) are FRAME (kind, index, length of the payload), then the payload:
 #   HELLO    AGENT_MAGIC, the device's size in bytes (8 bytes),      the first frame
 #            whether there is zstd there (1 byte)
-#   DIGEST   a chunk's digest                                        at most WINDOW are announced and not done with
+#   DIGEST   a chunk's digest                                        at most `window` are announced and not done with
 #   ZEROS    a count (4 bytes)                                       so many chunks from the index on are all zeros
-#   SHORT    the first SHORT bytes of each page digest               in answer to COMPARE
+#   SHORT    the first SHORT_SIZE bytes of each page digest          in answer to COMPARE
 #   RAW      a bitmap of the pages that follow, then the pages       in answer to SEND; pages that were asked for and
 #   ZLIB     the same, the pages compressed with zlib                are not in the bitmap are all zeros
 #   ZSTD     the same, the pages compressed with zstd
@@ -1423,14 +1407,6 @@ class Zstd:
         self._frame_size = library.ZSTD_findFrameCompressedSize
         self._frame_size.argtypes, self._frame_size.restype = [data, size], size
 
-    @classmethod
-    def load(cls) -> Zstd | None:
-        """None where there is no such library."""
-        try:
-            return cls()
-        except (OSError, AttributeError):
-            return None
-
     def compress(self, data: bytes, level: int) -> bytes:
         """The data compressed, as one frame; as it is if it does not become shorter by that."""
         room = ctypes.create_string_buffer(len(data))
@@ -1450,26 +1426,10 @@ class Zstd:
         return ctypes.string_at(room, size)
 
 
-LIBZSTD = Zstd.load()
-
-
-def unpacked(kind: int, data: bytes, size: int) -> bytes:
-    """The data of a frame that is RAW, ZLIB or ZSTD: `size` bytes, else ValueError; no more is unpacked than that."""
-    if kind == ZSTD:
-        if LIBZSTD is None:
-            raise ValueError("zstd, which is not here")
-        return LIBZSTD.decompress(data, size)
-    if kind == ZLIB:
-        decompressor = zlib.decompressobj()
-        try:
-            data = decompressor.decompress(data, size + 1)
-        except zlib.error as problem:
-            raise ValueError(str(problem)) from None
-        if len(data) == size and (not decompressor.eof or decompressor.unused_data):
-            raise ValueError("zlib that is cut off, or followed by something")
-    if len(data) != size:
-        raise ValueError("%d bytes, and not %d" % (len(data), size))
-    return data
+try:
+    LIBZSTD: Zstd | None = Zstd()
+except (OSError, AttributeError):
+    LIBZSTD = None
 
 
 class Packer:
@@ -1532,6 +1492,25 @@ class Packer:
             return LIBZSTD.compress(data, level)
         return zlib.compress(data, level)
 
+    @staticmethod
+    def unpack(kind: int, data: bytes, size: int) -> bytes:
+        """The data of a RAW, ZLIB or ZSTD frame: `size` bytes, else ValueError; no more is unpacked than that."""
+        if kind == ZSTD:
+            if LIBZSTD is None:
+                raise ValueError("zstd, which is not here")
+            return LIBZSTD.decompress(data, size)
+        if kind == ZLIB:
+            decompressor = zlib.decompressobj()
+            try:
+                data = decompressor.decompress(data, size + 1)
+            except zlib.error as problem:
+                raise ValueError(str(problem)) from None
+            if len(data) == size and (not decompressor.eof or decompressor.unused_data):
+                raise ValueError("zlib that is cut off, or followed by something")
+        if len(data) != size:
+            raise ValueError("%d bytes, and not %d" % (len(data), size))
+        return data
+
 
 def done_ahead(work: Callable[[S], T], items: Iterable[S], threads: int, most: int) -> Iterator[T]:
     """What the work makes of each item, in order: done ahead, for so many items at most, by so many threads."""
@@ -1549,7 +1528,7 @@ class Agent:
     """Serves one device to one reader, from the chunk `first` on, at most `window` chunks ahead of what is done with.
 
     Five sorts of threads: readers that read ahead, a scanner that hashes, one that takes commands, some that answer
-    them, as many as there are cores to compress on, and the main thread, which writes.
+    them, as many as there are cores to compress on but at least two, and the main thread, which writes.
     """
 
     access = os.O_RDONLY
@@ -1731,10 +1710,7 @@ class Agent:
 
     def send_pages(self, index: int, wanted: int) -> None:
         """Send the wanted pages, save those that are zeros."""
-        chunk, digests = self.held.get(index), self.announced.get(index)
-        if digests is None:
-            chunk = chunk or self.read(index)
-            digests = page_digests(chunk)
+        chunk, digests = self.held.get(index), self.pages_of(index)
         starts = {page: page * DIGEST_SIZE for page in pages_in(wanted)}
         filled = [page for page, start in starts.items() if digests[start : start + DIGEST_SIZE] != ZERO_PAGE_DIGEST]
         bitmap = sum(1 << page for page in filled)
@@ -1785,7 +1761,7 @@ class Receiver(Agent):
             if len(payload) < length:
                 break
             pages = int.from_bytes(payload[: PAGES // 8], "little")
-            data = unpacked(kind, payload[PAGES // 8 :], bin(pages).count("1") * PAGE)
+            data = Packer.unpack(kind, payload[PAGES // 8 :], bin(pages).count("1") * PAGE)
             self.write_pages(index, pages, data)
             with self.room:
                 self.end = index + 1
@@ -1851,6 +1827,8 @@ exec({source + start!r})
 #   backups/.dosvob/NAME.journal         the patches that the sync that goes on will apply to the image
 #   backups/.dosvob/NAME.versions/TIME   a version: the patches that lead back to the snapshot of that time (UTC)
 #   backups/.dosvob/NAME.version.new     the version that the sync that goes on will leave
+#   NAME.set-aside-…, .versions.of-…, .journal.damaged-…   what did not belong together, or was damaged: for the user
+#   backups/.dosvob/lock, home, wanted.json, restore-RUN.json   the home's: see `Home` and `NewVolume`
 #
 # With several regions all of these are in backups/REGION.
 #
@@ -1984,13 +1962,6 @@ class State:
         with contextlib.closing(SparseFile(path, os.O_WRONLY)) as file:
             file.write(seal("state", dataclasses.asdict(self)), 0)
             os.fsync(file.fd)
-
-    @classmethod
-    def doubt(cls, path: Path) -> None:
-        """Record that the image may not be what its state says, until the next sync."""
-        with contextlib.suppress(Damaged):
-            if (state := cls.load(path, whole=False)) is not None:
-                dataclasses.replace(state, identity=None).write(path)
 
     @property
     def moment(self) -> datetime.datetime:
@@ -2407,8 +2378,8 @@ class Journal:
 
         `heed` is told of the bytes that were read or written, and may raise `Interrupted`: the next call goes on.
         Without a commit mark a journal promises nothing: what does not fit the image is dropped, the rest is for the
-        next sync. A committed one that is damaged, or of another image, is set aside, and nothing of it is applied:
-        raises Damaged.
+        next sync. A committed one that is damaged, or of another image, is set aside: raises Damaged. What may
+        have been applied of it is taken back by its version if there is one, else the image is in doubt.
         """
         try:
             file = PatchFile(paths.journal, "journal", from_disk=True)
@@ -2441,7 +2412,7 @@ class Journal:
                 raise Damaged(
                     f"the journal of {paths.name} is damaged or does not belong to its image ({problem}); it was set "
                     f"aside as {aside}, and "
-                    + ("the image was put back to what it was before. " if is_undone else "nothing of it was applied. ")
+                    + ("the image was put back to what it was before. " if is_undone else "it is applied no further. ")
                     + f"The next run compares {paths.image} with the volume"
                 ) from problem
             if identity_of(paths.image)["inode"] != file.head["base"]["inode"]:
@@ -2497,7 +2468,9 @@ class Journal:
                 os.ftruncate(image.fd, version.head["snapshot"]["size"])
                 os.fsync(image.fd)
                 return True
-        State.doubt(paths.state)
+        with contextlib.suppress(Damaged):
+            if (state := State.load(paths.state, whole=False)) is not None:
+                dataclasses.replace(state, identity=None).write(paths.state)
         return False
 
     def read_places(self, heed: Callable[[int], None]) -> None:
@@ -2589,14 +2562,6 @@ class Version:
         return self.newer is not None and None not in newer and self.newer not in newer
 
 
-def moment_of_image(state: State | None, versions: Sequence[Version]) -> datetime.datetime | None:
-    """When the image's snapshot was taken; without a state by what the newest version leads back from."""
-    newer = versions[0].newer if versions else None
-    if state is not None:
-        return state.moment
-    return newer.moment(utc_now()) if newer else None
-
-
 class Versions:
     """The versions of an image."""
 
@@ -2669,7 +2634,7 @@ class Versions:
         for unfinished in self._paths.versions.glob("*.new"):
             unfinished.unlink()
         versions = self.all()
-        image = moment_of_image(State.load(self._paths.state, whole=False), versions) or utc_now()
+        image = Versions.moment_of_image(State.load(self._paths.state, whole=False), versions) or utc_now()
         wanted = keep.wanted([image, *(version.moment for version in versions)])[1:]
         groups: list[list[Version]] = [[]]  # each ends with one that stays, the last one has none
         for version, stays in zip(versions, wanted, strict=True):
@@ -2711,7 +2676,7 @@ class Versions:
             merged = files.enter_context(PatchFile.create(target, "version", head))
             streams = [PatchStream(file) for file in opened]
             try:
-                for index, patches in patches_by_chunk(streams):
+                for index, patches in PatchStream.by_chunk(streams):
                     if index < size // CHUNK:
                         merged.append(self._one_of([*patches.values()]))
                     heed(sum(patch.room for patch in patches.values()))
@@ -2744,11 +2709,19 @@ class Versions:
         taken_over = 0
         with PatchFile(version.path, "version") as file, PatchFile(older.path, "version") as older_file:
             headers = [(patch for _, patch in each.patches(data=False)) for each in (file, older_file)]
-            for index, patches in patches_by_chunk(headers):
+            for index, patches in PatchStream.by_chunk(headers):
                 if 0 in patches and index < older.snapshot.size // CHUNK:
                     has_own, own = 1 in patches, patches[1].pages if 1 in patches else 0
                     taken_over += (patches[0].filled & ~own).bit_count() * PAGE + Patch.HEADER.size * (not has_own)
         return version.occupied - taken_over
+
+    @staticmethod
+    def moment_of_image(state: State | None, versions: Sequence[Version]) -> datetime.datetime | None:
+        """When the image's snapshot was taken; without a state by what the newest version leads back from."""
+        newer = versions[0].newer if versions else None
+        if state is not None:
+            return state.moment
+        return newer.moment(utc_now()) if newer else None
 
 
 class PatchStream:
@@ -2780,21 +2753,17 @@ class PatchStream:
         if is_damaged or not file.head or file.end is None:
             self.doubtful.append((last, float("inf")))
 
-    def doubts(self, index: int) -> bool:
-        """Whether nobody knows if there was a patch for the chunk."""
-        return any(first < index < end for first, end in self.doubtful)
-
-
-def patches_by_chunk(streams: Iterable[Iterable[Patch]]) -> Iterator[tuple[int, dict[int, Patch]]]:
-    """The chunks that have patches, in order, each with its patches by the numbers of their streams."""
-    numbered = [zip(itertools.repeat(number), stream) for number, stream in enumerate(streams)]
-    merged = heapq.merge(*numbered, key=lambda item: item[1].index)
-    for index, patches in itertools.groupby(merged, key=lambda item: item[1].index):
-        yield index, dict(patches)
+    @staticmethod
+    def by_chunk(streams: Iterable[Iterable[Patch]]) -> Iterator[tuple[int, dict[int, Patch]]]:
+        """The chunks that have patches, in order, each with its patches by the numbers of their streams."""
+        numbered = [zip(itertools.repeat(number), stream) for number, stream in enumerate(streams)]
+        merged = heapq.merge(*numbered, key=lambda item: item[1].index)
+        for index, patches in itertools.groupby(merged, key=lambda item: item[1].index):
+            yield index, dict(patches)
 
 
 class Ranges:
-    """Ranges of bytes, made of chunks that come in order."""
+    """Ranges of bytes, made of chunks; neighbours that come one after the other are joined."""
 
     def __init__(self) -> None:
         self.ranges: list[tuple[int, int]] = []  # starts and ends
@@ -2846,7 +2815,7 @@ class Chain:
                     self._table = files.enter_context(table.open("rb", buffering=128 << 10))
             except Damaged as problem:
                 self.problem = problem
-            self.moment = moment_of_image(self.state, self.versions)
+            self.moment = Versions.moment_of_image(self.state, self.versions)
             self._files = files.pop_all()
 
     def _lay_journal(self, files: contextlib.ExitStack) -> Journal | None:
@@ -2888,7 +2857,7 @@ class Chain:
         """For each chunk its index, its contents and whether they are sound: as the image has it, and `depth` versions.
 
         Contents that are the same are the same object; those of a hole are ZERO_CHUNK. A chunk is sound if it has the
-        digest that was recorded for it; of an image without a state nothing is recorded, and all is taken for sound.
+        digest that was recorded for it; of an image without a state, where none is, if it can be read.
         """
         newer = self.versions[0].newer if self.versions else None
         known = [self.state.snapshot if self.state else newer]
@@ -2898,7 +2867,7 @@ class Chain:
                 file = files.enter_context(PatchFile(version.path, "version", from_disk=self._from_disk))
                 streams.append(PatchStream(file, is_loose=version.is_loose(known)))
                 known.append(version.snapshot)
-            patched = patches_by_chunk(streams)
+            patched = PatchStream.by_chunk(streams)
             upcoming = next(patched, None)
             for index, is_hole in enumerate(self.image.chunk_holes(0, self.size // CHUNK)):
                 chunk, is_sound = self._image_chunk(index, is_hole=is_hole)
@@ -2911,7 +2880,7 @@ class Chain:
                     if number in patches:
                         chunk = patches[number].over(chunk)
                         is_sound = chunk_digest(page_digests(chunk)) == patches[number].digest
-                    elif stream.doubts(index):  # it may have had one
+                    elif any(first < index < end for first, end in stream.doubtful):  # it may have had one
                         is_sound = False
                     contents.append(chunk)
                     soundness.append(is_sound)
@@ -3127,7 +3096,9 @@ class Update(Work):
         paths.check_link()
         self._state = self._fitting_state()
         self.is_first = not paths.image.exists()  # whether there is no image yet
-        self._makes_version = bool(Versions(paths).all()) or (keep.anything and self._state is not None)
+        self._makes_version = bool(Versions(paths).all()) or (
+            any(dataclasses.astuple(keep)) and self._state is not None
+        )
         self.journal = None if self.is_first else Journal.open(paths, snapshot.volume_id, self.chunks)
         self._image = SparseFile(paths.partial, os.O_RDWR | os.O_CREAT) if self.is_first else SparseFile(paths.image)
         if self.is_first:
@@ -3152,7 +3123,7 @@ class Update(Work):
         has_image = paths.image.exists()
         length = paths.image.stat().st_size if has_image else 0
         if is_other or (state is None and length > size) or (versions and not has_image):
-            aside = paths.set_aside(moment_of_image(state, versions) or utc_now())
+            aside = paths.set_aside(Versions.moment_of_image(state, versions) or utc_now())
             what = f"the image {paths.image} is of another volume that had this name, and" if has_image else (
                 f"the image {paths.image} is gone, and its older versions, which are of no use without it,"
             )  # fmt: skip
@@ -3318,9 +3289,6 @@ class Stream(Protocol):
         """At least one byte; raises ConnectionLost when no more come."""
 
 
-Frame = tuple[int, int, bytes]  # kind, index and payload
-
-
 class FrameParser:
     """Cuts received bytes into frames; a length that a frame of its kind cannot have is refused before it is read.
 
@@ -3335,15 +3303,18 @@ class FrameParser:
         self._missing = self.HEADER  # bytes of the part that comes: a header, or a payload
         self._header: tuple[int, int] | None = None  # kind and index of the frame whose payload comes
 
-    def feed(self, data: bytes) -> Iterator[Frame]:
-        """The frames that are complete with this data."""
+    def feed(self, data: bytes) -> Iterator[tuple[int, int, bytes]]:
+        """The kind, index and payload of the frames that are complete with this data."""
         view = memoryview(data)
         while len(view) >= self._missing:
             part = b"".join((*self._pieces, view[: self._missing]))
             view = view[self._missing :]
             self._pieces.clear()
             if self._header is None:
-                self._begin(part, view)
+                kind, index, length = struct.unpack(FRAME, part)
+                if length > MOST_PAYLOAD.get(kind, -1):
+                    raise BadAgent(f"the droplet sent something that is not a frame: {part + bytes(view[:60])!r}")
+                self._header, self._missing = (kind, index), length
             else:
                 kind, index = self._header
                 self._header, self._missing = None, self.HEADER
@@ -3352,12 +3323,6 @@ class FrameParser:
         self._pieces.append(view)
         if len(self._pieces) > self.MOST_PIECES:
             self._pieces = [b"".join(self._pieces)]
-
-    def _begin(self, header: bytes, rest: memoryview) -> None:
-        kind, index, length = struct.unpack(FRAME, header)
-        if length > MOST_PAYLOAD.get(kind, -1):
-            raise BadAgent(f"the droplet sent something that is not a frame: {header + bytes(rest[:60])!r}")
-        self._header, self._missing = (kind, index), length
 
 
 class Conversation:
@@ -3368,8 +3333,7 @@ class Conversation:
         self._work = work
         self._progress = progress
         self._parser = FrameParser()
-        self._commands: list[bytes] = []
-        self._drops: tuple[int, int] = (0, 0)  # chunks to drop, from and up to
+        self._commands: list[tuple[int, int, int, int]] = []  # that are to be sent: kind, index, count, bitmap
         self._next = work.settled  # the chunk that must be announced next
         self._greeted = False
 
@@ -3385,7 +3349,7 @@ class Conversation:
             if self._work.count_done() != done:
                 done, deadline = self._work.count_done(), time.monotonic() + PROGRESS_LIMIT
             elif time.monotonic() > deadline:
-                raise ConnectionLost(f"the droplet says that it lives, but sent nothing for {PROGRESS_LIMIT} s")
+                raise ConnectionLost(f"the droplet says that it lives, but got no chunk done for {PROGRESS_LIMIT} s")
 
     def _handle(self, kind: int, index: int, payload: bytes) -> None:
         if not self._greeted and kind not in (HELLO, ALIVE, FAILED):
@@ -3425,26 +3389,22 @@ class Conversation:
         raise BadAgent(f"the droplet sent a frame of the kind {kind} with {len(payload)} bytes of chunk {index}")
 
     def _drop(self, index: int) -> None:
-        """Tell the agent to forget a chunk, together with its neighbours."""
-        start, end = self._drops
-        if end != index:
-            self._send_drops()
-            start = index
-        self._drops = (start, index + 1)
-
-    def _send_drops(self) -> None:
-        start, end = self._drops
-        self._drops = (0, 0)
-        if end > start:
-            self._command(DROP, start, end - start)
+        """Tell the agent to forget a chunk, together with those before it that it is told to forget just now."""
+        first, count = index, 0
+        if self._commands and self._commands[-1][0] == DROP and sum(self._commands[-1][1:3]) == index:
+            _, first, count, _ = self._commands.pop()
+        self._command(DROP, first, count + 1)
 
     def _command(self, kind: int, index: int, count: int = 0, bitmap: int = 0) -> None:
-        self._commands.append(struct.pack(COMMAND, kind, index, count, bitmap.to_bytes(PAGES // 8, "little")))
+        self._commands.append((kind, index, count, bitmap))
 
     def _flush(self) -> None:
-        self._send_drops()
         if self._commands:
-            self._stream.send(b"".join(self._commands))
+            packed = [
+                struct.pack(COMMAND, *command, bitmap.to_bytes(PAGES // 8, "little"))
+                for *command, bitmap in self._commands
+            ]
+            self._stream.send(b"".join(packed))
             self._commands.clear()
 
 
@@ -3463,7 +3423,7 @@ class Pending:
 
 
 class Sync(Conversation):
-    """Compares what the agent announces with the local image, and has sent what differs."""
+    """Compares what the agent announces with the local image, and asks for what differs."""
 
     # The agent keeps to MOST_AHEAD, not counting chunks that are asked for a second time, which are few and seldom.
     BOUND = 4
@@ -3504,10 +3464,8 @@ class Sync(Conversation):
             self._update.keep(index, digest)
             self._drop(index)
         elif digest == ZERO_DIGEST:
-            pages = self._update.local.pages(index)  # all of them change if there is nothing that can be read
-            starts = range(0, PAGES * DIGEST_SIZE, DIGEST_SIZE)
-            filled = [pages[start : start + DIGEST_SIZE] != ZERO_PAGE_DIGEST for start in starts]
-            zeroed = sum(1 << page for page in range(PAGES) if filled[page])
+            # all of them, if there is nothing that can be read
+            zeroed = self._merged(self._update.local.pages(index), ALL_PAGES, 0, b"")[1]
             self._update.store(Patch(index, zeroed, 0, b"", digest))
         elif self._update.has_nothing_at(index, local):
             self._pending[index] = Pending(digest, ZERO_PAGES, ALL_PAGES, is_unknown=local == b"")
@@ -3541,7 +3499,7 @@ class Sync(Conversation):
         if pending is None or not pending.wanted or len(payload) < PAGES // 8 or included & ~pending.wanted:
             raise BadAgent(f"the droplet sent pages of chunk {index} that nobody asked for")
         try:
-            data = unpacked(kind, payload[PAGES // 8 :], included.bit_count() * PAGE)
+            data = Packer.unpack(kind, payload[PAGES // 8 :], included.bit_count() * PAGE)
         except ValueError as problem:
             raise BadAgent(f"the pages of chunk {index} cannot be unpacked: {problem}") from None
         merged, changed = self._merged(pending.local, pending.wanted, included, data)
@@ -3847,6 +3805,8 @@ class Link:
             raise ConnectionLost(f"no connection to the droplet at {self._address}: {reason(problem)}") from problem
         # Without it each window adjustment waits for an acknowledgement: half the speed.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # paramiko sends until the kernel gives up, deaf to all else
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_LIMIT * 1000)
         transport = paramiko.Transport(
             sock,
             default_window_size=LEAST_WINDOW,
@@ -3885,22 +3845,6 @@ class Link:
 
 
 W = TypeVar("W", bound=Work)
-
-
-def sync_device(
-    start_agent: Callable[[int, int], AgentStream],
-    update: Update,
-    warn: Callable[[str], None],
-    progress: Callable[[int], None],
-    is_gone: Callable[[], bool] = lambda: False,
-) -> int:
-    """Sync over as many connections as it takes, see `converse`; returns the bytes received.
-
-    `start_agent` starts an agent with its first chunk and its window.
-    """
-    # Of a first sync all is fetched, so nothing is gained by a scan far ahead, and chunks would be read twice.
-    window = HELD if update.is_first else WINDOW
-    return converse(lambda first: start_agent(first, window), Sync, update, warn, progress, is_gone)
 
 
 def converse(
@@ -4173,8 +4117,8 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
 
 
 # ── The backup ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# One run: all volumes over one droplet, the next volume's clone being prepared while this one syncs. Puts the chapters
-# above together.
+# One run: all volumes of a region over one droplet, the next volume's clone being prepared while this one syncs. Puts
+# the chapters above together.
 
 
 class Home:
@@ -4271,7 +4215,7 @@ class Home:
             sync_directory(path)
 
     def directories(self) -> list[str]:
-        """Where images are: "", and the regions that have a directory; what has a lock of its own is another home."""
+        """Where images are: "", and the regions that have a directory; what has an id of its own is another home."""
         found = [path.parent for path in self.path.glob("*/.dosvob") if not (path / "home").exists()]
         return ["", *sorted(path.name for path in found if ImagePaths.VOLUME_NAME.fullmatch(path.name))]
 
@@ -4292,7 +4236,7 @@ class Home:
         there = self.names()
         chosen: list[str] = []
         for name in names:
-            if not (found := called(name, there)):
+            if not (found := self.called(name, there)):
                 near = difflib.get_close_matches(name, there, n=1)
                 hint = f": did you mean {near[0]}?" if near else ""
                 raise UsageError(f"there is no image of {name} in {self.path}{hint}")
@@ -4313,7 +4257,8 @@ class Home:
         moved, and where to, goes last.
         """
         rest = [path for path in old.metadata.glob(f"{old.image.name}.*")
-                if path != old.state and not path.name.startswith(f"{old.image.name}.set-aside-")]  # fmt: skip
+                if path != old.state and not path.name.startswith(f"{old.image.name}.set-aside-")
+                and path.suffix != ".json"]  # fmt: skip
         paths = [path for path in (old.image, old.partial, *rest, old.state) if os.path.lexists(path)]
         for path in paths:
             if os.path.lexists(target := new.directory / path.relative_to(old.directory)):
@@ -4344,14 +4289,27 @@ class Home:
             return set()
         return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
-    def record_wanted(self, names: Iterable[str]) -> None:
-        """Keep in mind what is to be backed up, for `health`; raises OSError."""
-        self.write("wanted.json", json.dumps(list(names)))
+    @staticmethod
+    def called(name: str, names: Iterable[str]) -> list[str]:
+        """Those of the names of images that somebody means who says this: with a region, or in whatever region."""
+        return sorted(each for each in names if name in (each, each.rpartition("/")[2]))
 
-
-def called(name: str, names: Iterable[str]) -> list[str]:
-    """Those of the names of images that somebody means who says this: with a region, or in whatever region."""
-    return sorted(each for each in names if name in (each, each.rpartition("/")[2]))
+    def finish_journals(self, report: Reporter, stop: Stop) -> set[str]:
+        """Finish what crashes left, without network; returns the names for which that failed."""
+        failed = set()
+        directories = [self.path / region / ".dosvob" for region in self.directories()]
+        for journal in sorted(path for directory in directories for path in directory.glob("*.journal")):
+            name = str(journal.parent.parent.relative_to(self.path) / journal.stem)
+            meter = Meter(report, stop, f"{name}: completing an interrupted backup from its journal", is_told=True)
+            try:
+                if Journal.finish(ImagePaths(self.path, name), report.warn, meter):
+                    report.end_progress()
+                    report.say(f"{name}: an interrupted backup was completed from its journal")
+            except (DosvobError, OSError) as problem:
+                kept = "; the journal is kept and applied at the next start" * isinstance(problem, OSError)
+                report.error(f"{name}: {explained(problem, self.path)}{kept}")
+                failed.add(name)
+        return failed
 
 
 @dataclass(frozen=True)
@@ -4367,15 +4325,6 @@ class Job:
     def name(self, volume: Volume) -> str:
         """The name of a volume's image."""
         return f"{volume.region}/{volume.name}" if self.config.by_region else volume.name
-
-    @classmethod
-    def open(cls, arguments: argparse.Namespace, report: Reporter, stop: Stop) -> Job:
-        """Read the configuration; raises UsageError."""
-        config = Config.load(arguments.config, os.environ, report.warn)
-        report.secret = config.token
-        patience = Api.DRY_RUN_PATIENCE if arguments.dry_run else Api.PATIENCE
-        api = Api(config, stop, report.say, report.detail, patience)
-        return cls(config, api, Home(arguments.backups), report, stop)
 
 
 def explained(problem: DosvobError | OSError, where: Path) -> str:
@@ -4422,12 +4371,8 @@ class Hosts:
         if self._future.done():
             self._future.result()
 
-    def replace(self, problem: DosvobError) -> None:
-        """Make another one; raises NoDroplet if this is not the first that was lost."""
-        self._give_up_on(problem)
-        self._future = self._pool.submit(self._make)
-
     def _give_up_on(self, problem: DosvobError) -> None:
+        """Remove the droplet, for another one to be made; raises NoDroplet if this is not the first that was lost."""
         if self._is_replaced:
             raise NoDroplet(f"nothing can be done for want of a droplet, a second one too: {problem}")
         self._is_replaced = True
@@ -4452,18 +4397,33 @@ class Hosts:
                 self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
                 return droplet, link
 
-    def over_droplet(self, volume: Volume, work: Callable[[Link, Callable[[], bool]], T]) -> T:
-        """Do some work about a volume over the droplet that it is attached to, and over another one if that is lost.
+    def converse(
+        self,
+        volume: Volume,
+        conversation: Callable[[AgentStream, W, Callable[[], None]], Conversation],
+        work: W,
+        program: Callable[[int], bytes],
+        progress: Callable[[int], None],
+    ) -> int:
+        """As `converse`, over the droplet that the volume is attached to, and over another one if that is lost.
 
-        The work is given the way to the droplet, and what tells whether that is gone; it raises DropletLost then.
+        `program` is that of an agent, given the chunk to begin with.
         """
         while True:
             try:
                 droplet, link = self.get()
                 self._ephemeral.attach(volume, droplet)
-                return work(link, functools.partial(self._ephemeral.is_gone, droplet))
+                return converse(
+                    lambda first: link.start_agent(program(first)),  # noqa: B023 - called before it returns
+                    conversation,
+                    work,
+                    self._job.report.warn,
+                    progress,
+                    functools.partial(self._ephemeral.is_gone, droplet),
+                )
             except DropletLost as problem:
-                self.replace(problem)
+                self._give_up_on(problem)
+                self._future = self._pool.submit(self._make)
 
     def _disarm(self, link: Link, droplet: Droplet) -> None:
         """Once more, in case something wrote the rule after bootcmd."""
@@ -4702,15 +4662,14 @@ class Backup:
         device = Link.device(clone.name)
         meter = Meter(self._report, self._job.stop, name, update.chunks * CHUNK)
         begun = update.settled * CHUNK
-        return hosts.over_droplet(
+        # Of a first sync all is fetched, so nothing is gained by a scan far ahead, and chunks would be read twice.
+        window = HELD if update.is_first else WINDOW
+        return hosts.converse(
             clone,
-            lambda link, is_gone: sync_device(
-                lambda first, window: link.start_agent(agent_source(device, first, window)),
-                update,
-                self._report.warn,
-                lambda received: meter.show_sync(update.settled * CHUNK, begun, received),
-                is_gone,
-            ),
+            Sync,
+            update,
+            lambda first: agent_source(device, first, window),
+            lambda received: meter.show_sync(update.settled * CHUNK, begun, received),
         )
 
     def _thin(self, paths: ImagePaths) -> None:
@@ -4745,7 +4704,7 @@ class Source:
     name: str
     size: int
     region: str | None
-    is_checked: bool
+    is_checked: bool  # whether the digests of what it has are recorded
     chunks: Callable[[], Iterator[tuple[int, bytes]]]
 
     @classmethod
@@ -4801,8 +4760,9 @@ class Source:
 class Upload(Work):
     """What is sent to a volume of `chunks` chunks, over as many connections as it takes.
 
-    What is not durable there yet is kept, to be sent again. Zeros are not sent, which a new volume is full of, unless
-    `with_zeros`. `note` is told the digest of each chunk of the source, in order.
+    What is not durable there yet is kept, to be sent again. Zeros are not sent, which a new volume is full of; of one
+    that has had something written, `only` these chunks are, zeros or not. `note` is told the digest of each chunk of
+    the source, in order.
     """
 
     MOST_KEPT = 64 << 20  # bytes of frames that are not durable yet
@@ -4815,12 +4775,12 @@ class Upload(Work):
         chunks: int,
         note: Callable[[bytes], object],
         *,
-        with_zeros: bool = False,
+        only: Container[int] | None = None,
     ) -> None:
         self.chunks = chunks
         self._source = source
         self._note = note
-        self.with_zeros = with_zeros
+        self.only = only
         self._frames = self._packed()
         self._packer: Packer | None = None
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()  # indices and frames
@@ -4833,7 +4793,7 @@ class Upload(Work):
         self._packer = packer
 
     def next_frame(self) -> bytes | None:
-        """What to send next; None if it was all, or what was sent must become durable first."""
+        """What to send next, nothing for a chunk that need not be; None for now, or if that was all."""
         if self._sent == len(self._kept):
             if self._kept_size >= self.MOST_KEPT:
                 return None
@@ -4841,6 +4801,9 @@ class Upload(Work):
             if upcoming is None:
                 self.settled = self.settled if self._kept else self.chunks
                 return None
+            if not upcoming[1]:
+                self.settled = self.settled if self._kept else upcoming[0] + 1
+                return b""
             self._kept.append(upcoming)
             self._kept_size += len(upcoming[1])
         self._sent += 1
@@ -4856,20 +4819,19 @@ class Upload(Work):
             self._sent -= 1
 
     def _packed(self) -> Iterator[tuple[int, bytes]]:
-        """The indices and frames of what is to be sent."""
+        """The indices and frames, empty for what is not to be sent."""
         for index, digest, frame in done_ahead(self._pack, self._source, self.PACKERS, self.READ_AHEAD):
             self._note(digest)
-            if frame:
-                yield index, frame
+            yield index, frame
 
     def _pack(self, chunk_at: tuple[int, bytes]) -> tuple[int, bytes, bytes]:
         """A chunk's index, digest and frame; no frame if it need not be sent."""
         index, chunk = chunk_at
-        if chunk == ZERO_CHUNK and not self.with_zeros:
+        if chunk == ZERO_CHUNK if self.only is None else index not in self.only:
             return index, ZERO_DIGEST, b""
         digest = chunk_digest(page_digests(chunk))
         patch = Patch(index, ALL_PAGES, ALL_PAGES, chunk, digest)
-        if not self.with_zeros:
+        if self.only is None:
             patch = Patch.of(index, ALL_PAGES, chunk, digest)
         assert self._packer is not None
         kind, data = self._packer.pack(bytes(patch.data))
@@ -4893,7 +4855,7 @@ class Sending(Conversation):
 
     def _flush(self) -> None:
         """Send until something has come in, or must come in first."""
-        while self._greeted and not self._has_received() and (frame := self._upload.next_frame()):
+        while self._greeted and not self._has_received() and (frame := self._upload.next_frame()) is not None:
             start = time.monotonic()
             self._stream.send(frame)
             self._packer.sent(len(frame), time.monotonic() - start)
@@ -4910,13 +4872,7 @@ class Comparison(Work):
     def __init__(self, chunks: int, digests: BinaryIO) -> None:
         self.chunks = chunks
         self.differing: set[int] = set()  # of those before `settled`, what the volume does not have
-        self._digests = digests
-
-    def digests(self) -> Iterator[bytes]:
-        """The digests from the first chunk on that is not compared yet."""
-        self._digests.seek(self.settled * DIGEST_SIZE)
-        for _ in range(self.settled, self.chunks):
-            yield self._digests.read(DIGEST_SIZE) or ZERO_DIGEST
+        self.digests = digests
 
 
 class ReadBack(Conversation):
@@ -4925,10 +4881,10 @@ class ReadBack(Conversation):
     def __init__(self, stream: Stream, comparison: Comparison, progress: Callable[[], None]) -> None:
         super().__init__(stream, comparison, progress)
         self._comparison = comparison
-        self._expected = comparison.digests()
+        comparison.digests.seek(comparison.settled * DIGEST_SIZE)
 
     def _on_digest(self, index: int, digest: bytes) -> None:
-        if digest != next(self._expected):
+        if digest != (self._comparison.digests.read(DIGEST_SIZE) or ZERO_DIGEST):
             self._comparison.differing.add(index)
         self._comparison.settled = index + 1
         self._drop(index)
@@ -4965,7 +4921,7 @@ class NewVolume:
         volumes = [Volume.parse(item) for item in api.list("/v2/volumes", "volumes")]
         if any((volume.name, volume.region) == (self.name, self.region) for volume in volumes):
             raise UsageError(f"there is a volume {self.name} in {self.region} already: take another name")
-        account = required(api.get("/v2/account"), "account", dict)
+        account = Api.required(api.get("/v2/account"), "account", dict)
         for kind, count in ((VOLUME, len(volumes)), (DROPLET, len(api.list("/v2/droplets", "droplets")))):
             limit = account.get(f"{kind}_limit")
             if isinstance(limit, int) and count >= limit:
@@ -4995,7 +4951,7 @@ class NewVolume:
 
     def path(self, home: Home) -> Path:
         """Where it is written down."""
-        return home.metadata / f"restore-{self.region}-{self.name}.json"
+        return home.metadata / f"restore-{self.mark.rpartition('-')[2]}.json"  # by its run: others may be written down
 
     def record(self, home: Home) -> None:
         """Write it down, durably; raises OSError."""
@@ -5016,30 +4972,30 @@ class NewVolume:
         ended = "It is not complete, for the restore was ended in the middle"
         return f"{ended}; if it is to stay, delete {self.path(home)}"
 
+    @staticmethod
+    def tell_unfinished(home: Home, report: Reporter) -> None:
+        """Name what restores that were ended in the middle have left in the account, as far as is known here."""
+        for volume in NewVolume.unfinished(home, report):
+            if not home.is_busy():  # such as with that restore
+                report.warn(
+                    f"in {volume.region} there is, unless it was removed since, the {volume.resource}. "
+                    f"{volume.why(home)}. Remove it at https://cloud.digitalocean.com{KINDS[VOLUME].panel}, or look: "
+                    + command_line("sweep")
+                )
 
-def tell_unfinished(home: Home, report: Reporter) -> None:
-    """Name what restores that were ended in the middle have left in the account, as far as is known without looking."""
-    for volume in NewVolume.unfinished(home, report):
-        if not home.is_busy():  # such as with that restore
-            report.warn(
-                f"in {volume.region} there is, unless it was removed since, the {volume.resource}. {volume.why(home)}. "
-                f"Remove it at https://cloud.digitalocean.com{KINDS[VOLUME].panel}, or look: {command_line('sweep')}"
-            )
+    @staticmethod
+    def look_for_unfinished(job: Job, *, dry_run: bool) -> None:
+        """Name what restores that were ended in the middle have left in the account, and forget what is gone.
 
-
-def look_for_unfinished(job: Job, *, dry_run: bool) -> None:
-    """Name what restores that were ended in the middle have left in the account, and forget what is gone.
-
-    It is not removed, for it may be in use by now.
-    """
-    unfinished = NewVolume.unfinished(job.home, job.report)
-    there = job.api.list("/v2/volumes", "volumes") if unfinished else []
-    for volume in unfinished:
-        found = [item for item in there if item.get("id") == volume.id or item.get("description") == volume.mark]
-        job.report.left_behind({Resource.parse(VOLUME, item): volume.why(job.home) for item in found})
-        is_gone = not found and (volume.id or age(volume.begun_at) > NewVolume.SHOWN_LIMIT)
-        if is_gone and not dry_run:
-            volume.forget(job.home)
+        It is not removed, for it may be in use by now.
+        """
+        unfinished = NewVolume.unfinished(job.home, job.report)
+        there = job.api.list("/v2/volumes", "volumes") if unfinished else []
+        for volume in unfinished:
+            found = [item for item in there if item.get("id") == volume.id or item.get("description") == volume.mark]
+            job.report.left_behind({Resource.parse(VOLUME, item): volume.why(job.home) for item in found})
+            if not found and age(volume.begun_at) > NewVolume.SHOWN_LIMIT and not dry_run:
+                volume.forget(job.home)
 
 
 class Restoration:
@@ -5077,7 +5033,10 @@ class Restoration:
         with contextlib.closing(Hosts(self._job, self._ephemeral, self._plan)) as hosts:
             try:
                 self._fill(volume, hosts)
-                self._ephemeral.detach(volume, hosts.get()[0])
+                try:
+                    self._ephemeral.detach(volume, hosts.get()[0])
+                except DosvobError as problem:  # all of it is there
+                    self._job.report.warn(f"{problem}; {volume.name} is detached when the droplet is removed")
             finally:
                 self._job.report.end_progress()
                 self._job.stop.request()  # a droplet that is still being made is of no use any more
@@ -5098,11 +5057,10 @@ class Restoration:
                     return
                 first, count = min(differing) * CHUNK, len(differing)
                 told = f"{count} MiB of {volume.name} are not what was written, the first one at byte {first}"
-                if upload.with_zeros:
+                if upload.only is not None:
                     raise DosvobError(f"{told}, also when written once more: DigitalOcean's fault, try again later")
                 self._job.report.warn(f"{told}; they are written once more")
-                again = (chunk for chunk in self._source.chunks() if chunk[0] in differing)
-                upload = Upload(again, chunks, lambda _: None, with_zeros=True)
+                upload = Upload(self._source.chunks(), chunks, lambda _: None, only=differing)
 
     def _do(
         self,
@@ -5113,90 +5071,85 @@ class Restoration:
         program: Callable[[int], bytes],
         what: str,
     ) -> None:
-        """Get a part of the work done, by the program, which is given the chunk to begin with."""
+        """Get a part of the work done."""
         meter = Meter(self._job.report, self._job.stop, f"{volume.name}: {what}", volume.size)
-        hosts.over_droplet(
-            volume,
-            lambda link, is_gone: converse(
-                lambda first: link.start_agent(program(first)),
-                conversation,
-                work,
-                self._job.report.warn,
-                lambda _: meter(work.settled * CHUNK - meter.done),
-                is_gone,
-            ),
-        )
+        hosts.converse(volume, conversation, work, program, lambda _: meter(work.settled * CHUNK - meter.done))
 
 
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# What the user can ask for. Those that need no account: verify, health, list, restore. A command has failed if it
-# raises, or reports an error.
+# What the user can ask for, and how a run goes that does it.
 
 
-def volumes_here(job: Job) -> tuple[list[Volume], list[Volume]]:
-    """The account's volumes in the regions of conf.json, and those elsewhere; tells of regions that have none.
+class Selection:
+    """Which of the account's volumes are backed up: of those in the regions of conf.json, the ones that it names."""
 
-    Raises UsageError if there is none in any.
-    """
-    config = job.config
-    items = job.api.list("/v2/volumes", "volumes")
-    volumes = sorted((Volume.parse(item) for item in items if not Resource.is_ephemeral(item)), key=job.name)
-    regions = set(config.regions or [volume.region for volume in volumes])
-    here = [volume for volume in volumes if volume.region in regions]
-    elsewhere = [volume for volume in volumes if volume.region not in regions]
-    others = ", ".join(sorted(f"{volume.name} ({volume.region})" for volume in elsewhere))
-    for region in sorted(regions - {volume.region for volume in here}):
-        problem = f"there are no volumes in {region}"
-        problem += f'; there are {others}: is "region" in conf.json right?' * bool(others)
-        try:
-            DropletPlan.make(job.api, config, region)
-        except UsageError as better:  # there is no such region
-            problem = str(better)
+    def __init__(self, job: Job) -> None:
+        """Tells of regions that have none; raises UsageError if there is none in any."""
+        self._job = job
+        config = job.config
+        items = job.api.list("/v2/volumes", "volumes")
+        volumes = sorted((Volume.parse(item) for item in items if not Resource.is_ephemeral(item)), key=job.name)
+        regions = set(config.regions or [volume.region for volume in volumes])
+        here = [volume for volume in volumes if volume.region in regions]
+        elsewhere = [volume for volume in volumes if volume.region not in regions]
+        others = ", ".join(sorted(f"{volume.name} ({volume.region})" for volume in elsewhere))
+        for region in sorted(regions - {volume.region for volume in here}):
+            problem = f"there are no volumes in {region}"
+            problem += f'; there are {others}: is "region" in conf.json right?' * bool(others)
+            try:
+                DropletPlan.make(job.api, config, region)
+            except UsageError as better:  # there is no such region
+                problem = str(better)
+            if not here:
+                raise UsageError(problem)
+            job.report.error(problem)
         if not here:
-            raise UsageError(problem)
-        job.report.error(problem)
-    if not here:
-        raise UsageError("there are no volumes in the account")
-    if elsewhere:
-        job.report.say(f"not backed up, because in another region than {', '.join(sorted(regions))}: {others}")
-    return here, elsewhere
+            raise UsageError("there are no volumes in the account")
+        if elsewhere:
+            job.report.say(f"not backed up, because in another region than {', '.join(sorted(regions))}: {others}")
+        self._here, self._elsewhere = here, elsewhere
 
+    def chosen(self, names: Sequence[str]) -> list[Volume]:
+        """Those to back up; raises UsageError for a name that fits none, tells of one that no volume can have."""
+        job, here, config = self._job, self._here, self._job.config
+        where = ", ".join(sorted({volume.region for volume in here}))
+        there_are = f"there are {', '.join(job.name(volume) for volume in here)}"
+        for name in names:
+            if not self._matching(here, [name]):
+                others = ", ".join(sorted({volume.region for volume in self._matching(self._elsewhere, [name])}))
+                near = difflib.get_close_matches(name, COMMANDS, n=1)
+                raise UsageError(
+                    f'no volume in {where} matches "{name}"; '
+                    + f'it is in {others}, and "region" in conf.json is {where}; ' * bool(others)
+                    + (f'did you mean the command "{near[0]}"? ' if near else "")
+                    + there_are
+                )
+        for key, patterns in (("include", config.include), ("exclude", config.exclude)):
+            for pattern in patterns:
+                if not self._matching(here, [pattern]):
+                    job.report.warn(f'"{key}" in conf.json: no volume in {where} matches "{pattern}"; {there_are}')
+        chosen = self._matching(here, names or config.include or ("*",))
+        excluded = () if names else self._matching(here, config.exclude)
+        chosen = [volume for volume in chosen if volume not in excluded]
+        if not chosen:
+            raise UsageError(f'"include" and "exclude" in conf.json leave no volume to back up; {there_are}')
+        for volume in chosen:
+            if not self._is_fit(volume):  # it would become a path
+                job.report.error(f"{volume.name!r} is not a name that a volume can have: it is not backed up")
+        return [volume for volume in chosen if self._is_fit(volume)]
 
-def select_volumes(job: Job, names: Sequence[str]) -> list[Volume]:
-    """The volumes to back up; raises UsageError for a name that fits none."""
-    config, report = job.config, job.report
-    here, elsewhere = volumes_here(job)
-    where = ", ".join(sorted({volume.region for volume in here}))
-    there_are = f"there are {', '.join(job.name(volume) for volume in here)}"
-    for name in names:
-        if not matching(here, [name]):
-            others = ", ".join(sorted({volume.region for volume in matching(elsewhere, [name])}))
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
-            raise UsageError(
-                f'no volume in {where} matches "{name}"; '
-                + f'it is in {others}, and "region" in conf.json is {where}; ' * bool(others)
-                + (f'did you mean the command "{near[0]}"? ' if near else "")
-                + there_are
-            )
-    for key, patterns in (("include", config.include), ("exclude", config.exclude)):
-        for pattern in patterns:
-            if not matching(here, [pattern]):
-                report.warn(f'"{key}" in conf.json: no volume in {where} matches "{pattern}"; {there_are}')
-    chosen = matching(here, names or config.include or ("*",))
-    excluded = () if names else matching(here, config.exclude)
-    chosen = [volume for volume in chosen if volume not in excluded]
-    if not chosen:
-        raise UsageError(f'"include" and "exclude" in conf.json leave no volume to back up; {there_are}')
-    return chosen
+    @staticmethod
+    def _matching(volumes: Iterable[Volume], patterns: Sequence[str]) -> list[Volume]:
+        """Those that one of the shell patterns fits: of names, or with a slash of a region and a name."""
 
+        def fits(volume: Volume, pattern: str) -> bool:
+            return fnmatch.fnmatchcase(f"{volume.region}/{volume.name}" if "/" in pattern else volume.name, pattern)
 
-def matching(volumes: Iterable[Volume], patterns: Sequence[str]) -> list[Volume]:
-    """Those that one of the shell patterns fits: of names, or with a slash of a region and a name."""
+        return [volume for volume in volumes if any(fits(volume, pattern) for pattern in patterns)]
 
-    def fits(volume: Volume, pattern: str) -> bool:
-        return fnmatch.fnmatchcase(f"{volume.region}/{volume.name}" if "/" in pattern else volume.name, pattern)
-
-    return [volume for volume in volumes if any(fits(volume, pattern) for pattern in patterns)]
+    @staticmethod
+    def _is_fit(volume: Volume) -> bool:
+        return all(ImagePaths.VOLUME_NAME.fullmatch(name) for name in (volume.name, volume.region))
 
 
 def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False, dry_run: bool = False) -> list[Resource]:
@@ -5235,479 +5188,520 @@ def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False, dry_ru
         report.left_behind(removal.run())
     if refused:
         raise refused
-    look_for_unfinished(job, dry_run=dry_run)
+    NewVolume.look_for_unfinished(job, dry_run=dry_run)
     return leftovers
 
 
-def finish_journals(home: Home, report: Reporter, stop: Stop) -> set[str]:
-    """Finish what crashes left, without network; returns the names for which that failed."""
-    failed = set()
-    directories = [home.path / region / ".dosvob" for region in home.directories()]
-    for journal in sorted(path for directory in directories for path in directory.glob("*.journal")):
-        name = str(journal.parent.parent.relative_to(home.path) / journal.stem)
-        meter = Meter(report, stop, f"{name}: completing an interrupted backup from its journal", is_told=True)
-        try:
-            if Journal.finish(ImagePaths(home.path, name), report.warn, meter):
-                report.end_progress()
-                report.say(f"{name}: an interrupted backup was completed from its journal")
-        except (DosvobError, OSError) as problem:
-            kept = "; the journal is kept and applied at the next start" * isinstance(problem, OSError)
-            report.error(f"{name}: {explained(problem, home.path)}{kept}")
-            failed.add(name)
-    return failed
+class Misplaced:
+    """The images that lie where another "region" in conf.json had them, as far as they may be these volumes'."""
 
+    def __init__(self, job: Job, volumes: Sequence[Volume]) -> None:
+        self._job = job
+        self._volumes = volumes
 
-def back_up(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
-    """The main job."""
-    job = Job.open(arguments, report, stop)
-    if arguments.dry_run:
-        dry_run(job, arguments.names)
-        return
-    url = job.config.healthchecks
-    try:
-        with job.home.locked():
-            ping(url, "/start", report)
-            back_up_all(job, arguments)
-    except Busy:
-        raise  # the one that is at work tells how it goes
-    except (Exception, Interrupted) as problem:
-        ping(url, "/fail", report, str(problem))
-        raise
-    ping(url, "/fail" if report.has_failed else "", report)
+    def images(self) -> Iterator[tuple[ImagePaths, str]]:
+        """Each, and the name of where it belongs, "" if nobody knows.
 
-
-def back_up_all(job: Job, arguments: argparse.Namespace) -> None:
-    """A backup, once the lock is held."""
-    home, report = job.home, job.report
-    try:
-        sweep(job)  # first: what is left costs money while a large journal is applied
-    finally:
-        damaged = finish_journals(home, report, job.stop)
-    volumes = select_volumes(job, arguments.names)
-    plans = plan_droplets(job, volumes)
-    if not arguments.names:
-        try:
-            home.record_wanted(job.name(volume) for volume in volumes)
-        except OSError as problem:
-            report.warn(f"{explained(problem, home.path)}; `health` will not miss a volume that was never backed up")
-    volumes = [volume for volume in volumes if is_fit(job, volume)]
-    damaged |= move_images(job, volumes, damaged)
-    fit = [volume for volume in volumes if job.name(volume) not in damaged]
-    results = {job.name(volume): Result(job.name(volume), volume.size, "not begun") for volume in fit}
-    cost = 0.0
-    try:
-        for _, volumes_there in itertools.groupby(fit, lambda volume: volume.region):
-            cost += back_up_region(job, plans, list(volumes_there), results, reread=arguments.reread)
-    except Interrupted:
-        tell_interrupted(report, results.values())
-        raise
-    if results:
-        rows = [("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", ""), *(result.row() for result in results.values())]
-        report.say(table(rows, (0, 5)), is_result=True)
-        report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included", is_result=True)
-    if not report.left:
-        report.say("nothing of this home's is left in the account")
-
-
-def is_fit(job: Job, volume: Volume) -> bool:
-    """Whether a volume's name is one that it can have; tells if not, for it becomes a path."""
-    if all(ImagePaths.VOLUME_NAME.fullmatch(name) for name in (volume.name, volume.region)):
-        return True
-    job.report.error(f"{volume.name!r} is not a name that a volume can have: it is not backed up")
-    return False
-
-
-def plan_droplets(job: Job, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
-    """What droplets to create, by region; one of several regions that cannot have one fails for itself."""
-    plans = {}
-    for region in dict.fromkeys(volume.region for volume in volumes):
-        try:
-            plans[region] = DropletPlan.make(job.api, job.config, region)
-        except DosvobError as problem:
-            if not job.config.by_region:
-                raise
-            job.report.error(f"{region}: {problem}")
-    return plans
-
-
-def back_up_region(
-    job: Job, plans: Mapping[str, DropletPlan], volumes: Sequence[Volume], results: dict[str, Result], *, reread: bool
-) -> float:
-    """Back up volumes of one region; returns what it cost. If it fails, that is no matter of other regions."""
-    region = volumes[0].region
-    try:
-        if job.config.by_region:
-            job.home.make_directory(region)
-        if region in plans:
-            return Backup(job, plans[region], volumes, results, reread=reread).run()
-    except (DosvobError, OSError) as problem:
-        job.report.error(f"{region}: {explained(problem, job.home.path)}")
-    for volume in volumes:
-        name = job.name(volume)
-        if results[name].outcome != "ok":
-            results[name] = dataclasses.replace(results[name], outcome="FAILED")
-    return 0.0
-
-
-def tell_interrupted(report: Reporter, results: Iterable[Result]) -> None:
-    """Say what is complete, what goes on next time, and how to see it."""
-    words = {"ok": "complete", "begun": "begun, and goes on next time", "FAILED": "FAILED", "not begun": "not begun"}
-    told = []
-    for outcome, word in words.items():
-        names = [result.name for result in results if result.outcome == outcome]
-        told += [f"{word}: {', '.join(names)}"] if names else []
-    told.append(f"to see what there is: {command_line('list')}")
-    report.say(f"interrupted; {'; '.join(told)}", is_result=True)
-
-
-def misplaced(job: Job, volumes: Iterable[Volume]) -> Iterator[tuple[ImagePaths, str]]:
-    """The images that lie where another "region" in conf.json had them, and where they belong, "" if nobody knows.
-
-    That is told by a region's directory, or else by the state. Of what has none only what may be one of these volumes'
-    is named.
-    """
-    config, home = job.config, job.home
-    elsewhere = {volume.name if config.by_region else f"{volume.region}/{volume.name}" for volume in volumes}
-    for name in sorted(home.names() | elsewhere):
-        old = ImagePaths(home.path, name)
-        region, _, base = name.rpartition("/")
-        has_anything = any(path.exists() for path in (old.image, old.partial, old.state, old.versions))
-        if bool(region) == config.by_region or not has_anything:
-            continue
-        if region in config.regions:
-            yield old, base
-        elif config.by_region:
-            with contextlib.suppress(DosvobError):
-                state = State.load(old.state, whole=False)
-                region = state.snapshot.region if state else ""
-            if region or name in elsewhere:
-                yield old, f"{region}/{base}" if region else ""
-
-
-def move_images(job: Job, volumes: Sequence[Volume], damaged: Container[str]) -> set[str]:
-    """Move images to where "region" in conf.json has them now; returns the names of what is not to be backed up.
-
-    Those are what could not be moved, for it would be fetched anew; also if a journal must be finished (`damaged`).
-    """
-    failed: set[str] = set()
-    for old, name in misplaced(job, volumes):
-        names = [name] if name else [job.name(volume) for volume in volumes if volume.name == old.name]
-        try:
-            if old.name in damaged:  # which was told
-                failed.update(names)
+        That is told by a region's directory, or else by the state. Of what has none only what may be one of these
+        volumes' is named.
+        """
+        config, home = self._job.config, self._job.home
+        elsewhere = {volume.name if config.by_region else f"{volume.region}/{volume.name}" for volume in self._volumes}
+        for name in sorted(home.names() | elsewhere):
+            old = ImagePaths(home.path, name)
+            region, _, base = name.rpartition("/")
+            has_anything = any(path.exists() for path in (old.image, old.partial, old.state, old.versions))
+            if bool(region) == config.by_region or not has_anything:
                 continue
-            if not name:
-                raise DosvobError(how_to_move(old, [ImagePaths(job.home.path, name) for name in names]))
-            job.home.move(old, ImagePaths(job.home.path, name))
-            job.report.say(f'{old.name}: its image is {job.home.path / name} now, for "region" in conf.json')
+            if region in config.regions:
+                yield old, base
+            elif config.by_region:
+                with contextlib.suppress(DosvobError):
+                    state = State.load(old.state, whole=False)
+                    region = state.snapshot.region if state else ""
+                if region or name in elsewhere:
+                    yield old, f"{region}/{base}" if region else ""
+
+    def move(self, damaged: Container[str]) -> set[str]:
+        """Move them to where "region" has them now; returns the names of what is not to be backed up.
+
+        Those are what could not be moved, for it would be fetched anew; also if a journal must be finished (`damaged`).
+        """
+        job, volumes = self._job, self._volumes
+        failed: set[str] = set()
+        for old, name in self.images():
+            names = [name] if name else [job.name(volume) for volume in volumes if volume.name == old.name]
+            try:
+                if old.name in damaged:  # which was told
+                    failed.update(names)
+                    continue
+                if not name:
+                    raise DosvobError(self._how_to_move(old, [ImagePaths(job.home.path, name) for name in names]))
+                job.home.move(old, ImagePaths(job.home.path, name))
+                job.report.say(f'{old.name}: its image is {job.home.path / name} now, for "region" in conf.json')
+            except (DosvobError, OSError) as problem:
+                job.report.error(f"{old.name}: {explained(problem, old.directory)}")
+                failed.update(names)
+        return failed
+
+    @staticmethod
+    def _how_to_move(old: ImagePaths, places: Sequence[ImagePaths]) -> str:
+        """What to do about an image that may belong in any of these places."""
+        files = " ".join(str(path) for path in (old.image, old.partial) if path.exists())
+        metadata = " ".join(str(path) for path in (old.state, old.versions) if path.exists())
+        new = places[0]
+        commands = [f"mkdir -p {new.metadata}"]
+        commands += [f"mv {files} {new.directory}/"] if files else []
+        commands += [f"mv {metadata} {new.metadata}/"] if metadata else []
+        regions = " or ".join(place.directory.name for place in places)
+        return (
+            f"nothing tells of which region {files or metadata} is, {regions} perhaps, so that is not backed up. If it "
+            f"is of {new.directory.name}: {' && '.join(commands)}; otherwise move it elsewhere"
+        )
+
+
+class Run:
+    """One backup of some volumes; the lock is held."""
+
+    def __init__(self, job: Job, names: Sequence[str], *, reread: bool) -> None:
+        """`names` are those on the command line."""
+        self._job = job
+        self._names = names
+        self._reread = reread
+        self._results: dict[str, Result] = {}  # by the name of the image
+
+    def run(self) -> None:
+        """From the leftovers of an earlier run to what this one cost."""
+        job, home, report = self._job, self._job.home, self._job.report
+        try:
+            sweep(job)  # first: what is left costs money while a large journal is applied
+        finally:
+            damaged = home.finish_journals(report, job.stop)
+        volumes = Selection(job).chosen(self._names)
+        plans = self._plan_droplets(volumes)
+        if not self._names:
+            try:
+                home.write("wanted.json", json.dumps([job.name(volume) for volume in volumes]))
+            except OSError as problem:
+                report.warn(
+                    f"{explained(problem, home.path)}; `health` will not miss a volume that was never backed up"
+                )
+        damaged |= Misplaced(job, volumes).move(damaged)
+        fit = [volume for volume in volumes if job.name(volume) not in damaged]
+        self._results = {job.name(volume): Result(job.name(volume), volume.size, "not begun") for volume in fit}
+        cost = 0.0
+        try:
+            for _, volumes_there in itertools.groupby(fit, lambda volume: volume.region):
+                cost += self._back_up_region(plans, list(volumes_there))
+        except Interrupted:
+            self._tell_interrupted()
+            raise
+        if self._results:
+            rows = [
+                ("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", ""),
+                *(result.row() for result in self._results.values()),
+            ]
+            report.say(table(rows, (0, 5)), is_result=True)
+            report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included", is_result=True)
+        if not report.left:
+            report.say("nothing of this home's is left in the account")
+
+    def _plan_droplets(self, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
+        """What droplets to create, by region; one of several regions that cannot have one fails for itself."""
+        job, plans = self._job, {}
+        for region in dict.fromkeys(volume.region for volume in volumes):
+            try:
+                plans[region] = DropletPlan.make(job.api, job.config, region)
+            except DosvobError as problem:
+                if not job.config.by_region:
+                    raise
+                job.report.error(f"{region}: {problem}")
+        return plans
+
+    def _back_up_region(self, plans: Mapping[str, DropletPlan], volumes: Sequence[Volume]) -> float:
+        """Back up volumes of one region; returns what it cost. If it fails, that is no matter of other regions."""
+        job, results, region = self._job, self._results, volumes[0].region
+        try:
+            if job.config.by_region:
+                job.home.make_directory(region)
+            if region in plans:
+                return Backup(job, plans[region], volumes, results, reread=self._reread).run()
         except (DosvobError, OSError) as problem:
-            job.report.error(f"{old.name}: {explained(problem, old.directory)}")
-            failed.update(names)
-    return failed
+            job.report.error(f"{region}: {explained(problem, job.home.path)}")
+        for volume in volumes:
+            name = job.name(volume)
+            if results[name].outcome != "ok":
+                results[name] = dataclasses.replace(results[name], outcome="FAILED")
+        return 0.0
+
+    def _tell_interrupted(self) -> None:
+        """Say what is complete, what goes on next time, and how to see it."""
+        words = {
+            "ok": "complete",
+            "begun": "begun, and goes on next time",
+            "FAILED": "FAILED",
+            "not begun": "not begun",
+        }
+        told = []
+        for outcome, word in words.items():
+            names = [result.name for result in self._results.values() if result.outcome == outcome]
+            told += [f"{word}: {', '.join(names)}"] if names else []
+        told.append(f"to see what there is: {command_line('list')}")
+        self._job.report.say(f"interrupted; {'; '.join(told)}", is_result=True)
 
 
-def how_to_move(old: ImagePaths, places: Sequence[ImagePaths]) -> str:
-    """What to do about an image that may belong in any of these places."""
-    files = " ".join(str(path) for path in (old.image, old.partial) if path.exists())
-    metadata = " ".join(str(path) for path in (old.state, old.versions) if path.exists())
-    new = places[0]
-    commands = [f"mkdir -p {new.metadata}"]
-    commands += [f"mv {files} {new.directory}/"] if files else []
-    commands += [f"mv {metadata} {new.metadata}/"] if metadata else []
-    regions = " or ".join(place.directory.name for place in places)
-    return (
-        f"nothing tells of which region {files or metadata} is, {regions} perhaps, so that is not backed up. If it is "
-        f"of {new.directory.name}: {' && '.join(commands)}; otherwise move it elsewhere"
-    )
+class Description:
+    """What `list` says of a volume."""
+
+    @staticmethod
+    def of(paths: ImagePaths) -> Json:
+        """What there is of it, in the form of `list --json`: README has it."""
+        described: Json = {
+            "name": paths.name,
+            "region": None,
+            "size": None,
+            "occupied": 0,
+            "problem": None,
+            "versions": [],
+        }
+
+        def add(
+            moment: datetime.datetime, version: Version | None = None, frees: int | None = None, **more: Any
+        ) -> None:
+            changed, occupied = (version.changed, version.occupied) if version else (None, described["occupied"])
+            described["versions"].append(
+                {"time": moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
+                 "frees": frees, "damaged": False, **more}
+            )  # fmt: skip
+
+        try:
+            paths.check_link()
+            status = paths.image.stat()
+            described |= {"size": status.st_size, "occupied": status.st_blocks * 512}
+            with paths.state.open("rb") as file:
+                state = State.unpack(file.read(BLOCK), paths.state)
+            described |= {"region": state.snapshot.region, "size": state.snapshot.size}
+            add(state.moment)
+        except FileNotFoundError:
+            described["problem"] = "no snapshot is recorded" if described["size"] else "the image is missing"
+        except DosvobError as problem:
+            described["problem"] = str(problem)
+        versions = Versions(paths).all()
+        for version, older in itertools.zip_longest(versions, versions[1:]):
+            try:
+                add(version.moment, version, Versions.freed_by(version, older), damaged=not version.is_whole)
+            except Damaged:
+                add(version.moment, version, version.occupied, damaged=True)
+        return described
+
+    @staticmethod
+    def text(volume: Json) -> str:
+        """The same for people."""
+        size = human_size(volume["size"]) if volume["size"] else "of unknown size"
+        older = sum(version["occupied"] for version in volume["versions"] if not version["image"])
+        here = human_size(volume["occupied"]) + " here" + f" and {human_size(older)} for older versions" * bool(older)
+        lines = [f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {here}"]
+        if volume["problem"]:
+            lines.append(f"  {volume['problem']}")
+        rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "")]
+        for version in volume["versions"]:
+            moment = datetime.datetime.fromisoformat(version["time"])
+            figures = ("-", "-") if version["image"] else (human_size(version["changed"]), human_size(version["frees"]))
+            note = "damaged" if version["damaged"] else "the image" * version["image"]
+            rows.append((f"  {local_time(moment)}", human_time(max(age(version["time"]), 0)), *figures, note))
+        return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
 
 
-def dry_run(job: Job, names: Sequence[str]) -> None:
-    """Say what a backup would do; changes nothing."""
-    report = job.report
-    sweep(job, dry_run=True)
-    volumes = [volume for volume in select_volumes(job, names) if is_fit(job, volume)]
-    moved = {name: old for old, name in misplaced(job, volumes)} if job.home.path.is_dir() else {}
-    for volume in volumes:
-        name = job.name(volume)
-        image = ImagePaths(job.home.path, name).image
-        old = moved.get(name)
-        how = "changes only" if image.exists() or (old and old.image.exists()) else "all of it, for the first time"
-        first = f" (where {old.image} goes first)" if old else ""
-        report.say(f"would back up {name}, {volume.size // GIB} GiB, to {image}{first}: {how}")
-    for region in dict.fromkeys(volume.region for volume in volumes):
-        plan = DropletPlan.make(job.api, job.config, region)
-        size, price = plan.sizes[0]
-        report.say(f"would do so over a droplet {size} with {plan.image} in {region}, at ${price:.5f} an hour")
+class Commands:
+    """What the user can ask for, each a method. It has failed if it raises, or reports an error.
 
+    Those that need no account: `verify`, `health`, `list`, and `restore` to a file.
+    """
 
-def sweep_only(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
-    """Remove leftovers, and nothing else."""
-    if arguments.names:
-        raise UsageError("sweep takes no names: it removes all that dosvob left behind")
-    job = Job.open(arguments, report, stop)
-    if arguments.dry_run:
-        if not sweep(job, everything=arguments.all, dry_run=True):
-            report.say("there is nothing to remove")
-        return
-    with job.home.locked():
-        sweep(job, time.monotonic() + LIST_LAG, everything=arguments.all)  # what was created a moment ago shows late
-        finish_journals(job.home, report, stop)
-    if not report.left:
-        report.say("nothing of dosvob's is left in the account" + " for this home" * (not arguments.all))
+    def __init__(self, arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
+        self._arguments = arguments
+        self._report = report
+        self._stop = stop
+        self._home = Home(arguments.backups)
 
+    def _job(self) -> Job:
+        """What a command that needs the account is given; raises UsageError."""
+        report, stop = self._report, self._stop
+        config = Config.load(self._arguments.config, os.environ, report.warn)
+        report.secret = config.token
+        patience = Api.DRY_RUN_PATIENCE if self._arguments.dry_run else Api.PATIENCE
+        return Job(config, Api(config, stop, report.say, report.detail, patience), self._home, report, stop)
 
-def verify_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
-    """Compare images and versions with their recorded digests, without network or account."""
-    home = Home(arguments.backups)
-    home.check()
-    tell_unfinished(home, report)
-    with home.locked():
-        finish_journals(home, report, stop)
-        names = home.chosen(arguments.names, with_aside=False)
+    def _look(self) -> None:
+        """Raise UsageError if there is no such home; tell what a restore may have left."""
+        self._home.check()
+        NewVolume.tell_unfinished(self._home, self._report)
+
+    def back_up(self) -> None:
+        """The main job."""
+        job, report = self._job(), self._report
+        if self._arguments.dry_run:
+            self._dry_run(job)
+            return
+        url = job.config.healthchecks
+        try:
+            with job.home.locked():
+                ping(url, "/start", report)
+                Run(job, self._arguments.names, reread=self._arguments.reread).run()
+        except Busy:
+            raise  # the one that is at work tells how it goes
+        except (Exception, Interrupted) as problem:
+            ping(url, "/fail", report, str(problem))
+            raise
+        ping(url, "/fail" if report.has_failed else "", report)
+
+    def _dry_run(self, job: Job) -> None:
+        """Say what a backup would do; changes nothing."""
+        sweep(job, dry_run=True)
+        volumes = Selection(job).chosen(self._arguments.names)
+        moved = {name: old for old, name in Misplaced(job, volumes).images()} if job.home.path.is_dir() else {}
+        for volume in volumes:
+            name = job.name(volume)
+            image = ImagePaths(job.home.path, name).image
+            old = moved.get(name)
+            how = "changes only" if image.exists() or (old and old.image.exists()) else "all of it, for the first time"
+            first = f" (where {old.image} goes first)" if old else ""
+            self._report.say(f"would back up {name}, {volume.size // GIB} GiB, to {image}{first}: {how}")
+        for region in dict.fromkeys(volume.region for volume in volumes):
+            plan = DropletPlan.make(job.api, job.config, region)
+            size, price = plan.sizes[0]
+            self._report.say(
+                f"would do so over a droplet {size} with {plan.image} in {region}, at ${price:.5f} an hour"
+            )
+
+    def sweep(self) -> None:
+        """Remove leftovers, and nothing else."""
+        arguments, report = self._arguments, self._report
+        if arguments.names:
+            raise UsageError("sweep takes no names: it removes all that dosvob left behind")
+        job = self._job()
+        if arguments.dry_run:
+            if not sweep(job, everything=arguments.all, dry_run=True):
+                report.say("there is nothing to remove")
+            return
+        with job.home.locked():
+            sweep(
+                job, time.monotonic() + LIST_LAG, everything=arguments.all
+            )  # what was created a moment ago shows late
+            job.home.finish_journals(report, self._stop)
+        if not report.left:
+            report.say("nothing of dosvob's is left in the account" + " for this home" * (not arguments.all))
+
+    def verify(self) -> None:
+        """Compare images and versions with their recorded digests, without network or account."""
+        home, report = self._home, self._report
+        self._look()
+        with home.locked():
+            home.finish_journals(report, self._stop)
+            names = home.chosen(self._arguments.names, with_aside=False)
+            if not names:
+                raise DosvobError(f"there is no backup in {home.path} yet, so nothing was verified")
+            for name in names:
+                try:
+                    self._verify_one(ImagePaths(home.path, name))
+                except (OSError, DosvobError) as problem:
+                    report.error(f"{name}: {explained(problem, home.path)}")
+
+    def _verify_one(self, paths: ImagePaths) -> None:
+        """Verify one image and its versions and say what was found."""
+        report = self._report
+        paths.check_link()
+        with contextlib.closing(Chain(paths, from_disk=True)) as chain:
+            problems = [str(chain.problem)] if chain.problem else []
+            length, meter = (
+                os.fstat(chain.image.fd).st_size,
+                Meter(report, self._stop, f"{paths.name}: verified", chain.size),
+            )
+            if chain.state is None and not problems:
+                report.say(f"{paths.name}: no digests are recorded yet, the next backup records them")
+            is_recorded = chain.state is not None or bool(chain.versions)
+            image, *versions = chain.verify(meter) if is_recorded else [Ranges()]
+        report.end_progress()
+        if is_recorded and length != chain.size:
+            problems.append(
+                f"the image's size is {length} bytes, and {chain.size} were backed up: the next backup mends it"
+            )
+        if image.ranges:
+            problems.append(f"differs from its snapshot in {image}: the next backup mends it")
+        for version, ranges in zip(chain.versions, versions, strict=True):
+            if ranges.ranges or not version.is_whole:
+                lost = f"cannot be restored in {ranges}" if ranges.ranges else "can be restored whole"
+                damaged = f"; {version.path} is damaged" * (not version.is_whole)
+                problems.append(f"the version of {local_time(version.moment)} {lost}{damaged}")
+        for problem in problems:
+            report.error(f"{paths.name}: {problem}")
+        if is_recorded and not problems:
+            and_versions = f", and {len(versions)} older version{'s' * (len(versions) > 1)}" if versions else ""
+            report.say(f"{paths.name}: sound, {human_size(chain.size)}{and_versions}")
+
+    def health(self) -> None:
+        """Say how old each backup is, without network, account or lock; fails if one is too old, or there is none."""
+        home, report = self._home, self._report
+        self._look()
+        wanted = home.wanted()
+        there = wanted | {name for name in home.names(with_aside=False) if ImagePaths(home.path, name).state.exists()}
+        asked = [found for name in self._arguments.names for found in Home.called(name, there) or [name]]
+        names = list(dict.fromkeys(asked)) or sorted(there)
         if not names:
-            raise DosvobError(f"there is no backup in {home.path} yet, so nothing was verified")
+            raise DosvobError(f"there is no backup in {home.path} yet")
         for name in names:
             try:
-                verify_one(ImagePaths(home.path, name), report, stop)
-            except (OSError, DosvobError) as problem:
-                report.error(f"{name}: {explained(problem, home.path)}")
+                report.say(f"{name}: {self._health_of(name, is_wanted=name in wanted)}")
+            except DosvobError as problem:
+                report.error(f"{name}: {problem}")
 
-
-def verify_one(paths: ImagePaths, report: Reporter, stop: Stop) -> None:
-    """Verify one image and its versions and say what was found."""
-    paths.check_link()
-    with contextlib.closing(Chain(paths, from_disk=True)) as chain:
-        problems = [str(chain.problem)] if chain.problem else []
-        length, meter = os.fstat(chain.image.fd).st_size, Meter(report, stop, f"{paths.name}: verified", chain.size)
-        if chain.state is None and not problems:
-            report.say(f"{paths.name}: no digests are recorded yet, the next backup records them")
-        is_recorded = chain.state is not None or bool(chain.versions)
-        image, *versions = chain.verify(meter) if is_recorded else [Ranges()]
-    report.end_progress()
-    if is_recorded and length != chain.size:
-        problems.append(
-            f"the image's size is {length} bytes, and {chain.size} were backed up: the next backup mends it"
-        )
-    if image.ranges:
-        problems.append(f"differs from its snapshot in {image}: the next backup mends it")
-    for version, ranges in zip(chain.versions, versions, strict=True):
-        if ranges.ranges or not version.is_whole:
-            lost = f"cannot be restored in {ranges}" if ranges.ranges else "can be restored whole"
-            damaged = f"; {version.path} is damaged" * (not version.is_whole)
-            problems.append(f"the version of {local_time(version.moment)} {lost}{damaged}")
-    for problem in problems:
-        report.error(f"{paths.name}: {problem}")
-    if is_recorded and not problems:
-        and_versions = f", and {len(versions)} older version{'s' * (len(versions) > 1)}" if versions else ""
-        report.say(f"{paths.name}: sound, {human_size(chain.size)}{and_versions}")
-
-
-def health(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:  # noqa: ARG001 - as every command
-    """Say how old each backup is, without network, account or lock; it fails if one is too old, or there is none."""
-    home = Home(arguments.backups)
-    home.check()
-    tell_unfinished(home, report)
-    wanted = home.wanted()
-    there = wanted | {name for name in home.names(with_aside=False) if ImagePaths(home.path, name).state.exists()}
-    asked = [found for name in arguments.names for found in called(name, there) or [name]]
-    names = list(dict.fromkeys(asked)) or sorted(there)
-    if not names:
-        raise DosvobError(f"there is no backup in {home.path} yet")
-    for name in names:
-        try:
-            report.say(f"{name}: {health_of(home, name, arguments.max_age, is_wanted=name in wanted)}")
-        except DosvobError as problem:
-            report.error(f"{name}: {problem}")
-
-
-def health_of(home: Home, name: str, max_age: float, *, is_wanted: bool) -> str:
-    """What to say of a backup; raises DosvobError if it is missing, not complete, or more than `max_age` hours old."""
-    paths = ImagePaths(home.path, name)
-    paths.check_link()
-    with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as journal:
-        if journal.end is not None and not home.is_busy():
-            raise DosvobError(f"its image must still be completed from its journal: {command_line('verify', name)}")
-    state = State.load(paths.state, whole=False)
-    if state is None:
-        raise DosvobError("there is no complete backup of it yet")
-    if not paths.image.exists():
-        raise DosvobError(f"{paths.image} is missing: the next backup fetches all of it")
-    if state.identity is None:
-        raise DosvobError(f"{paths.image} may not be what was backed up: the next backup compares and mends it")
-    seconds = max((utc_now() - state.moment).total_seconds(), 0)
-    told = f"its last complete backup is {human_time(seconds)} old"
-    if seconds > max_age * 3600:
-        unwanted = f"; if it is not to be backed up any more, move it and {paths.state} elsewhere"
-        raise DosvobError(f"{told}, more than {max_age:g} h{unwanted * (not is_wanted)}")
-    versions = Versions(paths).all()
-    for version in versions:
-        if not version.is_whole:
-            verify = command_line("verify", name)
-            raise DosvobError(f"{told}, but the version {version.path} is damaged, which all older ones need: {verify}")
-    return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
-
-
-def list_all(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:  # noqa: ARG001 - as every command
-    """Say what is there to be restored, without network, account or lock."""
-    home = Home(arguments.backups)
-    home.check()
-    tell_unfinished(home, report)
-    described = [describe(ImagePaths(home.path, name)) for name in home.chosen(arguments.names)]
-    if arguments.json:
-        report.answer(json.dumps({"volumes": described}, indent=2))
-    elif not described:
-        report.say(f"there is no backup in {home.path} yet")
-    else:
-        report.answer("\n\n".join(description_text(volume) for volume in described))
-
-
-def describe(paths: ImagePaths) -> Json:
-    """What there is of a volume, in the form of `list --json`: README has it."""
-    described: Json = {"name": paths.name, "region": None, "size": None, "occupied": 0, "problem": None, "versions": []}
-
-    def add(moment: datetime.datetime, version: Version | None = None, frees: int | None = None, **more: Any) -> None:
-        changed, occupied = (version.changed, version.occupied) if version else (None, described["occupied"])
-        described["versions"].append(
-            {"time": moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
-             "frees": frees, "damaged": False, **more}
-        )  # fmt: skip
-
-    try:
+    def _health_of(self, name: str, *, is_wanted: bool) -> str:
+        """What to say of a backup; raises DosvobError if it is missing, not complete, or older than may be."""
+        paths, max_age = ImagePaths(self._home.path, name), self._arguments.max_age  # hours
         paths.check_link()
-        status = paths.image.stat()
-        described |= {"size": status.st_size, "occupied": status.st_blocks * 512}
-        with paths.state.open("rb") as file:
-            state = State.unpack(file.read(BLOCK), paths.state)
-        described |= {"region": state.snapshot.region, "size": state.snapshot.size}
-        add(state.moment)
-    except FileNotFoundError:
-        described["problem"] = "no snapshot is recorded" if described["size"] else "the image is missing"
-    except DosvobError as problem:
-        described["problem"] = str(problem)
-    versions = Versions(paths).all()
-    for version, older in itertools.zip_longest(versions, versions[1:]):
-        try:
-            add(version.moment, version, Versions.freed_by(version, older), damaged=not version.is_whole)
-        except Damaged:
-            add(version.moment, version, version.occupied, damaged=True)
-    return described
+        with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as journal:
+            if journal.end is not None and not self._home.is_busy():
+                raise DosvobError(f"its image must still be completed from its journal: {command_line('verify', name)}")
+        state = State.load(paths.state, whole=False)
+        if state is None:
+            raise DosvobError("there is no complete backup of it yet")
+        if not paths.image.exists():
+            raise DosvobError(f"{paths.image} is missing: the next backup fetches all of it")
+        if state.identity is None:
+            raise DosvobError(f"{paths.image} may not be what was backed up: the next backup compares and mends it")
+        seconds = max((utc_now() - state.moment).total_seconds(), 0)
+        told = f"its last complete backup is {human_time(seconds)} old"
+        if seconds > max_age * 3600:
+            unwanted = f"; if it is not to be backed up any more, move it and {paths.state} elsewhere"
+            raise DosvobError(f"{told}, more than {max_age:g} h{unwanted * (not is_wanted)}")
+        versions = Versions(paths).all()
+        for version in versions:
+            if not version.is_whole:
+                verify = command_line("verify", name)
+                raise DosvobError(
+                    f"{told}, but the version {version.path} is damaged, which all older ones need: {verify}"
+                )
+        return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
 
-
-def description_text(volume: Json) -> str:
-    """The same for people."""
-    size = human_size(volume["size"]) if volume["size"] else "of unknown size"
-    older = sum(version["occupied"] for version in volume["versions"] if not version["image"])
-    here = human_size(volume["occupied"]) + " here" + f" and {human_size(older)} for older versions" * bool(older)
-    lines = [f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {here}"]
-    if volume["problem"]:
-        lines.append(f"  {volume['problem']}")
-    rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "")]
-    for version in volume["versions"]:
-        moment = datetime.datetime.fromisoformat(version["time"])
-        figures = ("-", "-") if version["image"] else (human_size(version["changed"]), human_size(version["frees"]))
-        note = "damaged" if version["damaged"] else "the image" * version["image"]
-        rows.append((f"  {local_time(moment)}", human_time(max(age(version["time"]), 0)), *figures, note))
-    return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
-
-
-def restore(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
-    """Bring back an image or an older version."""
-    (restore_to_file if arguments.to_volume is None else restore_to_volume)(arguments, report, stop)
-
-
-def restore_to_volume(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
-    """Make a new volume of an image, an older version or any file."""
-    file = vars(arguments)["from"]
-    if len(arguments.names) != (0 if file else 1) or (file and arguments.at):
-        raise UsageError(
-            "restore --to-volume takes a volume's name, or --from FILE without --at: "
-            + command_line("restore", "data", "--to-volume", "data-restored")
-        )
-    job = Job.open(arguments, report, stop)
-    with job.home.locked():
-        sweep(job)
-        if file:
-            opened = Source.of_file(file)
+    def list(self) -> None:
+        """Say what is there to be restored, without network, account or lock."""
+        home, report = self._home, self._report
+        self._look()
+        described = [Description.of(ImagePaths(home.path, name)) for name in home.chosen(self._arguments.names)]
+        if self._arguments.json:
+            report.answer(json.dumps({"volumes": described}, indent=2))
+        elif not described:
+            report.say(f"there is no backup in {home.path} yet")
         else:
-            moment = parse_wanted_time(arguments.at) if arguments.at else None
-            opened = Source.of_image(ImagePaths(job.home.path, job.home.meant(arguments.names[0])), moment)
-        with opened as source:
-            least = -(-source.size // GIB)
-            size = least if arguments.size is None else arguments.size
-            if not least:
-                raise UsageError(f"{source.name} is empty: there is nothing to make a volume of")
-            if size < least:
-                raise UsageError(f"{source.name} needs {least} GiB, and --size says {size}")
-            regions = job.config.regions
-            region = arguments.region or source.region or (regions[0] if len(regions) == 1 else "")
-            if not region:
-                raise UsageError("say in which region the volume is to be, with --region")
-            wish = NewVolume(arguments.to_volume, region, size * GIB)
-            plan = DropletPlan.make(job.api, job.config, region)
-            wish.check(job.api)
-            report.say(f"making {wish.name} in {region}, {size} GiB, of {source.name}")
-            new = Restoration(job, plan, source, wish).run()
-    unchecked = "" if source.is_checked else "; whether that is what was backed up is not recorded, and was not checked"
-    report.say(
-        f"{source.name} is now also the {new.resource} in {new.region}: all of it was read back there and "
-        f"compared{unchecked}. To use it on a droplet of yours:\n"
-        f"  doctl compute volume-action attach {new.id} DROPLET-ID\n"
-        f"  mount {Link.device(new.name)} /mnt    # on the droplet"
-    )
+            report.answer("\n\n".join(Description.text(volume) for volume in described))
 
+    def restore(self) -> None:
+        """Bring back an image or an older version."""
+        if self._arguments.to_volume is None:
+            self._restore_to_file()
+        else:
+            self._restore_to_volume()
 
-def restore_to_file(arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
-    """Write an image or an older version to a new file, without network, account or configuration."""
-    if len(arguments.names) != 2:
-        raise UsageError(f"restore takes a volume's name and a new file: {command_line('restore', 'data', 'data.img')}")
-    name, target = arguments.names[0], Path(arguments.names[1])
-    home = Home(arguments.backups)
-    tell_unfinished(home, report)
-    with home.unchanged():
-        name = home.meant(name)
-        paths = ImagePaths(home.path, name)
-        paths.check_link()
+    def _restore_to_volume(self) -> None:
+        """Make a new volume of an image, an older version or any file."""
+        arguments, report = self._arguments, self._report
+        file = vars(arguments)["from"]
+        if len(arguments.names) != (0 if file else 1) or (file and arguments.at):
+            raise UsageError(
+                "restore --to-volume takes a volume's name, or --from FILE without --at: "
+                + command_line("restore", "data", "--to-volume", "data-restored")
+            )
+        job = self._job()
+        with job.home.locked():
+            sweep(job)
+            if file:
+                opened = Source.of_file(file)
+            else:
+                paths = ImagePaths(job.home.path, job.home.meant(arguments.names[0]))
+                opened = Source.of_image(paths, self._wanted_time())
+            with opened as source:
+                least = -(-source.size // GIB)
+                size = least if arguments.size is None else arguments.size
+                if not least:
+                    raise UsageError(f"{source.name} is empty: there is nothing to make a volume of")
+                if size < least:
+                    raise UsageError(f"{source.name} needs {least} GiB, and --size says {size}")
+                regions = job.config.regions
+                region = arguments.region or source.region or (regions[0] if len(regions) == 1 else "")
+                if not region:
+                    raise UsageError("say in which region the volume is to be, with --region")
+                wish = NewVolume(arguments.to_volume, region, size * GIB)
+                plan = DropletPlan.make(job.api, job.config, region)
+                wish.check(job.api)
+                report.say(f"making {wish.name} in {region}, {size} GiB, of {source.name}")
+                new = Restoration(job, plan, source, wish).run()
+        unchecked = (
+            "" if source.is_checked else "; whether that is what was backed up is not recorded, and was not checked"
+        )
+        report.say(
+            f"{source.name} is now also the {new.resource} in {new.region}: all of it was read back there and "
+            f"compared{unchecked}. To use it on a droplet of yours:\n"
+            f"  doctl compute volume-action attach {new.id} DROPLET-ID\n"
+            f"  mount {Link.device(new.name)} /mnt    # on the droplet"
+        )
+
+    def _restore_to_file(self) -> None:
+        """Write an image or an older version to a new file, without network, account or configuration."""
+        arguments, report, home = self._arguments, self._report, self._home
+        if len(arguments.names) != 2:
+            raise UsageError(
+                f"restore takes a volume's name and a new file: {command_line('restore', 'data', 'data.img')}"
+            )
+        name, target = arguments.names[0], Path(arguments.names[1])
+        NewVolume.tell_unfinished(home, report)
+        with home.unchanged():
+            name = home.meant(name)
+            paths = ImagePaths(home.path, name)
+            paths.check_link()
+            try:
+                with contextlib.closing(Chain(paths)) as chain:
+                    depth = chain.depth_at(self._wanted_time())
+                    version = chain.versions[depth - 1].moment if depth else chain.moment
+                    told = (
+                        f"{name} of {local_time(version)}" if version else f"{name}, of which no digests are recorded,"
+                    )
+                    meter = Meter(report, self._stop, f"{name}: restored", chain.size)
+                    is_recorded = chain.state is not None
+                    final, damaged = chain.restore(depth, target, meter)
+            except OSError as problem:
+                raise DosvobError(f"{name} could not be restored: {explained(problem, target)}") from problem
+        report.end_progress()
+        size = final.stat()
+        figures = f"{human_size(size.st_size)}, which take {human_size(size.st_blocks * 512)} of the disk"
+        if damaged.ranges:
+            report.error(f"{told} is damaged in {damaged}; the rest of it is in {final}, {figures}")
+            return
+        checked = "every chunk as it was recorded" if is_recorded else "not checked, for want of the image's digests"
+        report.say(f"{told} is restored to {final}: {figures}, {checked}")
+
+    def _wanted_time(self) -> datetime.datetime | None:
+        """That of --at: as `list` prints it, ISO 8601, `yesterday`, `3 days ago`; a date means its end.
+
+        Raises UsageError.
+        """
+        if (text := self._arguments.at) is None:
+            return None
+        now = datetime.datetime.now().astimezone()
+        if match := re.fullmatch(r"(\d{1,5}) (minute|hour|day|week)s? ago", text.strip()):
+            return now - datetime.timedelta(**{f"{match[2]}s": int(match[1])})
+        day = now.date()
+        if text.strip() in ("today", "yesterday"):
+            text = str(day - datetime.timedelta(days=text.strip() == "yesterday"))
         try:
-            with contextlib.closing(Chain(paths)) as chain:
-                depth = chain.depth_at(parse_wanted_time(arguments.at) if arguments.at else None)
-                version = chain.versions[depth - 1].moment if depth else chain.moment
-                told = f"{name} of {local_time(version)}" if version else f"{name}, of which no digests are recorded,"
-                meter = Meter(report, stop, f"{name}: restored", chain.size)
-                is_recorded = chain.state is not None
-                final, damaged = chain.restore(depth, target, meter)
-        except OSError as problem:
-            raise DosvobError(f"{name} could not be restored: {explained(problem, target)}") from problem
-    report.end_progress()
-    size = final.stat()
-    figures = f"{human_size(size.st_size)}, which take {human_size(size.st_blocks * 512)} of the disk"
-    if damaged.ranges:
-        report.error(f"{told} is damaged in {damaged}; the rest of it is in {final}, {figures}")
-        return
-    checked = "every chunk as it was recorded" if is_recorded else "not checked, for want of the image's digests"
-    report.say(f"{told} is restored to {final}: {figures}, {checked}")
-
-
-def parse_wanted_time(text: str) -> datetime.datetime:
-    """A time as a user gives it: as `list` prints it, ISO 8601, `yesterday`, `3 days ago`; a date means its end.
-
-    Raises UsageError.
-    """
-    now = datetime.datetime.now().astimezone()
-    if match := re.fullmatch(r"(\d{1,5}) (minute|hour|day|week)s? ago", text.strip()):
-        return now - datetime.timedelta(**{f"{match[2]}s": int(match[1])})
-    day = now.date()
-    if text.strip() in ("today", "yesterday"):
-        text = str(day - datetime.timedelta(days=text.strip() == "yesterday"))
-    try:
-        moment = datetime.datetime.fromisoformat(re.sub(r"\s+(?=[+-]\d\d:?\d\d$)", "", text.strip()))
-        if re.fullmatch(r"[\d-]{8,10}", text.strip()):
-            moment += datetime.timedelta(days=1, microseconds=-1)
-        return moment.astimezone()
-    except (ValueError, OverflowError):
-        raise UsageError(
-            f'"{text}" is not a time: "2026-11-24", "2026-11-24 08:00", with an offset if it is not of here, '
-            '"yesterday" or "3 days ago"'
-        ) from None
+            moment = datetime.datetime.fromisoformat(re.sub(r"\s+(?=[+-]\d\d:?\d\d$)", "", text.strip()))
+            if re.fullmatch(r"[\d-]{8,10}", text.strip()):
+                moment += datetime.timedelta(days=1, microseconds=-1)
+            return moment.astimezone()
+        except (ValueError, OverflowError):
+            raise UsageError(
+                f'"{text}" is not a time: "2026-11-24", "2026-11-24 08:00", with an offset if it is not of here, '
+                '"yesterday" or "3 days ago"'
+            ) from None
 
 
 # ── main ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5735,14 +5729,14 @@ exit codes:
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 ACCOUNT = {"config", "backups", "dry_run"}
 TO_VOLUME = {"config", "to_volume", "region", "size", "from"}
-COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Reporter, Stop], None], set[str]]] = {
+COMMANDS: Mapping[str, tuple[Callable[[Commands], None], set[str]]] = {
     # what does it, and the options that it uses
-    "": (back_up, {*ACCOUNT, "reread"}),
-    "sweep": (sweep_only, {*ACCOUNT, "all"}),
-    "verify": (verify_all, {"backups"}),
-    "health": (health, {"backups", "max_age"}),
-    "list": (list_all, {"backups", "json"}),
-    "restore": (restore, {"backups", "at", *TO_VOLUME}),
+    "": (Commands.back_up, {*ACCOUNT, "reread"}),
+    "sweep": (Commands.sweep, {*ACCOUNT, "all"}),
+    "verify": (Commands.verify, {"backups"}),
+    "health": (Commands.health, {"backups", "max_age"}),
+    "list": (Commands.list, {"backups", "json"}),
+    "restore": (Commands.restore, {"backups", "at", *TO_VOLUME}),
 }
 DEFAULTS: Json = {
     "config": Path("conf.json"),
@@ -5752,16 +5746,16 @@ DEFAULTS: Json = {
 }
 
 
-def hours(text: str) -> float:
-    """A positive number of hours; ValueError is argparse's way."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; `command` is one of COMMANDS, `names` what follows."""
+
+    def hours(text: str) -> float:
+        """A positive number of hours; ValueError is argparse's way."""
+        value = float(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
     parser = argparse.ArgumentParser(
         prog="dosvob.py",
         description="Back up DigitalOcean volumes into raw disk images, fetching only what changed; bring them back.",
@@ -5861,7 +5855,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_command(parsed: argparse.Namespace, report: Reporter, stop: Stop) -> int:
     """Do what was asked for; returns the exit code, and raises nothing."""
     try:
-        COMMANDS[parsed.command][0](parsed, report, stop)
+        COMMANDS[parsed.command][0](Commands(parsed, report, stop))
     except Interrupted:
         return EXIT_FAILED
     except UsageError as problem:

@@ -149,11 +149,22 @@ def back_up(
         paths = dosvob.ImagePaths(backups, name)
         snapshot = snapshot_of(device, name, volume_id, next_time(paths))
         with contextlib.closing(dosvob.Update(paths, snapshot, keep, warn, reread=reread)) as update:
-            dosvob.sync_device(
-                cast("Callable[[int, int], dosvob.AgentStream]", stream_to), update, warn, lambda received: None
-            )
+            sync_device(stream_to, update, warn)
             update.finish()
         return update
+
+
+def sync_device(start_agent: Callable[[int, int], Any], update: dosvob.Update, warn: Callable[[str], None]) -> None:
+    """As a run does it; `start_agent` takes first chunk and window."""
+    window = dosvob.HELD if update.is_first else dosvob.WINDOW
+    dosvob.converse(
+        lambda first: cast("dosvob.AgentStream", start_agent(first, window)),
+        dosvob.Sync,
+        update,
+        warn,
+        lambda received: None,
+        lambda: False,
+    )
 
 
 def leave_committed(backups: Path, name: str, device: Path) -> None:
@@ -177,7 +188,7 @@ def recover(backups: Path, name: str, warn: Callable[[str], None] = lambda text:
 
 def finish_journals(backups: Path) -> set[str]:
     """The same for all volumes: the names for which it failed."""
-    return dosvob.finish_journals(dosvob.Home(backups), dosvob.Reporter(quiet=True), dosvob.Stop())
+    return dosvob.Home(backups).finish_journals(dosvob.Reporter(quiet=True), dosvob.Stop())
 
 
 def verify(paths: dosvob.ImagePaths) -> list[list[tuple[int, int]]]:

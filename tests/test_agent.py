@@ -881,13 +881,13 @@ HOSTILE = {
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_what_is_not_zstd_of_that_size_is_refused(hostile: str) -> None:
     with pytest.raises(ValueError, match="zstd"):
-        dosvob.unpacked(ZSTD, HOSTILE[hostile], CHUNK)
+        dosvob.Packer.unpack(ZSTD, HOSTILE[hostile], CHUNK)
 
 
 def test_what_is_to_be_skipped_is_not_taken_for_nothing() -> None:
-    assert dosvob.unpacked(ZSTD, zstd_frame(zstd_block(b"")), 0) == b""
+    assert dosvob.Packer.unpack(ZSTD, zstd_frame(zstd_block(b"")), 0) == b""
     with pytest.raises(ValueError, match="zstd"):
-        dosvob.unpacked(ZSTD, SKIPPED, 0)
+        dosvob.Packer.unpack(ZSTD, SKIPPED, 0)
 
 
 def test_a_window_beyond_all_bounds_takes_no_memory() -> None:
@@ -897,7 +897,7 @@ import resource, sys
 sys.path.insert(0, {str(Path(dosvob.__file__).parent)!r})
 import dosvob
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-sys.stdout.buffer.write(dosvob.unpacked({ZSTD}, {zstd_frame(zstd_block(b"content"), window=ENDLESS)!r}, 7))
+sys.stdout.buffer.write(dosvob.Packer.unpack({ZSTD}, {zstd_frame(zstd_block(b"content"), window=ENDLESS)!r}, 7))
 """
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout == b"content"
 
@@ -911,7 +911,7 @@ def test_damaged_data_is_unpacked_to_its_size_or_refused(kind: int, data: st.Dat
     packed = packed[: data.draw(st.just(len(packed)) | st.integers(0, len(packed)))]
     size = data.draw(st.sampled_from((CHUNK, CHUNK, PAGE, 0)))
     with contextlib.suppress(ValueError):
-        assert len(dosvob.unpacked(kind, bytes(packed), size)) == size
+        assert len(dosvob.Packer.unpack(kind, bytes(packed), size)) == size
 
 
 def clocked_packer(patches: pytest.MonkeyPatch, seconds: float, *, with_zstd: bool = True) -> dosvob.Packer:

@@ -358,8 +358,7 @@ def test_an_interrupted_sync_that_was_recovered_is_durable_too(tmp_path: Path) -
     recovery = [call for call in scene.record("recover") if call.name != "fdatasync"]  # of what is read
     names = [(call.name, Path(call.files[-1]).name) for call in recovery if call.succeeded]
     synced, state, journal = (
-        names.index(step)
-        for step in (("fsync", NAME), ("rename", f"{NAME}.state"), ("unlink", f"{NAME}.journal"))
+        names.index(step) for step in (("fsync", NAME), ("rename", f"{NAME}.state"), ("unlink", f"{NAME}.journal"))
     )
     version = next(n for n, call in enumerate(recovery) if str(scene.paths.new_version) in call.files)
     assert all(name != NAME or call == "fsync" for call, name in names[synced:])

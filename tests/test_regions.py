@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -397,6 +398,18 @@ def test_a_volume_that_is_called_like_its_region(home: Home, sim: Simulator) -> 
     assert sent(sim) - before < 200 * KIB
     home.configure(region="fra1")
     assert "backups/fra1 is already: move one of them elsewhere" in run(home, expect=1).stderr
+
+
+def test_a_volume_that_is_called_like_a_file_of_the_home(home: Home, sim: Simulator) -> None:
+    volume_in(sim, "fra1", "wanted")
+    run(home)
+    home.configure(region=["fra1"])
+    run(home)
+    assert json.loads((home.backups / ".dosvob" / "wanted.json").read_text()) == ["fra1/wanted"]
+    assert "fra1/wanted" in run(home, "health").stdout
+    home.configure(region="fra1")
+    assert "all of it" not in run(home).stdout
+    assert home.image("wanted").exists()
 
 
 def test_an_image_that_is_a_link_is_moved_as_one(home: Home, sim: Simulator) -> None:

@@ -473,6 +473,55 @@ def test_silence_is_not_waited_for(home: Home, sim: Simulator, tmp_path: Path, l
     assert same(new_volume(sim).path, lost.newer)
 
 
+STOPPING = """
+import os, signal
+try:
+    os.mkdir("DIRECTORY/stopped")
+    os.kill(os.getppid(), signal.SIGSTOP)
+except FileExistsError:
+    pass
+"""
+
+
+def test_what_is_sent_into_silence_is_not_waited_for(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    """It is in the kernel's hands by then: here the droplet's sshd stands still before it has taken anything."""
+    sim.faults.add(python(tmp_path, STOPPING.replace("DIRECTORY", str(tmp_path))))
+    done = restore(home, "data", constants={"STALL_LIMIT": 2})
+    assert "connecting again" in done.stderr
+    assert same(new_volume(sim).path, lost.newer)
+
+
+def test_zeros_are_passed_over_one_by_one() -> None:
+    """So whoever sends can heed a signal meanwhile, and tell how far it is."""
+    contents = [dosvob.ZERO_CHUNK] * 3 + [bytes([1]) * MIB] + [dosvob.ZERO_CHUNK] * 2
+    noted: list[bytes] = []
+    upload = dosvob.Upload(iter(enumerate(contents)), len(contents), noted.append)
+    upload.begin(dosvob.Packer(with_zstd=False))
+    for passed in range(1, 4):
+        assert (upload.next_frame(), upload.settled) == (b"", passed)
+    assert upload.next_frame()
+    for _ in range(2):
+        assert (upload.next_frame(), upload.settled) == (b"", 3)
+    assert upload.next_frame() is None
+    upload.made_durable(4)
+    assert upload.next_frame() is None
+    assert upload.settled == len(contents) == len(noted)
+    upload = dosvob.Upload(iter(enumerate(contents)), len(contents), noted.append, only={2})
+    upload.begin(dosvob.Packer(with_zstd=False))
+    assert [bool(upload.next_frame()) for _ in contents] == [False, False, True, False, False, False]
+
+
+def test_a_detach_that_fails_costs_nothing(home: Home, sim: Simulator, lost: Lost) -> None:
+    """All is there and was compared by then, and the droplet is removed."""
+    sim.faults.add(Fault("action-errored", nth=3))  # the first asks for a scope, the second attaches
+    done = restore(home, "data")
+    assert "is detached when the droplet is removed" in done.stderr
+    volume = new_volume(sim)
+    assert same(volume.path, lost.newer)
+    assert_only(sim, volume)
+    until(lambda: not volume.droplet_id)
+
+
 def test_droplet_without_zstd(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
     sim.faults.add(python(tmp_path, "LIBZSTD = None"))
     restore(home, "data")
@@ -609,8 +658,10 @@ def test_killed_and_named(home: Home, sim: Simulator, tmp_path: Path, lost: Lost
         assert_only(sim, volume)
     sim.remove_volume(volume)
     sim.add_volume("other")
+    run(home, "sweep")
+    assert records(home)  # a list may show late what is there
     for command in (["sweep"], ["list"], []):
-        done = run(home, *command)
+        done = run(home, *command, constants={"SHOWN_LIMIT": 0})
         assert "restore" not in done.stdout + done.stderr
     assert not records(home)
 
@@ -734,6 +785,7 @@ def test_answer_is_lost_and_no_list_shows_it(home: Home, sim: Simulator, lost: L
     restore(home, "data", expect=1, constants={"LIST_LAG": 0.3})
     (volume,) = sim.alive()
     run(home, "sweep")
+    restore(home, "data", expect=1, constants={"LIST_LAG": 0.3})  # of which nothing is left
     volume.listed = 0
     assert f"(id {volume.id}, " in run(home, "sweep", expect=1).stderr
     sim.remove_volume(new_volume(sim))

@@ -237,6 +237,24 @@ def test_answers_to_deletions_trickle_for_ever(home: Home, sim: Simulator) -> No
     assert_nothing_left(sim)
 
 
+def test_what_is_deleted_after_a_long_wait_is_not_named(home: Home, sim: Simulator) -> None:
+    """It was looked for in vain for longer than anything resists, but for the API's limit."""
+    sim.add_volume("dosvob-ephemeral-1", tags=["dosvob-ephemeral"])
+    sim.faults.add(Fault("error", method="DELETE", path="^/v2/volumes/", status=409))
+    sim.faults.add(Fault("rate-limit", method="GET", path="^/v2/volumes$", nth=3, seconds=3))
+    done = run(home, "sweep", constants={"LIMIT": 1})
+    assert "LEFT BEHIND" not in done.stderr
+    assert_nothing_left(sim)
+
+
+def test_a_snapshot_that_is_not_deleted_at_once_costs_nothing(home: Home, sim: Simulator) -> None:
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("error", method="DELETE", path="^/v2/snapshots/", status=403))
+    run(home)
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
 def test_rate_limit_of_all_calls_without_an_end(home: Home, sim: Simulator) -> None:
     """It is waited for as long as for one call, not for each call, in each round, anew."""
     add_volume(sim, "data")

@@ -103,7 +103,6 @@ def loaded(directory: Path, content: str) -> dosvob.Keep:
 def test_what_conf_json_says_is_kept(tmp_path: Path) -> None:
     assert loaded(tmp_path, "") == dosvob.Keep()
     assert loaded(tmp_path, ', "keep": {}') == dosvob.Keep(0, 0, 0, 0)
-    assert not loaded(tmp_path, ', "keep": {}').anything
     assert loaded(tmp_path, ', "keep": {"weekly": 3}') == dosvob.Keep(0, 0, 3, 0)
     assert loaded(tmp_path, ', "keep": {"last": 3, "daily": 7, "weekly": 4, "monthly": 0}') == dosvob.Keep(3, 7, 4, 0)
 

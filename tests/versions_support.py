@@ -26,6 +26,7 @@ from typing import Any, cast
 
 import pytest
 from conftest import wait_for
+from crash_support import sync_device
 from simulator.storage import LoopDevice
 from version_reader import Reader
 
@@ -103,11 +104,10 @@ def back_up(
     """What a run of the script does locally: recovery, sync, finish, thinning. The volume was such at that moment."""
     snapshot = dosvob.Snapshot(volume_id, name, "fra1", device.stat().st_size, text_of(moment))
     paths = dosvob.ImagePaths(backups, name)
-    stream = cast("Callable[[int, int], dosvob.AgentStream]", functools.partial(InlineAgent, device))
     with dosvob.Home(backups).locked():
         dosvob.Journal.finish(paths, warn, lambda size: None)
         with contextlib.closing(dosvob.Update(paths, snapshot, keep, warn, reread=reread)) as update:
-            dosvob.sync_device(stream, update, warn, lambda received: None)
+            sync_device(functools.partial(InlineAgent, device), update, warn)
             update.finish(lambda size: None)
         try:
             dosvob.Versions(paths).thin(keep)
