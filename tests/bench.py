@@ -33,9 +33,7 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import bench_restore
 import paramiko
-from simulator import FOREVER, Behaviour, Fault, Simulator
 
 import dosvob
 
@@ -308,7 +306,7 @@ def sync_here(link: Link, source: Path, backups: Path, size: int, keep: dosvob.K
     paths.metadata.mkdir(parents=True, exist_ok=True)
     snapshot = dosvob.Snapshot("id", "bench", "fra1", size, "2026-01-01T00:00:00Z")
 
-    def start_agent(first: int, window: int) -> dosvob.AgentStream:
+    def start_agent(first: int) -> dosvob.AgentStream:
         return way.start_agent(dosvob.agent_source(str(source), first, window))
 
     read_before, written_before = bytes_moved("rchar"), bytes_moved("wchar")
@@ -316,7 +314,8 @@ def sync_here(link: Link, source: Path, backups: Path, size: int, keep: dosvob.K
         way.open(60)  # as a run does it while the clone is being made
         start = time.monotonic()
         with contextlib.closing(dosvob.Update(paths, snapshot, keep, report.warn)) as update:
-            received = dosvob.sync_device(start_agent, update, report.warn, lambda received: None)
+            window = dosvob.HELD if update.is_first else dosvob.WINDOW
+            received = dosvob.converse(start_agent, dosvob.Sync, update, report.warn, lambda _: None, lambda: False)
             update.finish()
         seconds = time.monotonic() - start
     memory = peak_memory(Path("/proc/self"))
@@ -478,58 +477,6 @@ def memory_table(link: Link, directory: Path) -> str:
     return "\n".join(lines)
 
 
-VOLUMES = 8
-DELAYS = dataclasses.replace(  # 40 s until a droplet lets us in; 7 s for an attach and 2 s more for the device
-    Behaviour.realistic(), boot_seconds=22, address_seconds=3, ssh_seconds=15, action_seconds=7, snapshot_interval=0
-)
-SNAPSHOT_SECONDS = 4
-
-
-def control_plane(directory: Path) -> str:
-    """What a run over some small unchanged volumes takes beside its syncs, with delays as DigitalOcean has them."""
-    with Simulator(directory / "cloud", behaviour=DELAYS) as simulator:
-        delay = Fault("delay", method="POST", path="/snapshots$", seconds=SNAPSHOT_SECONDS, times=FOREVER)
-        simulator.faults.add(delay)
-        for number in range(VOLUMES):
-            volume = simulator.add_volume(f"volume-{number}", size_gib=1)
-            with volume.path.open("r+b") as file:
-                file.write(os.urandom(64 * MIB))
-        (directory / "conf.json").write_text(json.dumps({"do_token": simulator.token, "region": "fra1"}))
-        (directory / "conf.json").chmod(0o600)
-        shutil.rmtree(directory / "backups", ignore_errors=True)
-        return "\n".join(f"{name}: {timed_run(directory, simulator)}" for name in ("the first run", "nothing changed"))
-
-
-def timed_run(directory: Path, simulator: Simulator) -> str:
-    """One run of the script, and what it took."""
-    start = time.monotonic()
-    script = subprocess.Popen(
-        [sys.executable, dosvob.__file__, "--verbose"],
-        cwd=directory,
-        env={**os.environ, **simulator.environment()},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert script.stdout is not None
-    moments = [(time.monotonic() - start, line) for line in script.stdout]
-    if script.wait():
-        sys.exit("the run failed: " + "".join(line for _, line in moments))
-    total = time.monotonic() - start
-    up = next(moment for moment, line in moments if "is up at" in line)
-    begun = [moment for moment, line in moments if "syncing its snapshot" in line]
-    ended = [moment for moment, line in moments if ": backed up" in line]
-    syncing = sum(end - begin for begin, end in zip(begun, ended, strict=True))
-    # One droplet, to which one volume is attached before anything can be synced; one clone must be detached in the end.
-    droplet = DELAYS.boot_seconds + DELAYS.address_seconds + DELAYS.ssh_seconds
-    needed = droplet + DELAYS.action_seconds + DELAYS.device_seconds + syncing + DELAYS.release_seconds
-    return (
-        f"{VOLUMES} volumes in {total:.1f} s: SSH after {up:.1f} s (the droplet takes {droplet:.0f}); first attach "
-        f"{begun[0] - up:.1f} s; syncs {syncing:.1f} s; between them {ended[-1] - begun[0] - syncing:.1f} s; teardown "
-        f"{total - ended[-1]:.1f} s. Of it {needed:.1f} s cannot be avoided: beyond that and its sync a volume costs "
-        f"{(total - needed) / VOLUMES:.1f} s"
-    )
-
-
 def machine() -> str:
     """What it ran on."""
     model = next(
@@ -567,9 +514,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="only the memory over 1, 4 and 16 GiB")
     parser.add_argument("--restore", action="store_true", help="only a restore into a new volume")
     parser.add_argument("--versions", action="store_true", help="only what keeping a version costs")
-    parser.add_argument(
-        "--control-plane", action="store_true", help=f"only a run over {VOLUMES} volumes of a simulated account"
-    )
+    parser.add_argument("--control-plane", action="store_true", help="only a run over 8 volumes of a simulated account")
     arguments = parser.parse_args()
     result = run(arguments)
     print(result)
@@ -586,12 +531,17 @@ def run(arguments: argparse.Namespace) -> str:
     arguments.directory.mkdir(parents=True, exist_ok=True)
     keys = arguments.directory / "keys"
     keys.mkdir(exist_ok=True)
+    # Imported here, since the memory of a sync is measured in a process that has this file as well.
     if arguments.control_plane:
-        return control_plane(arguments.directory)
+        import bench_control  # noqa: PLC0415
+
+        return bench_control.control_plane(arguments.directory)
     with loopback("L0", keys) as here:
         if arguments.memory:
             return memory_table(here, arguments.directory)
         if arguments.restore:
+            import bench_restore  # noqa: PLC0415
+
             return bench_restore.measure(arguments, keys, here)
         data = make_data(arguments.directory, arguments.gib)
         size = arguments.gib * GIB
