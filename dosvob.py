@@ -1514,14 +1514,21 @@ class Packer:
 
 def done_ahead(work: Callable[[S], T], items: Iterable[S], threads: int, most: int) -> Iterator[T]:
     """What the work makes of each item, in order: done ahead, for so many items at most, by so many threads."""
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        coming: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    coming: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+    try:
         for item in items:
             coming.append(pool.submit(work, item))
             if len(coming) > most:
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
+    finally:
+        # Left unfinished, this is ended by the garbage collector, maybe while a thread is being started: to wait for
+        # the pool's threads then would be to wait for the lock which that start holds.
+        for future in coming:
+            future.cancel()
+        pool.shutdown(wait=False)
 
 
 class Agent:
@@ -3015,34 +3022,26 @@ class LocalImage:
     def digests(self, start: int) -> Iterator[bytes]:
         """The digests of the chunks in order, from `start` on; b"" for what cannot be read. Reads ahead."""
         self.suspects.clear()
-        opened = self._state.open("rb", buffering=128 << 10) if self._state else io.BytesIO()
-        with opened as table, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with self._state.open("rb", buffering=128 << 10) if self._state else io.BytesIO() as table:
             table.seek(BLOCK + start * DIGEST_SIZE)
+            indices = range(start, self._chunks)
+            recorded = (table.read(DIGEST_SIZE) for _ in indices)
             holes = self._image.chunk_holes(start, self._chunks)
-            ahead: collections.deque[concurrent.futures.Future[bytes] | bytes] = collections.deque()
-            for index in range(start, self._chunks + self.READ_AHEAD):
-                if index < self._chunks:
-                    recorded = table.read(DIGEST_SIZE) or None
-                    known = self._known_digest(index, recorded, is_hole=next(holes))
-                    ahead.append(pool.submit(self._read_digest, index, recorded) if known is None else known)
-                if index - start >= self.READ_AHEAD:
-                    digest = ahead.popleft()
-                    yield digest if isinstance(digest, bytes) else digest.result()
+            yield from done_ahead(self._digest, zip(indices, recorded, holes, strict=True), 1, self.READ_AHEAD)
 
-    def _known_digest(self, index: int, recorded: bytes | None, *, is_hole: bool) -> bytes | None:
-        """The chunk's digest if it is known without reading the chunk."""
-        if self._journal is not None and self._journal.places[index]:
-            return None
-        if is_hole:
-            if recorded not in (None, ZERO_DIGEST):
+    def _digest(self, chunk_at: tuple[int, bytes, bool]) -> bytes:
+        """That of a chunk by its index, digest that the state has, if any, and whether it is a hole."""
+        index, recorded, is_hole = chunk_at
+        is_journalled = self._journal is not None and bool(self._journal.places[index])
+        if is_hole and not is_journalled:
+            if recorded not in (b"", ZERO_DIGEST):
                 self.suspects.add(index)
             return ZERO_DIGEST
-        return None if index in self._reread else recorded
-
-    def _read_digest(self, index: int, recorded: bytes | None) -> bytes:
+        if recorded and not is_journalled and index not in self._reread:
+            return recorded
         chunk = self._image.chunk(index)
         digest = b"" if chunk is None else chunk_digest(page_digests(chunk))
-        if chunk is None or (recorded is not None and digest != recorded):
+        if chunk is None or (recorded and digest != recorded):
             self.suspects.add(index)
         patch = self._journal.patch(index) if self._journal is not None else None
         if patch is not None and chunk is not None and chunk_digest(page_digests(patch.over(chunk))) == patch.digest:
@@ -3151,6 +3150,11 @@ class Update(Work):
     def has_nothing_at(self, index: int, digest: bytes) -> bool:
         """Whether the image, by the chunk's local digest, has zeros there, or nothing that can be read."""
         return digest == b"" or (digest == ZERO_DIGEST and not (self.journal and self.journal.places[index]))
+
+    @property
+    def window(self) -> int:
+        """How many chunks the agent may be ahead; few in a first sync, of which all is fetched, lest it reads twice."""
+        return HELD if self.is_first else WINDOW
 
     def count_done(self) -> int:
         """How many chunks are done with, in whatever order."""
@@ -4662,13 +4666,11 @@ class Backup:
         device = Link.device(clone.name)
         meter = Meter(self._report, self._job.stop, name, update.chunks * CHUNK)
         begun = update.settled * CHUNK
-        # Of a first sync all is fetched, so nothing is gained by a scan far ahead, and chunks would be read twice.
-        window = HELD if update.is_first else WINDOW
         return hosts.converse(
             clone,
             Sync,
             update,
-            lambda first: agent_source(device, first, window),
+            lambda first: agent_source(device, first, update.window),
             lambda received: meter.show_sync(update.settled * CHUNK, begun, received),
         )
 
@@ -4856,9 +4858,10 @@ class Sending(Conversation):
     def _flush(self) -> None:
         """Send until something has come in, or must come in first."""
         while self._greeted and not self._has_received() and (frame := self._upload.next_frame()) is not None:
-            start = time.monotonic()
-            self._stream.send(frame)
-            self._packer.sent(len(frame), time.monotonic() - start)
+            if frame:
+                start = time.monotonic()
+                self._stream.send(frame)
+                self._packer.sent(len(frame), time.monotonic() - start)
 
     def _on_answer(self, kind: int, index: int, payload: bytes) -> None:
         if kind != DURABLE:
@@ -5350,66 +5353,60 @@ class Run:
         self._job.report.say(f"interrupted; {'; '.join(told)}", is_result=True)
 
 
-class Description:
-    """What `list` says of a volume."""
+def described(paths: ImagePaths) -> Json:
+    """What there is of a volume, in the form of `list --json`: README has it."""
+    found: Json = {
+        "name": paths.name,
+        "region": None,
+        "size": None,
+        "occupied": 0,
+        "problem": None,
+        "versions": [],
+    }
 
-    @staticmethod
-    def of(paths: ImagePaths) -> Json:
-        """What there is of it, in the form of `list --json`: README has it."""
-        described: Json = {
-            "name": paths.name,
-            "region": None,
-            "size": None,
-            "occupied": 0,
-            "problem": None,
-            "versions": [],
-        }
+    def add(moment: datetime.datetime, version: Version | None = None, frees: int | None = None, **more: Any) -> None:
+        changed, occupied = (version.changed, version.occupied) if version else (None, found["occupied"])
+        found["versions"].append(
+            {"time": moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
+             "frees": frees, "damaged": False, **more}
+        )  # fmt: skip
 
-        def add(
-            moment: datetime.datetime, version: Version | None = None, frees: int | None = None, **more: Any
-        ) -> None:
-            changed, occupied = (version.changed, version.occupied) if version else (None, described["occupied"])
-            described["versions"].append(
-                {"time": moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
-                 "frees": frees, "damaged": False, **more}
-            )  # fmt: skip
-
+    try:
+        paths.check_link()
+        status = paths.image.stat()
+        found |= {"size": status.st_size, "occupied": status.st_blocks * 512}
+        with paths.state.open("rb") as file:
+            state = State.unpack(file.read(BLOCK), paths.state)
+        found |= {"region": state.snapshot.region, "size": state.snapshot.size}
+        add(state.moment)
+    except FileNotFoundError:
+        found["problem"] = "no snapshot is recorded" if found["size"] else "the image is missing"
+    except DosvobError as problem:
+        found["problem"] = str(problem)
+    versions = Versions(paths).all()
+    for version, older in itertools.zip_longest(versions, versions[1:]):
         try:
-            paths.check_link()
-            status = paths.image.stat()
-            described |= {"size": status.st_size, "occupied": status.st_blocks * 512}
-            with paths.state.open("rb") as file:
-                state = State.unpack(file.read(BLOCK), paths.state)
-            described |= {"region": state.snapshot.region, "size": state.snapshot.size}
-            add(state.moment)
-        except FileNotFoundError:
-            described["problem"] = "no snapshot is recorded" if described["size"] else "the image is missing"
-        except DosvobError as problem:
-            described["problem"] = str(problem)
-        versions = Versions(paths).all()
-        for version, older in itertools.zip_longest(versions, versions[1:]):
-            try:
-                add(version.moment, version, Versions.freed_by(version, older), damaged=not version.is_whole)
-            except Damaged:
-                add(version.moment, version, version.occupied, damaged=True)
-        return described
+            add(version.moment, version, Versions.freed_by(version, older), damaged=not version.is_whole)
+        except Damaged:
+            add(version.moment, version, version.occupied, damaged=True)
+    return found
 
-    @staticmethod
-    def text(volume: Json) -> str:
-        """The same for people."""
-        size = human_size(volume["size"]) if volume["size"] else "of unknown size"
-        older = sum(version["occupied"] for version in volume["versions"] if not version["image"])
-        here = human_size(volume["occupied"]) + " here" + f" and {human_size(older)} for older versions" * bool(older)
-        lines = [f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {here}"]
-        if volume["problem"]:
-            lines.append(f"  {volume['problem']}")
-        rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "")]
-        for version in volume["versions"]:
-            moment = datetime.datetime.fromisoformat(version["time"])
-            figures = ("-", "-") if version["image"] else (human_size(version["changed"]), human_size(version["frees"]))
-            note = "damaged" if version["damaged"] else "the image" * version["image"]
-            rows.append((f"  {local_time(moment)}", human_time(max(age(version["time"]), 0)), *figures, note))
-        return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
+
+def description(volume: Json) -> str:
+    """The same for people."""
+    size = human_size(volume["size"]) if volume["size"] else "of unknown size"
+    older = sum(version["occupied"] for version in volume["versions"] if not version["image"])
+    here = human_size(volume["occupied"]) + " here" + f" and {human_size(older)} for older versions" * bool(older)
+    lines = [f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {here}"]
+    if volume["problem"]:
+        lines.append(f"  {volume['problem']}")
+    rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "")]
+    for version in volume["versions"]:
+        moment = datetime.datetime.fromisoformat(version["time"])
+        figures = ("-", "-") if version["image"] else (human_size(version["changed"]), human_size(version["frees"]))
+        note = "damaged" if version["damaged"] else "the image" * version["image"]
+        rows.append((f"  {local_time(moment)}", human_time(max(age(version["time"]), 0)), *figures, note))
+    return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
 
 
 class Commands:
@@ -5587,13 +5584,13 @@ class Commands:
         """Say what is there to be restored, without network, account or lock."""
         home, report = self._home, self._report
         self._look()
-        described = [Description.of(ImagePaths(home.path, name)) for name in home.chosen(self._arguments.names)]
+        found = [described(ImagePaths(home.path, name)) for name in home.chosen(self._arguments.names)]
         if self._arguments.json:
-            report.answer(json.dumps({"volumes": described}, indent=2))
-        elif not described:
+            report.answer(json.dumps({"volumes": found}, indent=2))
+        elif not found:
             report.say(f"there is no backup in {home.path} yet")
         else:
-            report.answer("\n\n".join(Description.text(volume) for volume in described))
+            report.answer("\n\n".join(description(volume) for volume in found))
 
     def restore(self) -> None:
         """Bring back an image or an older version."""

@@ -307,14 +307,13 @@ def sync_here(link: Link, source: Path, backups: Path, size: int, keep: dosvob.K
     snapshot = dosvob.Snapshot("id", "bench", "fra1", size, "2026-01-01T00:00:00Z")
 
     def start_agent(first: int) -> dosvob.AgentStream:
-        return way.start_agent(dosvob.agent_source(str(source), first, window))
+        return way.start_agent(dosvob.agent_source(str(source), first, update.window))
 
     read_before, written_before = bytes_moved("rchar"), bytes_moved("wchar")
     with contextlib.closing(dosvob.Link(link.address, keys, dosvob.Stop())) as way:
         way.open(60)  # as a run does it while the clone is being made
         start = time.monotonic()
         with contextlib.closing(dosvob.Update(paths, snapshot, keep, report.warn)) as update:
-            window = dosvob.HELD if update.is_first else dosvob.WINDOW
             received = dosvob.converse(start_agent, dosvob.Sync, update, report.warn, lambda _: None, lambda: False)
             update.finish()
         seconds = time.monotonic() - start

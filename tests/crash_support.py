@@ -156,9 +156,8 @@ def back_up(
 
 def sync_device(start_agent: Callable[[int, int], Any], update: dosvob.Update, warn: Callable[[str], None]) -> None:
     """As a run does it; `start_agent` takes first chunk and window."""
-    window = dosvob.HELD if update.is_first else dosvob.WINDOW
     dosvob.converse(
-        lambda first: cast("dosvob.AgentStream", start_agent(first, window)),
+        lambda first: cast("dosvob.AgentStream", start_agent(first, update.window)),
         dosvob.Sync,
         update,
         warn,

@@ -667,6 +667,20 @@ def test_no_deadlock_with_a_slow_agent(tmp_path: Path) -> None:
     back_up_tightly(tmp_path, edit=lambda source: edited(source, read, slowly))
 
 
+def test_what_is_done_ahead_and_then_not_wanted_is_not_waited_for() -> None:
+    """The garbage collector may end it, amid anything."""
+    going_on = threading.Event()
+    results = dosvob.done_ahead(lambda item: item == 0 or going_on.wait(), range(9), 2, 2)
+    assert next(results)
+    closing = threading.Thread(target=results.close)  # type: ignore[attr-defined]
+    closing.start()
+    closing.join(10)
+    has_waited = closing.is_alive()
+    going_on.set()
+    closing.join()
+    assert not has_waited
+
+
 def test_nothing_stands_still_with_all_chunks_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More chunks than the scan may be ahead, and than the agent holds, each of which is compared and sent."""
     set_constants(monkeypatch, WINDOW=72, HELD=20)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import random
 import signal
+import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -509,6 +511,18 @@ def test_zeros_are_passed_over_one_by_one() -> None:
     upload = dosvob.Upload(iter(enumerate(contents)), len(contents), noted.append, only={2})
     upload.begin(dosvob.Packer(with_zstd=False))
     assert [bool(upload.next_frame()) for _ in contents] == [False, False, True, False, False, False]
+
+
+def test_of_zeros_nothing_is_sent() -> None:
+    """Nor does what they took count as a measure of the link."""
+    contents = [dosvob.ZERO_CHUNK] * 20 + [bytes([1]) * MIB]
+    upload = dosvob.Upload(iter(enumerate(contents)), len(contents), lambda digest: None)
+    sent: list[bytes] = []
+    stream: Any = SimpleNamespace(send=sent.append, has_received=lambda: False)
+    sending = dosvob.Sending(stream, upload, lambda: None)
+    sending._handle(dosvob.HELLO, 0, dosvob.AGENT_MAGIC + struct.pack(">Q?", len(contents) * MIB, False))
+    sending._flush()
+    assert len(sent) == 1
 
 
 def test_a_detach_that_fails_costs_nothing(home: Home, sim: Simulator, lost: Lost) -> None:
