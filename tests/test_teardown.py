@@ -330,6 +330,24 @@ def test_killed_after_creations_that_lists_show_late(tmp_path: Path, how: str) -
         assert_nothing_left(sim)
 
 
+def test_what_has_no_home_in_its_name_is_removed_when_it_shows_late(home: Home, sim: Simulator) -> None:
+    """An older version's, by the name."""
+    add_volume(sim, "data")
+    running = start(home)
+    until(lambda: sim.droplets)
+    sim.add_volume("dosvob-ephemeral-12345678-0")
+    assert running.end() == 0, running.output
+    assert [item.name for item in sim.alive() if item.name != "data"] == []
+
+
+def test_bug_in_the_teardown_keeps_nothing_untold(home: Home, sim: Simulator) -> None:
+    add_volume(sim, "data")
+    sim.faults.add(Fault("error", method="DELETE", path="^/v2/droplets/", status=409, times=FOREVER))
+    done = run(home, expect=1, constants={"LIMIT": {}})
+    assert {item.kind for item in sim.alive()} >= {"droplet"}
+    assert_named(sim, done.stderr)
+
+
 def test_next_run_fails_while_something_is_left(home: Home, sim: Simulator) -> None:
     """Volumes are backed up nevertheless."""
     volume = add_volume(sim, "data")
