@@ -223,6 +223,21 @@ def test_answer_is_lost_and_there_are_no_more_lists(home: Home, sim: Simulator, 
 
 
 @behaving(list_lag_seconds=1000)
+def test_answer_is_lost_and_what_is_asked_for_again_is_refused(home: Home, sim: Simulator) -> None:
+    """The refusal says nothing of what may have been created before."""
+    add_volume(sim, "data")
+    sim.faults.add(Fault("lost", method="POST", path="^/v2/droplets$"))
+    sim.faults.add(Fault("error", method="POST", path="^/v2/droplets$", status=422, nth=2, times=FOREVER))
+    running = start(home, constants={"PATIENCE": 10, "TEARDOWN_PATIENCE": 0.3, "LIMIT": 1, "LIST_LAG": 2})
+    until(lambda: sum(record.method == "POST" and record.path == "/v2/droplets" for record in sim.requests) >= 2)
+    sim.faults.add(Fault("error", method="GET", path="^/v2/droplets$", status=503, times=FOREVER))
+    assert running.end() == 1
+    left = next(item for item in sim.alive() if item.kind == "droplet")
+    lines = [line for line in running.output.splitlines() if "LEFT BEHIND" in line and f" {left.name} " in line]
+    assert len(lines) == 1, running.output
+
+
+@behaving(list_lag_seconds=1000)
 def test_answer_is_lost_and_a_list_shows_the_droplet_at_the_end(home: Home, sim: Simulator) -> None:
     """There are two by then; the late one is removed as part of the run, too."""
     volume = add_volume(sim, "data")
