@@ -1107,6 +1107,23 @@ def test_what_was_done_before_a_connection_broke_is_not_counted_twice(tmp_path: 
     assert same(backups / NAME, device)
 
 
+def test_what_comes_out_of_order_is_progress(target: Target) -> None:
+    """Each connection brings one chunk more, and never the first one."""
+    chunks = 8
+    os.truncate(target.device, chunks * CHUNK)
+    said = [hello(chunks)] + [frame(DIGEST, index, digest_of(THEIRS)) for index in range(chunks)]
+    missing = list(range(1, chunks))
+
+    def connect(first: int) -> Any:
+        assert first == 0
+        return Script(*said, frame(RAW, missing.pop(0), b"\xff" * (PAGES // 8) + THEIRS)) if missing else Script()
+
+    update = dosvob.Update(target.paths, snapshot_of(target.device, NAME), dosvob.Keep(), lambda text: None)
+    with contextlib.closing(update), pytest.raises(dosvob.ConnectionLost):
+        dosvob.converse(connect, dosvob.Sync, update, lambda text: None, lambda received: None, lambda: False)
+    assert not missing
+
+
 # -- any image becomes any other
 
 

@@ -237,6 +237,16 @@ def test_answer_is_lost_and_what_is_asked_for_again_is_refused(home: Home, sim: 
     assert len(lines) == 1, running.output
 
 
+@behaving(list_lag_seconds=1.5)
+def test_answer_makes_no_sense_when_the_run_has_gone_on_for_long(home: Home, sim: Simulator) -> None:
+    """What was created is in no books: it is found by a list that was asked for late enough after its creation."""
+    add_volume(sim, "data")
+    sim.faults.add(Fault("delay", method="POST", path="^/v2/account/keys$", seconds=3))
+    sim.faults.add(Fault("odd", method="POST", path="^/v2/droplets$", text='{"droplet": []}'))
+    run(home, expect=1, constants={"LIST_LAG": 2})
+    assert_nothing_left(sim)
+
+
 @behaving(list_lag_seconds=1000)
 def test_answer_is_lost_and_a_list_shows_the_droplet_at_the_end(home: Home, sim: Simulator) -> None:
     """There are two by then; the late one is removed as part of the run, too."""
@@ -385,6 +395,35 @@ def test_attach_never_ends(home: Home, sim: Simulator) -> None:
     done = run(home, expect=1, constants={"ACTION_LIMIT": 0.5, "BUSY_LIMIT": 1})
     assert "did not end within" in done.stderr
     assert "error: other: " in done.stderr
+    assert_nothing_left(sim)
+
+
+def test_snapshot_is_not_known_for_a_moment(home: Home, sim: Simulator) -> None:
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("error", method="POST", path="^/v2/volumes$", status=404, times=2))
+    run(home)
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+def test_volume_grows_before_its_snapshot(home: Home, sim: Simulator) -> None:
+    """Its clone must be as large as the snapshot, and the image is."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("delay", method="POST", path="/snapshots$", seconds=3))
+    running = start(home)
+    until(lambda: sim.droplets)
+    volume.grow(2)
+    assert running.end() == 0, running.output
+    assert volume.path.stat().st_size == home.image("data").stat().st_size
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+def test_attach_is_refused_for_a_moment(home: Home, sim: Simulator) -> None:
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("error", method="POST", path="/actions$", status=422, times=2))
+    run(home, constants={"DEVICE_LIMIT": 10})
+    assert_backed_up(home, volume)
     assert_nothing_left(sim)
 
 

@@ -654,7 +654,7 @@ def check_ended_without_a_droplet(running: Running, sim: Simulator, begun: str) 
 def test_a_droplet_whose_creation_fails_is_replaced(home: Home, sim: Simulator) -> None:
     volumes = add_three(sim)
     sim.faults.add(Fault("creation-errored"))
-    run(home, constants=IMPATIENT)
+    run(home, constants={**IMPATIENT, "ADDRESS_LIMIT": 600})
     assert len(created(sim, "droplet")) == 2
     assert_backed_up(home, *volumes)
     assert_nothing_left(sim)
@@ -669,7 +669,7 @@ def test_a_second_droplet_whose_creation_fails_ends_the_run(home: Home, sim: Sim
 def test_a_droplet_that_is_deleted_while_it_starts_is_replaced(home: Home, sim: Simulator) -> None:
     volumes = add_three(sim)
     sim.faults.add(Fault("never-active"))
-    running = start(home, constants=IMPATIENT)
+    running = start(home, constants={**IMPATIENT, "ADDRESS_LIMIT": 600})
     seen = re.compile(r"/v2/droplets/\d+")
     until(lambda: any(seen.fullmatch(record.path) and record.status == 200 for record in sim.requests))
     sim.remove_droplet(sim.droplets[0])
@@ -677,6 +677,18 @@ def test_a_droplet_that_is_deleted_while_it_starts_is_replaced(home: Home, sim: 
     assert len(created(sim, "droplet")) == 2
     assert_backed_up(home, *volumes)
     assert_nothing_left(sim)
+
+
+def test_a_droplet_of_which_nothing_can_be_told_is_not_replaced(home: Home, sim: Simulator) -> None:
+    volume = add_volume(sim, "data", size=12 * MIB)
+    sim.faults.add(Fault("ssh-cut", bytes=5 * MIB))
+    running = start(home, constants={**IMPATIENT, "PATIENCE": 0.3})
+    until(lambda: any(record.path.endswith("/actions") for record in sim.requests))
+    sim.faults.add(Fault("error", method="GET", path=r"^/v2/droplets/\d+$", status=503, times=FOREVER))
+    assert running.end() == 0, running.output
+    assert "connecting again" in running.output
+    assert len(created(sim, "droplet")) == 1
+    assert_backed_up(home, volume)
 
 
 def machine_of(sim: Simulator) -> Machine:

@@ -226,6 +226,39 @@ def test_outage_in_the_first_round_of_the_teardown(home: Home, sim: Simulator, o
     assert_nothing_left(sim)
 
 
+@pytest.mark.parametrize("behaviour", [{"list_lag_seconds": 1000}], indirect=True)
+def test_outage_in_the_first_round_while_lists_show_nothing(home: Home, sim: Simulator) -> None:
+    """What is known to have been created is not forgotten for a list that does not have it."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("error", method="DELETE", path="^/v2/(droplets|account/keys)/", status=503, times=FOREVER))
+    running = start(home, constants={"TEARDOWN_PATIENCE": 1, "LIST_LAG": 1})
+    until(lambda: any(record.method == "DELETE" and "keys" in record.path for record in sim.requests))  # the last one
+    sim.faults.clear()
+    assert running.end() == 0, running.output
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+def test_what_goes_one_by_one_is_waited_for_as_long_as_it_gets_on(home: Home, sim: Simulator) -> None:
+    """Longer than for what does not go."""
+    for number, times in enumerate((5, 7, 8)):
+        item = sim.add_volume(f"dosvob-ephemeral-12345678-{number}")
+        sim.faults.add(Fault("error", method="DELETE", path=f"^/v2/volumes/{item.id}", status=409, times=times))
+    run(home, "sweep", constants={"LIMIT": 5.5})
+    assert_nothing_left(sim)
+
+
+def test_a_clone_that_is_busy_for_a_moment_is_gone_before_the_end(home: Home, sim: Simulator) -> None:
+    """A volume costs as long as it exists; the next ones may take hours."""
+    volumes = [add_volume(sim, name) for name in ("data", "more", "other", "still")]
+    sim.faults.add(Fault("error", method="DELETE", path="^/v2/volumes/", status=409))
+    sim.faults.add(Fault("delay", method="POST", path="/snapshots$", nth=4, seconds=5))
+    run(home)
+    gone = [record.path for record in sim.requests if (record.method, record.status) == ("DELETE", 204)]
+    assert next(path.split("/")[2] for path in gone if "snapshots" not in path) == "volumes"
+    assert_backed_up(home, *volumes)
+
+
 def test_answers_to_deletions_trickle_for_ever(home: Home, sim: Simulator) -> None:
     """One of each kind: none keeps the others waiting for long, or from being asked for again."""
     volume = add_volume(sim, "data")
