@@ -1121,7 +1121,6 @@ class Ephemeral:
 
     def remove_droplets(self) -> None:
         """Remove the droplet, which is to be replaced, if it is still there; nothing is attached to it any more."""
-        self._attached.clear()
         for resource in list(self._created):
             if resource.kind == DROPLET and resource not in self._removed:
                 self._remove_now(resource)

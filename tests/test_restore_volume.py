@@ -907,6 +907,18 @@ def test_killed_after_any_call(pytestconfig: pytest.Config, tmp_path: Path, call
             assert run(home, "sweep").stderr == ""
 
 
+def test_what_was_not_even_asked_for_is_not_taken_for_left_behind() -> None:
+    """A signal that comes before the first call."""
+    stop = dosvob.Stop()
+    stop.request()
+    api: Any = SimpleNamespace(stop=stop, backoff=lambda: iter(()))
+    report: Any = SimpleNamespace(left={})
+    ephemeral = dosvob.Ephemeral(api, "home", report)
+    with pytest.raises(dosvob.Interrupted):
+        ephemeral.make_volume("new", "fra1", 1 << 30, "mark")
+    assert not ephemeral.may_have_left(dosvob.Resource(dosvob.VOLUME, "", "new"))
+
+
 # -- memory
 
 
