@@ -999,7 +999,6 @@ class Ephemeral:
         self._last_post = time.monotonic()
         self._key: int | None = None  # the id of the run's one-time key
         self._attached: dict[str, int] = {}  # droplets by clone
-        self._events = threading.Lock()  # a droplet takes one attach or detach at a time
         self._mark = ""  # describes a volume that is to stay when all is well
 
     def __enter__(self) -> Ephemeral:
@@ -1259,9 +1258,8 @@ class Ephemeral:
             self._await_action(f"{path}/{Api.required(action, 'id', int)}", f"the {event} of {volume.name}")
             return True
 
-        with self._events:
-            if self._api.stop.wait_until(BUSY_LIMIT, done) is None:
-                raise problem[0]
+        if self._api.stop.wait_until(BUSY_LIMIT, done) is None:
+            raise problem[0]
 
     def _await_action(self, path: str, what: str) -> None:
         def status() -> str | None:

@@ -395,6 +395,23 @@ def test_next_run_fails_while_something_is_left(home: Home, sim: Simulator) -> N
     assert_backed_up(home, volume)
 
 
+def test_sweep_fails_while_something_is_left(home: Home, sim: Simulator) -> None:
+    sim.add_volume("dosvob-ephemeral-12345678-0")
+    sim.faults.add(Fault("error", method="DELETE", path="^/v2/volumes/", status=409, times=FOREVER))
+    assert_named(sim, run(home, "sweep", expect=1, constants={"LIMIT": 0.5}).stderr)
+
+
+@pytest.mark.parametrize("path", ["snapshots", "droplets", "account/keys"])
+def test_what_is_gone_when_its_deletion_is_asked_for_again_is_gone(home: Home, sim: Simulator, path: str) -> None:
+    """The first answer was lost."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("lost", method="DELETE", path=f"^/v2/{path}/"))
+    run(home, constants={"LIMIT": 3})
+    assert any((record.method, record.status) == ("DELETE", 404) for record in sim.requests)
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
 def test_usage_error_while_something_is_left(home: Home, sim: Simulator) -> None:
     """That is worse than a configuration that is wrong."""
     add_volume(sim, "data")
@@ -637,7 +654,8 @@ def test_a_kind_that_cannot_be_listed_does_not_keep_the_others_from_being_swept(
         sim.token_lacks("ssh_key:read")
     else:
         sim.faults.add(Fault("error", method="GET", path="^/v2/account/keys", status=503, times=FOREVER))
-    run(home, "sweep", expect=None, constants={"PATIENCE": 2, "LIMIT": 3})
+    done = run(home, "sweep", expect=1, constants={"PATIENCE": 2, "LIMIT": 3})
+    assert "error: DigitalOcean refused GET /v2/account/keys: " in done.stderr
     assert {item.kind for item in sim.alive()} <= {"key"}
     sim.token_lacks()
     sim.faults.clear()
