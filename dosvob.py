@@ -1336,6 +1336,11 @@ LEVELS = {  # of compression, each with its cost in multiples of the lowest one'
 DROP, COMPARE, SEND = range(1, 4)
 
 
+def framed(kind: int, index: int, *payload: bytes) -> bytes:
+    """A frame, ready to be sent."""
+    return b"".join((struct.pack(FRAME, kind, index, sum(map(len, payload))), *payload))
+
+
 def page_digests(chunk: bytes) -> bytes:
     """The SHA-256 of each page of a chunk, one after another.
 
@@ -1550,6 +1555,7 @@ class Agent:
         self.room = threading.Condition()
         self.requests: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()  # kind, index and bitmap
         self.frames: queue.Queue[bytes] = queue.Queue(QUEUED_FRAMES)
+        self.announcements: collections.deque[bytes] = collections.deque()  # frames that go before those
 
     def run(self) -> None:
         """Serve until told to end; the process ends with it."""
@@ -1573,7 +1579,13 @@ class Agent:
 
     def put(self, kind: int, index: int, *payload: bytes) -> None:
         """Queue a frame."""
-        self.frames.put(b"".join((struct.pack(FRAME, kind, index, sum(map(len, payload))), *payload)))
+        self.frames.put(framed(kind, index, *payload))
+
+    def announce(self, frames: bytes) -> None:
+        """Have frames written before all that is queued: a scan that waited for data to be sent would last longer."""
+        self.announcements.append(frames)
+        if self.frames.empty():  # the main thread may be waiting
+            self.frames.put(b"")
 
     def write_frames(self) -> None:
         """Write the frames that come, and a sign of life when none does."""
@@ -1581,12 +1593,18 @@ class Agent:
             try:
                 frame = self.frames.get(timeout=HEARTBEAT)
             except queue.Empty:
-                frame = struct.pack(FRAME, ALIVE, 0, 0)
-            start = time.monotonic()
-            view = memoryview(frame)
-            while view:
-                view = view[os.write(self.output, view) :]
-            self.packer.sent(len(frame), time.monotonic() - start)
+                frame = framed(ALIVE, 0)
+            while self.announcements:
+                self.write(self.announcements.popleft())
+            self.write(frame)
+
+    def write(self, data: bytes) -> None:
+        """Write all of it, and measure the link by that."""
+        start = time.monotonic()
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.output, view) :]
+        self.packer.sent(len(data), time.monotonic() - start)
 
     def scan(self) -> None:
         """Announce all chunks in order, holding those that may be asked for."""
@@ -1607,12 +1625,12 @@ class Agent:
             is_late = index + 1 == chunks or time.monotonic() - flushed > BATCH_SECONDS
             is_due = is_late or len(batch) >= BATCH or not self.has_room(index)
             if zeros and (pages or is_due):
-                batch.append(struct.pack(FRAME + "I", ZEROS, index + (not pages) - zeros, 4, zeros))
+                batch.append(framed(ZEROS, index + (not pages) - zeros, struct.pack(">I", zeros)))
                 zeros = 0
             if pages:
-                batch.append(struct.pack(FRAME, DIGEST, index, DIGEST_SIZE) + chunk_digest(pages))
+                batch.append(framed(DIGEST, index, chunk_digest(pages)))
             if is_due:
-                self.frames.put(b"".join(batch))
+                self.announce(b"".join(batch))
                 batch.clear()
                 flushed = time.monotonic()
                 with self.room:
@@ -1651,7 +1669,7 @@ class Agent:
         self.fd = os.open(self.device, self.access)
         os.close(fd)
         size = os.lseek(self.fd, 0, os.SEEK_END)
-        self.put(HELLO, 0, AGENT_MAGIC, struct.pack(">Q?", size, LIBZSTD is not None))
+        self.announce(framed(HELLO, 0, AGENT_MAGIC, struct.pack(">Q?", size, LIBZSTD is not None)))
         return size
 
     def refuse_if_in_use(self) -> None:
@@ -4834,8 +4852,7 @@ class Upload(Work):
             patch = Patch.of(index, ALL_PAGES, chunk, digest)
         assert self._packer is not None
         kind, data = self._packer.pack(bytes(patch.data))
-        header = struct.pack(FRAME, kind, index, PAGES // 8 + len(data))
-        return index, digest, b"".join((header, patch.filled.to_bytes(PAGES // 8, "little"), data))
+        return index, digest, framed(kind, index, patch.filled.to_bytes(PAGES // 8, "little"), data)
 
 
 class Sending(Conversation):
