@@ -667,6 +667,21 @@ def test_no_deadlock_with_a_slow_agent(tmp_path: Path) -> None:
     back_up_tightly(tmp_path, edit=lambda source: edited(source, read, slowly))
 
 
+def test_the_scan_does_not_wait_for_data_to_be_sent(tmp_path: Path) -> None:
+    """What lies behind a large change would be come to only when all of that was sent."""
+    device, chunks = tmp_path / "device", 40
+    device.write_bytes(os.urandom(chunks * CHUNK))
+    agent = dosvob.Agent(str(device), 0, chunks + 1, dosvob.Packer(with_zstd=False), io.BytesIO(), -1)
+    while not agent.frames.full():
+        agent.put(RAW, 0)
+    scan = threading.Thread(target=agent.scan, daemon=True)
+    scan.start()
+    scan.join(30)
+    assert not scan.is_alive()
+    kinds = [kind for kind, _, _ in dosvob.FrameParser().feed(b"".join(agent.announcements))]
+    assert kinds == [HELLO, *[DIGEST] * chunks]
+
+
 def test_what_is_done_ahead_and_then_not_wanted_is_not_waited_for() -> None:
     """The garbage collector may end it, amid anything."""
     going_on = threading.Event()

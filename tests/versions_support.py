@@ -67,10 +67,12 @@ class InlineAgent:
 
     def receive(self) -> bytes:
         """The next frames."""
-        try:
-            frame = self._frames.get_nowait()
-        except queue.Empty:
-            raise dosvob.ConnectionLost("the agent has nothing more to say") from None
+        frame = b""
+        while not frame:
+            try:
+                frame = self._agent.announcements.popleft() if self._agent.announcements else self._frames.get_nowait()
+            except queue.Empty:
+                raise dosvob.ConnectionLost("the agent has nothing more to say") from None
         self.received += len(frame)
         return frame
 
