@@ -999,6 +999,7 @@ class Ephemeral:
         self._last_post = time.monotonic()
         self._key: int | None = None  # the id of the run's one-time key
         self._attached: dict[str, int] = {}  # droplets by clone
+        self._events = threading.Lock()  # a droplet takes one at a time, and one may last longer than BUSY_LIMIT
         self._mark = ""  # describes a volume that is to stay when all is well
 
     def __enter__(self) -> Ephemeral:
@@ -1258,8 +1259,9 @@ class Ephemeral:
             self._await_action(f"{path}/{Api.required(action, 'id', int)}", f"the {event} of {volume.name}")
             return True
 
-        if self._api.stop.wait_until(BUSY_LIMIT, done) is None:
-            raise problem[0]
+        with self._events:
+            if self._api.stop.wait_until(BUSY_LIMIT, done) is None:
+                raise problem[0]
 
     def _await_action(self, path: str, what: str) -> None:
         def status() -> str | None:
@@ -1596,7 +1598,11 @@ class Agent:
                 frame = framed(ALIVE, 0)
             while self.announcements:
                 self.write(self.announcements.popleft())
-            self.write(frame)
+            if frame:
+                self.write(frame)
+                kind, index, _ = struct.unpack_from(FRAME, frame)
+                if kind in (RAW, ZLIB, ZSTD):  # earlier it would make room for what may overtake it without a bound
+                    self.forget(index, 1)
 
     def write(self, data: bytes) -> None:
         """Write all of it, and measure the link by that."""
@@ -1722,7 +1728,6 @@ class Agent:
             self.put(SHORT, index, b"".join(shorts))
         elif kind == SEND:
             self.send_pages(index, bitmap)
-            self.forget(index, 1)
         else:
             raise ValueError(f"there is no command {kind}")
 

@@ -30,7 +30,7 @@ from types import CodeType
 from typing import Any, TypeVar
 
 import pytest
-from conftest import MIB, Home, same, sampled, write_at
+from conftest import MIB, Home, same, sampled, wait_for, write_at
 from crash_support import PAGE, AgentProcess, back_up, recover, scatter, set_constants, snapshot_of, verify
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -680,6 +680,20 @@ def test_the_scan_does_not_wait_for_data_to_be_sent(tmp_path: Path) -> None:
     assert not scan.is_alive()
     kinds = [kind for kind, _, _ in dosvob.FrameParser().feed(b"".join(agent.announcements))]
     assert kinds == [HELLO, *[DIGEST] * chunks]
+
+
+def test_room_for_other_chunks_is_made_when_the_data_has_been_sent(tmp_path: Path) -> None:
+    """Not when it is queued, since announcements overtake what is: the scan would get ahead of it without a bound."""
+    device = tmp_path / "device"
+    device.write_bytes(os.urandom(4 * CHUNK))
+    output = os.open(os.devnull, os.O_WRONLY)
+    agent = dosvob.Agent(str(device), 0, 2, dosvob.Packer(with_zstd=False), io.BytesIO(), output)
+    threading.Thread(target=agent.scan, daemon=True).start()
+    wait_for(lambda: list(agent.announced) == [0, 1])
+    agent.answer(SEND, 0, dosvob.ALL_PAGES)
+    assert list(agent.announced) == [0, 1]
+    threading.Thread(target=agent.write_frames, daemon=True).start()
+    wait_for(lambda: list(agent.announced) == [1, 2])
 
 
 def test_what_is_done_ahead_and_then_not_wanted_is_not_waited_for() -> None:

@@ -228,7 +228,7 @@ def test_answer_is_lost_and_what_is_asked_for_again_is_refused(home: Home, sim: 
     add_volume(sim, "data")
     sim.faults.add(Fault("lost", method="POST", path="^/v2/droplets$"))
     sim.faults.add(Fault("error", method="POST", path="^/v2/droplets$", status=422, nth=2, times=FOREVER))
-    running = start(home, constants={"PATIENCE": 10, "TEARDOWN_PATIENCE": 0.3, "LIMIT": 1, "LIST_LAG": 2})
+    running = start(home, constants={"PATIENCE": 20, "TEARDOWN_PATIENCE": 0.3, "LIMIT": 1, "LIST_LAG": 5})
     until(lambda: sum(record.method == "POST" and record.path == "/v2/droplets" for record in sim.requests) >= 2)
     sim.faults.add(Fault("error", method="GET", path="^/v2/droplets$", status=503, times=FOREVER))
     assert running.end() == 1

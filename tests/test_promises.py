@@ -682,7 +682,7 @@ def test_a_droplet_that_is_deleted_while_it_starts_is_replaced(home: Home, sim: 
 def test_a_droplet_of_which_nothing_can_be_told_is_not_replaced(home: Home, sim: Simulator) -> None:
     volume = add_volume(sim, "data", size=12 * MIB)
     sim.faults.add(Fault("ssh-cut", bytes=5 * MIB))
-    running = start(home, constants={**IMPATIENT, "PATIENCE": 0.3})
+    running = start(home, constants={"PATIENCE": 0.3})
     until(lambda: any(record.path.endswith("/actions") for record in sim.requests))
     sim.faults.add(Fault("error", method="GET", path=r"^/v2/droplets/\d+$", status=503, times=FOREVER))
     assert running.end() == 0, running.output

@@ -242,9 +242,9 @@ def test_outage_in_the_first_round_while_lists_show_nothing(home: Home, sim: Sim
 def test_what_goes_one_by_one_is_waited_for_as_long_as_it_gets_on(home: Home, sim: Simulator) -> None:
     """Longer than for what does not go."""
     items = [sim.add_volume(f"dosvob-ephemeral-12345678-{number}") for number in range(3)]
-    for item, times in zip(items, (5, 7, 8), strict=True):
+    for item, times in zip(items, (5, 6, 8), strict=True):
         sim.faults.add(Fault("error", method="DELETE", path=f"^/v2/volumes/{item.id}", status=409, times=times))
-    run(home, "sweep", constants={"LIMIT": 5.5})
+    run(home, "sweep", constants={"LIMIT": 9})
     assert all(item.deleted for item in items)
 
 
@@ -257,6 +257,14 @@ def test_a_clone_that_is_busy_for_a_moment_is_gone_before_the_end(home: Home, si
     gone = [record.path for record in sim.requests if (record.method, record.status) == ("DELETE", 204)]
     assert next(path.split("/")[2] for path in gone if "snapshots" not in path) == "volumes"
     assert_backed_up(home, *volumes)
+
+
+def test_one_attach_or_detach_waits_for_another_however_long_that_takes(tmp_path: Path) -> None:
+    """A clone is detached while the next one but one is attached."""
+    with account(tmp_path / "account", replace(FAST, action_seconds=3)) as (sim, home):
+        volumes = [add_volume(sim, name) for name in ("data", "more", "other", "still")]
+        run(home, constants={"BUSY_LIMIT": 1})
+        assert_backed_up(home, *volumes)
 
 
 def test_answers_to_deletions_trickle_for_ever(home: Home, sim: Simulator) -> None:
