@@ -5411,23 +5411,6 @@ def described(paths: ImagePaths) -> Json:
     return found
 
 
-def description(volume: Json) -> str:
-    """The same for people."""
-    size = human_size(volume["size"]) if volume["size"] else "of unknown size"
-    older = sum(version["occupied"] for version in volume["versions"] if not version["image"])
-    here = human_size(volume["occupied"]) + " here" + f" and {human_size(older)} for older versions" * bool(older)
-    lines = [f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {here}"]
-    if volume["problem"]:
-        lines.append(f"  {volume['problem']}")
-    rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "")]
-    for version in volume["versions"]:
-        moment = datetime.datetime.fromisoformat(version["time"])
-        figures = ("-", "-") if version["image"] else (human_size(version["changed"]), human_size(version["frees"]))
-        note = "damaged" if version["damaged"] else "the image" * version["image"]
-        rows.append((f"  {local_time(moment)}", human_time(max(age(version["time"]), 0)), *figures, note))
-    return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
-
-
 class Commands:
     """What the user can ask for, each a method. It has failed if it raises, or reports an error.
 
@@ -5609,7 +5592,24 @@ class Commands:
         elif not found:
             report.say(f"there is no backup in {home.path} yet")
         else:
-            report.answer("\n\n".join(description(volume) for volume in found))
+            report.answer("\n\n".join(self._description(volume) for volume in found))
+
+    @staticmethod
+    def _description(volume: Json) -> str:
+        """What `described` found, for people."""
+        size = human_size(volume["size"]) if volume["size"] else "of unknown size"
+        older = sum(version["occupied"] for version in volume["versions"] if not version["image"])
+        here = human_size(volume["occupied"]) + " here" + f" and {human_size(older)} for older versions" * bool(older)
+        lines = [f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {here}"]
+        if volume["problem"]:
+            lines.append(f"  {volume['problem']}")
+        rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "")]
+        for version in volume["versions"]:
+            moment = datetime.datetime.fromisoformat(version["time"])
+            figures = ("-", "-") if version["image"] else (human_size(version["changed"]), human_size(version["frees"]))
+            note = "damaged" if version["damaged"] else "the image" * version["image"]
+            rows.append((f"  {local_time(moment)}", human_time(max(age(version["time"]), 0)), *figures, note))
+        return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
 
     def restore(self) -> None:
         """Bring back an image or an older version."""
