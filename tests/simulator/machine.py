@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from .machine_init import AUTOMOUNT_RULE, PRIVATE
 from .network import Link, Relay, create_link
@@ -426,5 +428,5 @@ def _clear_first_mount_mark(device: str) -> None:
 
 def _random_key() -> str:
     """A host key as the image would make it at first boot."""
-    command = "d=$(mktemp -d) && ssh-keygen -q -t ed25519 -N '' -f $d/key && cat $d/key && rm -r $d"
-    return subprocess.run(["sh", "-c", command], check=True, capture_output=True, text=True).stdout
+    key = Ed25519PrivateKey.generate()
+    return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()).decode()
