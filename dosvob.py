@@ -1293,7 +1293,7 @@ class Ephemeral:
 #   ALIVE    nothing                                                 when there has been nothing to say for a while
 #   FAILED   a message                                               the agent cannot go on
 #   DURABLE  nothing                                                 a Receiver's: what came before the index is durable
-# Digests come in the order of the chunks, without gaps; answers in any order.
+# Digests come in the order of the chunks, without gaps, and before data that was queued earlier; answers in any order.
 # Commands (from here to the agent) are COMMAND (kind, index, count, bitmap), all of one length:
 #   DROP     forget `count` chunks from the index on                 COMPARE   send the chunk's SHORT
 #   SEND     send the pages in the bitmap, forget the chunk
@@ -5372,45 +5372,6 @@ class Run:
         self._job.report.say(f"interrupted; {'; '.join(told)}", is_result=True)
 
 
-def described(paths: ImagePaths) -> Json:
-    """What there is of a volume, in the form of `list --json`: README has it."""
-    found: Json = {
-        "name": paths.name,
-        "region": None,
-        "size": None,
-        "occupied": 0,
-        "problem": None,
-        "versions": [],
-    }
-
-    def add(moment: datetime.datetime, version: Version | None = None, frees: int | None = None, **more: Any) -> None:
-        changed, occupied = (version.changed, version.occupied) if version else (None, found["occupied"])
-        found["versions"].append(
-            {"time": moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
-             "frees": frees, "damaged": False, **more}
-        )  # fmt: skip
-
-    try:
-        paths.check_link()
-        status = paths.image.stat()
-        found |= {"size": status.st_size, "occupied": status.st_blocks * 512}
-        with paths.state.open("rb") as file:
-            state = State.unpack(file.read(BLOCK), paths.state)
-        found |= {"region": state.snapshot.region, "size": state.snapshot.size}
-        add(state.moment)
-    except FileNotFoundError:
-        found["problem"] = "no snapshot is recorded" if found["size"] else "the image is missing"
-    except DosvobError as problem:
-        found["problem"] = str(problem)
-    versions = Versions(paths).all()
-    for version, older in itertools.zip_longest(versions, versions[1:]):
-        try:
-            add(version.moment, version, Versions.freed_by(version, older), damaged=not version.is_whole)
-        except Damaged:
-            add(version.moment, version, version.occupied, damaged=True)
-    return found
-
-
 class Commands:
     """What the user can ask for, each a method. It has failed if it raises, or reports an error.
 
@@ -5586,7 +5547,7 @@ class Commands:
         """Say what is there to be restored, without network, account or lock."""
         home, report = self._home, self._report
         self._look()
-        found = [described(ImagePaths(home.path, name)) for name in home.chosen(self._arguments.names)]
+        found = [self._described(ImagePaths(home.path, name)) for name in home.chosen(self._arguments.names)]
         if self._arguments.json:
             report.answer(json.dumps({"volumes": found}, indent=2))
         elif not found:
@@ -5595,8 +5556,49 @@ class Commands:
             report.answer("\n\n".join(self._description(volume) for volume in found))
 
     @staticmethod
+    def _described(paths: ImagePaths) -> Json:
+        """What there is of a volume, in the form of `list --json`: README has it."""
+        found: Json = {
+            "name": paths.name,
+            "region": None,
+            "size": None,
+            "occupied": 0,
+            "problem": None,
+            "versions": [],
+        }
+
+        def add(
+            moment: datetime.datetime, version: Version | None = None, frees: int | None = None, **more: Any
+        ) -> None:
+            changed, occupied = (version.changed, version.occupied) if version else (None, found["occupied"])
+            found["versions"].append(
+                {"time": moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
+                 "frees": frees, "damaged": False, **more}
+            )  # fmt: skip
+
+        try:
+            paths.check_link()
+            status = paths.image.stat()
+            found |= {"size": status.st_size, "occupied": status.st_blocks * 512}
+            with paths.state.open("rb") as file:
+                state = State.unpack(file.read(BLOCK), paths.state)
+            found |= {"region": state.snapshot.region, "size": state.snapshot.size}
+            add(state.moment)
+        except FileNotFoundError:
+            found["problem"] = "no snapshot is recorded" if found["size"] else "the image is missing"
+        except DosvobError as problem:
+            found["problem"] = str(problem)
+        versions = Versions(paths).all()
+        for version, older in itertools.zip_longest(versions, versions[1:]):
+            try:
+                add(version.moment, version, Versions.freed_by(version, older), damaged=not version.is_whole)
+            except Damaged:
+                add(version.moment, version, version.occupied, damaged=True)
+        return found
+
+    @staticmethod
     def _description(volume: Json) -> str:
-        """What `described` found, for people."""
+        """The same, for people."""
         size = human_size(volume["size"]) if volume["size"] else "of unknown size"
         older = sum(version["occupied"] for version in volume["versions"] if not version["image"])
         here = human_size(volume["occupied"]) + " here" + f" and {human_size(older)} for older versions" * bool(older)
