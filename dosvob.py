@@ -2359,7 +2359,7 @@ class Journal:
     # While a sync goes on
 
     @classmethod
-    def open(cls, paths: ImagePaths, volume_id: str, chunks: int) -> Journal:
+    def open(cls, paths: ImagePaths, volume_id: str, chunks: int, heed: Callable[[int], None]) -> Journal:
         """The journal of the sync that begins: the good part of what a crash left, if it fits, or a new one."""
         is_begun = False
         with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as file:
@@ -2372,7 +2372,7 @@ class Journal:
             PatchFile.create(paths.journal, "journal", head).close()
         journal = cls(PatchFile(paths.journal, "journal", os.O_RDWR), chunks)
         with contextlib.suppress(Damaged):  # which is where its good part ends
-            journal.read_places(lambda _: None)
+            journal.read_places(heed)
         journal.file.cut(journal.end)
         return journal
 
@@ -2388,11 +2388,12 @@ class Journal:
         """The patch of a chunk, if there is one; raises Damaged."""
         return self.file.patch_at(self.places[index]) if self.places[index] else None
 
-    def room_needed(self, image: SparseFile) -> int:
+    def room_needed(self, image: SparseFile, heed: Callable[[int], None]) -> int:
         """The bytes that applying it takes: where the image has holes, or all if the file system copies on write."""
         copies, needed = image.copies_on_write(), 0
         for place in filter(None, self.places):
             patch = self.file.header_at(place)
+            heed(Patch.HEADER.size)
             if patch.filled:
                 needed += (patch.filled & (ALL_PAGES if copies else image.holes(patch.index))).bit_count() * PAGE
         return needed + needed // 64 + (256 << 10) * bool(needed)  # and what the file system writes about it
@@ -2832,6 +2833,7 @@ class Chain:
                 self.image.forget_cached()
             self.versions = Versions(paths).all()
             self.size = -(-os.fstat(self.image.fd).st_size // CHUNK) * CHUNK
+            self._length = self.size  # of the image's file, in bytes
             self._journal = self._lay_journal(files)
             table: Path | None = paths.state
             if self._journal is not None:
@@ -2842,6 +2844,8 @@ class Chain:
                     self._table = files.enter_context(table.open("rb", buffering=128 << 10))
             except Damaged as problem:
                 self.problem = problem
+            if self.state is None and self._journal is None and self.versions and (newer := self.versions[0].newer):
+                self.size = max(self.size, newer.size)  # the image may have been cut
             self.moment = Versions.moment_of_image(self.state, self.versions)
             self._files = files.pop_all()
 
@@ -2884,7 +2888,7 @@ class Chain:
         """For each chunk its index, its contents and whether they are sound: as the image has it, and `depth` versions.
 
         Contents that are the same are the same object; those of a hole are ZERO_CHUNK. A chunk is sound if it has the
-        digest that was recorded for it; of an image without a state, where none is, if it can be read.
+        digest that was recorded for it; of an image without a state, where none is, if it is there and can be read.
         """
         newer = self.versions[0].newer if self.versions else None
         known = [self.state.snapshot if self.state else newer]
@@ -2922,7 +2926,10 @@ class Chain:
         stored = ZERO_CHUNK if is_hole else self.image.chunk(index)
         patch = self._journal.patch(index) if self._journal else None
         chunk = patch.over(stored or ZERO_CHUNK) if patch else stored or ZERO_CHUNK
-        if stored is None and patch is None:
+        if patch is not None and recorded is None:
+            recorded = patch.digest
+        is_cut = self._journal is None and index * CHUNK >= self._length
+        if is_cut or (stored is None and patch is None):
             return chunk, False
         digest = ZERO_DIGEST if chunk is ZERO_CHUNK or recorded is None else chunk_digest(page_digests(chunk))
         return chunk, recorded in (None, digest)
@@ -2964,9 +2971,13 @@ class Chain:
                     if is_cloned and self._journal and self._journal.places[index]:
                         base = self.image.chunk(index) or ZERO_CHUNK
                     if content is not base:
+                        # Of a clone, what is taken for zeros may be what the disk cannot read now.
+                        is_unknown = is_cloned and base is ZERO_CHUNK
                         pages = ((page, page * PAGE) for page in range(PAGES))
                         differing = sum(
-                            1 << page for page, at in pages if base[at : at + PAGE] != content[at : at + PAGE]
+                            1 << page
+                            for page, at in pages
+                            if is_unknown or base[at : at + PAGE] != content[at : at + PAGE]
                         )
                         Patch.of(index, differing, Patch.select(content, differing), b"").write_to(file)
                     if not soundness[depth]:
@@ -2983,7 +2994,9 @@ class Chain:
         """Make a file share the image's content; if its file system cannot, make sure that there is room for a copy."""
         with contextlib.suppress(OSError):
             fcntl.ioctl(file.fd, 0x40049409, self.image.fd)  # FICLONE of ioctl_ficlone(2)
+            self.image.forget_cached()  # what is on the disk is what they share
             return True
+        os.ftruncate(file.fd, 0)  # it may have got a part before it failed
         older = sum(version.occupied for version in self.versions[:depth])
         needed, free = os.fstat(self.image.fd).st_blocks * 512 + older, file.free_room()
         if needed > free:
@@ -3094,14 +3107,22 @@ class Update(Work):
     """What one sync makes of one image: patches that may come in any order within a window, and the end of it.
 
     Of a first sync everything goes straight into NAME.partial, of a later one into the journal. `changed` counts bytes;
-    `differing` are the chunks of the image that were not what was recorded. To be closed in any case; only `finish`
-    makes it count.
+    `differing` are the chunks of the image that were not what was recorded. `heed` is told of the bytes that are read
+    or written at the beginning and the end, and may raise `Interrupted`. To be closed in any case; only `finish` makes
+    it count.
     """
 
     ROOM_FOR_OTHERS = 1 << 30  # bytes that a first sync on a full disk leaves to the changes of other volumes
 
     def __init__(
-        self, paths: ImagePaths, snapshot: Snapshot, keep: Keep, warn: Callable[[str], None], *, reread: bool = False
+        self,
+        paths: ImagePaths,
+        snapshot: Snapshot,
+        keep: Keep,
+        warn: Callable[[str], None],
+        heed: Callable[[int], None] = lambda _: None,
+        *,
+        reread: bool = False,
     ) -> None:
         self.chunks = snapshot.size // CHUNK
         self.done: dict[int, bytes] = {}  # digests of chunks that are done, beyond `settled`
@@ -3110,6 +3131,7 @@ class Update(Work):
         self._paths = paths
         self._snapshot = snapshot
         self._warn = warn
+        self._heed = heed
         described = dataclasses.asdict(snapshot)
         seal("end", {"snapshot": described, "newer": described})  # must be possible
         paths.check_link()
@@ -3118,7 +3140,7 @@ class Update(Work):
         self._makes_version = bool(Versions(paths).all()) or (
             any(dataclasses.astuple(keep)) and self._state is not None
         )
-        self.journal = None if self.is_first else Journal.open(paths, snapshot.volume_id, self.chunks)
+        self.journal = None if self.is_first else Journal.open(paths, snapshot.volume_id, self.chunks, heed)
         self._image = SparseFile(paths.partial, os.O_RDWR | os.O_CREAT) if self.is_first else SparseFile(paths.image)
         if self.is_first:
             os.ftruncate(self._image.fd, snapshot.size)
@@ -3210,10 +3232,10 @@ class Update(Work):
 
     # The end of it
 
-    def finish(self, heed: Callable[[int], None] = lambda _: None) -> None:
+    def finish(self) -> None:
         """Make it the image: steps 2 to 6. All chunks must be settled.
 
-        `heed` may raise `Interrupted`: what is committed by then is completed by the next command.
+        If it is interrupted, what is committed by then is completed by the next command.
         """
         assert self.settled == self.chunks
         paths, journal = self._paths, self.journal
@@ -3222,8 +3244,9 @@ class Update(Work):
             self._finish_first()
             return
         if self._makes_version:
-            Versions(paths).write(self._image, self._state, self._snapshot, journal, heed)
-        if journal.room_needed(self._image) > self._image.free_room():  # fallocate(2) would touch the image's time
+            Versions(paths).write(self._image, self._state, self._snapshot, journal, self._heed)
+        needed = journal.room_needed(self._image, self._heed)
+        if needed > self._image.free_room():  # fallocate(2) would touch the image's time
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths.image))
         journal.file.make_durable()
         base = identity_of(self._image.fd)
@@ -3235,7 +3258,7 @@ class Update(Work):
         journal.file.complete({"snapshot": dataclasses.asdict(self._snapshot), "mtime_ns": mtime_ns})
         if not paths.journal.exists():
             raise DosvobError(f"{paths.journal} has gone before it could be applied: who removed it?")
-        journal.apply(paths, heed)
+        journal.apply(paths, self._heed)
 
     def _finish_first(self) -> None:
         os.fsync(self._image.fd)
@@ -3264,8 +3287,8 @@ class Update(Work):
                     break
                 os.ftruncate(self._image.fd, index * CHUNK)
         elif self.journal.file.end is None:
+            self._paths.journal.unlink(missing_ok=True)  # first: its mark may be there, though writing it failed
             self._paths.new_version.unlink(missing_ok=True)
-            self._paths.journal.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the files. What was not finished is left for the next sync to take up."""
@@ -4653,12 +4676,16 @@ class Backup:
         def warn(text: str) -> None:
             self._report.warn(f"{name}: {text}")
 
+        meter = Meter(self._report, self._job.stop, f"{name}: reading and writing here")
         try:
-            update = Update(paths, snapshot, self._job.config.keep, warn, reread=self._reread)
+            with contextlib.suppress(OSError, DosvobError):  # what is wrong there is told after the sync
+                # The disk may be full, and "keep" ask for fewer by now.
+                Versions(paths).thin(self._job.config.keep, meter)
+            update = Update(paths, snapshot, self._job.config.keep, warn, meter, reread=self._reread)
             with contextlib.closing(update):
                 try:
                     received = self._fetch(name, clone, hosts, update)
-                    update.finish(Meter(self._report, self._job.stop, f"{name}: writing what changed"))
+                    update.finish()
                 except OSError as problem:
                     if problem.errno in (errno.ENOSPC, errno.EDQUOT):
                         update.give_room()
@@ -5497,7 +5524,8 @@ class Commands:
             report.error(f"{paths.name}: {problem}")
         if is_recorded and not problems:
             and_versions = f", and {len(versions)} older version{'s' * (len(versions) > 1)}" if versions else ""
-            report.say(f"{paths.name}: sound, {human_size(chain.size)}{and_versions}")
+            sound = "sound" if chain.state else "nothing is seen to be damaged, but the image has no digests"
+            report.say(f"{paths.name}: {sound}, {human_size(chain.size)}{and_versions}")
 
     def health(self) -> None:
         """Say how old each backup is, without network, account or lock; fails if one is too old, or there is none."""
@@ -5594,6 +5622,8 @@ class Commands:
                 add(version.moment, version, Versions.freed_by(version, older), damaged=not version.is_whole)
             except Damaged:
                 add(version.moment, version, version.occupied, damaged=True)
+            except FileNotFoundError:  # a run that goes on has thinned them meanwhile
+                return Commands._described(paths)
         return found
 
     @staticmethod

@@ -205,7 +205,9 @@ def test_the_room_that_a_journal_needs_in_the_image(disk: Disk, monkeypatch: pyt
     ):
         journal = dosvob.Journal(file, CHUNKS)
         journal.read_places(lambda count: None)
-        needed = journal.room_needed(image)
+        looked: list[int] = []
+        needed = journal.room_needed(image, looked.append)
+        assert len(looked) == 2  # after each a signal is heeded
     pages = 8 if copies else 5
     assert pages * PAGE + 256 * KIB <= needed < (pages + 1) * PAGE + 256 * KIB
 

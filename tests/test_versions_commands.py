@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -483,20 +485,24 @@ def disk_use(path: Path) -> int:
     return (room.f_blocks - room.f_bfree) * room.f_frsize
 
 
-@pytest.mark.parametrize(
-    ("kind", "size", "options"), [("btrfs", 128 * MIB, ("-q", "-M")), ("xfs", 320 * MIB, ("-q", "-m", "reflink=1"))]
-)
-def test_a_restore_takes_no_room_where_files_can_share(
-    tmp_path: Path, kind: str, size: int, options: tuple[str, ...]
-) -> None:
+@contextlib.contextmanager
+def sharing(directory: Path, kind: str) -> Iterator[tuple[User, Path]]:
+    """Somebody on a file system whose files can share what they have; and the disk that it is on."""
     if not shutil.which(f"mkfs.{kind}") or kind not in Path("/proc/filesystems").read_text():
         pytest.skip(f"there is no {kind} here")
-    disk = tmp_path / "disk"
+    size, options = {"btrfs": (128 * MIB, ["-M"]), "xfs": (320 * MIB, ["-m", "reflink=1"])}[kind]
+    disk = directory / "disk"
     with disk.open("wb") as file:
         file.truncate(size)
-    subprocess.run([f"mkfs.{kind}", *options, disk], check=True, capture_output=True)
-    with mounted(disk, tmp_path / "mounted") as root:
-        user = User(root)
+    subprocess.run([f"mkfs.{kind}", "-q", *options, disk], check=True, capture_output=True)
+    with mounted(disk, directory / "mounted") as root:
+        yield User(root), disk
+
+
+@pytest.mark.parametrize("kind", ["btrfs", "xfs"])
+def test_a_restore_takes_no_room_where_files_can_share(tmp_path: Path, kind: str) -> None:
+    with sharing(tmp_path, kind) as (user, _):
+        root = user.directory
         user.size = 24 * MIB
         with user.device.open("wb") as file:
             file.write(os.urandom(24 * MIB))
@@ -512,6 +518,90 @@ def test_a_restore_takes_no_room_where_files_can_share(
         assert user.restore() == file_name(user.now)
         user.go_on(1)
         assert len(user.check()) == 4
+
+
+@pytest.mark.parametrize("kind", ["btrfs", "xfs"])
+def test_zeros_are_restored_where_the_image_that_is_shared_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    with sharing(tmp_path, kind) as (user, _):
+        user.device.write_bytes(os.urandom(2 * MIB) + bytes(3 * MIB))
+        user.pass_time()
+        user.back_up()
+        write_at(user.device, 2 * MIB, os.urandom(MIB))
+        user.pass_time()
+        user.back_up()
+        chunk = dosvob.SparseFile.chunk
+
+        def fail(file: dosvob.SparseFile, index: int) -> bytes | None:
+            return None if index == 2 and file.path == user.paths.image else chunk(file, index)
+
+        monkeypatch.setattr(dosvob.SparseFile, "chunk", fail)
+        with contextlib.closing(dosvob.Chain(user.paths)) as chain:
+            final, damaged = chain.restore(1, user.directory / "file", lambda size: None)
+        assert not damaged.ranges
+        assert digest(final.read_bytes()) == user.truth[listed(user.backups)[1]]
+
+
+def test_what_a_restored_file_shares_was_read_from_the_disk(tmp_path: Path) -> None:
+    """And not from the cache, which may have what never got there."""
+    with sharing(tmp_path, "xfs") as (user, disk):
+        user.device.write_bytes(os.urandom(5 * MIB))
+        user.pass_time()
+        user.back_up()
+        os.sync()
+        known = user.paths.image.read_bytes()
+        place = disk.read_bytes().index(known[3 * MIB : 3 * MIB + PAGE])
+        write_at(disk, place, b"decay")
+        assert user.paths.image.read_bytes() == known
+        said = user.run("restore", NAME, user.directory / "file", expect=1)
+        assert f"is damaged in bytes {3 * MIB} to {4 * MIB - 1}" in said
+
+
+def test_a_file_that_could_share_a_part_only_has_nothing_of_that_part(
+    user: User, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    user.device.write_bytes(bytes(user.size))
+    user.pass_time()
+    user.back_up()
+    user.go_on(1)
+
+    def share_a_part(target: int, _request: int, source: int) -> None:
+        os.pwrite(target, os.pread(source, user.size, 0), 0)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "ioctl", share_a_part)
+    with contextlib.closing(dosvob.Chain(user.paths)) as chain:
+        final, damaged = chain.restore(1, tmp_path / "file", lambda size: None)
+    assert not damaged.ranges
+    assert final.read_bytes() == bytes(user.size)
+
+
+def test_a_list_is_of_what_is_left_when_versions_are_thinned_meanwhile(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oldest = sorted(user.paths.versions.iterdir())[0]
+    freed_by = dosvob.Versions.freed_by
+
+    def thin_first(version: dosvob.Version, older: dosvob.Version | None) -> int:
+        if older is not None and older.path == oldest:
+            oldest.unlink(missing_ok=True)
+        return freed_by(version, older)
+
+    before = len(listed(user.backups))
+    monkeypatch.setattr(dosvob.Versions, "freed_by", thin_first)
+    found = dosvob.Commands._described(user.paths)
+    assert [version["damaged"] for version in found["versions"]] == [False] * (before - 1)
+
+
+def test_nothing_is_called_sound_whose_digests_are_not_known(user: User) -> None:
+    user.paths.state.unlink()
+    said = user.run("verify")
+    assert "no digests are recorded yet" in said
+    assert "sound" not in said
+    os.truncate(user.paths.image, 3 * MIB)
+    assert f"the image's size is {3 * MIB} bytes, and {user.size} were backed up" in user.run("verify", expect=1)
+    assert f"is damaged in bytes {3 * MIB} to" in user.run("restore", NAME, "file", expect=1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -26,6 +26,7 @@ from versions_support import (
     check_all,
     digest,
     file_name,
+    leave_committed,
     listed,
     restored,
     thin,
@@ -397,6 +398,128 @@ def test_the_whole_script_says_what_versions_hold_when_the_disk_is_full(
     assert restored(backups, 1) == image
     assert paths.image.stat().st_size == GIB
     assert "backup is" in home.run("--backups", str(backups), "health").stdout
+
+
+def test_keeping_fewer_versions_makes_room_for_the_next_backup(
+    sim: Simulator, home: Home, tmpfs: Tmpfs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a disk that old versions fill would stay full."""
+    small_volumes(monkeypatch)
+    volume = sim.add_volume(NAME)
+    backups = tmpfs.path / "backups"
+    home.configure(keep={"last": 10})
+    for seed in range(3):
+        write_at(volume.path, 0, random.Random(seed).randbytes(2 * MIB))
+        home.run("--backups", str(backups), constants=QUICK)
+    paths = dosvob.ImagePaths(backups, NAME)
+    write_at(volume.path, 0, random.Random(9).randbytes(8 * MIB))
+    tmpfs.leave_free(12 * MIB)  # for the journal, not for what it changes
+    home.run("--backups", str(backups), constants=QUICK, expect=1)
+    assert len(list(paths.versions.iterdir())) == 2
+    home.configure(keep={})
+    home.run("--backups", str(backups), constants=QUICK)
+    assert not list(paths.versions.iterdir())
+    assert paths.image.read_bytes()[: 8 * MIB] == random.Random(9).randbytes(8 * MIB)
+
+
+def test_a_commit_mark_that_could_not_be_made_durable_costs_no_version(
+    lineage: Lineage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be on the disk all the same; and giving up the journal and its version may be interrupted in between."""
+    lineage.change()
+    lineage.pass_time()
+    complete, unlink = dosvob.PatchFile.complete, Path.unlink
+    unlinked: list[Path] = []
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def complete_without_room(file: dosvob.PatchFile, end: dict[str, Any]) -> None:
+        with pytest.MonkeyPatch.context() as patches:
+            if file.path == lineage.paths.journal:
+                patches.setattr(dosvob.PatchFile, "make_durable", full)
+            complete(file, end)
+
+    def unlink_one(path: Path, **options: bool) -> None:
+        if unlinked:
+            raise PowerCut
+        unlinked.append(path)
+        unlink(path, **options)
+
+    def finish_and_give_room(update: dosvob.Update) -> None:
+        with pytest.raises(OSError, match="No space left"):
+            finish(update)
+        assert lineage.paths.journal.exists()
+        assert lineage.paths.new_version.exists()
+        monkeypatch.setattr(Path, "unlink", unlink_one)
+        update.give_room()
+
+    finish = dosvob.Update.finish
+    with monkeypatch.context() as patches:
+        patches.setattr(dosvob.PatchFile, "complete", complete_without_room)
+        patches.setattr(dosvob.Update, "finish", finish_and_give_room)
+        with pytest.raises(PowerCut):
+            lineage.back_up()
+    monkeypatch.undo()
+    assert len(unlinked) == 1
+    lineage.back_up()
+    assert len(lineage.check()) == 5
+
+
+def test_a_signal_is_heeded_while_what_an_interrupted_backup_left_is_read(
+    lineage: Lineage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That may be many GiB, and the droplet is there meanwhile."""
+
+    def cut(*_: object) -> None:
+        raise PowerCut
+
+    lineage.change()
+    lineage.pass_time()
+    with monkeypatch.context() as patches:
+        patches.setattr(dosvob.Update, "finish", cut)
+        with pytest.raises(PowerCut):
+            lineage.back_up()
+
+    def stop(size: int) -> None:
+        assert size
+        raise dosvob.Interrupted
+
+    snapshot = dosvob.Snapshot(lineage.volume_id, NAME, "fra1", lineage.size, lineage.now.isoformat())
+    with pytest.raises(dosvob.Interrupted):
+        dosvob.Update(lineage.paths, snapshot, ALL, print, stop)
+    lineage.back_up()
+    assert len(lineage.check()) == 5
+
+
+def test_an_image_without_a_state_that_has_become_shorter_is_told(lineage: Lineage, tmp_path: Path) -> None:
+    """The versions know how long it was."""
+    lineage.device.write_bytes(os.urandom(lineage.size))
+    lineage.pass_time()
+    lineage.back_up()
+    lineage.paths.state.unlink()
+    os.truncate(lineage.paths.image, 3 * MIB)
+    with contextlib.closing(dosvob.Chain(lineage.paths)) as chain:
+        assert chain.size == lineage.size
+        told = [str(ranges) for ranges in chain.verify(lambda size: None)]
+        assert told[0] == f"bytes {3 * MIB} to {lineage.size - 1}"
+        assert told[1] == "bytes "  # all of it is in the version
+        final, damaged = chain.restore(0, tmp_path / "file", lambda size: None)
+    assert (final.name, str(damaged)) == ("file.damaged", told[0])
+
+
+def test_what_a_journal_makes_of_a_chunk_that_cannot_be_read_is_not_sound_without_a_state(
+    lineage: Lineage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_at(lineage.device, 2 * MIB, os.urandom(PAGE))
+    lineage.pass_time()
+    leave_committed(lineage.backups, lineage.device, lineage.now, keep=ALL)
+    lineage.paths.state.unlink()
+    lineage.paths.new_state.unlink()
+    chunk = dosvob.SparseFile.chunk
+    monkeypatch.setattr(dosvob.SparseFile, "chunk", lambda file, index: None if index == 2 else chunk(file, index))
+    with contextlib.closing(dosvob.Chain(lineage.paths)) as chain:
+        assert str(chain.verify(lambda size: None)[0]) == f"bytes {2 * MIB} to {3 * MIB - 1}"
 
 
 def test_a_version_that_somebody_removed_is_told_by_all_that_lead_back_over_it(lineage: Lineage) -> None:

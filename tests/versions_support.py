@@ -110,7 +110,7 @@ def back_up(
         dosvob.Journal.finish(paths, warn, lambda size: None)
         with contextlib.closing(dosvob.Update(paths, snapshot, keep, warn, reread=reread)) as update:
             sync_device(functools.partial(InlineAgent, device), update, warn)
-            update.finish(lambda size: None)
+            update.finish()
         try:
             dosvob.Versions(paths).thin(keep)
         except dosvob.Damaged as problem:
