@@ -778,15 +778,11 @@ class Resource:
         return str(item.get("name")).startswith(TAG + "-") or TAG in (item.get("tags") or ())
 
     @classmethod
-    def list(cls, api: Api, kinds: Iterable[str] = KINDS, mark: str = "") -> list[Resource]:
-        """All ephemeral resources of these kinds in the account, of whatever home; and what is described by a mark."""
-        items = [(kind, item) for kind in kinds
-                 for item in api.list(KINDS[kind].path, KINDS[kind].key, **KINDS[kind].params)]  # fmt: skip
-        return [
-            cls.parse(kind, item)
-            for kind, item in items
-            if cls.is_ephemeral(item) or (mark and item.get("description") == mark)
-        ]
+    def list(cls, api: Api, kind: str, mark: str = "") -> list[Resource]:
+        """All ephemeral resources of a kind in the account, of whatever home; and what is described by a mark."""
+        items = api.list(KINDS[kind].path, KINDS[kind].key, **KINDS[kind].params)
+        ours = [item for item in items if cls.is_ephemeral(item) or (mark and item.get("description") == mark)]
+        return [cls.parse(kind, item) for item in ours]
 
     @property
     def home(self) -> str:
@@ -871,9 +867,7 @@ class Removal:
                 continue
             found = [resource for resource in self._known if resource.kind == kind and resource not in self._gone]
             try:
-                found += [
-                    resource for resource in Resource.list(self._api, [kind], self._mark) if self._is_ours(resource)
-                ]
+                found += filter(self._is_ours, Resource.list(self._api, kind, self._mark))
             except Exception as problem:  # noqa: BLE001 - no answer is so odd that the rest must stay for it
                 left[Resource(kind, UNKNOWN, f"{TAG}-*")] = problem
             else:
@@ -1119,6 +1113,11 @@ class Ephemeral:
             return False
         return item is None or item.get("status") != "active"
 
+    def _refuse_lost(self, droplet: Droplet, problem: DosvobError) -> None:
+        """Raise DropletLost if that is what the problem comes from."""
+        if self.is_gone(droplet):
+            raise DropletLost(f"the droplet {droplet.name} is gone") from problem
+
     def remove_droplets(self) -> None:
         """Remove the droplet, which is to be replaced, if it is still there; nothing is attached to it any more."""
         for resource in list(self._created):
@@ -1251,12 +1250,15 @@ class Ephemeral:
                 if not (refused.may_exist or refused.status in (404, 409, 422, 429)):
                     raise
                 problem[:] = [refused]
-                if self.is_gone(droplet):
-                    raise DropletLost(f"the droplet {droplet.name} is gone") from refused
+                self._refuse_lost(droplet, refused)
                 item = self._api.get_fresh(f"/v2/volumes/{volume.id}", "volume")
                 is_attached = None if item is None else droplet.id in Volume.parse(item).droplet_ids
                 return True if is_attached == (event == "attach") else None
-            self._await_action(f"{path}/{Api.required(action, 'id', int)}", f"the {event} of {volume.name}")
+            try:
+                self._await_action(f"{path}/{Api.required(action, 'id', int)}", f"the {event} of {volume.name}")
+            except DosvobError as failed:
+                self._refuse_lost(droplet, failed)
+                raise
             return True
 
         with self._events:
@@ -1863,8 +1865,8 @@ exec({source + start!r})
 #   1. patches go to the journal, digests to state.new              the old image; of the journal is used what fits
 #   2. the version is written: what the patched pages have now      the same
 #   3. is there room for the rest? if not, 1 and 2 are undone       the same
-#   4. all is made durable, then the commit mark is, the journal's  the old image, completed to the new one by whatever
-#      last block                                                   command starts next: applying twice is as once
+#   4. all is made durable, then the commit mark is, the journal's  the old image, completed to the new one by the next
+#      last block                                                   run, sweep or verify: applying twice is as once
 #   5. the journal is applied to the image, which is made durable   the same
 #   6. state.new becomes the state, the version gets its name,      the new image; the same once more, to the same end
 #      the journal is removed
@@ -2817,8 +2819,8 @@ class Chain:
 
     A committed journal is laid over, not applied, so nothing is changed. `versions` are the newest first; `problem` is
     what is wrong with the state, without which versions can be restored all the same; `moment` is when the image's
-    snapshot was taken, None if unknown. Raises FileNotFoundError without an image, Damaged for a journal that cannot be
-    used.
+    snapshot was taken, None if unknown; `size` is that of the snapshot in bytes, `length` what is there of it. Raises
+    FileNotFoundError without an image, Damaged for a journal that cannot be used.
     """
 
     def __init__(self, paths: ImagePaths, *, from_disk: bool = False) -> None:
@@ -2827,13 +2829,14 @@ class Chain:
         self.problem: Damaged | None = None
         self._from_disk = from_disk
         self._table: BinaryIO | None = None
+        paths.check_link()
         with contextlib.ExitStack() as files:
             self.image = files.enter_context(contextlib.closing(SparseFile(paths.image)))
             if from_disk:
                 self.image.forget_cached()
             self.versions = Versions(paths).all()
-            self.size = -(-os.fstat(self.image.fd).st_size // CHUNK) * CHUNK
-            self._length = self.size  # of the image's file, in bytes
+            self.length = os.fstat(self.image.fd).st_size
+            self.size = -(-self.length // CHUNK) * CHUNK
             self._journal = self._lay_journal(files)
             table: Path | None = paths.state
             if self._journal is not None:
@@ -2844,7 +2847,7 @@ class Chain:
                     self._table = files.enter_context(table.open("rb", buffering=128 << 10))
             except Damaged as problem:
                 self.problem = problem
-            if self.state is None and self._journal is None and self.versions and (newer := self.versions[0].newer):
+            if self.state is None and self.versions and (newer := self.versions[0].newer):
                 self.size = max(self.size, newer.size)  # the image may have been cut
             self.moment = Versions.moment_of_image(self.state, self.versions)
             self._files = files.pop_all()
@@ -2857,7 +2860,7 @@ class Chain:
             return None
         if file.end is None:
             return None
-        self.size = file.end["snapshot"]["size"]
+        self.size = self.length = file.end["snapshot"]["size"]
         journal = Journal(file, self.size // CHUNK)
         journal.read_places(lambda _: None)
         with contextlib.suppress(FileNotFoundError):
@@ -2928,7 +2931,7 @@ class Chain:
         chunk = patch.over(stored or ZERO_CHUNK) if patch else stored or ZERO_CHUNK
         if patch is not None and recorded is None:
             recorded = patch.digest
-        is_cut = self._journal is None and index * CHUNK >= self._length
+        is_cut = recorded is None and index * CHUNK >= self.length
         if is_cut or (stored is None and patch is None):
             return chunk, False
         digest = ZERO_DIGEST if chunk is ZERO_CHUNK or recorded is None else chunk_digest(page_digests(chunk))
@@ -4030,14 +4033,14 @@ class Reporter:
         self.current = self.clean(text)
         self.detail(text)
 
-    def left_behind(self, left: Mapping[Resource, str]) -> None:
-        """Say loudly what could not be removed."""
+    def left_behind(self, left: Mapping[Resource, str], *, of_all: bool = False) -> None:
+        """Say loudly what could not be removed; `of_all` if that was to be of all homes."""
         self.left |= set(left)
         for resource, reason in left.items():
             what = "there may be something " if resource.id == UNKNOWN else ""
             billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
             is_new = resource.kind == VOLUME and resource.id != UNKNOWN and TAG not in resource.name
-            run = f"doctl compute volume delete {resource.id}" if is_new else command_line("sweep")
+            run = f"doctl compute volume delete {resource.id}" if is_new else command_line("sweep", *["--all"] * of_all)
             self.error(
                 f"{what}LEFT BEHIND{billed}: {resource}. {reason}. Remove it at "
                 f"https://cloud.digitalocean.com{KINDS[resource.kind].panel} or run: {run}"
@@ -4176,8 +4179,8 @@ class Home:
         self.metadata = path / ".dosvob"
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold its lock, making what is missing; UsageError if it is held, or cannot be had."""
+    def locked(self, *, with_id: bool = True) -> Iterator[None]:
+        """Hold its lock, making what is missing, an id only if one is needed; UsageError if it cannot be had."""
         try:
             if not self.path.is_dir():
                 self.path.mkdir(mode=0o700)
@@ -4187,7 +4190,7 @@ class Home:
         except OSError as problem:
             raise UsageError(f"cannot write to {self.path}: {problem.strerror}: is it there, and yours?") from problem
         with self._held(fd, fcntl.LOCK_EX):
-            if not self.id:  # durable before anything is named by it
+            if with_id and not self.id:  # durable before anything is named by it
                 self.write("home", secrets.token_hex(4) + "\n")
             yield
 
@@ -4229,8 +4232,8 @@ class Home:
 
     @property
     def id(self) -> str:
-        """Its id, which is in the names of all that is created for it; empty if it has none yet."""
-        with contextlib.suppress(OSError, ValueError):
+        """Its id, which is in the names of all that is created for it; empty if it has none yet. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
             text = (self.metadata / "home").read_text(encoding="ascii").strip()
             return text if re.fullmatch(r"[0-9a-f]{8}", text) else ""
         return ""
@@ -4255,7 +4258,10 @@ class Home:
                 f"mv {directory}.image {directory}/{region}; otherwise move it elsewhere"
             )
         if region and (directory / ".dosvob" / "home").exists():
-            raise DosvobError(f"{directory} is a backups directory of its own: the images of {region} cannot go there")
+            raise DosvobError(
+                f"{directory} is a backups directory of its own: the images of {region} cannot go there, unless you "
+                f"delete {directory / '.dosvob' / 'home'}"
+            )
         for path in (directory, directory / ".dosvob"):
             path.mkdir(mode=0o700, exist_ok=True)
         for path in (self.path, directory):  # a journal counts only if its directory survives a power cut
@@ -4781,7 +4787,6 @@ class Source:
 
         Raises UsageError if there is none, OSError.
         """
-        paths.check_link()
         with contextlib.closing(Chain(paths)) as chain:
             depth = chain.depth_at(moment)
             snapshot = chain.versions[depth - 1].snapshot if depth else chain.state.snapshot if chain.state else None
@@ -4793,9 +4798,10 @@ class Source:
             for version in chain.versions[:depth]:
                 if not version.is_whole:
                     raise Damaged(f"{version.path} is damaged; {rest}")
-            length = os.fstat(chain.image.fd).st_size
-            if chain.problem or (snapshot and length < size):
-                raise Damaged(f"{chain.problem or f'{paths.image} has only {length} bytes of {size}'}; {rest}")
+            if chain.problem or chain.length < min(size, chain.size):
+                raise Damaged(
+                    f"{chain.problem or f'{paths.image} has only {chain.length} bytes of {chain.size}'}; {rest}"
+                )
 
             def chunks() -> Iterator[tuple[int, bytes]]:
                 for index, contents, soundness in itertools.islice(chain.chunks(depth), size // CHUNK):
@@ -5214,7 +5220,7 @@ def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False, dry_ru
     refused: ApiError | None = None
     for kind in KINDS:
         try:
-            found += Resource.list(job.api, [kind])
+            found += Resource.list(job.api, kind)
         except ApiError as problem:
             if problem.status is None:  # nobody answers
                 raise
@@ -5234,7 +5240,7 @@ def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False, dry_ru
         )
     if (leftovers or not_before) and not dry_run:
         removal = Removal(job.api, lambda item: everything or item.home in ours, not_before, report.doing, kinds)
-        report.left_behind(removal.run())
+        report.left_behind(removal.run(), of_all=everything)
     if refused:
         raise refused
     NewVolume.look_for_unfinished(job, dry_run=dry_run)
@@ -5416,6 +5422,9 @@ class Commands:
         report, stop = self._report, self._stop
         config = Config.load(self._arguments.config, os.environ, report.warn)
         report.secret = config.token
+        if self._arguments.dry_run and self._home.path.is_dir():
+            with self._home.unchanged():  # what a run at work has created would be taken for leftovers
+                pass
         patience = Api.DRY_RUN_PATIENCE if self._arguments.dry_run else Api.PATIENCE
         return Job(config, Api(config, stop, report.say, report.detail, patience), self._home, report, stop)
 
@@ -5436,7 +5445,7 @@ class Commands:
                 ping(url, "/start", report)
                 Run(job, self._arguments.names, reread=self._arguments.reread).run()
         except Busy:
-            raise  # the one that is at work tells how it goes
+            raise  # nothing is wrong; of what takes too long the pings tell that do not come
         except (Exception, Interrupted) as problem:
             ping(url, "/fail", report, str(problem))
             raise
@@ -5483,7 +5492,7 @@ class Commands:
         """Compare images and versions with their recorded digests, without network or account."""
         home, report = self._home, self._report
         self._look()
-        with home.locked():
+        with home.locked(with_id=False):  # an id would make a home of a region's directory
             home.finish_journals(report, self._stop)
             names = home.chosen(self._arguments.names, with_aside=False)
             if not names:
@@ -5497,21 +5506,17 @@ class Commands:
     def _verify_one(self, paths: ImagePaths) -> None:
         """Verify one image and its versions and say what was found."""
         report = self._report
-        paths.check_link()
         with contextlib.closing(Chain(paths, from_disk=True)) as chain:
             problems = [str(chain.problem)] if chain.problem else []
-            length, meter = (
-                os.fstat(chain.image.fd).st_size,
-                Meter(report, self._stop, f"{paths.name}: verified", chain.size),
-            )
+            meter = Meter(report, self._stop, f"{paths.name}: verified", chain.size)
             if chain.state is None and not problems:
                 report.say(f"{paths.name}: no digests are recorded yet, the next backup records them")
             is_recorded = chain.state is not None or bool(chain.versions)
             image, *versions = chain.verify(meter) if is_recorded else [Ranges()]
         report.end_progress()
-        if is_recorded and length != chain.size:
+        if is_recorded and chain.length != chain.size:
             problems.append(
-                f"the image's size is {length} bytes, and {chain.size} were backed up: the next backup mends it"
+                f"the image's size is {chain.length} bytes, and {chain.size} were backed up: the next backup mends it"
             )
         if image.ranges:
             problems.append(f"differs from its snapshot in {image}: the next backup mends it")
@@ -5547,9 +5552,8 @@ class Commands:
         """What to say of a backup; raises DosvobError if it is missing, not complete, or older than may be."""
         paths, max_age = ImagePaths(self._home.path, name), self._arguments.max_age  # hours
         paths.check_link()
-        with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as journal:
-            if journal.end is not None and not self._home.is_busy():
-                raise DosvobError(f"its image must still be completed from its journal: {command_line('verify', name)}")
+        if problem := self._unfinished(paths):
+            raise DosvobError(problem)
         state = State.load(paths.state, whole=False)
         if state is None:
             raise DosvobError("there is no complete backup of it yet")
@@ -5571,6 +5575,13 @@ class Commands:
                 )
         return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
 
+    def _unfinished(self, paths: ImagePaths) -> str:
+        """What to say of an image that a crash left between two snapshots; nothing of another one."""
+        with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as journal:
+            if journal.end is not None and not self._home.is_busy():
+                return f"its image must still be completed from its journal: {command_line('verify', paths.name)}"
+        return ""
+
     def list(self) -> None:
         """Say what is there to be restored, without network, account or lock."""
         home, report = self._home, self._report
@@ -5583,8 +5594,7 @@ class Commands:
         else:
             report.answer("\n\n".join(self._description(volume) for volume in found))
 
-    @staticmethod
-    def _described(paths: ImagePaths) -> Json:
+    def _described(self, paths: ImagePaths) -> Json:
         """What there is of a volume, in the form of `list --json`: README has it."""
         found: Json = {
             "name": paths.name,
@@ -5606,6 +5616,7 @@ class Commands:
 
         try:
             paths.check_link()
+            found["problem"] = self._unfinished(paths) or None
             status = paths.image.stat()
             found |= {"size": status.st_size, "occupied": status.st_blocks * 512}
             with paths.state.open("rb") as file:
@@ -5623,7 +5634,7 @@ class Commands:
             except Damaged:
                 add(version.moment, version, version.occupied, damaged=True)
             except FileNotFoundError:  # a run that goes on has thinned them meanwhile
-                return Commands._described(paths)
+                return self._described(paths)
         return found
 
     @staticmethod
@@ -5704,10 +5715,8 @@ class Commands:
         NewVolume.tell_unfinished(home, report)
         with home.unchanged():
             name = home.meant(name)
-            paths = ImagePaths(home.path, name)
-            paths.check_link()
             try:
-                with contextlib.closing(Chain(paths)) as chain:
+                with contextlib.closing(Chain(ImagePaths(home.path, name))) as chain:
                     depth = chain.depth_at(self._wanted_time())
                     version = chain.versions[depth - 1].moment if depth else chain.moment
                     told = (

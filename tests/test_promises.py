@@ -679,6 +679,18 @@ def test_a_droplet_that_is_deleted_while_it_starts_is_replaced(home: Home, sim: 
     assert_nothing_left(sim)
 
 
+def test_a_droplet_that_is_deleted_while_a_clone_is_being_attached_is_replaced(home: Home, sim: Simulator) -> None:
+    volumes = add_three(sim)
+    sim.faults.add(Fault("action-stuck"))
+    running = start(home, constants={**IMPATIENT, "ACTION_LIMIT": 3})
+    until(lambda: any(record.method == "POST" and record.path.endswith("/actions") for record in sim.requests))
+    sim.remove_droplet(sim.droplets[0])
+    assert running.end() == 0, running.output
+    assert len(created(sim, "droplet")) == 2
+    assert_backed_up(home, *volumes)
+    assert_nothing_left(sim)
+
+
 def test_a_droplet_of_which_nothing_can_be_told_is_not_replaced(home: Home, sim: Simulator) -> None:
     volume = add_volume(sim, "data", size=12 * MIB)
     sim.faults.add(Fault("ssh-cut", bytes=5 * MIB))

@@ -219,6 +219,16 @@ def test_a_home_within_is_not_a_region(home: Home, sim: Simulator, tmp_path: Pat
     }
 
 
+def test_verifying_one_regions_directory_does_not_make_a_home_of_it(home: Home, sim: Simulator) -> None:
+    volumes = [volume_in(sim, "fra1"), volume_in(sim, "nyc3")]
+    home.configure(region=["fra1", "nyc3"])
+    run(home)
+    assert "data: sound" in run(home, "verify", "--backups", "backups/fra1").stdout
+    run(home)
+    assert_images(home, *volumes)
+    assert "fra1/data: " in run(home, "list").stdout
+
+
 # -- from one region to several, and back
 
 

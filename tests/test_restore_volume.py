@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import random
 import signal
 import struct
@@ -28,7 +29,7 @@ from trouble_support import (
     start,
     until,
 )
-from versions_support import back_up
+from versions_support import back_up, leave_committed
 
 import dosvob
 
@@ -159,6 +160,18 @@ def test_larger_and_in_another_region(home: Home, sim: Simulator, lost: Lost) ->
     assert content == lost.newer.read_bytes() + bytes(GIB)
     (droplet,) = [item for item in sim.ever if item.kind == "droplet"]
     assert droplet.region == "nyc3"
+
+
+def test_volume_that_had_grown_when_the_power_went(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    """Its backup was committed, and the image is completed by nothing else before."""
+    device = tmp_path / "device"
+    os.truncate(device, 2 * GIB)
+    write_at(device, GIB + 5, b"grown")
+    leave_committed(home.backups, device, DAY + datetime.timedelta(days=2))
+    restore(home, "data")
+    volume = new_volume(sim)
+    assert same(volume.path, device)
+    assert volume.path.stat().st_size == 2 * GIB
 
 
 def test_same_name_may_be_in_another_region(home: Home, sim: Simulator, lost: Lost) -> None:
@@ -714,7 +727,10 @@ def test_it_is_said_by_nobody_while_it_goes_on(home: Home, sim: Simulator, tmp_p
     assert records(home)
     assert run(home, "list").stderr == ""
     assert run(home, "health", "--max-age", "10000").stderr == ""
-    assert "another dosvob is at work" in run(home, expect=2).stderr
+    for arguments in ((), ("--dry-run",), ("sweep", "--dry-run")):  # which would take what it makes for left behind
+        said = run(home, *arguments, expect=2)
+        assert "another dosvob is at work" in said.stderr
+        assert "dosvob-ephemeral-" not in said.stdout
     running.signal(signal.SIGINT)
     running.end()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -33,6 +34,8 @@ from trouble_support import (
     start,
     until,
 )
+
+import dosvob
 
 pytestmark = pytest.mark.small
 
@@ -500,6 +503,30 @@ def test_how_old_it_is_what_another_home_has(home: Home, sim: Simulator, seconds
     assert_nothing_left(sim)
     run(home, "sweep", "--all")
     assert droplet.deleted
+
+
+def test_what_a_sweep_of_all_homes_could_not_remove_such_a_sweep_removes(home: Home, sim: Simulator) -> None:
+    sim.add_droplet(ANOTHER_HOMES, tags=["dosvob-ephemeral"])
+    sim.faults.add(Fault("error", method="DELETE", status=403, times=FOREVER))
+    (said,) = run(home, "sweep", "--all", expect=1).stderr.splitlines()
+    assert "LEFT BEHIND" in said
+    assert said.endswith("sweep --all")
+
+
+def test_an_id_that_cannot_be_read_is_not_replaced(home: Home, sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what an earlier run left would be taken for another home's."""
+    run(home, "sweep")
+    path = home.backups / ".dosvob" / "home"
+    known = path.read_text()
+
+    def fail(*_: object, **__: object) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Path, "read_text", fail)
+        with pytest.raises(OSError, match="Input/output error"), dosvob.Home(home.backups).locked():
+            pass
+    assert path.read_text() == known
 
 
 @pytest.mark.parametrize("age", [-60, 0, 3600])

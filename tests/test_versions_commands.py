@@ -590,8 +590,34 @@ def test_a_list_is_of_what_is_left_when_versions_are_thinned_meanwhile(
 
     before = len(listed(user.backups))
     monkeypatch.setattr(dosvob.Versions, "freed_by", thin_first)
-    found = dosvob.Commands._described(user.paths)
+    monkeypatch.chdir(user.directory)
+    commands = dosvob.Commands(dosvob.parse_arguments(["list"]), dosvob.Reporter(), dosvob.Stop())
+    found = commands._described(user.paths)
     assert [version["damaged"] for version in found["versions"]] == [False] * (before - 1)
+
+
+def test_list_tells_of_an_image_that_is_still_to_be_completed(user: User) -> None:
+    """Whoever mounts it without dosvob would get parts of two snapshots."""
+    user.change()
+    user.pass_time()
+    leave_committed(user.backups, user.device, user.now, keep=ALL)
+    told = "its image must still be completed from its journal: "
+    assert told in user.run("list")
+    assert told in json.loads(user.run("list", "--json"))["volumes"][0]["problem"]
+    with dosvob.Home(user.backups).locked():
+        assert told not in user.run("list")  # somebody is at it
+    user.run("verify")
+    assert told not in user.run("list")
+
+
+def test_zeros_that_were_cut_from_an_image_are_no_damage(user: User) -> None:
+    """To a restore, which knows that they were zeros; the image's length is told."""
+    write_at(user.device, 2 * MIB, bytes(user.size - 2 * MIB))
+    user.pass_time()
+    user.back_up()
+    os.truncate(user.paths.image, 2 * MIB)
+    assert user.restore() == file_name(user.now)
+    assert f"the image's size is {2 * MIB} bytes, and {user.size} were backed up" in user.run("verify", expect=1)
 
 
 def test_nothing_is_called_sound_whose_digests_are_not_known(user: User) -> None:
