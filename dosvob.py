@@ -2819,7 +2819,7 @@ class Chain:
 
     A committed journal is laid over, not applied, so nothing is changed. `versions` are the newest first; `problem` is
     what is wrong with the state, without which versions can be restored all the same; `moment` is when the image's
-    snapshot was taken, None if unknown; `size` is that of the snapshot in bytes, `length` what is there of it. Raises
+    snapshot was taken, None if unknown; `size` is that of the snapshot in bytes, `length` what there is of it. Raises
     FileNotFoundError without an image, Damaged for a journal that cannot be used.
     """
 
@@ -2835,8 +2835,8 @@ class Chain:
             if from_disk:
                 self.image.forget_cached()
             self.versions = Versions(paths).all()
-            self.length = os.fstat(self.image.fd).st_size
-            self.size = -(-self.length // CHUNK) * CHUNK
+            length = os.fstat(self.image.fd).st_size
+            self.size = -(-length // CHUNK) * CHUNK
             self._journal = self._lay_journal(files)
             table: Path | None = paths.state
             if self._journal is not None:
@@ -2847,8 +2847,11 @@ class Chain:
                     self._table = files.enter_context(table.open("rb", buffering=128 << 10))
             except Damaged as problem:
                 self.problem = problem
-            if self.state is None and self.versions and (newer := self.versions[0].newer):
+            newer = self.versions[0].newer if self.versions else None
+            if self.state is None and newer is not None:
                 self.size = max(self.size, newer.size)  # the image may have been cut
+            is_known = self._journal is None and (self.state or newer)
+            self.length = length if is_known else self.size
             self.moment = Versions.moment_of_image(self.state, self.versions)
             self._files = files.pop_all()
 
@@ -2860,7 +2863,7 @@ class Chain:
             return None
         if file.end is None:
             return None
-        self.size = self.length = file.end["snapshot"]["size"]
+        self.size = file.end["snapshot"]["size"]
         journal = Journal(file, self.size // CHUNK)
         journal.read_places(lambda _: None)
         with contextlib.suppress(FileNotFoundError):
@@ -2931,7 +2934,7 @@ class Chain:
         chunk = patch.over(stored or ZERO_CHUNK) if patch else stored or ZERO_CHUNK
         if patch is not None and recorded is None:
             recorded = patch.digest
-        is_cut = recorded is None and index * CHUNK >= self.length
+        is_cut = recorded is None and (index + 1) * CHUNK > self.length
         if is_cut or (stored is None and patch is None):
             return chunk, False
         digest = ZERO_DIGEST if chunk is ZERO_CHUNK or recorded is None else chunk_digest(page_digests(chunk))
@@ -3238,7 +3241,7 @@ class Update(Work):
     def finish(self) -> None:
         """Make it the image: steps 2 to 6. All chunks must be settled.
 
-        If it is interrupted, what is committed by then is completed by the next command.
+        If it is interrupted, what is committed by then is completed by the next run, sweep or verify.
         """
         assert self.settled == self.chunks
         paths, journal = self._paths, self.journal
@@ -4260,7 +4263,7 @@ class Home:
         if region and (directory / ".dosvob" / "home").exists():
             raise DosvobError(
                 f"{directory} is a backups directory of its own: the images of {region} cannot go there, unless you "
-                f"delete {directory / '.dosvob' / 'home'}"
+                f"run {command_line('sweep', '--backups', str(directory))} and then delete {directory}/.dosvob/home"
             )
         for path in (directory, directory / ".dosvob"):
             path.mkdir(mode=0o700, exist_ok=True)
@@ -4359,7 +4362,7 @@ class Home:
                     report.end_progress()
                     report.say(f"{name}: an interrupted backup was completed from its journal")
             except (DosvobError, OSError) as problem:
-                kept = "; the journal is kept and applied at the next start" * isinstance(problem, OSError)
+                kept = "; the journal is kept, and applied by the next backup or verify" * isinstance(problem, OSError)
                 report.error(f"{name}: {explained(problem, self.path)}{kept}")
                 failed.add(name)
         return failed
@@ -4684,12 +4687,10 @@ class Backup:
 
         meter = Meter(self._report, self._job.stop, f"{name}: reading and writing here")
         try:
-            with contextlib.suppress(OSError, DosvobError):  # what is wrong there is told after the sync
-                # The disk may be full, and "keep" ask for fewer by now.
-                Versions(paths).thin(self._job.config.keep, meter)
             update = Update(paths, snapshot, self._job.config.keep, warn, meter, reread=self._reread)
             with contextlib.closing(update):
                 try:
+                    is_thinned = self._thin(paths)  # before: the disk may be full, and "keep" ask for fewer by now
                     received = self._fetch(name, clone, hosts, update)
                     update.finish()
                 except OSError as problem:
@@ -4702,7 +4703,8 @@ class Backup:
                     f"cannot be read: {update.differing}. Either it was mounted or opened for writing, or the "
                     "disk is failing; the volume's content was put back"
                 )
-            self._thin(paths)
+            if is_thinned:  # or it was told why not
+                self._thin(paths)
         except (DosvobError, OSError) as problem:
             self._fail(turn, problem)
         else:
@@ -4727,13 +4729,13 @@ class Backup:
             lambda received: meter.show_sync(update.settled * CHUNK, begun, received),
         )
 
-    def _thin(self, paths: ImagePaths) -> None:
-        """Drop the versions that are not to be kept; what cannot be dropped now is at the next run."""
+    def _thin(self, paths: ImagePaths) -> bool:
+        """Drop the versions that are not to be kept; False if not all could be: the next run tries again."""
         try:
             meter = Meter(self._report, self._job.stop, f"{paths.name}: thinning its versions")
             Versions(paths).thin(self._job.config.keep, meter)
         except Interrupted:
-            return  # the volume is backed up; whoever waits next ends the run
+            pass  # whoever waits next ends the run
         except (OSError, DosvobError) as problem:
             held = human_size(sum(version.occupied for version in Versions(paths).all()))
             self._report.warn(
@@ -4742,6 +4744,8 @@ class Backup:
                 f'hold {held}; to keep fewer change "keep" in conf.json; to see which are damaged: '
                 + command_line("verify", paths.name)
             )
+            return False
+        return True
 
 
 # ── The way back ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5624,9 +5628,10 @@ class Commands:
             found |= {"region": state.snapshot.region, "size": state.snapshot.size}
             add(state.moment)
         except FileNotFoundError:
-            found["problem"] = "no snapshot is recorded" if found["size"] else "the image is missing"
+            missing = "no snapshot is recorded" if found["size"] else "the image is missing"
+            found["problem"] = found["problem"] or missing
         except DosvobError as problem:
-            found["problem"] = str(problem)
+            found["problem"] = found["problem"] or str(problem)
         versions = Versions(paths).all()
         for version, older in itertools.zip_longest(versions, versions[1:]):
             try:

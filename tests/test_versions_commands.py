@@ -603,7 +603,9 @@ def test_list_tells_of_an_image_that_is_still_to_be_completed(user: User) -> Non
     leave_committed(user.backups, user.device, user.now, keep=ALL)
     told = "its image must still be completed from its journal: "
     assert told in user.run("list")
+    user.paths.state.rename(user.directory / "state")
     assert told in json.loads(user.run("list", "--json"))["volumes"][0]["problem"]
+    (user.directory / "state").rename(user.paths.state)
     with dosvob.Home(user.backups).locked():
         assert told not in user.run("list")  # somebody is at it
     user.run("verify")

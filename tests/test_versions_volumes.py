@@ -413,7 +413,7 @@ def test_keeping_fewer_versions_makes_room_for_the_next_backup(
         home.run("--backups", str(backups), constants=QUICK)
     paths = dosvob.ImagePaths(backups, NAME)
     write_at(volume.path, 0, random.Random(9).randbytes(8 * MIB))
-    tmpfs.leave_free(12 * MIB)  # for the journal, not for what it changes
+    tmpfs.leave_free(15 * MIB)  # for the journal and the version, not for what it changes
     home.run("--backups", str(backups), constants=QUICK, expect=1)
     assert len(list(paths.versions.iterdir())) == 2
     home.configure(keep={})
@@ -498,7 +498,7 @@ def test_an_image_without_a_state_that_has_become_shorter_is_told(lineage: Linea
     lineage.pass_time()
     lineage.back_up()
     lineage.paths.state.unlink()
-    os.truncate(lineage.paths.image, 3 * MIB)
+    os.truncate(lineage.paths.image, 3 * MIB + PAGE)
     with contextlib.closing(dosvob.Chain(lineage.paths)) as chain:
         assert chain.size == lineage.size
         told = [str(ranges) for ranges in chain.verify(lambda size: None)]
@@ -533,3 +533,24 @@ def test_a_version_that_somebody_removed_is_told_by_all_that_lead_back_over_it(l
     versions = dosvob.Versions(lineage.paths)
     with pytest.raises(dosvob.Damaged, match="missing"):
         versions._merge(versions.all()[:2], lambda size: None)
+
+
+def test_versions_that_are_put_aside_are_not_thinned_before(
+    home: Home, sim: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are of another volume that had this name; what "keep" says now is about the one that is there now."""
+    small_volumes(monkeypatch)
+    sim.add_volume(NAME)
+    lineage = Lineage(tmp_path, ALL)
+    lineage.backups, lineage.paths = home.backups, dosvob.ImagePaths(home.backups, NAME)
+    lineage.size = GIB
+    for number in range(3):
+        write_at(lineage.device, 0, bytes([number]) * PAGE) if number else lineage.device.write_bytes(b"")
+        os.truncate(lineage.device, GIB)
+        lineage.pass_time()
+        lineage.back_up()
+    home.configure(keep={})
+    home.run(constants=QUICK)
+    (aside,) = home.backups.glob(".dosvob/*.versions")
+    assert aside.name.startswith(f"{NAME}.set-aside-")
+    assert len(list(aside.iterdir())) == 2
