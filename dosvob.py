@@ -2848,10 +2848,10 @@ class Chain:
             except Damaged as problem:
                 self.problem = problem
             newer = self.versions[0].newer if self.versions else None
+            self._snapshot = self.state.snapshot if self.state else newer  # what the image is, as far as is known
             if self.state is None and newer is not None:
                 self.size = max(self.size, newer.size)  # the image may have been cut
-            is_known = self._journal is None and (self.state or newer)
-            self.length = length if is_known else self.size
+            self.length = length if self._snapshot and self._journal is None else self.size
             self.moment = Versions.moment_of_image(self.state, self.versions)
             self._files = files.pop_all()
 
@@ -2896,8 +2896,7 @@ class Chain:
         Contents that are the same are the same object; those of a hole are ZERO_CHUNK. A chunk is sound if it has the
         digest that was recorded for it; of an image without a state, where none is, if it is there and can be read.
         """
-        newer = self.versions[0].newer if self.versions else None
-        known = [self.state.snapshot if self.state else newer]
+        known = [self._snapshot]
         streams = []
         with contextlib.ExitStack() as files:
             for version in self.versions[:depth]:
@@ -2977,14 +2976,12 @@ class Chain:
                     if is_cloned and self._journal and self._journal.places[index]:
                         base = self.image.chunk(index) or ZERO_CHUNK
                     if content is not base:
-                        # Of a clone, what is taken for zeros may be what the disk cannot read now.
-                        is_unknown = is_cloned and base is ZERO_CHUNK
                         pages = ((page, page * PAGE) for page in range(PAGES))
                         differing = sum(
-                            1 << page
-                            for page, at in pages
-                            if is_unknown or base[at : at + PAGE] != content[at : at + PAGE]
+                            1 << page for page, at in pages if base[at : at + PAGE] != content[at : at + PAGE]
                         )
+                        if is_cloned and base is ZERO_CHUNK:  # it may stand for what the disk cannot read
+                            differing = ALL_PAGES
                         Patch.of(index, differing, Patch.select(content, differing), b"").write_to(file)
                     if not soundness[depth]:
                         damaged.add(index)
@@ -4183,7 +4180,7 @@ class Home:
 
     @contextlib.contextmanager
     def locked(self, *, with_id: bool = True) -> Iterator[None]:
-        """Hold its lock, making what is missing, an id only if one is needed; UsageError if it cannot be had."""
+        """Hold its lock, making what is missing, with an id if one is needed; UsageError if held, or not to be had."""
         try:
             if not self.path.is_dir():
                 self.path.mkdir(mode=0o700)

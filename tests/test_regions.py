@@ -213,10 +213,16 @@ def test_a_home_within_is_not_a_region(home: Home, sim: Simulator, tmp_path: Pat
     volume_in(sim, "nyc3")
     before = tree(home)
     home.configure(region=["nyc3"])
-    assert "nyc3 is a backups directory of its own" in run(home, expect=1).stderr
+    said = run(home, expect=1).stderr
+    assert "nyc3 is a backups directory of its own" in said
     assert {name: before[name] for name in before if "nyc3" in name} == {
         name: inode for name, inode in tree(home).items() if "nyc3" in name
     }
+    assert "sweep --backups backups/nyc3 and then delete backups/nyc3/.dosvob/home" in said
+    run(home, "sweep", "--backups", "backups/nyc3")
+    (home.backups / "nyc3" / ".dosvob" / "home").unlink()
+    run(home)
+    assert "nyc3/data: " in run(home, "list").stdout
 
 
 def test_verifying_one_regions_directory_does_not_make_a_home_of_it(home: Home, sim: Simulator) -> None:

@@ -505,7 +505,7 @@ def test_how_old_it_is_what_another_home_has(home: Home, sim: Simulator, seconds
     assert droplet.deleted
 
 
-def test_what_a_sweep_of_all_homes_could_not_remove_such_a_sweep_removes(home: Home, sim: Simulator) -> None:
+def test_of_what_a_sweep_of_all_homes_could_not_remove_such_a_sweep_is_named(home: Home, sim: Simulator) -> None:
     sim.add_droplet(ANOTHER_HOMES, tags=["dosvob-ephemeral"])
     sim.faults.add(Fault("error", method="DELETE", status=403, times=FOREVER))
     (said,) = run(home, "sweep", "--all", expect=1).stderr.splitlines()

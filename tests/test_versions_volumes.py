@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 from conftest import Home, Tmpfs, write_at
-from simulator import Simulator
+from simulator import Simulator, Volume
 from trouble_support import GIB, QUICK, small_volumes
 from versions_support import (
     MIB,
@@ -369,17 +369,21 @@ def test_a_disk_that_is_full_while_versions_are_thinned(tmp_path: Path, tmpfs: T
     assert len(lineage.check()) < len(before)
 
 
-def test_the_whole_script_says_what_versions_hold_when_the_disk_is_full(
-    sim: Simulator, home: Home, tmpfs: Tmpfs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small_volumes(monkeypatch)
-    volume = sim.add_volume(NAME)
-    backups = tmpfs.path / "backups"
+def make_two_versions(home: Home, volume: Volume, backups: Path) -> dosvob.ImagePaths:
+    """Of 2 MiB each, by the whole script."""
     home.configure(keep={"last": 10})
     for seed in range(3):
         write_at(volume.path, 0, random.Random(seed).randbytes(2 * MIB))
         home.run("--backups", str(backups), constants=QUICK)
-    paths = dosvob.ImagePaths(backups, NAME)
+    return dosvob.ImagePaths(backups, NAME)
+
+
+def test_the_whole_script_says_what_versions_hold_when_the_disk_is_full(
+    sim: Simulator, home: Home, tmpfs: Tmpfs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_volumes(monkeypatch)
+    volume, backups = sim.add_volume(NAME), tmpfs.path / "backups"
+    paths = make_two_versions(home, volume, backups)
     image = paths.image.read_bytes()
     versions = {path: path.read_bytes() for path in paths.versions.iterdir()}
     assert len(versions) == 2
@@ -405,13 +409,8 @@ def test_keeping_fewer_versions_makes_room_for_the_next_backup(
 ) -> None:
     """Without it a disk that old versions fill would stay full."""
     small_volumes(monkeypatch)
-    volume = sim.add_volume(NAME)
-    backups = tmpfs.path / "backups"
-    home.configure(keep={"last": 10})
-    for seed in range(3):
-        write_at(volume.path, 0, random.Random(seed).randbytes(2 * MIB))
-        home.run("--backups", str(backups), constants=QUICK)
-    paths = dosvob.ImagePaths(backups, NAME)
+    volume, backups = sim.add_volume(NAME), tmpfs.path / "backups"
+    paths = make_two_versions(home, volume, backups)
     write_at(volume.path, 0, random.Random(9).randbytes(8 * MIB))
     tmpfs.leave_free(15 * MIB)  # for the journal and the version, not for what it changes
     home.run("--backups", str(backups), constants=QUICK, expect=1)
