@@ -142,7 +142,7 @@ def test_the_image_is_of_the_moment_of_the_snapshot(sim: Simulator, home: Home, 
     frozen = tmp_path / "frozen"
     subprocess.run(["cp", "--sparse=always", volume.path, frozen], check=True)
     process = home.start()
-    wait_for(lambda: any(snapshot.volume_id == volume.id for snapshot in sim.snapshots))
+    wait_for(lambda: any(clone.snapshot_id for clone in sim.volumes))  # the snapshot is taken, its clone being made
     writes = 0
     while process.poll() is None:
         write_at(volume.path, 300 * MIB + writes % 1024 * PAGE, random.randbytes(PAGE))
