@@ -3699,7 +3699,7 @@ class AgentStream:
         """What has come in."""
         data = self._patiently(lambda: self._channel.recv(RECEIVE_SIZE))
         if not data:
-            raise ConnectionLost(f"the connection to the droplet ended{self._last_words()}")
+            raise self._lost(f"the connection to the droplet ended{self._last_words()}")
         self.received += len(data)
         self._widen()
         return data
@@ -3740,7 +3740,10 @@ class AgentStream:
                 raise self._lost(f"the connection to the droplet broke: {reason(problem)}") from problem
 
     def _lost(self, what: str) -> ConnectionLost:
-        """The error for a connection that is not to be used any more."""
+        """The error for a connection that is not to be used any more.
+
+        Nor is one whose agent alone may have ended: paramiko tells of the connection's end after that of its channels.
+        """
         self._transport.close()
         return ConnectionLost(what)
 
