@@ -16,13 +16,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from signals import Stop, Stopped, ignore_for_ourselves_only
 from simulator import Simulator, Volume
-from simulator.storage import LoopDevice
+from simulator.storage import mounted
 
 SCRIPT = Path(__file__).resolve().parent.parent / "dosvob.py"
 MIB = 1 << 20
@@ -39,21 +38,6 @@ def run(*command: str | Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-@contextlib.contextmanager
-def mounted(disk: Path, directory: Path, options: str) -> Iterator[Path]:
-    """A file with a file system, mounted while the context lasts."""
-    directory.mkdir(exist_ok=True)
-    device = LoopDevice(disk)
-    try:
-        run("mount", "-o", options, device.path, directory)
-        try:
-            yield directory
-        finally:
-            run("umount", directory)
-    finally:
-        device.close()
-
-
 def list_files(directory: Path) -> str:
     """All files with their sizes and first lines."""
     lines = []
@@ -68,7 +52,7 @@ def list_files(directory: Path) -> str:
 def fill(volumes: dict[str, Volume], scratch: Path) -> None:
     """Give the volumes their first content."""
     run("mkfs.ext4", "-q", volumes["files"].path)
-    with mounted(volumes["files"].path, scratch, "rw") as root:
+    with mounted(volumes["files"].path, scratch) as root:
         (root / "letters").mkdir()
         (root / "letters/to-ada.txt").write_text("Dear Ada, the engine works.\n")
         (root / "letters/to-grace.txt").write_text("Dear Grace, we found a moth.\n")
@@ -80,7 +64,7 @@ def fill(volumes: dict[str, Volume], scratch: Path) -> None:
 
 def change(volumes: dict[str, Volume], scratch: Path) -> None:
     """Change a little: a file, a new file, and a few places of the raw volume."""
-    with mounted(volumes["files"].path, scratch, "rw") as root:
+    with mounted(volumes["files"].path, scratch) as root:
         with (root / "letters/to-ada.txt").open("a") as file:
             file.write("P.S. It prints Bernoulli numbers.\n")
         (root / "letters/to-alan.txt").write_text("Dear Alan, does it halt?\n")
@@ -92,7 +76,7 @@ def change(volumes: dict[str, Volume], scratch: Path) -> None:
 
 def delete(volumes: dict[str, Volume], scratch: Path) -> None:
     """Delete a letter, as happens."""
-    with mounted(volumes["files"].path, scratch, "rw") as root:
+    with mounted(volumes["files"].path, scratch) as root:
         (root / "letters/to-ada.txt").unlink()
 
 
@@ -149,7 +133,7 @@ def demonstrate(directory: Path, simulator: Simulator) -> None:
 
     tell("Restoring a file: the image is mounted read-only, and here are the files")
     print("$ mount -o ro,loop backups/files /mnt")
-    with mounted(home / "backups" / "files", restored, "ro,noload") as root:
+    with mounted(home / "backups" / "files", restored, "ro", "noload") as root:
         print(list_files(root))
         if not (root / "letters/to-ada.txt").read_text().endswith("Bernoulli numbers.\n"):
             sys.exit("The restored letter is not the latest one.")
@@ -162,7 +146,7 @@ def demonstrate(directory: Path, simulator: Simulator) -> None:
     time = version_before(home)
     dosvob(home, simulator, "restore", "files", "files-before.img", "--at", time)
     print("$ mount -o ro,loop files-before.img /mnt")
-    with mounted(home / "files-before.img", restored, "ro,noload") as root:
+    with mounted(home / "files-before.img", restored, "ro", "noload") as root:
         print(list_files(root))
         if not (root / "letters/to-ada.txt").read_text().endswith("Bernoulli numbers.\n"):
             sys.exit("The letter did not come back.")

@@ -322,7 +322,7 @@ LIVE_LIES: dict[str, tuple[str, str]] = {
     "a bomb": (
         (
             "import zlib; hello(); frame(2, 0, b'x' * 32); frame(4, 0, bytes(1024));"
-            "frame(6, 0, b'\\xff' * 32 + zlib.compress(bytes(64 << 20), 9))"
+            "frame(6, 0, b'\\xff' * 32 + zlib.compress(bytes(4 << 20)))"
         ),
         "1048577 bytes, and not 1048576",
     ),
@@ -330,7 +330,7 @@ LIVE_LIES: dict[str, tuple[str, str]] = {
     "life without end": ("hello()\nwhile True:\n  frame(8); time.sleep(0.05)", "says that it lives"),
     "the end": ("sys.exit('no more')", "no more"),
 }
-IMPATIENCE = {"PROGRESS_LIMIT": 1, "STALL_LIMIT": 1, "ATTEMPTS": 2}
+IMPATIENCE = {"silence": {"STALL_LIMIT": 1}, "life without end": {"PROGRESS_LIMIT": 1}}
 
 
 def test_the_script_against_a_droplet_that_lies(home: Home, pytestconfig: pytest.Config) -> None:
@@ -345,7 +345,7 @@ def test_the_script_against_a_droplet_that_lies(home: Home, pytestconfig: pytest
         liar = LIAR.format(body=body, HELLO=HELLO, AGENT_MAGIC=AGENT_MAGIC)
         home.simulator.faults.clear()
         home.simulator.faults.add(Fault("python", times=FOREVER, text=f"{PYTHON} -c {shlex.quote(liar)}"))
-        done = home.run(expect=1, constants=IMPATIENCE)
+        done = home.run(expect=1, constants={"ATTEMPTS": 2, **IMPATIENCE.get(lie, {})})
         errors = [line for line in done.stderr.splitlines() if "error:" in line]
         assert len(errors) == 1, done.stderr
         assert message in errors[0], done.stderr

@@ -38,7 +38,7 @@ import dosvob
 
 NAME = "data"
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody listens
-OFFLINE_RUN = {"RETRY_LIMIT": 0}
+OFFLINE_RUN = {"PATIENCE": 0}
 KILLED = -9
 
 

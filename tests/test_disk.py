@@ -46,7 +46,7 @@ from crash_support import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulator import Volume
-from simulator.storage import LoopDevice
+from simulator.storage import LoopDevice, mounted
 
 import dosvob
 from dosvob import BLOCK, GIB, PAGES
@@ -1549,14 +1549,8 @@ def test_the_script_finds_what_was_written_through_a_loop_mount(home: Home, tmp_
     volume = home.simulator.add_volume(NAME)
     subprocess.run(["mkfs.ext4", "-q", "-F", volume.path], check=True)
     home.run()
-    there = tmp_path / "mounted"
-    there.mkdir()
-    with contextlib.closing(LoopDevice(home.image(NAME))) as loop:
-        subprocess.run(["mount", loop.path, there], check=True)
-        try:
-            (there / "written").write_bytes(os.urandom(MIB))
-        finally:
-            subprocess.run(["umount", there], check=True)
+    with mounted(home.image(NAME), tmp_path / "mounted") as there:
+        (there / "written").write_bytes(os.urandom(MIB))
     assert not same(home.image(NAME), volume.path)
     assert "differs from its snapshot" in home.run("verify", expect=1).stderr
     done = home.run()

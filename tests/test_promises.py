@@ -44,7 +44,7 @@ pytestmark = pytest.mark.small
 NAME = "data"
 PAGE = 4096
 WRITES = "pwrite64,pwritev,pwritev2,write"
-IMPATIENT = {"STALL_LIMIT": 2, "RECONNECT_LIMIT": 1, "SSH_TIMEOUT": 2, "ADDRESS_LIMIT": 5, "BUSY_LIMIT": 5}
+IMPATIENT = {"STALL_LIMIT": 2, "RECONNECT_LIMIT": 1, "SSH_TIMEOUT": 2, "ADDRESS_LIMIT": 60, "BUSY_LIMIT": 5}
 PATIENT = {"STALL_LIMIT": 600}
 FEW_AHEAD = {"MOST_AHEAD": 64}  # chunks: a hole of so many MiB stands for one of 256 GiB
 
@@ -460,7 +460,8 @@ def test_decay_anywhere_in_a_long_image_is_found_within_eight_runs(
         write_at(volume.path, chunk * MIB, noise(PAGE, chunk))  # so that there is something to decay
     run(home)
     chance = random.Random(pytestconfig.option.seed)
-    places = sorted(chance.sample(range(chunks), 3))
+    # Not the first, whose 0 is in many a line, and no neighbours, which are told as one.
+    places = sorted(2 * place + 1 for place in chance.sample(range(chunks // 2), 3))
     for chunk in places:
         flip(home.image(NAME), chunk * MIB + chance.randrange(PAGE), secretly=True)
     output = "".join(run(home).stderr for _ in range(8))

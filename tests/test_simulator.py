@@ -56,7 +56,10 @@ def behaving(**changes: Any) -> pytest.MarkDecorator:
 
 def footprint(directory: Path) -> list[str]:
     """What simulators in `directory` and of this process have on this machine."""
-    loops = [path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
+    loops = []
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):  # it was another test's, and is free by now
+            loops.append(path.read_text())
     return [
         *(str(path) for path in directory.iterdir()),
         *(path for path in loops if path.startswith(str(directory))),
@@ -404,7 +407,7 @@ def test_one_snapshot_per_volume_in_ten_minutes(simulator: Simulator) -> None:
     assert len(api.snapshots.list(resource_type="volume")["snapshots"]) == 4
 
 
-@behaving(action_seconds=0.3, release_seconds=0.2)
+@behaving(action_seconds=2, release_seconds=2)
 def test_conflicts_of_attachments(simulator: Simulator) -> None:
     api, keys = client(simulator), Keys.fresh()
     first, second = simulator.add_volume("first"), simulator.add_volume("second")
@@ -441,7 +444,7 @@ def test_token_scopes_and_revocation(simulator: Simulator) -> None:
     assert refusal(api.account.get) == (401, "Unable to authenticate you")
 
 
-@behaving(fresh_seconds=0.2, requests_per_minute=60, key_lists_per_minute=1)
+@behaving(fresh_seconds=1, requests_per_minute=200, key_lists_per_minute=1)
 def test_lagging_and_limited(simulator: Simulator) -> None:
     api = client(simulator)
     volume = api.volumes.create({"name": "fresh", "region": "fra1", "size_gigabytes": 1})["volume"]
@@ -450,7 +453,7 @@ def test_lagging_and_limited(simulator: Simulator) -> None:
     until(lambda: api.volumes.list()["volumes"])
     api.ssh_keys.list()
     assert refusal(api.ssh_keys.list)[0] == 429
-    while len(simulator.requests) < 60:
+    while len(simulator.requests) < 200:
         api.account.get()
     assert refusal(api.account.get)[0] == 429
 
@@ -598,12 +601,13 @@ def test_droplets_that_fall_silent_or_die(simulator: Simulator) -> None:
 
 def test_droplets_that_fall_silent_or_die_by_themselves(simulator: Simulator) -> None:
     api, keys = client(simulator), Keys.fresh()
-    simulator.faults.add(Fault("ssh-stalled", bytes=100_000), Fault("dies", nth=2, seconds=0.3))
+    simulator.faults.add(Fault("ssh-stalled", bytes=100_000), Fault("dies", nth=2, seconds=3))
     silent, mortal = (create_droplet(api, keys, name=name) for name in ("silent", "mortal"))
     with connect(public_address(api, mortal), keys) as ssh:
         until(functools.partial(is_over, ssh))
     with connect(public_address(api, silent), keys) as ssh:
-        channel = ssh.exec_command("head -c 1000000 /dev/zero", timeout=0.5)[1].channel
+        channel = ssh.exec_command("head -c 1000000 /dev/zero", timeout=PATIENCE)[1].channel
+        channel.settimeout(0.5)
         with pytest.raises(TimeoutError):
             channel.makefile("rb").read()
         assert not is_over(ssh)

@@ -490,9 +490,9 @@ ANOTHER_HOMES = "dosvob-ephemeral-12345678-9abcdef0-droplet"
 def test_how_old_it_is_what_another_home_has(home: Home, sim: Simulator, seconds: int, told: str) -> None:
     """It may be created in what is the future here, and what is older than any run is warned of."""
     droplet = sim.add_droplet(ANOTHER_HOMES, tags=["dosvob-ephemeral"])
-    droplet.created = time.time() - seconds
     add_volume(sim, "data")
     for arguments in ([], ["sweep"], ["--dry-run"], ["sweep", "--dry-run"]):
+        droplet.created = time.time() - seconds
         done = run(home, *arguments)
         output, other = (done.stderr, done.stdout) if seconds > 24 * 3600 else (done.stdout, done.stderr)
         (said,) = [line for line in output.splitlines() if f"(id {droplet.id}" in line]
@@ -634,7 +634,7 @@ def test_terminal_vanishes(home: Home, sim: Simulator, tmp_path: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:  # the child, whose terminal it is
         os.chdir(home.directory)
-        command = home.command(constants=QUICK)
+        command = home.command(constants={**QUICK, "LIVE_INTERVAL": 0.01})
         os.execve(command[0], command, home.environment())
     reader = threading.Thread(target=drain, args=(os.dup(terminal),), daemon=True)
     reader.start()

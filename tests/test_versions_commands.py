@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import SCRIPT, write_at
+from simulator.storage import mounted
 from versions_support import (
     MIB,
     NAME,
@@ -29,7 +30,6 @@ from versions_support import (
     file_name,
     leave_committed,
     listed,
-    mounted,
     scatter,
 )
 
@@ -635,8 +635,10 @@ def test_nothing_is_called_sound_whose_digests_are_not_known(user: User) -> None
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_middle_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     user = User(tmp_path)
-    user.size = 4 << 30  # of holes, so that it takes a while to be checked
-    user.go_on(1)
+    user.size = 8 << 30  # of holes, so that it takes a while to be checked
+    user.change()
+    user.now += datetime.timedelta(hours=4)
+    user.back_up()
     target = tmp_path / "file"
     process = subprocess.Popen(
         user.command("restore", NAME, target), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import Home
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import dosvob
@@ -51,6 +51,7 @@ AGES = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(KEEPS, AGES)
 @example(dosvob.Keep(0, 0, 3, 0), [0, 24 * 60, 4 * 24 * 60, 5 * 24 * 60, 12 * 24 * 60])
 def test_what_is_kept_is_what_the_rules_say(keep: dosvob.Keep, ages: list[int]) -> None:
@@ -59,6 +60,7 @@ def test_what_is_kept_is_what_the_rules_say(keep: dosvob.Keep, ages: list[int]) 
     assert {number for number, is_wanted in enumerate(wanted) if is_wanted} == by_definition(keep, moments)
 
 
+@settings(deadline=None)
 @given(KEEPS, AGES)
 def test_what_was_dropped_would_not_be_wanted_later(keep: dosvob.Keep, ages: list[int]) -> None:
     """Thinning at each backup keeps what thinning once, at the end, would keep: nothing is missed for having gone."""
@@ -72,6 +74,7 @@ def test_what_was_dropped_would_not_be_wanted_later(keep: dosvob.Keep, ages: lis
     assert kept == once
 
 
+@settings(deadline=None)
 @given(st.integers(0, 6), st.integers(1, 30), st.integers(0, 23))
 def test_days_are_those_of_utc(daily: int, days: int, hour: int) -> None:
     zone = datetime.timezone(datetime.timedelta(hours=hour - 11))

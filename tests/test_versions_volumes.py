@@ -273,12 +273,16 @@ def test_a_snapshot_that_is_said_to_be_older_than_the_last(lineage: Lineage) -> 
         assert digest(restored(lineage.backups, depth + 3)) == lineage.truth[time]
 
 
-def test_a_snapshot_that_is_said_to_be_of_a_time_to_come_is_of_the_time_of_its_backup(lineage: Lineage) -> None:
+def test_a_snapshot_that_is_said_to_be_of_a_time_to_come_is_of_the_time_of_its_backup(
+    lineage: Lineage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else all that come after would be named, and thinned, by that time too."""
+    today = datetime.datetime(2026, 1, 15, 12, tzinfo=datetime.UTC)
+    monkeypatch.setattr(dosvob, "utc_now", lambda: today)
     lineage.change()
     content = digest(lineage.device.read_bytes())
     back_up(lineage.backups, lineage.device, datetime.datetime(2999, 1, 1, tzinfo=datetime.UTC), ALL)
-    lineage.now = datetime.datetime.now(datetime.UTC)
+    lineage.now = today
     lineage.go_on()
     tomorrow = file_name(lineage.now + datetime.timedelta(days=1))
     assert max(listed(lineage.backups)) < tomorrow

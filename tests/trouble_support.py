@@ -180,6 +180,8 @@ class Running:
     def wait_for(self, text: str) -> None:
         """Wait until the output has this text."""
         until(lambda: text in self.output or self.process.poll() is not None)
+        if self.process.poll() is not None:
+            self._reader.join(PATIENCE)
         assert text in self.output, self.output
 
     def end(self) -> int:

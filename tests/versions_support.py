@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import functools
 import hashlib
 import io
@@ -17,17 +16,14 @@ import queue
 import random
 import signal
 import struct
-import subprocess
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import wait_for
 from crash_support import sync_device
-from simulator.storage import LoopDevice
 from version_reader import Reader
 
 import dosvob
@@ -367,30 +363,3 @@ class Lineage:
     def check(self, choose: Callable[[list[int]], list[int]] = list) -> list[str]:
         """All that is listed restores to what it was."""
         return check_all(self.backups, self.truth, choose=choose)
-
-
-def is_free(device: str) -> bool:
-    """Whether nothing has it mounted any more: a namespace of another test may have taken a copy of the mount along."""
-    try:
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
-    except OSError as problem:
-        if problem.errno != errno.EBUSY:
-            raise
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def mounted(device: Path, target: Path, *options: str) -> Iterator[Path]:
-    """A file system that is in a file, mounted."""
-    target.mkdir(exist_ok=True)
-    loop = LoopDevice(device)
-    try:
-        subprocess.run(["mount", "-o", ",".join(("defaults", *options)), loop.path, target], check=True)
-        try:
-            yield target
-        finally:
-            subprocess.run(["umount", target], check=True)
-            wait_for(lambda: is_free(loop.path), 300)
-    finally:
-        loop.close()

@@ -16,13 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dosvob
 
+NO_SUCH_CONSTANT = 99  # as an exit code, which is none of dosvob's
+
 
 def set_constant(name: str, value: Any) -> None:
     """Set it wherever it is; ends with an error if that is nowhere."""
     owners = [dosvob, *(owner for owner in vars(dosvob).values() if isinstance(owner, type))]
     found = [owner for owner in owners if name in vars(owner)]
     if not found:
-        sys.exit(f"dosvob has no constant {name}")
+        sys.stderr.write(f"dosvob has no constant {name}\n")
+        sys.exit(NO_SUCH_CONSTANT)
     for owner in found:
         setattr(owner, name, value)
     dosvob.AGENT = re.sub(rf"(?m)^{name} = .*$", f"{name} = {value!r}", dosvob.AGENT)

@@ -9,6 +9,8 @@ import os
 import stat
 import struct
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 GIB = 1024**3
@@ -21,6 +23,7 @@ _BLKROSET = 0x125D
 _LOOP_MAJOR = 7
 _AUTOCLEAR = 4
 _COPY_STEP = 8 * 1024 * 1024
+_RELEASE_LIMIT = 300  # seconds
 
 
 def create_sparse(path: Path, size: int) -> None:
@@ -135,6 +138,34 @@ def _open_free_loop() -> tuple[int, str]:
         with contextlib.suppress(FileExistsError):
             os.mknod(path, stat.S_IFBLK | 0o660, os.makedev(_LOOP_MAJOR, number))
     return os.open(path, os.O_RDWR | os.O_CLOEXEC), path
+
+
+@contextlib.contextmanager
+def mounted(disk: Path, directory: Path, *options: str) -> Iterator[Path]:
+    """A file with a file system, mounted while the context lasts; after it the file has all that was written."""
+    directory.mkdir(exist_ok=True)
+    with contextlib.closing(LoopDevice(disk)) as device:
+        subprocess.run(["mount", "-o", ",".join(("defaults", *options)), device.path, directory], check=True)
+        try:
+            yield directory
+        finally:
+            subprocess.run(["umount", directory], check=True)
+            end = time.monotonic() + _RELEASE_LIMIT
+            while _is_in_use(device.path):
+                if time.monotonic() > end:
+                    raise TimeoutError(f"{device.path} is in use long after it was unmounted")
+                time.sleep(0.05)
+
+
+def _is_in_use(device: str) -> bool:
+    """Whether something has it mounted: the namespace of a droplet that starts takes a copy of each mount along."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+    except OSError as problem:
+        if problem.errno != errno.EBUSY:
+            raise
+        return True
+    return False
 
 
 def file_system_of(device: str) -> str:
