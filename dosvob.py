@@ -111,7 +111,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar, NoReturn
+from typing import ClassVar, Generic, NoReturn
 
 try:
     import paramiko
@@ -1823,14 +1823,14 @@ class Receiver(Agent):
 AGENT = "".join(re.findall(r"(?ms)^# agent: begin$(.*?)^# agent: end$", Path(__file__).read_text(encoding="utf-8")))
 
 
-def agent_source(device: str, first: int, window: int) -> bytes:
+def agent_source(device: str, first: int, window: int, /) -> bytes:
     """The agent's program."""
     packer = f"Packer({LIBZSTD is not None})"
     return droplet_program(f"Agent({device!r}, {first}, {window}, {packer}, sys.stdin.buffer, 1).run()\n")
 
 
-def receiver_source(device: str) -> bytes:
-    """The receiver's program."""
+def receiver_source(device: str, _first: int, _window: int, /) -> bytes:
+    """The receiver's program, which is told where to begin by what it is sent."""
     return droplet_program(f"Receiver({device!r}, sys.stdin.buffer, 1).run()\n")
 
 
@@ -2602,7 +2602,8 @@ class Versions:
         """All of them, the newest first."""
         versions = []
         for path in sorted(self._paths.versions.glob("*"), reverse=True):
-            with contextlib.suppress(FileNotFoundError):  # thinned by a run that goes on
+            # Thinned by a run that goes on, or not ours: no time that can be.
+            with contextlib.suppress(FileNotFoundError, ValueError):
                 if re.fullmatch(r"\d{8}T\d{6}Z", path.name):
                     versions.append(Version.load(path))
         return versions
@@ -3095,11 +3096,12 @@ class LocalImage:
 class Work:
     """What is to be got done for all `chunks` of a device, in as many conversations as it takes.
 
-    `settled` is how many of them are done with, from the first on.
+    `settled` is how many of them are done with, from the first on; `window` how many chunks the agent may be ahead.
     """
 
     chunks: int
     settled = 0
+    window = WINDOW
 
     def count_done(self) -> int:
         """How many chunks are done with, in whatever order: while this grows, a connection is worth another one."""
@@ -3147,6 +3149,7 @@ class Update(Work):
         self._image = SparseFile(paths.partial, os.O_RDWR | os.O_CREAT) if self.is_first else SparseFile(paths.image)
         if self.is_first:
             os.ftruncate(self._image.fd, snapshot.size)
+            self.window = HELD  # all is fetched, and what is not held would be read twice
         paths.new_version.unlink(missing_ok=True)
         new_state = create_private(paths.new_state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._new_state = os.fdopen(new_state, "wb", buffering=128 << 10)
@@ -3195,11 +3198,6 @@ class Update(Work):
     def has_nothing_at(self, index: int, digest: bytes) -> bool:
         """Whether the image, by the chunk's local digest, has zeros there, or nothing that can be read."""
         return digest == b"" or (digest == ZERO_DIGEST and not (self.journal and self.journal.places[index]))
-
-    @property
-    def window(self) -> int:
-        """How many chunks the agent may be ahead; few in a first sync, of which all is fetched, lest it reads twice."""
-        return HELD if self.is_first else WINDOW
 
     def count_done(self) -> int:
         """How many chunks are done with, in whatever order."""
@@ -3375,10 +3373,17 @@ class FrameParser:
             self._pieces = [b"".join(self._pieces)]
 
 
-class Conversation:
+W = TypeVar("W", bound=Work)
+
+
+class Conversation(Generic[W]):
     """One conversation with an agent, from the first chunk that is not settled to the last."""
 
-    def __init__(self, stream: Stream, work: Work, progress: Callable[[], None]) -> None:
+    # The program at the other end, given the device, the first chunk and the window.
+    program = staticmethod(agent_source)
+    TOLD: ClassVar[str]  # what is told of the part that is settled, and {} of what was received
+
+    def __init__(self, stream: Stream, work: W, progress: Callable[[], None]) -> None:
         self._stream = stream
         self._work = work
         self._progress = progress
@@ -3472,15 +3477,15 @@ class Pending:
     is_unknown: bool = False
 
 
-class Sync(Conversation):
+class Sync(Conversation[Update]):
     """Compares what the agent announces with the local image, and asks for what differs."""
 
+    TOLD = "scanned, {} fetched"
     # The agent keeps to MOST_AHEAD, not counting chunks that are asked for a second time, which are few and seldom.
     BOUND = 4
 
     def __init__(self, stream: Stream, update: Update, progress: Callable[[], None]) -> None:
         super().__init__(stream, update, progress)
-        self._update = update
         self._pending: dict[int, Pending] = {}
         self._local = update.local.digests(update.settled)
 
@@ -3492,7 +3497,7 @@ class Sync(Conversation):
     def _on_digests(self, index: int, count: int, digest: bytes) -> None:
         """So many chunks are announced, with the same digest."""
         # It may have forgotten so many that are asked for once more. Digests behind one that is to come are kept.
-        is_far_ahead = bool(self._pending) and index + count - self._update.settled > self.BOUND * MOST_AHEAD
+        is_far_ahead = bool(self._pending) and index + count - self._work.settled > self.BOUND * MOST_AHEAD
         if len(self._pending) > 2 * WINDOW or is_far_ahead:
             raise BadAgent(f"the droplet announced {count} chunks more, and does not send what it announced before")
         super()._on_digests(index, count, digest)
@@ -3508,16 +3513,16 @@ class Sync(Conversation):
     def _on_digest(self, index: int, digest: bytes) -> None:
         """Decide what is to be done about a chunk."""
         local = next(self._local)
-        if index in self._update.done:  # by an attempt before this one
+        if index in self._work.done:  # by an attempt before this one
             self._drop(index)
         elif local == digest:
-            self._update.keep(index, digest)
+            self._work.keep(index, digest)
             self._drop(index)
         elif digest == ZERO_DIGEST:
             # all of them, if there is nothing that can be read
-            zeroed = self._merged(self._update.local.pages(index), ALL_PAGES, 0, b"")[1]
-            self._update.store(Patch(index, zeroed, 0, b"", digest))
-        elif self._update.has_nothing_at(index, local):
+            zeroed = self._merged(self._work.local.pages(index), ALL_PAGES, 0, b"")[1]
+            self._work.store(Patch(index, zeroed, 0, b"", digest))
+        elif self._work.has_nothing_at(index, local):
             self._pending[index] = Pending(digest, ZERO_PAGES, ALL_PAGES, is_unknown=local == b"")
             self._command(SEND, index, 1, ALL_PAGES)
         else:
@@ -3528,7 +3533,7 @@ class Sync(Conversation):
         pending = self._pending.get(index)
         if pending is None or pending.local or len(theirs) != PAGES * SHORT_SIZE:
             raise BadAgent(f"the droplet sent page digests of chunk {index} that nobody asked for")
-        local = self._update.local.pages(index)
+        local = self._work.local.pages(index)
         pending.local, pending.is_unknown = local or ZERO_PAGES, not local
         differing = 0
         for page in range(PAGES):  # all of them, if there is nothing that can be read
@@ -3537,7 +3542,7 @@ class Sync(Conversation):
                 differing |= 1 << page
         if not differing and chunk_digest(local) == pending.digest:  # the journal alone had something else
             del self._pending[index]
-            self._update.store(Patch(index, 0, 0, b"", pending.digest))
+            self._work.store(Patch(index, 0, 0, b"", pending.digest))
             self._drop(index)
         else:
             pending.wanted = differing or ALL_PAGES
@@ -3557,7 +3562,7 @@ class Sync(Conversation):
             del self._pending[index]
             changed = ALL_PAGES if pending.is_unknown else changed
             filled = included & changed
-            self._update.store(Patch(index, changed, filled, Patch.select(data, filled, included), pending.digest))
+            self._work.store(Patch(index, changed, filled, Patch.select(data, filled, included), pending.digest))
         elif pending.wanted != ALL_PAGES:  # two pages alike in their short digests, or changed here just now
             pending.is_unknown = True
             pending.wanted = ALL_PAGES
@@ -3897,21 +3902,19 @@ class Link:
             self._transport = None
 
 
-W = TypeVar("W", bound=Work)
-
-
 def converse(
     start_agent: Callable[[int], AgentStream],
-    conversation: Callable[[AgentStream, W, Callable[[], None]], Conversation],
+    conversation: type[Conversation[W]],
     work: W,
     warn: Callable[[str], None],
     progress: Callable[[int], None],
-    is_gone: Callable[[], bool],
+    replace_lost: Callable[[DosvobError], bool],
 ) -> int:
     """Get the work done in conversations with agents, over as many connections as it takes; returns the bytes received.
 
     `start_agent` starts an agent with its first chunk. After a connection that broke another one goes on from the first
-    chunk that is not settled; if the droplet `is_gone`, DropletLost is raised.
+    chunk that is not settled. If the problem is that the droplet is lost, `replace_lost` has another one made, and
+    returns True.
     """
     received = failures = 0
     while True:
@@ -3920,13 +3923,14 @@ def converse(
             stream = start_agent(work.settled)
             conversation(stream, work, lambda: progress(received + stream.received)).run()  # noqa: B023 - used in here
             return received + stream.received
-        except (ConnectionLost, HostKeyMismatch) as problem:
+        except (ConnectionLost, HostKeyMismatch, DropletLost) as problem:
             failures = failures + 1 if work.count_done() == done else 1
-            if is_gone():  # its address may be somebody else's by now
-                raise DropletLost(f"{problem}; the droplet is gone") from problem
-            if failures >= ATTEMPTS or isinstance(problem, HostKeyMismatch):
+            if replace_lost(problem):  # its address may be somebody else's by now
+                failures = 0
+            elif failures >= ATTEMPTS or isinstance(problem, HostKeyMismatch):
                 raise
-            warn(f"{problem}; connecting again")
+            else:
+                warn(f"{problem}; connecting again")
         finally:
             if stream is not None:
                 received += stream.received
@@ -4109,25 +4113,16 @@ class Meter:
         self._total = total
         self._start = time.monotonic()
 
-    def __call__(self, size: int) -> None:
-        """So many bytes more; raises Interrupted."""
+    def __call__(self, size: int, more: str = "") -> None:
+        """So many bytes more, and what else to tell of them; raises Interrupted."""
         self._stop.check()
         if not self.done and self._is_told:
             self._report.say(f"{self._what}; when it is stopped, it goes on next time")
         self.done += size
-        of, rate = "", self.done / max(time.monotonic() - self._start, 0.001)
-        if self._total and rate:
-            of = f" of {human_size(self._total)}, {human_time((self._total - self.done) / rate)} left"
-        self._report.progress(f"{self._what}: {human_size(self.done)}{of}")
-
-    def show_sync(self, settled: int, begun: int, received: int) -> None:
-        """How far a sync is that began at the byte `begun`; all in bytes."""
-        rate = (settled - begun) / max(time.monotonic() - self._start, 0.001)
-        left = f", {human_time((self._total - settled) / rate)} left" if rate else ""
-        self._report.progress(
-            f"{self._what}: {human_size(settled)} of {human_size(self._total)} scanned, "
-            f"{human_size(received)} fetched, {human_size(rate)}/s{left}"
-        )
+        rate = self.done / max(time.monotonic() - self._start, 0.001)
+        of = f" of {human_size(self._total)}{more}, {human_size(rate)}/s" if self._total else ""
+        left = f", {human_time((self._total - self.done) / rate)} left" if self._total and rate else ""
+        self._report.progress(f"{self._what}: {human_size(self.done)}{of}{left}")
 
 
 def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> None:
@@ -4453,33 +4448,29 @@ class Hosts:
                 self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
                 return droplet, link
 
-    def converse(
-        self,
-        volume: Volume,
-        conversation: Callable[[AgentStream, W, Callable[[], None]], Conversation],
-        work: W,
-        program: Callable[[int], bytes],
-        progress: Callable[[int], None],
-    ) -> int:
-        """As `converse`, over the droplet that the volume is attached to, and over another one if that is lost.
+    def converse(self, volume: Volume, conversation: type[Conversation[W]], work: W, what: str) -> int:
+        """As `converse`, over the droplet that the volume is attached to, and over another one if that is lost."""
+        meter = Meter(self._job.report, self._job.stop, what, work.chunks * CHUNK)
 
-        `program` is that of an agent, given the chunk to begin with.
-        """
-        while True:
-            try:
-                droplet, link = self.get()
-                self._ephemeral.attach(volume, droplet)
-                return converse(
-                    lambda first: link.start_agent(program(first)),  # noqa: B023 - called before it returns
-                    conversation,
-                    work,
-                    self._job.report.warn,
-                    progress,
-                    functools.partial(self._ephemeral.is_gone, droplet),
-                )
-            except DropletLost as problem:
-                self._give_up_on(problem)
-                self._future = self._pool.submit(self._make)
+        def start_agent(first: int) -> AgentStream:
+            droplet, link = self.get()
+            self._ephemeral.attach(volume, droplet)
+            return link.start_agent(conversation.program(Link.device(volume.name), first, work.window))
+
+        def progress(received: int) -> None:
+            meter(work.settled * CHUNK - meter.done, f" {conversation.TOLD.format(human_size(received))}")
+
+        return converse(start_agent, conversation, work, self._job.report.warn, progress, self._replace_lost)
+
+    def _replace_lost(self, problem: DosvobError) -> bool:
+        """If the problem is that the droplet is lost, have another one made, once; returns whether it is. Or NoDroplet."""
+        if not isinstance(problem, DropletLost):
+            if not self._ephemeral.is_gone(self.get()[0]):
+                return False
+            problem = DropletLost(f"{problem}; the droplet is gone")
+        self._give_up_on(problem)
+        self._future = self._pool.submit(self._make)
+        return True
 
     def _disarm(self, link: Link, droplet: Droplet) -> None:
         """Once more, in case something wrote the rule after bootcmd."""
@@ -4691,7 +4682,7 @@ class Backup:
             with contextlib.closing(update):
                 try:
                     is_thinned = self._thin(paths)  # before: the disk may be full, and "keep" ask for fewer by now
-                    received = self._fetch(name, clone, hosts, update)
+                    received = hosts.converse(clone, Sync, update, name)
                     update.finish()
                 except OSError as problem:
                     if problem.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -4715,19 +4706,6 @@ class Backup:
                 f"{name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
-
-    def _fetch(self, name: str, clone: Volume, hosts: Hosts, update: Update) -> int:
-        """Sync over the droplet, or another one if it is lost; returns the bytes received."""
-        device = Link.device(clone.name)
-        meter = Meter(self._report, self._job.stop, name, update.chunks * CHUNK)
-        begun = update.settled * CHUNK
-        return hosts.converse(
-            clone,
-            Sync,
-            update,
-            lambda first: agent_source(device, first, update.window),
-            lambda received: meter.show_sync(update.settled * CHUNK, begun, received),
-        )
 
     def _thin(self, paths: ImagePaths) -> bool:
         """Drop the versions that are not to be kept; False if not all could be: the next run tries again."""
@@ -4820,8 +4798,8 @@ class Upload(Work):
     """What is sent to a volume of `chunks` chunks, over as many connections as it takes.
 
     What is not durable there yet is kept, to be sent again. Zeros are not sent, which a new volume is full of; of one
-    that has had something written, `only` these chunks are, zeros or not. `note` is told the digest of each chunk of
-    the source, in order.
+    that has had something written, `only` these chunks are, zeros or not. `note` is told the digest of each chunk, in
+    order.
     """
 
     MOST_KEPT = 64 << 20  # bytes of frames that are not durable yet
@@ -4841,7 +4819,7 @@ class Upload(Work):
         self._note = note
         self.only = only
         self._frames = self._packed()
-        self._packer: Packer | None = None
+        self.packer = Packer(with_zstd=False)  # of the connection that there is
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()  # indices and frames
         self._kept_size = 0
         self._sent = 0  # so many of those that are kept are sent
@@ -4849,7 +4827,7 @@ class Upload(Work):
     def begin(self, packer: Packer) -> None:
         """Another connection has its beginning: what is kept is to be sent again, what follows packed for it."""
         self._sent = 0
-        self._packer = packer
+        self.packer = packer
 
     def next_frame(self) -> bytes | None:
         """What to send next, nothing for a chunk that need not be; None for now, or if that was all."""
@@ -4892,41 +4870,37 @@ class Upload(Work):
         patch = Patch(index, ALL_PAGES, ALL_PAGES, chunk, digest)
         if self.only is None:
             patch = Patch.of(index, ALL_PAGES, chunk, digest)
-        assert self._packer is not None
-        kind, data = self._packer.pack(bytes(patch.data))
+        kind, data = self.packer.pack(bytes(patch.data))
         return index, digest, framed(kind, index, patch.filled.to_bytes(PAGES // 8, "little"), data)
 
 
-class Sending(Conversation):
+class Sending(Conversation[Upload]):
     """Has a Receiver write what is to be on the device."""
 
-    def __init__(self, stream: AgentStream, upload: Upload, progress: Callable[[], None]) -> None:
-        super().__init__(stream, upload, progress)
-        self._has_received = stream.has_received
-        self._upload = upload
-        self._packer = Packer(with_zstd=False)
+    program = staticmethod(receiver_source)
+    TOLD = "written"
+    _stream: AgentStream  # of which it can be told whether something has come in
 
     def _on_hello(self, payload: bytes) -> None:
         super()._on_hello(payload)
-        self._packer = Packer(with_zstd=payload[-1:] == b"\1")
-        self._upload.begin(self._packer)
+        self._work.begin(Packer(with_zstd=payload[-1:] == b"\1"))
 
     def _flush(self) -> None:
         """Send until something has come in, or must come in first."""
-        while self._greeted and not self._has_received() and (frame := self._upload.next_frame()) is not None:
+        while self._greeted and not self._stream.has_received() and (frame := self._work.next_frame()) is not None:
             if frame:
                 start = time.monotonic()
                 self._stream.send(frame)
-                self._packer.sent(len(frame), time.monotonic() - start)
+                self._work.packer.sent(len(frame), time.monotonic() - start)
 
     def _on_answer(self, kind: int, index: int, payload: bytes) -> None:
         if kind != DURABLE:
             super()._on_answer(kind, index, payload)
-        self._upload.made_durable(index)
+        self._work.made_durable(index)
 
 
 class Comparison(Work):
-    """What a volume of `chunks` chunks must have, by the digests in a file; behind these, zeros."""
+    """What a volume of `chunks` chunks must have, by the digests in a file."""
 
     def __init__(self, chunks: int, digests: BinaryIO) -> None:
         self.chunks = chunks
@@ -4934,18 +4908,16 @@ class Comparison(Work):
         self.digests = digests
 
 
-class ReadBack(Conversation):
+class ReadBack(Conversation[Comparison]):
     """Compares what the agent announces with what must be there."""
 
-    def __init__(self, stream: Stream, comparison: Comparison, progress: Callable[[], None]) -> None:
-        super().__init__(stream, comparison, progress)
-        self._comparison = comparison
-        comparison.digests.seek(comparison.settled * DIGEST_SIZE)
+    TOLD = "read"
 
     def _on_digest(self, index: int, digest: bytes) -> None:
-        if digest != (self._comparison.digests.read(DIGEST_SIZE) or ZERO_DIGEST):
-            self._comparison.differing.add(index)
-        self._comparison.settled = index + 1
+        self._work.digests.seek(index * DIGEST_SIZE)
+        if digest != self._work.digests.read(DIGEST_SIZE):
+            self._work.differing.add(index)
+        self._work.settled = index + 1
         self._drop(index)
 
 
@@ -5104,13 +5076,18 @@ class Restoration:
 
     def _fill(self, volume: Volume, hosts: Hosts) -> None:
         """Write all, read all of it back, and write once more what is not there; raises DosvobError if that stays."""
-        chunks, device = volume.size // CHUNK, Link.device(volume.name)
+        chunks, source = volume.size // CHUNK, self._source
+
+        def contents() -> Iterator[tuple[int, bytes]]:
+            beyond = range(-(-source.size // CHUNK), chunks)
+            return itertools.chain(source.chunks(), ((index, ZERO_CHUNK) for index in beyond))
+
         with tempfile.TemporaryFile(dir=self._job.home.metadata) as digests:
-            upload = Upload(self._source.chunks(), chunks, digests.write)
+            upload = Upload(contents(), chunks, digests.write)
             while True:
                 comparison = Comparison(chunks, digests)
-                self._do(volume, hosts, upload, Sending, lambda _: receiver_source(device), "written")
-                self._do(volume, hosts, comparison, ReadBack, lambda first: agent_source(device, first, WINDOW), "read")
+                hosts.converse(volume, Sending, upload, volume.name)
+                hosts.converse(volume, ReadBack, comparison, volume.name)
                 differing = comparison.differing
                 if not differing:
                     return
@@ -5119,20 +5096,7 @@ class Restoration:
                 if upload.only is not None:
                     raise DosvobError(f"{told}, also when written once more: DigitalOcean's fault, try again later")
                 self._job.report.warn(f"{told}; they are written once more")
-                upload = Upload(self._source.chunks(), chunks, lambda _: None, only=differing)
-
-    def _do(
-        self,
-        volume: Volume,
-        hosts: Hosts,
-        work: W,
-        conversation: Callable[[AgentStream, W, Callable[[], None]], Conversation],
-        program: Callable[[int], bytes],
-        what: str,
-    ) -> None:
-        """Get a part of the work done."""
-        meter = Meter(self._job.report, self._job.stop, f"{volume.name}: {what}", volume.size)
-        hosts.converse(volume, conversation, work, program, lambda _: meter(work.settled * CHUNK - meter.done))
+                upload = Upload(contents(), chunks, lambda _: None, only=differing)
 
 
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -314,7 +314,7 @@ def sync_here(link: Link, source: Path, backups: Path, size: int, keep: dosvob.K
         way.open(60)  # as a run does it while the clone is being made
         start = time.monotonic()
         with contextlib.closing(dosvob.Update(paths, snapshot, keep, report.warn)) as update:
-            received = dosvob.converse(start_agent, dosvob.Sync, update, report.warn, lambda _: None, lambda: False)
+            received = dosvob.converse(start_agent, dosvob.Sync, update, report.warn, lambda _: None, lambda _: False)
             update.finish()
         seconds = time.monotonic() - start
     memory = peak_memory(Path("/proc/self"))

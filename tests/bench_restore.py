@@ -75,12 +75,12 @@ def restore_here(link: bench.Link, source: Path, target: Path) -> None:
         way.open(60)  # as a run does it while the volume is being made
         start = time.monotonic()
         upload = dosvob.Upload(contents.chunks(), contents.size // bench.MIB, digests.write)
-        writer = dosvob.receiver_source(str(target))
-        dosvob.converse(lambda _: way.start_agent(writer), dosvob.Sending, upload, print, ignore, lambda: False)
+        writer = dosvob.receiver_source(str(target), 0, dosvob.WINDOW)
+        dosvob.converse(lambda _: way.start_agent(writer), dosvob.Sending, upload, print, ignore, lambda _: False)
         written = time.monotonic() - start
         comparison = dosvob.Comparison(contents.size // bench.MIB, digests)
         reader = dosvob.agent_source(str(target), 0, dosvob.WINDOW)
-        dosvob.converse(lambda _: way.start_agent(reader), dosvob.ReadBack, comparison, print, ignore, lambda: False)
+        dosvob.converse(lambda _: way.start_agent(reader), dosvob.ReadBack, comparison, print, ignore, lambda _: False)
         seconds = time.monotonic() - start
     if comparison.differing:
         sys.exit("what was read back is not what was written")

@@ -162,7 +162,7 @@ def sync_device(start_agent: Callable[[int, int], Any], update: dosvob.Update, w
         update,
         warn,
         lambda received: None,
-        lambda: False,
+        lambda _: False,
     )
 
 

@@ -1149,7 +1149,7 @@ def test_what_comes_out_of_order_is_progress(target: Target) -> None:
 
     update = dosvob.Update(target.paths, snapshot_of(target.device, NAME), dosvob.Keep(), lambda text: None)
     with contextlib.closing(update), pytest.raises(dosvob.ConnectionLost):
-        dosvob.converse(connect, dosvob.Sync, update, lambda text: None, lambda received: None, lambda: False)
+        dosvob.converse(connect, dosvob.Sync, update, lambda text: None, lambda received: None, lambda _: False)
     assert not missing
 
 

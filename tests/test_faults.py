@@ -495,6 +495,8 @@ def test_droplet_dies_during_the_sync(home: Home, sim: Simulator, tmp_path: Path
         assert running.output.count("making another one") == 1
         assert_backed_up(home, volume)
         assert_nothing_left(sim)
+        (fetched,) = re.findall(r"([\d.]+) MiB were fetched", running.output)
+        assert float(fetched) > 12  # from both
         first, second = [item for item in sim.ever if isinstance(item, Droplet)]
         assert first.bytes_sent + second.bytes_sent < (12 << 20) * 1.3  # what had arrived is not fetched again
         return

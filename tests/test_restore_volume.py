@@ -637,6 +637,29 @@ Receiver.write_pages = wrong
     assert same(new_volume(sim).path, lost.newer)
 
 
+def test_zeros_are_written_beyond_the_end_of_what_is_restored(
+    home: Home, sim: Simulator, tmp_path: Path, lost: Lost
+) -> None:
+    """A new volume that is larger has them there; if it does not, they are written like all else."""
+    body = f"""
+write_pages = Receiver.write_pages
+def dirty(self, index, pages, data):
+    try:
+        os.mkdir({str(tmp_path / "lied")!r})
+        write_pages(self, {GIB // MIB + 3}, pages, b"!" * len(data))
+    except FileExistsError:
+        pass
+    write_pages(self, index, pages, data)
+Receiver.write_pages = dirty
+"""
+    sim.faults.add(python(tmp_path, body))
+    done = restore(home, "data", "--size", 2)
+    assert f"1 MiB of {NEW} are not what was written, the first one at byte {GIB + 3 * MIB}; they are" in done.stderr
+    with new_volume(sim).path.open("rb") as file:
+        assert file.read(GIB) == lost.newer.read_bytes()
+        assert not any(file.read())
+
+
 # -- however it ends
 
 

@@ -149,6 +149,18 @@ def test_list_for_programs(user: User) -> None:
     assert before - after == first["frees"]
 
 
+@pytest.mark.parametrize("name", ["20261399T000000Z", "notes.txt"])
+def test_what_is_no_version_is_not_touched(user: User, name: str) -> None:
+    """By its name, which has no time that can be."""
+    (user.paths.versions / name).write_text("somebody's")
+    user.go_on()
+    user.run("verify")
+    there = {path.name for path in user.paths.versions.iterdir()} - {name}
+    assert {version.path.name for version in dosvob.Versions(user.paths).all()} == there
+    user.run("list")
+    assert (user.paths.versions / name).read_text() == "somebody's"
+
+
 def test_list_shows_the_versions_of_an_image_that_is_gone(user: User) -> None:
     """The next backup sets them aside; the user must see what takes the room."""
     (user.backups / NAME).unlink()
