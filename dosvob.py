@@ -3096,12 +3096,16 @@ class LocalImage:
 class Work:
     """What is to be got done for all `chunks` of a device, in as many conversations as it takes.
 
-    `settled` is how many of them are done with, from the first on; `window` how many chunks the agent may be ahead.
+    `settled` is how many of them are done with, from the first on.
     """
 
     chunks: int
     settled = 0
-    window = WINDOW
+
+    @property
+    def window(self) -> int:
+        """How many chunks the agent may be ahead."""
+        return WINDOW
 
     def count_done(self) -> int:
         """How many chunks are done with, in whatever order: while this grows, a connection is worth another one."""
@@ -3149,7 +3153,6 @@ class Update(Work):
         self._image = SparseFile(paths.partial, os.O_RDWR | os.O_CREAT) if self.is_first else SparseFile(paths.image)
         if self.is_first:
             os.ftruncate(self._image.fd, snapshot.size)
-            self.window = HELD  # all is fetched, and what is not held would be read twice
         paths.new_version.unlink(missing_ok=True)
         new_state = create_private(paths.new_state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._new_state = os.fdopen(new_state, "wb", buffering=128 << 10)
@@ -3198,6 +3201,11 @@ class Update(Work):
     def has_nothing_at(self, index: int, digest: bytes) -> bool:
         """Whether the image, by the chunk's local digest, has zeros there, or nothing that can be read."""
         return digest == b"" or (digest == ZERO_DIGEST and not (self.journal and self.journal.places[index]))
+
+    @property
+    def window(self) -> int:
+        """How many chunks the agent may be ahead; few in a first sync, of which all is fetched, lest it reads twice."""
+        return HELD if self.is_first else WINDOW
 
     def count_done(self) -> int:
         """How many chunks are done with, in whatever order."""
@@ -4463,7 +4471,7 @@ class Hosts:
         return converse(start_agent, conversation, work, self._job.report.warn, progress, self._replace_lost)
 
     def _replace_lost(self, problem: DosvobError) -> bool:
-        """If the problem is that the droplet is lost, have another one made, once; returns whether it is. Or NoDroplet."""
+        """If the problem is that the droplet is lost, have another one made; returns whether. Raises NoDroplet."""
         if not isinstance(problem, DropletLost):
             if not self._ephemeral.is_gone(self.get()[0]):
                 return False
