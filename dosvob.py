@@ -2576,10 +2576,13 @@ class Version:
 
     @classmethod
     def load(cls, path: Path) -> Version:
-        """From its file; raises FileNotFoundError, DosvobError for a newer dosvob's."""
+        """From its file; raises FileNotFoundError, DosvobError for a newer dosvob's, Damaged without even a time."""
         with PatchFile(path, "version") as file:
             head, end = file.head, file.end
-        moment = datetime.datetime.strptime(head.get("time", path.name), cls.TIME).replace(tzinfo=datetime.UTC)
+        try:
+            moment = datetime.datetime.strptime(head.get("time", path.name), cls.TIME).replace(tzinfo=datetime.UTC)
+        except ValueError:
+            raise Damaged(f"{path} is damaged") from None
         snapshot, newer = (Snapshot(**head[key]) if head else None for key in ("snapshot", "newer"))
         is_whole, changed = bool(head) and end is not None, end["changed"] if end else 0
         return cls(path, moment, is_whole, snapshot, newer, changed, path.stat().st_size, head.get("journal", ""))
@@ -2602,9 +2605,8 @@ class Versions:
         """All of them, the newest first."""
         versions = []
         for path in sorted(self._paths.versions.glob("*"), reverse=True):
-            # Thinned by a run that goes on, or not ours: no time that can be.
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                if re.fullmatch(r"\d{8}T\d{6}Z", path.name):
+            with contextlib.suppress(FileNotFoundError, Damaged):  # thinned by a run that goes on; not ours
+                if re.fullmatch(r"\d{8}T\d{6}Z", path.name) and path.is_file():
                     versions.append(Version.load(path))
         return versions
 
@@ -2867,7 +2869,7 @@ class Chain:
         self.size = file.end["snapshot"]["size"]
         journal = Journal(file, self.size // CHUNK)
         journal.read_places(lambda _: None)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, Damaged):
             version = Version.load(self.paths.new_version)
             if version.is_whole and version.journal == file.head["id"]:
                 self.versions.insert(0, version)
@@ -3912,7 +3914,7 @@ class Link:
 
 def converse(
     start_agent: Callable[[int], AgentStream],
-    conversation: type[Conversation[W]],
+    kind: type[Conversation[W]],
     work: W,
     warn: Callable[[str], None],
     progress: Callable[[int], None],
@@ -3922,18 +3924,18 @@ def converse(
 
     `start_agent` starts an agent with its first chunk. After a connection that broke another one goes on from the first
     chunk that is not settled. If the problem is that the droplet is lost, `replace_lost` has another one made, and
-    returns True.
+    returns True, or raises what is to end it all.
     """
     received = failures = 0
     while True:
         done, stream = work.count_done(), None
         try:
             stream = start_agent(work.settled)
-            conversation(stream, work, lambda: progress(received + stream.received)).run()  # noqa: B023 - used in here
+            kind(stream, work, lambda: progress(received + stream.received)).run()  # noqa: B023 - used in here
             return received + stream.received
         except (ConnectionLost, HostKeyMismatch, DropletLost) as problem:
             failures = failures + 1 if work.count_done() == done else 1
-            if replace_lost(problem):  # its address may be somebody else's by now
+            if replace_lost(problem):  # asked first: the address of a lost one may be somebody else's by now
                 failures = 0
             elif failures >= ATTEMPTS or isinstance(problem, HostKeyMismatch):
                 raise
@@ -4122,7 +4124,7 @@ class Meter:
         self._start = time.monotonic()
 
     def __call__(self, size: int, more: str = "") -> None:
-        """So many bytes more, and what else to tell of them; raises Interrupted."""
+        """So many bytes more; `more` is told behind the total, if there is one. Raises Interrupted."""
         self._stop.check()
         if not self.done and self._is_told:
             self._report.say(f"{self._what}; when it is stopped, it goes on next time")
@@ -4456,19 +4458,23 @@ class Hosts:
                 self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
                 return droplet, link
 
-    def converse(self, volume: Volume, conversation: type[Conversation[W]], work: W, what: str) -> int:
-        """As `converse`, over the droplet that the volume is attached to, and over another one if that is lost."""
+    def converse(self, volume: Volume, kind: type[Conversation[W]], work: W, what: str) -> int:
+        """As `converse`, with the volume attached to the droplet, or to another one if that is lost.
+
+        `what` is what progress is told of.
+        """
+        self.get()  # before the meter measures the time
         meter = Meter(self._job.report, self._job.stop, what, work.chunks * CHUNK)
 
         def start_agent(first: int) -> AgentStream:
             droplet, link = self.get()
             self._ephemeral.attach(volume, droplet)
-            return link.start_agent(conversation.program(Link.device(volume.name), first, work.window))
+            return link.start_agent(kind.program(Link.device(volume.name), first, work.window))
 
         def progress(received: int) -> None:
-            meter(work.settled * CHUNK - meter.done, f" {conversation.TOLD.format(human_size(received))}")
+            meter(work.settled * CHUNK - meter.done, f" {kind.TOLD.format(human_size(received))}")
 
-        return converse(start_agent, conversation, work, self._job.report.warn, progress, self._replace_lost)
+        return converse(start_agent, kind, work, self._job.report.warn, progress, self._replace_lost)
 
     def _replace_lost(self, problem: DosvobError) -> bool:
         """If the problem is that the droplet is lost, have another one made; returns whether. Raises NoDroplet."""
@@ -4806,8 +4812,8 @@ class Upload(Work):
     """What is sent to a volume of `chunks` chunks, over as many connections as it takes.
 
     What is not durable there yet is kept, to be sent again. Zeros are not sent, which a new volume is full of; of one
-    that has had something written, `only` these chunks are, zeros or not. `note` is told the digest of each chunk, in
-    order.
+    that has had something written, `only` these chunks are, zeros or not. The source has all chunks, in order; `note`
+    is told the digest of each, unless there is `only`.
     """
 
     MOST_KEPT = 64 << 20  # bytes of frames that are not durable yet
@@ -4900,6 +4906,8 @@ class Sending(Conversation[Upload]):
                 start = time.monotonic()
                 self._stream.send(frame)
                 self._work.packer.sent(len(frame), time.monotonic() - start)
+            else:
+                self._progress()  # which heeds a stop: there may be many of them
 
     def _on_answer(self, kind: int, index: int, payload: bytes) -> None:
         if kind != DURABLE:

@@ -149,13 +149,14 @@ def test_list_for_programs(user: User) -> None:
     assert before - after == first["frees"]
 
 
-@pytest.mark.parametrize("name", ["20261399T000000Z", "notes.txt"])
+@pytest.mark.parametrize("name", ["20261399T000000Z", "notes.txt", "20260101T000000Z/notes.txt"])
 def test_what_is_no_version_is_not_touched(user: User, name: str) -> None:
-    """By its name, which has no time that can be."""
+    """By its name, which has no time that can be, or because it is a directory."""
+    (user.paths.versions / name).parent.mkdir(exist_ok=True)
     (user.paths.versions / name).write_text("somebody's")
     user.go_on()
     user.run("verify")
-    there = {path.name for path in user.paths.versions.iterdir()} - {name}
+    there = {path.name for path in user.paths.versions.iterdir()} - {Path(name).parts[0]}
     assert {version.path.name for version in dosvob.Versions(user.paths).all()} == there
     user.run("list")
     assert (user.paths.versions / name).read_text() == "somebody's"
@@ -622,6 +623,18 @@ def test_list_tells_of_an_image_that_is_still_to_be_completed(user: User) -> Non
         assert told not in user.run("list")  # somebody is at it
     user.run("verify")
     assert told not in user.run("list")
+
+
+def test_a_version_whose_beginning_is_lost_with_the_power_costs_what_it_leads_back_to(user: User) -> None:
+    """The image and its journal are whole, and so is what they make."""
+    user.change()
+    user.pass_time()
+    leave_committed(user.backups, user.device, user.now, keep=ALL)
+    write_at(user.paths.new_version, 0, bytes(PAGE))
+    assert user.restore() == file_name(user.now)
+    assert "is damaged in" in user.run("restore", NAME, "older", "--at", sorted(user.truth)[-2], expect=1)
+    user.run("verify", expect=1)
+    assert user.restore() == file_name(user.now)
 
 
 def test_zeros_that_were_cut_from_an_image_are_no_damage(user: User) -> None:
