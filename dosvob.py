@@ -4833,7 +4833,7 @@ class Upload(Work):
         self._note = note
         self.only = only
         self._frames = self._packed()
-        self.packer = Packer(with_zstd=False)  # of the connection that there is
+        self.packer: Packer  # of the connection that there is, once it has its beginning
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque()  # indices and frames
         self._kept_size = 0
         self._sent = 0  # so many of those that are kept are sent

@@ -958,6 +958,26 @@ def test_what_was_not_even_asked_for_is_not_taken_for_left_behind() -> None:
     assert not ephemeral.may_have_left(dosvob.Resource(dosvob.VOLUME, "", "new"))
 
 
+def test_a_stop_is_heeded_between_zeros() -> None:
+    """Of which there may be many, with nothing to be sent nor to come in."""
+    taken = []
+
+    def source() -> Iterator[tuple[int, bytes]]:
+        for index in range(1000):
+            taken.append(index)
+            yield index, dosvob.ZERO_CHUNK
+
+    def stop() -> None:
+        raise dosvob.Interrupted
+
+    greeting = dosvob.framed(dosvob.HELLO, 0, dosvob.AGENT_MAGIC, struct.pack(">Q?", 1000 * MIB, True))
+    stream: Any = SimpleNamespace(receive=lambda: greeting, has_received=lambda: False)
+    upload = dosvob.Upload(source(), 1000, lambda digest: None)
+    with pytest.raises(dosvob.Interrupted):
+        dosvob.Sending(stream, upload, stop).run()
+    assert len(taken) < 100
+
+
 # -- memory
 
 

@@ -43,8 +43,9 @@ def _set_up_mounts() -> None:
     mounted = [line.split()[:2] for line in Path("/proc/self/mounts").read_text().splitlines()]
     for source, target in reversed(mounted):
         if source.startswith("/dev/loop"):
-            # which is gone by itself when its directory is, by the test that made it
-            subprocess.run(("umount", "--lazy", target), check=False, stderr=subprocess.DEVNULL)
+            done = subprocess.run(("umount", "--lazy", target), check=False, stderr=subprocess.DEVNULL)
+            if os.path.ismount(target):  # else another test has just removed its directory, and the mount with it
+                done.check_returncode()
     for directory in _PRIVATE_DIRECTORIES:
         with _still_there(_TESTS, directory):
             os.makedirs(directory, exist_ok=True)
