@@ -5,7 +5,7 @@
 # ///
 """dosvob: back up DigitalOcean volumes into plain raw disk images on a local disk, and bring them back.
 
-snapshot → clone → droplet → agent: digests of every MiB → patches of what differs → journal → image and version
+snapshot → clone → droplet → agent: digests of every MiB → patches of what differs → spool → undo → image and version
 
 The words:
 
@@ -13,28 +13,30 @@ The words:
 - Image: the local file `backups/NAME`, with several regions `backups/REGION/NAME`, byte for byte the last snapshot.
 - Chunk: 1 MiB of either, the unit of digests and of the conversation. Page: 4 KiB, the unit of change.
 - Patch: new contents for some pages of one chunk, with the digest that the chunk has afterwards.
-- Journal: the patches that a sync will apply to the image. Version: an older snapshot, kept as the patches that lead
-  back to it from the next newer one. State: what is known of an image: its snapshot and the digest of each chunk.
+- Spool: the patches that a sync has fetched and will write to the image. Undo: what the image has in those places.
+- Version: an undo that is kept: an older snapshot, as the patches that lead back to it from the next newer one.
+- State: which snapshot an image is, and the digest of each chunk.
 - Home: one backups directory. Leftover: something that was created for a run, and that run has ended.
 
 A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and where to read of it:
 
  1. `Config.load` checks conf.json, `Home.locked` keeps other runs of this home out.
- 2. `sweep` removes this home's leftovers; `Home.finish_journals` completes what a crash left; `Selection` chooses.
+ 2. `sweep` removes this home's leftovers; `Home.recover` takes back what a crash left half done; `Selection` chooses.
  3. `Misplaced.move` follows a change of "region"; then for each region `Backup.run` takes the volumes in turn. In the
     background `Hosts` makes a key and a droplet, and `_prepare` a snapshot and a clone of the next volume
     (`Ephemeral.make_clone`), and attaches it.
  4. `Update` opens the volume's image; `converse` starts an `Agent` on the droplet, and talks with it by a `Sync`:
     chunks whose digest is the image's are kept, of the others the pages that differ are fetched, as patches.
- 5. `Update.finish` writes the version, commits the journal, and `Journal.apply` makes the image the new snapshot.
+ 5. `Update.finish` writes the undo, then the spool to the image; the state that follows is the commit, and the undo
+    becomes a version.
  6. `Versions.thin` drops the versions that `keep` does not ask for.
  7. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
 
 The way back: `Chain.restore` writes a version to a file; `Restoration` makes a new volume of it, by an `Upload` to a
 `Receiver` on a droplet, and a `Comparison` of what that then reads.
 
-What it promises: the image is at every moment one complete snapshot, or the journal beside it completes it; a version
-that is listed restores to the very bytes that it had, or says which are damaged; all that is created is named
+What it promises: the image is at every moment one complete snapshot, or the undo beside it makes it the one before; a
+version that is listed restores to the very bytes that it had, or says which are damaged; all that is created is named
 `dosvob-ephemeral-HOME-RUN-…` and removed however the run ends, and named loudly if it could not be; a new volume, which
 is to stay, is written down beside the images until it is complete.
 
@@ -1846,30 +1848,33 @@ exec({source + start!r})
 """.encode()
 
 
-# ── Patches, images and their journals ───────────────────────────────────────────────────────────────────────────────
-# Where a backup lives on the local disk, and how it changes without ever being lost. Knows files only.
+# ── Image files ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# Where a backup lives on the local disk, and what its files are made of. Knows files only.
 #
 #   backups/NAME                         the image: sparse, byte for byte the volume
 #   backups/NAME.partial                 a first sync that is not complete yet
 #   backups/.dosvob/NAME.state           the state: a sealed block, then the digest of each chunk
-#   backups/.dosvob/NAME.state.new       the same for the sync that goes on
-#   backups/.dosvob/NAME.journal         the patches that the sync that goes on will apply to the image
-#   backups/.dosvob/NAME.versions/TIME   a version: the patches that lead back to the snapshot of that time (UTC)
-#   backups/.dosvob/NAME.version.new     the version that the sync that goes on will leave
-#   NAME.set-aside-…, .versions.of-…, .journal.damaged-…   what did not belong together, or was damaged: for the user
+#   backups/.dosvob/NAME.state.new       the same of the sync that goes on
+#   backups/.dosvob/NAME.spool           the patches that the sync that goes on has fetched
+#   backups/.dosvob/NAME.undo            what the image had in those places
+#   backups/.dosvob/NAME.versions/TIME   a version: an undo that was kept, named by its snapshot's time (UTC)
+#   NAME.set-aside-…, .versions.of-…     what did not belong together: for the user
 #   backups/.dosvob/lock, home, wanted.json, restore-RUN.json   the home's: see `Home` and `NewVolume`
 #
 # With several regions all of these are in backups/REGION.
 #
-# A sync of an existing image goes through these steps, and a crash in any of them leaves what is said beside it:
-#   1. patches go to the journal, digests to state.new              the old image; of the journal is used what fits
-#   2. the version is written: what the patched pages have now      the same
-#   3. is there room for the rest? if not, 1 and 2 are undone       the same
-#   4. all is made durable, then the commit mark is, the journal's  the old image, completed to the new one by the next
-#      last block                                                   run, sweep or verify: applying twice is as once
-#   5. the journal is applied to the image, which is made durable   the same
-#   6. state.new becomes the state, the version gets its name,      the new image; the same once more, to the same end
-#      the journal is removed
+# What is to be overwritten is first written elsewhere, and until the state says otherwise that is put back. So a sync
+# of an existing image goes through these steps. Beside each stands what a crash in it leaves:
+#   1. patches go to the spool, digests to state.new      the old image; the next sync uses what the spool has
+#   2. the undo is written, with a footer when it is      the same; an undo without a footer is deleted
+#      whole
+#   3. is there free space for the rest? if not, spool    the same
+#      and undo go
+#   4. the spool is written to the image in place         a mix, until the undo is put back: then the old image
+#   5. state.new is renamed over the state: the commit    the same before, the new image afterwards
+#   6. the undo gets a version's name, or goes if none    the new image; the next command does the rest
+#      is kept; the spool goes
+# `Undo.recover` is all that a crash needs. To put an undo back twice is the same as once.
 
 BLOCK = 4096  # bytes of a sealed block
 ALL_PAGES = (1 << PAGES) - 1
@@ -1904,6 +1909,11 @@ def unseal(kind: str, block: bytes, path: Path) -> Json | None:
             f"{path} was written by a newer dosvob (format {version}): update dosvob; nothing was changed"
         )
     return content
+
+
+def is_disk_full(problem: BaseException) -> bool:
+    """Whether it tells of a full disk, or of a quota."""
+    return isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync_directory(path: Path) -> None:
@@ -1951,15 +1961,13 @@ class Snapshot:
 class State:
     """What is known of an image; the digests are in the file, behind this block.
 
-    `reread` is the part of the image that was read again by the last sync; `journal` the id of the journal that led to
-    it ("" for none); `digests` the SHA-256 of the table of digests; `identity` what `identity_of` said of the image,
-    None if it is in doubt.
+    `reread` is the part of the image that the last sync read again; `digests` the SHA-256 of the table of digests;
+    `identity` what `identity_of` said of the image, None if somebody wrote to it during the sync.
     """
 
     snapshot: Snapshot
     completed_at: str
     reread: int
-    journal: str
     digests: str
     identity: dict[str, int] | None
 
@@ -1967,6 +1975,7 @@ class State:
     def unpack(cls, block: bytes, path: Path) -> State:
         """From the block that a state file begins with; raises Damaged, or DosvobError for a newer dosvob's."""
         content = unseal("state", block, path) or {}
+        content.pop("journal", None)  # of dosvob before it had an undo
         try:
             return cls(snapshot=Snapshot(**content.pop("snapshot")), **content)
         except (TypeError, KeyError):
@@ -2019,9 +2028,9 @@ class ImagePaths:
         self.partial = self.directory / f"{base}.partial"
         self.state = self.metadata / f"{base}.state"
         self.new_state = self.metadata / f"{base}.state.new"
-        self.journal = self.metadata / f"{base}.journal"
+        self.spool = self.metadata / f"{base}.spool"
+        self.undo = self.metadata / f"{base}.undo"
         self.versions = self.metadata / f"{base}.versions"
-        self.new_version = self.metadata / f"{base}.version.new"
 
     def check_link(self) -> None:
         """Raise DosvobError if the image is a directory or a link that leads nowhere: what it led to will come back."""
@@ -2111,33 +2120,10 @@ class SparseFile:
                 data = self.end_of_hole(index * CHUNK, end * CHUNK)
             yield (index + 1) * CHUNK <= data
 
-    def holes(self, index: int) -> int:
-        """A bitmap of the pages of a chunk that have no room on the disk yet."""
-        start = position = index * CHUNK
-        holes, end = 0, start + CHUNK
-        while position < end:
-            data = self.end_of_hole(position, end)
-            first, last = (position - start) // PAGE, (data - start) // PAGE
-            holes |= (1 << last) - (1 << first)
-            position = os.lseek(self.fd, data, os.SEEK_HOLE) if data < end else end
-        return holes
-
-    def copies_on_write(self) -> bool:
-        """Whether the file system takes new room for what is overwritten: Btrfs, bcachefs, ZFS; XFS for what is shared.
-
-        By the numbers of statfs(2) and of OpenZFS; Python does not tell them.
-        """
-        fstatfs = getattr(LIBC, "fstatfs64", None) or getattr(LIBC, "fstatfs", None)
-        buffer = ctypes.create_string_buffer(512)
-        if fstatfs is None or not sys.platform.startswith("linux") or fstatfs(self.fd, buffer) != 0:
-            return False
-        number = ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF
-        return number in (0x9123683E, 0xCA451A4E, 0x2FC12FC1, 0x58465342)
-
-    def free_room(self) -> int:
-        """The bytes that are free where it is."""
-        room = os.fstatvfs(self.fd)
-        return (room.f_bavail if os.geteuid() else room.f_bfree) * room.f_frsize
+    def free_space(self) -> int:
+        """The bytes that are free where it is, for everybody: of the rest root cannot write all either."""
+        status = os.fstatvfs(self.fd)
+        return status.f_bavail * status.f_frsize
 
     def forget_cached(self, offset: int = 0, length: int = 0) -> None:
         """Have the next reads of it, or of a part of it, come from the disk.
@@ -2183,7 +2169,7 @@ class Patch:
         return fields + checksum.digest()[:16]
 
     @property
-    def room(self) -> int:
+    def length(self) -> int:
         """The bytes that it takes in a file."""
         return self.HEADER.size + self.filled.bit_count() * PAGE
 
@@ -2242,11 +2228,12 @@ class Patch:
 
 
 class PatchFile:
-    """A file of patches, which is what a journal and a version are: a sealed head, patches, a sealed end. To be closed.
+    """A file of patches, as a spool, an undo and a version are: a sealed head, patches, a sealed footer. To be closed.
 
-    The end, when the file is complete, is always in the last block. `head` and `end` are the contents of these: {} for
-    a head that is damaged, None for an end that is not there. May be read by several threads, also what one of them has
-    just appended. Raises DosvobError for a newer dosvob's, FileNotFoundError. `from_disk`: as SparseFile.forget_cached.
+    The footer is the last block of a file that is whole; a spool has none. `head` and `footer` are the contents of
+    these: {} for a head that is damaged, None for a footer that is not there. Several threads may read it, also what
+    one of them has just appended. Raises DosvobError for a newer dosvob's, FileNotFoundError. `from_disk`: as
+    SparseFile.forget_cached.
     """
 
     def __init__(self, path: Path, kind: str, flags: int = os.O_RDONLY, *, from_disk: bool = False) -> None:
@@ -2257,12 +2244,12 @@ class PatchFile:
                 self._file.forget_cached()
             size = os.fstat(self._file.fd).st_size
             self.head = unseal(kind, self._file.read(0, BLOCK) or b"", path) or {}
-            end = unseal("end", self._file.read(size - BLOCK, BLOCK) or b"", path) if size >= 2 * BLOCK else None
+            footer = unseal("end", self._file.read(size - BLOCK, BLOCK) or b"", path) if size >= 2 * BLOCK else None
         except BaseException:
             self.close()
             raise
-        self.end = None if end is None or (self.head and end["id"] != self.head["id"]) else end
-        self.limit = size - BLOCK * (self.end is not None)  # of the patches
+        self.footer = None if footer is None or (self.head and footer["id"] != self.head["id"]) else footer
+        self.limit = size - BLOCK * (self.footer is not None)  # of the patches
         self._changed = 0  # bytes
 
     @classmethod
@@ -2278,7 +2265,7 @@ class PatchFile:
         position = self.limit
         self._file.write(patch.pack(self.head["id"]), position)
         self._file.write(patch.data, position + Patch.HEADER.size)
-        self.limit += patch.room
+        self.limit += patch.length
         self._changed += patch.pages.bit_count() * PAGE
         return position
 
@@ -2287,16 +2274,12 @@ class PatchFile:
         os.ftruncate(self._file.fd, position)
         self.limit = position
 
-    def make_durable(self) -> None:
-        """Everything so far survives a power cut."""
+    def complete(self) -> None:
+        """Make all patches durable, then the footer."""
         os.fsync(self._file.fd)
-
-    def complete(self, end: Json) -> None:
-        """Write the end, durably: a journal's is the commit mark."""
-        end = {"id": self.head["id"], "changed": self._changed, **end}
-        self._file.write(seal("end", end), self.limit)
-        self.make_durable()
-        self.end = end
+        self.footer = {"id": self.head["id"], "changed": self._changed}
+        self._file.write(seal("end", self.footer), self.limit)
+        os.fsync(self._file.fd)
 
     def header_at(self, position: int) -> Patch:
         """The patch at a position, without its data and not verified; raises Damaged if there is none."""
@@ -2309,7 +2292,7 @@ class PatchFile:
     def patch_at(self, position: int) -> Patch:
         """The patch at a position; raises Damaged if it is not whole."""
         header = self.header_at(position)
-        stored = self._file.read(position, header.room) or b""
+        stored = self._file.read(position, header.length) or b""
         patch = dataclasses.replace(header, data=memoryview(stored)[Patch.HEADER.size :])
         if patch.filled & ~patch.pages or patch.pack(self.head.get("id", "")) != stored[: Patch.HEADER.size]:
             raise Damaged(f"{self.path} is damaged at byte {position}")
@@ -2334,7 +2317,7 @@ class PatchFile:
         while position < self.limit:
             patch = self.patch_at(position) if data else self.header_at(position)
             yield position, patch
-            position += patch.room
+            position += patch.length
 
     def close(self) -> None:
         """Close the file."""
@@ -2347,220 +2330,17 @@ class PatchFile:
         self.close()
 
 
-class Journal:
-    """A journal's patches by chunk: the last one of a chunk counts. 8 bytes are kept for each chunk of the volume.
-
-    Each patch is made for the image as it is, without those before it, and its chunk's last one alone is applied.
-    """
-
-    def __init__(self, file: PatchFile, chunks: int) -> None:
-        self.file = file
-        self.places = array.array("Q", [0]) * chunks  # positions in the file; 0: none
-        self.end = BLOCK  # where its good part ends
-
-    # While a sync goes on
-
-    @classmethod
-    def open(cls, paths: ImagePaths, volume_id: str, chunks: int, heed: Callable[[int], None]) -> Journal:
-        """The journal of the sync that begins: the good part of what a crash left, if it fits, or a new one."""
-        is_begun = False
-        with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as file:
-            if file.end is not None:
-                raise DosvobError(f"{paths.journal} must be applied first: run again")
-            is_begun = cls.fits(paths, file) and file.head["volume_id"] == volume_id
-        if not is_begun:
-            base = identity_of(paths.image)
-            head = {"id": secrets.token_hex(16), "name": paths.image.name, "volume_id": volume_id, "base": base}
-            PatchFile.create(paths.journal, "journal", head).close()
-        journal = cls(PatchFile(paths.journal, "journal", os.O_RDWR), chunks)
-        with contextlib.suppress(Damaged):  # which is where its good part ends
-            journal.read_places(heed)
-        journal.file.cut(journal.end)
-        return journal
-
-    def append(self, patch: Patch) -> None:
-        """From now on this is the chunk's patch."""
-        self.places[patch.index] = self.file.append(patch)
-
-    def header(self, index: int) -> Patch | None:
-        """The patch of a chunk without its data, if there is one."""
-        return self.file.header_at(self.places[index]) if self.places[index] else None
-
-    def patch(self, index: int) -> Patch | None:
-        """The patch of a chunk, if there is one; raises Damaged."""
-        return self.file.patch_at(self.places[index]) if self.places[index] else None
-
-    def room_needed(self, image: SparseFile, heed: Callable[[int], None]) -> int:
-        """The bytes that applying it takes: where the image has holes, or all if the file system copies on write."""
-        copies, needed = image.copies_on_write(), 0
-        for place in filter(None, self.places):
-            patch = self.file.header_at(place)
-            heed(Patch.HEADER.size)
-            if patch.filled:
-                needed += (patch.filled & (ALL_PAGES if copies else image.holes(patch.index))).bit_count() * PAGE
-        return needed + needed // 64 + (256 << 10) * bool(needed)  # and what the file system writes about it
-
-    # What becomes of it
-
-    @classmethod
-    def finish(cls, paths: ImagePaths, warn: Callable[[str], None], heed: Callable[[int], None]) -> bool:
-        """Finish what a crash left in a journal: no network is needed. Returns whether one was applied.
-
-        `heed` is told of the bytes that were read or written, and may raise `Interrupted`: the next call goes on.
-        Without a commit mark a journal promises nothing: what does not fit the image is dropped, the rest is for the
-        next sync. A committed one that is damaged, or of another image, is set aside: raises Damaged. What may
-        have been applied of it is taken back by its version if there is one, else the image is in doubt.
-        """
-        try:
-            file = PatchFile(paths.journal, "journal", from_disk=True)
-        except FileNotFoundError:
-            return False
-        with file:
-            paths.check_link()
-            has_image = paths.image.exists()
-            if file.end is None:
-                cls._refuse_older_commit(paths.journal)
-                if not cls.fits(paths, file):
-                    # If it was complete, it may have had a mark, which has decayed, and have been applied in part.
-                    if file.head and has_image and cls.led_to(file.head["id"], paths.new_state):
-                        cls._undo(paths, file, heed)
-                    paths.journal.unlink()
-                return False
-            try:
-                if file.head.get("name") != paths.image.name or not has_image:
-                    raise Damaged("it does not belong to the image")
-                journal = cls(file, file.end["snapshot"]["size"] // CHUNK)
-                journal.read_places(heed)
-            except Damaged as problem:
-                if has_image and cls.led_to(file.end["id"], paths.state):  # all was applied before
-                    cls._settle(paths, file.end["id"])
-                    return True
-                is_undone = cls._undo(paths, file, heed)
-                aside = paths.journal.with_name(f"{paths.journal.name}.damaged-{utc_now().strftime('%Y%m%dT%H%M%SZ')}")
-                paths.journal.rename(aside)
-                sync_directory(paths.metadata)
-                raise Damaged(
-                    f"the journal of {paths.name} is damaged or does not belong to its image ({problem}); it was set "
-                    f"aside as {aside}, and "
-                    + ("the image was put back to what it was before. " if is_undone else "it is applied no further. ")
-                    + f"The next run compares {paths.image} with the volume"
-                ) from problem
-            if identity_of(paths.image)["inode"] != file.head["base"]["inode"]:
-                warn(f"{paths.image} is another file than when its journal was begun; the next sync compares all of it")
-            journal.apply(paths, heed)
-            return True
-
-    @staticmethod
-    def fits(paths: ImagePaths, file: PatchFile) -> bool:
-        """Whether a journal without a commit mark was begun for the image as it is."""
-        return bool(file.head) and paths.image.exists() and file.head["base"] == identity_of(paths.image)
-
-    @staticmethod
-    def _refuse_older_commit(path: Path) -> None:
-        """Raise DosvobError for a committed journal of dosvob without versions, which only that one can apply.
-
-        That began with a record of the kind B, and its commit mark was the last record, of the kind C, of 1057 bytes.
-        """
-        with path.open("rb") as file:
-            is_older = file.read(1) == b"B"
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(size - 1057, 0))
-            if is_older and size > 1057 and file.read(1) == b"C":
-                raise DosvobError(
-                    f"{path} was left by an older dosvob, which must finish it: run that one's `dosvob.py verify` once "
-                    "in this directory, then this one"
-                )
-
-    @staticmethod
-    def led_to(journal: str, *states: Path) -> Path | None:
-        """The first of these files that is a state in good order, and the one that a journal led to."""
-        for path in states:
-            with contextlib.suppress(Damaged):
-                if (state := State.load(path)) is not None and state.journal == journal:
-                    return path
-        return None
-
-    @staticmethod
-    def _undo(paths: ImagePaths, file: PatchFile, heed: Callable[[int], None]) -> bool:
-        """Take back what may have been applied of a journal that is damaged, by the version that it would have left.
-
-        Returns False if that cannot be: then the image is in doubt.
-        """
-        with contextlib.suppress(Damaged, FileNotFoundError), contextlib.ExitStack() as files:
-            version = files.enter_context(PatchFile(paths.new_version, "version", from_disk=True))
-            image = files.enter_context(contextlib.closing(SparseFile(paths.image, os.O_RDWR)))
-            is_same_file = not file.head or identity_of(image.fd)["inode"] == file.head["base"]["inode"]
-            is_its_own = version.end is not None and version.head.get("journal") == (file.end or file.head).get("id")
-            if is_same_file and is_its_own:
-                for _, patch in version.patches():
-                    patch.write_to(image)
-                    heed(patch.room)
-                os.ftruncate(image.fd, version.head["snapshot"]["size"])
-                os.fsync(image.fd)
-                return True
-        with contextlib.suppress(Damaged):
-            if (state := State.load(paths.state, whole=False)) is not None:
-                dataclasses.replace(state, identity=None).write(paths.state)
-        return False
-
-    def read_places(self, heed: Callable[[int], None]) -> None:
-        """Read all of it, up to the first patch that is not whole; raises Damaged there."""
-        for position, patch in self.file.patches():
-            if patch.index >= len(self.places):
-                raise Damaged(f"{self.file.path} is damaged at byte {position}: beyond the image's end")
-            self.places[patch.index] = position
-            self.end = position + patch.room
-            heed(patch.room)
-
-    def apply(self, paths: ImagePaths, heed: Callable[[int], None]) -> None:
-        """Steps 5 and 6 of a sync, for a committed journal. Raises Damaged if not all of it could be read again."""
-        head, end = self.file.head, self.file.end
-        assert end is not None
-        with contextlib.closing(SparseFile(paths.image, os.O_RDWR)) as image:
-            was_untouched = identity_of(image.fd) == head["base"]
-            os.ftruncate(image.fd, end["snapshot"]["size"])
-            for place in filter(None, self.places):
-                patch = self.file.patch_at(place)
-                patch.write_to(image)
-                heed(patch.room)
-            if was_untouched:  # else the image is not what the new state says, and the next sync reads all of it
-                os.utime(image.fd, ns=(end["mtime_ns"], end["mtime_ns"]))
-            os.fsync(image.fd)
-        self._settle(paths, head["id"])
-
-    @classmethod
-    def _settle(cls, paths: ImagePaths, journal: str) -> None:
-        """Step 6: what belongs to an applied journal becomes the state and a version, and the journal goes.
-
-        Without a state that belongs to it there is none, and the next sync compares the image in full.
-        """
-        if state := cls.led_to(journal, paths.new_state, paths.state):  # the second if a crash came after the rename
-            state.rename(paths.state)
-        else:
-            paths.new_state.unlink(missing_ok=True)
-            paths.state.unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError), PatchFile(paths.new_version, "version") as version:
-            if version.head.get("journal") == journal:  # a damaged one too: all older ones lead back over it
-                paths.versions.mkdir(mode=0o700, exist_ok=True)
-                paths.new_version.rename(paths.versions / version.head["time"])
-                sync_directory(paths.versions)
-        sync_directory(paths.metadata)
-        paths.journal.unlink()
-        sync_directory(paths.metadata)
-
-
 # ── Versions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Older snapshots of an image, each kept as the patches that lead back to it from the next newer one: written by a sync,
-# thinned by age, read for a restore. Knows files only.
+# Older snapshots of an image, each kept as the patches that lead back to it from the next newer one: written by a sync
+# as its undo, thinned by age, read for a restore. Knows files only.
 
 
 @dataclass(frozen=True)
 class Version:
-    """A version as its file tells; sizes in bytes. It is not whole if its head or its end is damaged.
+    """A version as its file tells; sizes in bytes. It is not whole if its head or its footer is damaged.
 
     `newer` is the snapshot that it leads back from, `changed` how much differed between the two, `occupied` what the
-    file takes, `journal` the id of the journal whose sync made it. Without a head nothing is known but the time, by the
-    file's name.
+    file takes. Without a head nothing is known but the time, by the file's name.
     """
 
     path: Path
@@ -2570,7 +2350,6 @@ class Version:
     newer: Snapshot | None
     changed: int
     occupied: int
-    journal: str
 
     TIME = "%Y%m%dT%H%M%SZ"
 
@@ -2578,14 +2357,14 @@ class Version:
     def load(cls, path: Path) -> Version:
         """From its file; raises FileNotFoundError, DosvobError for a newer dosvob's, Damaged without even a time."""
         with PatchFile(path, "version") as file:
-            head, end = file.head, file.end
+            head, footer = file.head, file.footer
         try:
             moment = datetime.datetime.strptime(head.get("time", path.name), cls.TIME).replace(tzinfo=datetime.UTC)
         except ValueError:
             raise Damaged(f"{path} is damaged") from None
         snapshot, newer = (Snapshot(**head[key]) if head else None for key in ("snapshot", "newer"))
-        is_whole, changed = bool(head) and end is not None, end["changed"] if end else 0
-        return cls(path, moment, is_whole, snapshot, newer, changed, path.stat().st_size, head.get("journal", ""))
+        is_whole, changed = bool(head) and footer is not None, footer["changed"] if footer else 0
+        return cls(path, moment, is_whole, snapshot, newer, changed, path.stat().st_size)
 
     def is_loose(self, newer: Sequence[Snapshot | None]) -> bool:
         """Whether it leads back from none of the newer snapshots, so that what is between is missing.
@@ -2602,60 +2381,16 @@ class Versions:
         self._paths = paths
 
     def all(self) -> list[Version]:
-        """All of them, the newest first."""
+        """All of them, the newest first; also an undo that counts, and did not get its name yet."""
         versions = []
+        with Undo.left(self._paths) as undo:
+            if undo is not None and undo.is_committed and undo.is_version:
+                versions.append(Version.load(self._paths.undo))
         for path in sorted(self._paths.versions.glob("*"), reverse=True):
             with contextlib.suppress(FileNotFoundError, Damaged):  # thinned by a run that goes on; not ours
                 if re.fullmatch(r"\d{8}T\d{6}Z", path.name) and path.is_file():
                     versions.append(Version.load(path))
         return versions
-
-    def write(
-        self, image: SparseFile, state: State | None, newer: Snapshot, journal: Journal, heed: Callable[[int], None]
-    ) -> None:
-        """Step 2 of a sync: keep of the image what the journal will change in it. It gets its name with step 6.
-
-        Whether a chunk differs is told by the tables of digests, for it is the snapshots that a version leads between:
-        an image that decayed here, or was written to, is mended by a sync and has no part in that. What is lost of an
-        older snapshot by that is told by its digest. Without a state, the image is what the newest version leads from.
-        """
-        older = self.all()
-        snapshot = state.snapshot if state else older[0].newer
-        if snapshot is None:  # nobody knows more than that it is later than that version
-            size = os.fstat(image.fd).st_size // CHUNK * CHUNK
-            snapshot = dataclasses.replace(newer, size=size, taken_at=older[0].moment.isoformat())
-        moment = state.moment if state else snapshot.moment(utc_now())
-        if older:  # the order of their names is that of the chain
-            moment = max(moment, older[0].moment + datetime.timedelta(seconds=1))
-        head = {
-            "id": secrets.token_hex(16),
-            "journal": journal.file.head["id"],
-            "time": moment.strftime(Version.TIME),
-            "snapshot": dataclasses.asdict(snapshot),
-            "newer": dataclasses.asdict(newer),
-        }
-        with PatchFile.create(self._paths.new_version, "version", head) as version:
-            for index, digest in self._differing(image, state, journal):
-                patch = journal.header(index)
-                old = Patch.of_image(image, index, patch.pages if patch else 0, digest)
-                version.append(old)
-                heed(old.room)
-            version.complete({})
-
-    def _differing(self, image: SparseFile, state: State | None, journal: Journal) -> Iterator[tuple[int, bytes]]:
-        """The chunks that differ between the image's snapshot and the new one, with their old digests."""
-        if state is None:
-            for index in (index for index, place in enumerate(journal.places) if place):
-                chunk = image.chunk(index)  # what cannot be read gets a digest that nothing has
-                yield index, bytes(DIGEST_SIZE) if chunk is None else chunk_digest(page_digests(chunk))
-            return
-        with self._paths.state.open("rb") as old, self._paths.new_state.open("rb") as new:
-            old.seek(BLOCK)
-            new.seek(BLOCK)
-            for index in range(state.snapshot.size // CHUNK):
-                digest = old.read(DIGEST_SIZE)
-                if digest != new.read(DIGEST_SIZE):
-                    yield index, digest
 
     def thin(self, keep: Keep, heed: Callable[[int], None] = lambda _: None) -> None:
         """Drop those that `keep` does not ask for; raises OSError, Damaged, and has dropped none wrongly then.
@@ -2712,11 +2447,11 @@ class Versions:
                 for index, patches in PatchStream.by_chunk(streams):
                     if index < size // CHUNK:
                         merged.append(self._one_of([*patches.values()]))
-                    heed(sum(patch.room for patch in patches.values()))
+                    heed(sum(patch.length for patch in patches.values()))
                 for stream in streams:
                     if stream.doubtful:
                         raise Damaged(f"{stream.file.path} is damaged")
-                merged.complete({})
+                merged.complete()
             except BaseException:
                 target.unlink(missing_ok=True)
                 raise
@@ -2772,7 +2507,7 @@ class PatchStream:
         while file.head and position < file.limit:
             try:
                 patch = file.patch_at(position)
-                position += patch.room
+                position += patch.length
             except Damaged:
                 patch = None
                 position = file.find_patch(position + 1)
@@ -2783,7 +2518,7 @@ class PatchStream:
                 self.doubtful.append((last, patch.index))
             last, is_damaged = patch.index, False
             yield patch
-        if is_damaged or not file.head or file.end is None:
+        if is_damaged or not file.head or file.footer is None:
             self.doubtful.append((last, float("inf")))
 
     @staticmethod
@@ -2793,6 +2528,159 @@ class PatchStream:
         merged = heapq.merge(*numbered, key=lambda item: item[1].index)
         for index, patches in itertools.groupby(merged, key=lambda item: item[1].index):
             yield index, dict(patches)
+
+
+class Undo:
+    """What an image had in the places that a sync changes: old contents of pages, the length and the time of the file.
+
+    All recovery is to put that back, unless the state is the one that the undo leads back from (`is_committed`). Then
+    it is the newest version, or of no use if none is to be kept (`is_version`).
+    """
+
+    def __init__(self, paths: ImagePaths, file: PatchFile) -> None:
+        """Raises DosvobError for a newer dosvob's state."""
+        self.paths = paths
+        self.file = file
+        self.is_version = bool(file.head.get("time"))
+        self.is_committed = False
+        with contextlib.suppress(Damaged):  # a state that nobody can read says nothing
+            state = State.load(paths.state, whole=False)
+            self.is_committed = state is not None and (dataclasses.asdict(state.snapshot), state.digests) == (
+                file.head["newer"],
+                file.head["newer_digests"],
+            )
+
+    @classmethod
+    @contextlib.contextmanager
+    def left(cls, paths: ImagePaths, *, from_disk: bool = False) -> Iterator[Undo | None]:
+        """The undo that is there, with a footer; None if there is none."""
+        with contextlib.ExitStack() as files:
+            undo = None
+            with contextlib.suppress(FileNotFoundError):
+                file = files.enter_context(PatchFile(paths.undo, "version", from_disk=from_disk))
+                undo = cls(paths, file) if file.head and file.footer is not None else None
+            yield undo
+
+    @classmethod
+    def write(
+        cls,
+        paths: ImagePaths,
+        image: SparseFile,
+        head: Json,
+        differing: Iterable[tuple[int, int, bytes]],
+        heed: Callable[[int], None],
+    ) -> Undo:
+        """Step 2 of a sync: the undo, durable. To be closed. If that fails, there is none.
+
+        `differing` are the chunks that the two snapshots differ in: index, bitmap of the pages that the sync changes,
+        and the digest that the chunk had.
+        """
+        file = PatchFile.create(paths.undo, "version", {"id": secrets.token_hex(16), **head})
+        try:
+            for index, pages, digest in differing:
+                patch = Patch.of_image(image, index, pages, digest)
+                file.append(patch)
+                heed(patch.length)
+            file.complete()
+            sync_directory(paths.metadata)
+            return cls(paths, file)
+        except BaseException:
+            file.close()
+            paths.undo.unlink()
+            raise
+
+    @classmethod
+    def recover(cls, paths: ImagePaths, heed: Callable[[int], None]) -> bool:
+        """Finish what a sync left that a crash ended, with no network; returns whether an undo was put back.
+
+        `heed` gets the bytes that were written, and may raise `Interrupted`: the next call begins from the start.
+        """
+        paths.check_link()
+        take_over_journal(paths)
+        with cls.left(paths, from_disk=True) as undo:
+            if undo is None:
+                paths.undo.unlink(missing_ok=True)
+            elif undo.is_committed:
+                undo.settle()
+            elif not paths.image.exists():
+                undo.drop()
+            else:
+                undo.put_back(heed)
+                return True
+        return False
+
+    def put_back(self, heed: Callable[[int], None]) -> None:
+        """Make the image what it was.
+
+        It also gets its old time, so that its state and the spool still fit it; unless a part of the undo decayed, for
+        then the next sync must compare all of the image.
+        """
+        base, patches = self.file.head["base"], PatchStream(self.file)
+        with contextlib.closing(SparseFile(self.paths.image, os.O_RDWR)) as image:
+            for patch in patches:
+                patch.write_to(image)
+                heed(patch.length)
+            os.ftruncate(image.fd, base["size"])
+            os.fsync(image.fd)  # before its time says that it is the old one
+            if not patches.doubtful:
+                os.utime(image.fd, ns=(base["mtime_ns"], base["mtime_ns"]))
+                os.fsync(image.fd)
+        self.drop()
+
+    def settle(self) -> None:
+        """Step 6 of a sync."""
+        if self.is_version:
+            self.paths.versions.mkdir(mode=0o700, exist_ok=True)
+            self.paths.undo.rename(self.paths.versions / self.file.head["time"])
+            sync_directory(self.paths.versions)
+            sync_directory(self.paths.metadata)
+        else:
+            self.drop()
+        self.paths.spool.unlink(missing_ok=True)
+        sync_directory(self.paths.metadata)
+
+    def drop(self) -> None:
+        """Remove it."""
+        self.paths.undo.unlink()
+        sync_directory(self.paths.metadata)
+
+    def close(self) -> None:
+        """Close its file."""
+        self.file.close()
+
+
+def take_over_journal(paths: ImagePaths) -> None:
+    """Make an undo of what dosvob before it had one left in the middle of a sync: a journal, and a new version.
+
+    A journal that was not committed says nothing. Of one that was, the version is the undo. Raises DosvobError where
+    none was kept, or the journal is damaged or older still: then only the dosvob that wrote it can finish it.
+    """
+    journal, new_version = (paths.metadata / f"{paths.image.name}.{what}" for what in ("journal", "version.new"))
+    with contextlib.suppress(FileNotFoundError), PatchFile(journal, "journal") as file:
+        if file.footer is not None or (not file.head and file.limit > BLOCK):
+            mark, digests, is_applied = (file.footer or {}).get("id"), "", False
+            for path in (paths.new_state, paths.state):
+                block = path.read_bytes()[:BLOCK] if path.exists() else b""
+                content = unseal("state", block, path) or {}
+                if mark and content.get("journal") == mark:
+                    digests, is_applied = content["digests"], path == paths.state
+            with contextlib.suppress(FileNotFoundError, Damaged), PatchFile(new_version, "version") as version:
+                if mark and version.footer is not None and version.head.get("journal") == mark and file.head:
+                    head = {**version.head, "base": file.head["base"], "newer_digests": digests}
+                    with PatchFile.create(paths.undo, "version", head) as undo:
+                        for _, patch in version.patches():
+                            undo.append(patch)
+                        undo.complete()
+                    sync_directory(paths.metadata)
+                    is_applied = True
+            if not is_applied:
+                raise DosvobError(
+                    f"{journal} was left by an older dosvob, which must finish it: run that one's `dosvob.py verify` "
+                    f"once in this directory, then this one. Or delete {journal}: then the next run compares all of "
+                    "the image with the volume"
+                )
+    for path in (journal, new_version):
+        path.unlink(missing_ok=True)
 
 
 class Ranges:
@@ -2820,10 +2708,10 @@ class Ranges:
 class Chain:
     """An image and all that leads back from it: what each snapshot was, chunk by chunk. To be closed.
 
-    A committed journal is laid over, not applied, so nothing is changed. `versions` are the newest first; `problem` is
-    what is wrong with the state, without which versions can be restored all the same; `moment` is when the image's
-    snapshot was taken, None if unknown; `size` is that of the snapshot in bytes, `length` what there is of it. Raises
-    FileNotFoundError without an image, Damaged for a journal that cannot be used.
+    An undo that is to be put back is laid over what is read, so nothing is changed. `versions` are the newest first;
+    `problem` is what is wrong with the state, without which versions can be restored all the same; `moment` is when the
+    image's snapshot was taken, None if unknown; `size` is that of the snapshot in bytes, `length` what there is of it.
+    Raises FileNotFoundError without an image.
     """
 
     def __init__(self, paths: ImagePaths, *, from_disk: bool = False) -> None:
@@ -2838,42 +2726,23 @@ class Chain:
             if from_disk:
                 self.image.forget_cached()
             self.versions = Versions(paths).all()
-            length = os.fstat(self.image.fd).st_size
+            undo = files.enter_context(Undo.left(paths, from_disk=from_disk))
+            self._undo = undo.file if undo is not None and not undo.is_committed else None
+            length: int = self._undo.head["base"]["size"] if self._undo else os.fstat(self.image.fd).st_size
             self.size = -(-length // CHUNK) * CHUNK
-            self._journal = self._lay_journal(files)
-            table: Path | None = paths.state
-            if self._journal is not None:
-                table = Journal.led_to(self._journal.file.head["id"], paths.new_state, paths.state)
             try:
-                if table is not None and (state := State.load(table)) is not None:
+                if (state := State.load(paths.state)) is not None:
                     self.state, self.size = state, state.snapshot.size
-                    self._table = files.enter_context(table.open("rb", buffering=128 << 10))
+                    self._table = files.enter_context(paths.state.open("rb", buffering=128 << 10))
             except Damaged as problem:
                 self.problem = problem
             newer = self.versions[0].newer if self.versions else None
             self._snapshot = self.state.snapshot if self.state else newer  # what the image is, as far as is known
             if self.state is None and newer is not None:
                 self.size = max(self.size, newer.size)  # the image may have been cut
-            self.length = length if self._snapshot and self._journal is None else self.size
+            self.length = length if self._snapshot else self.size
             self.moment = Versions.moment_of_image(self.state, self.versions)
             self._files = files.pop_all()
-
-    def _lay_journal(self, files: contextlib.ExitStack) -> Journal | None:
-        """The journal that is to complete the image, to a size and with a version; None if there is nothing to do."""
-        try:
-            file = files.enter_context(PatchFile(self.paths.journal, "journal"))
-        except FileNotFoundError:
-            return None
-        if file.end is None:
-            return None
-        self.size = file.end["snapshot"]["size"]
-        journal = Journal(file, self.size // CHUNK)
-        journal.read_places(lambda _: None)
-        with contextlib.suppress(FileNotFoundError, Damaged):
-            version = Version.load(self.paths.new_version)
-            if version.is_whole and version.journal == file.head["id"]:
-                self.versions.insert(0, version)
-        return journal
 
     def depth_at(self, moment: datetime.datetime | None) -> int:
         """How many steps back the newest snapshot is that is not later than a time; 0, the image's, without a time.
@@ -2900,7 +2769,8 @@ class Chain:
         digest that was recorded for it; of an image without a state, where none is, if it is there and can be read.
         """
         known = [self._snapshot]
-        streams = []
+        streams = [PatchStream(self._undo)] if self._undo else []
+        steps_before = len(streams)  # the image's
         with contextlib.ExitStack() as files:
             for version in self.versions[:depth]:
                 file = files.enter_context(PatchFile(version.path, "version", from_disk=self._from_disk))
@@ -2909,13 +2779,14 @@ class Chain:
             patched = PatchStream.by_chunk(streams)
             upcoming = next(patched, None)
             for index, is_hole in enumerate(self.image.chunk_holes(0, self.size // CHUNK)):
-                chunk, is_sound = self._image_chunk(index, is_hole=is_hole)
                 patches: dict[int, Patch] = {}
                 if upcoming is not None and upcoming[0] == index:
                     patches = upcoming[1]
                     upcoming = next(patched, None)
+                undone = patches.get(0) if self._undo else None
+                chunk, is_sound = self._image_chunk(index, undone, is_hole=is_hole)
                 contents, soundness = [chunk], [is_sound]
-                for number, stream in enumerate(streams):
+                for number, stream in itertools.islice(enumerate(streams), steps_before, None):
                     if number in patches:
                         chunk = patches[number].over(chunk)
                         is_sound = chunk_digest(page_digests(chunk)) == patches[number].digest
@@ -2925,19 +2796,16 @@ class Chain:
                     soundness.append(is_sound)
                 yield index, contents, soundness
 
-    def _image_chunk(self, index: int, *, is_hole: bool) -> tuple[bytes, bool]:
-        """A chunk as the journal makes it, and whether it is sound."""
-        recorded = None
+    def _image_chunk(self, index: int, undone: Patch | None, *, is_hole: bool) -> tuple[bytes, bool]:
+        """A chunk of the image, with what the undo has of it, and whether it is sound."""
+        recorded = undone.digest if undone else None
         if self._table is not None:
             self._table.seek(BLOCK + index * DIGEST_SIZE)
             recorded = self._table.read(DIGEST_SIZE)
         stored = ZERO_CHUNK if is_hole else self.image.chunk(index)
-        patch = self._journal.patch(index) if self._journal else None
-        chunk = patch.over(stored or ZERO_CHUNK) if patch else stored or ZERO_CHUNK
-        if patch is not None and recorded is None:
-            recorded = patch.digest
+        chunk = undone.over(stored or ZERO_CHUNK) if undone else stored or ZERO_CHUNK
         is_cut = recorded is None and (index + 1) * CHUNK > self.length
-        if is_cut or (stored is None and patch is None):
+        if is_cut or (stored is None and undone is None):
             return chunk, False
         digest = ZERO_DIGEST if chunk is ZERO_CHUNK or recorded is None else chunk_digest(page_digests(chunk))
         return chunk, recorded in (None, digest)
@@ -2976,8 +2844,6 @@ class Chain:
                 os.ftruncate(file.fd, size)
                 for index, contents, soundness in itertools.islice(self.chunks(depth), size // CHUNK):
                     content, base = contents[depth], contents[0] if is_cloned else ZERO_CHUNK
-                    if is_cloned and self._journal and self._journal.places[index]:
-                        base = self.image.chunk(index) or ZERO_CHUNK
                     if content is not base:
                         pages = ((page, page * PAGE) for page in range(PAGES))
                         differing = sum(
@@ -2999,12 +2865,13 @@ class Chain:
     def _clone_to(self, file: SparseFile, depth: int) -> bool:
         """Make a file share the image's content; if its file system cannot, make sure that there is room for a copy."""
         with contextlib.suppress(OSError):
-            fcntl.ioctl(file.fd, 0x40049409, self.image.fd)  # FICLONE of ioctl_ficlone(2)
-            self.image.forget_cached()  # what is on the disk is what they share
-            return True
+            if self._undo is None:  # else the image is not what the first step back begins with
+                fcntl.ioctl(file.fd, 0x40049409, self.image.fd)  # FICLONE of ioctl_ficlone(2)
+                self.image.forget_cached()  # what is on the disk is what they share
+                return True
         os.ftruncate(file.fd, 0)  # it may have got a part before it failed
         older = sum(version.occupied for version in self.versions[:depth])
-        needed, free = os.fstat(self.image.fd).st_blocks * 512 + older, file.free_room()
+        needed, free = os.fstat(self.image.fd).st_blocks * 512 + older, file.free_space()
         if needed > free:
             raise DosvobError(
                 f"{file.path} may take up to {human_size(needed)}, and {human_size(free)} are free there: make room"
@@ -3028,8 +2895,69 @@ def rename_new(old: Path, new: Path) -> None:
 # One sync's side of the local disk: what the image has, what becomes of it, and the end of that. Knows files only.
 
 
+class Spool:
+    """The patches that a sync has fetched: of each chunk the last one counts. 8 bytes are kept for each of the volume.
+
+    Each is made for the image as it is, without those before it. The spool promises nothing: the next sync uses what is
+    whole of it, if the image is still what it was begun for.
+    """
+
+    def __init__(self, file: PatchFile, chunks: int) -> None:
+        self.file = file
+        self.positions = array.array("Q", [0]) * chunks  # in the file; 0: none
+
+    @classmethod
+    def open(cls, paths: ImagePaths, volume_id: str, chunks: int, heed: Callable[[int], None]) -> Spool:
+        """The spool of the sync that begins: what another one left, if it fits, or a new one."""
+        base, fits = identity_of(paths.image), False
+        with contextlib.suppress(FileNotFoundError), PatchFile(paths.spool, "spool") as file:
+            fits = (file.head.get("volume_id"), file.head.get("base")) == (volume_id, base)
+        if not fits:
+            head = {"id": secrets.token_hex(16), "volume_id": volume_id, "base": base}
+            PatchFile.create(paths.spool, "spool", head).close()
+        spool = cls(PatchFile(paths.spool, "spool", os.O_RDWR), chunks)
+        spool.file.cut(spool._find_patches(heed))
+        return spool
+
+    def _find_patches(self, heed: Callable[[int], None]) -> int:
+        """Read all of it; returns where its good part ends."""
+        good = BLOCK
+        with contextlib.suppress(Damaged):  # which is what a crash leaves
+            for position, patch in self.file.patches():
+                if patch.index >= len(self.positions):
+                    break
+                self.positions[patch.index] = position
+                good = position + patch.length
+                heed(patch.length)
+        return good
+
+    def append(self, patch: Patch) -> None:
+        """From now on this is the chunk's patch."""
+        self.positions[patch.index] = self.file.append(patch)
+
+    def header(self, index: int) -> Patch | None:
+        """The patch of a chunk without its data, if there is one."""
+        return self.file.header_at(self.positions[index]) if self.positions[index] else None
+
+    def patch(self, index: int) -> Patch | None:
+        """The patch of a chunk, if there is one; raises Damaged."""
+        return self.file.patch_at(self.positions[index]) if self.positions[index] else None
+
+    def chunks(self) -> Iterator[int]:
+        """The chunks that have a patch, in order."""
+        return (index for index, position in enumerate(self.positions) if position)
+
+    def space_needed(self) -> int:
+        """The bytes that the image takes at most when the spool is written to it, and the file system for its own.
+
+        As if it copied what is overwritten, as Btrfs and ZFS do, and XFS of what is shared.
+        """
+        filled = sum(self.file.header_at(self.positions[index]).filled.bit_count() * PAGE for index in self.chunks())
+        return filled + filled // 64 + (256 << 10) * bool(filled)
+
+
 class LocalImage:
-    """What the local image has, as its journal stands. Only reads.
+    """What the local image has, as its spool stands. Only reads.
 
     `suspects` are chunks that are not what the state says, or cannot be read, and are not done with.
     """
@@ -3043,7 +2971,7 @@ class LocalImage:
         image: SparseFile,
         chunks: int,
         state: State | None,
-        journal: Journal | None,
+        spool: Spool | None,
         *,
         reread: bool,
     ) -> None:
@@ -3051,7 +2979,7 @@ class LocalImage:
         self.suspects: set[int] = set()
         self._image = image
         self._chunks = chunks
-        self._journal = journal
+        self._spool = spool
         self._state = paths.state if state else None
         is_trusted = state is not None and not reread and state.identity == identity_of(image.fd)
         part = range(*(-(-part * chunks // self.PARTS) for part in (self.part, self.part + 1)))
@@ -3071,24 +2999,24 @@ class LocalImage:
     def _digest(self, chunk_at: tuple[int, bytes, bool]) -> bytes:
         """That of a chunk by its index, digest that the state has, if any, and whether it is a hole."""
         index, recorded, is_hole = chunk_at
-        is_journalled = self._journal is not None and bool(self._journal.places[index])
-        if is_hole and not is_journalled:
+        is_spooled = self._spool is not None and bool(self._spool.positions[index])
+        if is_hole and not is_spooled:
             if recorded not in (b"", ZERO_DIGEST):
                 self.suspects.add(index)
             return ZERO_DIGEST
-        if recorded and not is_journalled and index not in self._reread:
+        if recorded and not is_spooled and index not in self._reread:
             return recorded
         chunk = self._image.chunk(index)
         digest = b"" if chunk is None else chunk_digest(page_digests(chunk))
         if chunk is None or (recorded and digest != recorded):
             self.suspects.add(index)
-        patch = self._journal.patch(index) if self._journal is not None else None
+        patch = self._spool.patch(index) if self._spool is not None else None
         if patch is not None and chunk is not None and chunk_digest(page_digests(patch.over(chunk))) == patch.digest:
             return patch.digest
         return digest
 
     def pages(self, index: int) -> bytes:
-        """The digests of the pages of a chunk, without what the journal has; b"" if the disk cannot read it."""
+        """The digests of the pages of a chunk, without what the spool has; b"" if the disk cannot read it."""
         chunk = self._image.chunk(index)
         if chunk is None:
             self.suspects.add(index)
@@ -3117,13 +3045,13 @@ class Work:
 class Update(Work):
     """What one sync makes of one image: patches that may come in any order within a window, and the end of it.
 
-    Of a first sync everything goes straight into NAME.partial, of a later one into the journal. `changed` counts bytes;
+    Of a first sync everything goes straight into NAME.partial, of a later one into the spool. `changed` counts bytes;
     `differing` are the chunks of the image that were not what was recorded. `heed` is told of the bytes that are read
     or written at the beginning and the end, and may raise `Interrupted`. To be closed in any case; only `finish` makes
     it count.
     """
 
-    ROOM_FOR_OTHERS = 1 << 30  # bytes that a first sync on a full disk leaves to the changes of other volumes
+    SPACE_FOR_OTHERS = 1 << 30  # bytes that a first sync on a full disk leaves to the changes of other volumes
 
     def __init__(
         self,
@@ -3144,23 +3072,23 @@ class Update(Work):
         self._warn = warn
         self._heed = heed
         described = dataclasses.asdict(snapshot)
-        seal("end", {"snapshot": described, "newer": described})  # must be possible
+        seal("version", {"snapshot": described, "newer": described, "more": "." * 400})  # must be possible
         paths.check_link()
         self._state = self._fitting_state()
         self.is_first = not paths.image.exists()  # whether there is no image yet
         self._makes_version = bool(Versions(paths).all()) or (
             any(dataclasses.astuple(keep)) and self._state is not None
         )
-        self.journal = None if self.is_first else Journal.open(paths, snapshot.volume_id, self.chunks, heed)
-        self._image = SparseFile(paths.partial, os.O_RDWR | os.O_CREAT) if self.is_first else SparseFile(paths.image)
+        flags = os.O_RDWR | (os.O_CREAT if self.is_first else 0)
+        self._image = SparseFile(paths.partial if self.is_first else paths.image, flags)
+        self.spool = None if self.is_first else Spool.open(paths, snapshot.volume_id, self.chunks, heed)
         if self.is_first:
             os.ftruncate(self._image.fd, snapshot.size)
-        paths.new_version.unlink(missing_ok=True)
         new_state = create_private(paths.new_state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._new_state = os.fdopen(new_state, "wb", buffering=128 << 10)
         self._new_state.write(bytes(BLOCK))
         self._table = hashlib.sha256()
-        self.local = LocalImage(paths, self._image, self.chunks, self._state, self.journal, reread=reread)
+        self.local = LocalImage(paths, self._image, self.chunks, self._state, self.spool, reread=reread)
 
     def _fitting_state(self) -> State | None:
         """The state, if it is this volume's; what belongs to another volume, or to no image, is set aside."""
@@ -3183,9 +3111,9 @@ class Update(Work):
             has_image = False
         if not has_image:
             paths.state.unlink(missing_ok=True)
-            paths.journal.unlink(missing_ok=True)
+            paths.spool.unlink(missing_ok=True)
             return None
-        if state is not None and length > state.snapshot.size:  # it is cut when the journal is applied
+        if state is not None and length > state.snapshot.size:  # it is cut by the end of this sync
             self._warn(
                 f"{paths.image} has {length} bytes, and {state.snapshot.size} were backed up: somebody appended to it; "
                 "it is cut"
@@ -3202,7 +3130,7 @@ class Update(Work):
 
     def has_nothing_at(self, index: int, digest: bytes) -> bool:
         """Whether the image, by the chunk's local digest, has zeros there, or nothing that can be read."""
-        return digest == b"" or (digest == ZERO_DIGEST and not (self.journal and self.journal.places[index]))
+        return digest == b"" or (digest == ZERO_DIGEST and not (self.spool and self.spool.positions[index]))
 
     @property
     def window(self) -> int:
@@ -3214,19 +3142,19 @@ class Update(Work):
         return self.settled + len(self.done)
 
     def keep(self, index: int, digest: bytes) -> None:
-        """The chunk is as it should be, as its journal stands."""
-        if self.journal and (header := self.journal.header(index)):
+        """The chunk is as it should be, as the spool stands."""
+        if self.spool and (header := self.spool.header(index)):
             if header.digest == digest:
                 self.changed += header.pages.bit_count() * PAGE
-            else:  # it has become again what the image has: what was journalled is not to be applied
-                self.journal.append(Patch(index, 0, 0, b"", digest))
+            else:  # it has become again what the image has: what was fetched for it is not to be written
+                self.spool.append(Patch(index, 0, 0, b"", digest))
         self._settle(index, digest)
 
     def store(self, patch: Patch) -> None:
         """Change a chunk of the image, when all of the sync counts."""
         self.changed += patch.pages.bit_count() * PAGE
-        if self.journal:
-            self.journal.append(patch)
+        if self.spool:
+            self.spool.append(patch)
         else:
             patch.write_to(self._image)
         self._settle(patch.index, patch.digest)
@@ -3246,34 +3174,97 @@ class Update(Work):
     def finish(self) -> None:
         """Make it the image: steps 2 to 6. All chunks must be settled.
 
-        If it is interrupted, what is committed by then is completed by the next run, sweep or verify.
+        What goes wrong before the commit is taken back at once, and then raised. A signal is not waited for so long:
+        the next command takes that back.
         """
         assert self.settled == self.chunks
-        paths, journal = self._paths, self.journal
         self._new_state.flush()
-        if journal is None:
+        if self.spool is None:
             self._finish_first()
             return
-        if self._makes_version:
-            Versions(paths).write(self._image, self._state, self._snapshot, journal, self._heed)
-        needed = journal.room_needed(self._image, self._heed)
-        if needed > self._image.free_room():  # fallocate(2) would touch the image's time
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths.image))
-        journal.file.make_durable()
-        base = identity_of(self._image.fd)
-        # Whole seconds, which every file system keeps; later than before, which tells the new image from the old one.
-        later = max(int(time.time()), base["mtime_ns"] // 10**9 + 2) * 10**9
-        mtime_ns = later if any(journal.places) else base["mtime_ns"]
-        self._complete_state(journal.file.head["id"], {**base, "size": self._snapshot.size, "mtime_ns": mtime_ns})
-        sync_directory(paths.metadata)
-        journal.file.complete({"snapshot": dataclasses.asdict(self._snapshot), "mtime_ns": mtime_ns})
-        if not paths.journal.exists():
-            raise DosvobError(f"{paths.journal} has gone before it could be applied: who removed it?")
-        journal.apply(paths, self._heed)
+        paths, digests = self._paths, self._table.hexdigest()
+        differing = self._differing(self.spool)
+        undo = Undo.write(paths, self._image, self._head_of_undo(digests), differing, self._heed)
+        with contextlib.closing(undo):
+            if self.spool.space_needed() > self._image.free_space():  # fallocate(2) would touch the image's time
+                undo.drop()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths.image))
+            try:
+                identity = self._write_image(self.spool)
+                self._complete_state(digests, identity)
+                paths.new_state.rename(paths.state)
+            except Exception as problem:
+                if is_disk_full(problem):  # what overwriting takes on some file systems, also to put back
+                    paths.spool.unlink(missing_ok=True)
+                undo.put_back(self._heed)
+                raise
+            sync_directory(paths.metadata)
+            undo.settle()
+
+    def _head_of_undo(self, digests: str) -> Json:
+        """What the undo says of itself: which snapshots it leads between, by what state it counts, what the image is.
+
+        Without a state the image is what the newest version leads back from.
+        """
+        newer, state, image = self._snapshot, self._state, identity_of(self._image.fd)
+        older = Versions(self._paths).all()
+        snapshot = state.snapshot if state else older[0].newer if older else None
+        if snapshot is None:  # nobody knows more than that it is later than that version
+            taken_at = older[0].moment.isoformat() if older else ""
+            snapshot = dataclasses.replace(newer, size=image["size"] // CHUNK * CHUNK, taken_at=taken_at)
+        moment = state.moment if state else snapshot.moment(utc_now())
+        if older:  # the order of their names is that of the chain
+            moment = max(moment, older[0].moment + datetime.timedelta(seconds=1))
+        return {
+            "time": moment.strftime(Version.TIME) if self._makes_version else "",
+            "snapshot": dataclasses.asdict(snapshot),
+            "newer": dataclasses.asdict(newer),
+            "newer_digests": digests,
+            "base": image,
+        }
+
+    def _differing(self, spool: Spool) -> Iterator[tuple[int, int, bytes]]:
+        """The chunks that differ between the image's snapshot and the new one, as `Undo.write` wants them.
+
+        The tables of digests tell whether a chunk differs, for it is the snapshots that a version leads between: an
+        image that decayed here, or was written to, is mended by a sync and has no part in that. What is lost of an
+        older snapshot by that is told by its digest.
+        """
+        if self._state is None:
+            for index in spool.chunks():
+                chunk, header = self._image.chunk(index), spool.header(index)
+                # what cannot be read gets a digest that nothing has
+                digest = bytes(DIGEST_SIZE) if chunk is None else chunk_digest(page_digests(chunk))
+                yield index, header.pages if header else 0, digest
+            return
+        with self._paths.state.open("rb") as old, self._paths.new_state.open("rb") as new:
+            old.seek(BLOCK)
+            new.seek(BLOCK)
+            for index in range(self._state.snapshot.size // CHUNK):
+                digest = old.read(DIGEST_SIZE)
+                if digest != new.read(DIGEST_SIZE):
+                    header = spool.header(index)
+                    yield index, header.pages if header else 0, digest
+
+    def _write_image(self, spool: Spool) -> dict[str, int] | None:
+        """Step 4: returns what the image is then; None if somebody wrote to it since this sync began."""
+        image, before = self._image, identity_of(self._image.fd)
+        if before["size"] != self._snapshot.size:
+            os.ftruncate(image.fd, self._snapshot.size)
+        for index in spool.chunks():
+            if patch := spool.patch(index):
+                patch.write_to(image)
+                self._heed(patch.length)
+        if identity_of(image.fd) != before or any(spool.positions):
+            # Whole seconds, which every file system keeps; later than before, which tells the new image from the old.
+            seconds = max(int(time.time()), before["mtime_ns"] // 10**9 + 2)
+            os.utime(image.fd, ns=(seconds * 10**9, seconds * 10**9))
+        os.fsync(image.fd)
+        return identity_of(image.fd) if before == spool.file.head["base"] else None
 
     def _finish_first(self) -> None:
         os.fsync(self._image.fd)
-        self._complete_state("", identity_of(self._image.fd))
+        self._complete_state(self._table.hexdigest(), identity_of(self._image.fd))
         try:
             rename_new(self._paths.partial, self._paths.image)
         except DosvobError as problem:
@@ -3281,31 +3272,29 @@ class Update(Work):
         self._paths.new_state.rename(self._paths.state)
         sync_directory(self._paths.metadata)
 
-    def _complete_state(self, journal: str, identity: dict[str, int]) -> None:
-        now, digests = utc_now().isoformat(), self._table.hexdigest()
-        State(self._snapshot, now, self.local.part, journal, digests, identity).write(self._paths.new_state)
+    def _complete_state(self, digests: str, identity: dict[str, int] | None) -> None:
+        now = utc_now().isoformat()
+        State(self._snapshot, now, self.local.part, digests, identity).write(self._paths.new_state)
 
-    def give_room(self) -> None:
-        """Give up so much of a sync that cannot go on for want of room that the other volumes can.
+    def free_space(self) -> None:
+        """Give up so much of a sync that met a full disk that the other volumes can go on.
 
-        That is a journal and a version, unless they are committed, or the end of a first sync: each run that fails
-        fetches only that again.
+        That is the spool, or the end of a first sync: each run that fails fetches only that again.
         """
-        if self.journal is None:
-            goal = os.fstat(self._image.fd).st_blocks * 512 - self.ROOM_FOR_OTHERS
+        if self.spool is None:
+            goal = os.fstat(self._image.fd).st_blocks * 512 - self.SPACE_FOR_OTHERS
             for index in reversed(range(self.chunks)):
                 if os.fstat(self._image.fd).st_blocks * 512 <= goal:
                     break
                 os.ftruncate(self._image.fd, index * CHUNK)
-        elif self.journal.file.end is None:
-            self._paths.journal.unlink(missing_ok=True)  # first: its mark may be there, though writing it failed
-            self._paths.new_version.unlink(missing_ok=True)
+        else:
+            self._paths.spool.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the files. What was not finished is left for the next sync to take up."""
         self._image.close()
-        if self.journal:
-            self.journal.file.close()
+        if self.spool:
+            self.spool.file.close()
         with contextlib.suppress(OSError):  # a full disk, which was reported when it was met
             self._new_state.close()
 
@@ -3550,7 +3539,7 @@ class Sync(Conversation[Update]):
             start = page * DIGEST_SIZE
             if local[start : start + SHORT_SIZE] != theirs[page * SHORT_SIZE : (page + 1) * SHORT_SIZE]:
                 differing |= 1 << page
-        if not differing and chunk_digest(local) == pending.digest:  # the journal alone had something else
+        if not differing and chunk_digest(local) == pending.digest:  # the spool alone had something else
             del self._pending[index]
             self._work.store(Patch(index, 0, 0, b"", pending.digest))
             self._drop(index)
@@ -4272,7 +4261,7 @@ class Home:
             )
         for path in (directory, directory / ".dosvob"):
             path.mkdir(mode=0o700, exist_ok=True)
-        for path in (self.path, directory):  # a journal counts only if its directory survives a power cut
+        for path in (self.path, directory):  # an undo counts only if its directory survives a power cut
             sync_directory(path)
 
     def directories(self) -> list[str]:
@@ -4355,22 +4344,27 @@ class Home:
         """Those of the names of images that somebody means who says this: with a region, or in whatever region."""
         return sorted(each for each in names if name in (each, each.rpartition("/")[2]))
 
-    def finish_journals(self, report: Reporter, stop: Stop) -> set[str]:
-        """Finish what crashes left, without network; returns the names for which that failed."""
+    def recover(self, report: Reporter, stop: Stop) -> set[str]:
+        """Take back what crashes left of a backup in the middle, with no network; returns the names that failed."""
         failed = set()
-        directories = [self.path / region / ".dosvob" for region in self.directories()]
-        for journal in sorted(path for directory in directories for path in directory.glob("*.journal")):
-            name = str(journal.parent.parent.relative_to(self.path) / journal.stem)
-            meter = Meter(report, stop, f"{name}: completing an interrupted backup from its journal", is_told=True)
+        for name in sorted(self._with_file("undo") | self._with_file("journal")):
+            meter = Meter(report, stop, f"{name}: taking back an interrupted backup", is_told=True)
             try:
-                if Journal.finish(ImagePaths(self.path, name), report.warn, meter):
+                if Undo.recover(ImagePaths(self.path, name), meter):
                     report.end_progress()
-                    report.say(f"{name}: an interrupted backup was completed from its journal")
+                    report.say(f"{name}: an interrupted backup was taken back; the image is what it was before")
             except (DosvobError, OSError) as problem:
-                kept = "; the journal is kept, and applied by the next backup or verify" * isinstance(problem, OSError)
-                report.error(f"{name}: {explained(problem, self.path)}{kept}")
+                kept = "; the next backup or verify takes it back" * isinstance(problem, OSError)
+                report.error(f"{name}: an interrupted backup: {explained(problem, self.path)}{kept}")
                 failed.add(name)
         return failed
+
+    def _with_file(self, kind: str) -> set[str]:
+        """The names that have a file of this kind among the metadata."""
+        places = [Path(region) for region in self.directories()]
+        return {
+            str(place / path.stem) for place in places for path in (self.path / place / ".dosvob").glob(f"*.{kind}")
+        }
 
 
 @dataclass(frozen=True)
@@ -4649,7 +4643,7 @@ class Backup:
             self._turns.clear()
         else:
             told = explained(problem, self._job.home.path)
-            if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_disk_full(problem):
                 versions = Versions(ImagePaths(self._job.home.path, turn.name)).all()
                 held = f"{len(versions)} older versions hold {human_size(sum(each.occupied for each in versions))}"
                 told += f'; its {held}, and "keep" in conf.json says how many there are' * bool(versions)
@@ -4699,8 +4693,8 @@ class Backup:
                     received = hosts.converse(clone, Sync, update, name)
                     update.finish()
                 except OSError as problem:
-                    if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-                        update.give_room()
+                    if is_disk_full(problem):
+                        update.free_space()
                     raise
             if update.differing.ranges:
                 warn(
@@ -5264,7 +5258,7 @@ class Misplaced:
     def move(self, damaged: Container[str]) -> set[str]:
         """Move them to where "region" has them now; returns the names of what is not to be backed up.
 
-        Those are what could not be moved, for it would be fetched anew; also if a journal must be finished (`damaged`).
+        Those are what could not be moved, for it would be fetched again; also if its recovery failed (`damaged`).
         """
         job, volumes = self._job, self._volumes
         failed: set[str] = set()
@@ -5313,9 +5307,9 @@ class Run:
         """From the leftovers of an earlier run to what this one cost."""
         job, home, report = self._job, self._job.home, self._job.report
         try:
-            sweep(job)  # first: what is left costs money while a large journal is applied
+            sweep(job)  # first: what is left costs money while a large backup is taken back
         finally:
-            damaged = home.finish_journals(report, job.stop)
+            damaged = home.recover(report, job.stop)
         volumes = Selection(job).chosen(self._names)
         plans = self._plan_droplets(volumes)
         if not self._names:
@@ -5468,7 +5462,7 @@ class Commands:
             sweep(
                 job, time.monotonic() + LIST_LAG, everything=arguments.all
             )  # what was created a moment ago shows late
-            job.home.finish_journals(report, self._stop)
+            job.home.recover(report, self._stop)
         if not report.left:
             report.say("nothing of dosvob's is left in the account" + " for this home" * (not arguments.all))
 
@@ -5477,7 +5471,7 @@ class Commands:
         home, report = self._home, self._report
         self._look()
         with home.locked(with_id=False):  # an id would make a home of a region's directory
-            home.finish_journals(report, self._stop)
+            home.recover(report, self._stop)
             names = home.chosen(self._arguments.names, with_aside=False)
             if not names:
                 raise DosvobError(f"there is no backup in {home.path} yet, so nothing was verified")
@@ -5561,9 +5555,9 @@ class Commands:
 
     def _unfinished(self, paths: ImagePaths) -> str:
         """What to say of an image that a crash left between two snapshots; nothing of another one."""
-        with contextlib.suppress(FileNotFoundError), PatchFile(paths.journal, "journal") as journal:
-            if journal.end is not None and not self._home.is_busy():
-                return f"its image must still be completed from its journal: {command_line('verify', paths.name)}"
+        with Undo.left(paths) as undo:
+            if undo is not None and not undo.is_committed and not self._home.is_busy():
+                return f"an interrupted backup must still be taken back: {command_line('verify', paths.name)}"
         return ""
 
     def list(self) -> None:
