@@ -94,6 +94,7 @@ import difflib
 import fnmatch
 import functools
 import heapq
+import importlib
 import io
 import itertools
 import json
@@ -113,17 +114,11 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar, Generic, NoReturn
+from typing import TYPE_CHECKING, ClassVar, Generic, NoReturn
 
-try:
+if TYPE_CHECKING:
     import paramiko
     import requests
-except ImportError as missing:
-    refuse_to_start(
-        f"the Python package {missing.name or missing} is missing",
-        "python3 -m venv .venv && .venv/bin/pip install 'requests>=2.32,<3' 'paramiko>=5,<6' && "
-        ".venv/bin/python dosvob.py",
-    )
 
 VERSION = "1.0.0"
 GIB = 1 << 30
@@ -146,6 +141,35 @@ class UsageError(DosvobError):
 
 class Busy(UsageError):
     """Another dosvob is at work in the same place."""
+
+
+class Package:
+    """A package that is imported when something of it is first used: what works offline needs Python alone."""
+
+    INSTALL = "python3 -m venv .venv && .venv/bin/pip install 'requests>=2.32,<3' 'paramiko>=5,<6'"
+
+    def __init__(self, name: str, *least: int) -> None:
+        self._name = name
+        self._least = least  # version
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+    def check(self) -> None:
+        """Import it; raises UsageError if it is missing or too old."""
+        what, mend = f"the Python package {self._name}", f"{self.INSTALL} && .venv/bin/python dosvob.py"
+        try:
+            version = str(self.__version__)
+        except ImportError as missing:
+            raise UsageError(f"{what} is missing ({missing}): {mend}") from None
+        if tuple(map(int, re.findall(r"\d+", version)[: len(self._least)])) < self._least:
+            needed = ".".join(map(str, self._least))
+            raise UsageError(f"{what} {version} is too old, {needed} or later is needed: {mend}")
+
+
+PACKAGES = {name: Package(name, *least) for name, *least in (("requests", 2, 32), ("paramiko", 5, 0))}
+if not TYPE_CHECKING:
+    requests, paramiko = PACKAGES["requests"], PACKAGES["paramiko"]
 
 
 class Interrupted(BaseException):
@@ -2534,32 +2558,32 @@ class Undo:
     """What an image had in the places that a sync changes: old contents of pages, the length and the time of the file.
 
     All recovery is to put that back, unless the state is the one that the undo leads back from (`is_committed`). Then
-    it is the newest version, or of no use if none is to be kept (`is_version`).
+    it is the newest version, or of no use if none is to be kept (`is_version`). If the state is neither that one nor
+    the one before, somebody put other files there, and the undo is of no use either (`is_stray`).
     """
 
     def __init__(self, paths: ImagePaths, file: PatchFile) -> None:
         """Raises DosvobError for a newer dosvob's state."""
         self.paths = paths
         self.file = file
-        self.is_version = bool(file.head.get("time"))
-        self.is_committed = False
+        self.is_version = bool(file.head["time"])
+        self.is_committed = self.is_stray = False
         with contextlib.suppress(Damaged):  # a state that nobody can read says nothing
-            state = State.load(paths.state, whole=False)
-            self.is_committed = state is not None and (dataclasses.asdict(state.snapshot), state.digests) == (
-                file.head["newer"],
-                file.head["newer_digests"],
-            )
+            if (state := State.load(paths.state, whole=False)) is not None:
+                snapshot, newer = dataclasses.asdict(state.snapshot), (file.head["newer"], file.head["newer_digests"])
+                self.is_committed = (snapshot, state.digests) == newer
+                self.is_stray = not self.is_committed and snapshot != file.head["snapshot"]
 
     @classmethod
     @contextlib.contextmanager
     def left(cls, paths: ImagePaths, *, from_disk: bool = False) -> Iterator[Undo | None]:
-        """The undo that is there, with a footer; None if there is none."""
+        """The undo that is there, if it is whole and of the image; else None."""
         with contextlib.ExitStack() as files:
             undo = None
             with contextlib.suppress(FileNotFoundError):
                 file = files.enter_context(PatchFile(paths.undo, "version", from_disk=from_disk))
                 undo = cls(paths, file) if file.head and file.footer is not None else None
-            yield undo
+            yield undo if undo is not None and not undo.is_stray else None
 
     @classmethod
     def write(
@@ -2630,7 +2654,9 @@ class Undo:
     def settle(self) -> None:
         """Step 6 of a sync."""
         if self.is_version:
-            self.paths.versions.mkdir(mode=0o700, exist_ok=True)
+            if not self.paths.versions.exists():
+                self.paths.versions.mkdir(mode=0o700)
+                sync_directory(self.paths.metadata)
             self.paths.undo.rename(self.paths.versions / self.file.head["time"])
             sync_directory(self.paths.versions)
             sync_directory(self.paths.metadata)
@@ -2679,8 +2705,8 @@ def take_over_journal(paths: ImagePaths) -> None:
                     f"once in this directory, then this one. Or delete {journal}: then the next run compares all of "
                     "the image with the volume"
                 )
-    for path in (journal, new_version):
-        path.unlink(missing_ok=True)
+        new_version.unlink(missing_ok=True)
+        journal.unlink()
 
 
 class Ranges:
@@ -3604,6 +3630,9 @@ LEAST_WINDOW, MOST_WINDOW = 4 << 20, 32 << 20  # bytes under way: enough for 1 G
 SEND_SIZE = 32 << 10  # bytes given to paramiko at once: the most that OpenSSH takes in a packet
 RECEIVE_SIZE = 4 << 20  # bytes taken at once: paramiko moves all the rest of what has come, each time
 PACKET_SIZE = 256 << 10  # bytes; fewer packets, each of which costs paramiko some Python
+# Bytes after which keys are renewed, and not 512 MiB. Each time the stream stands still for three round trips, which is
+# 10 % of the time over 200 ms. 64 GiB are safe: https://www.rfc-editor.org/rfc/rfc4344#section-3.2
+REKEY_BYTES = 32 << 30
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr")  # GCM is three times as fast
 ATTEMPTS = 5  # connections in a row that break without one more chunk done with
 
@@ -3766,15 +3795,6 @@ class AgentStream:
             self._channel.close()
 
 
-class SeldomRekeyed(paramiko.packet.Packetizer):
-    """Packets of a connection whose keys are renewed every 32 GiB, and not every 512 MiB.
-
-    Each time the stream stands still for three round trips, which is 10 % of the time over 200 ms. 64 GiB are safe:
-    https://www.rfc-editor.org/rfc/rfc4344#section-3.2
-    """
-
-    REKEY_BYTES = 32 << 30
-
 
 class ReadAheadSocket(socket.socket):
     """A socket that reads ahead: paramiko asks for 16 bytes, then for the rest of a packet, a system call for each."""
@@ -3868,8 +3888,8 @@ class Link:
             sock,
             default_window_size=LEAST_WINDOW,
             default_max_packet_size=PACKET_SIZE,
-            packetizer_class=SeldomRekeyed,
         )
+        transport.packetizer.REKEY_BYTES = REKEY_BYTES
         transport.banner_timeout = transport.auth_timeout = SSH_TIMEOUT
         transport.set_keepalive(KEEPALIVE)
         options = transport.get_security_options()
@@ -5398,6 +5418,8 @@ class Commands:
     def _job(self) -> Job:
         """What a command that needs the account is given; raises UsageError."""
         report, stop = self._report, self._stop
+        for package in PACKAGES.values():
+            package.check()
         config = Config.load(self._arguments.config, os.environ, report.warn)
         report.secret = config.token
         if self._arguments.dry_run and self._home.path.is_dir():

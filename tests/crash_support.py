@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,6 @@ DRIVER = Path(__file__).resolve()
 REGION, FIRST_TAKEN_AT = "fra1", datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 MIB = 1 << 20
 PAGE = dosvob.PAGE
-COMMIT_MARK = dosvob.BLOCK  # bytes
 MOST_VERSIONS = 20  # that a test makes
 
 CHANGING_CALLS = (
@@ -43,6 +43,10 @@ _CALL = re.compile(r"^(\w+)\((.*)$")
 _FD = re.compile(r"^(?:AT_FDCWD|\d+)<([^>]*)>")
 _RESULT = re.compile(r" = (-?\d+)[^=]*$")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
+
+
+class PowerCut(BaseException):
+    """The power has gone: nothing of the script's handles that."""
 
 
 class AgentProcess:
@@ -145,7 +149,7 @@ def back_up(
     """What a run of the script does locally: lock, recovery, sync, finish; `connect` takes first chunk and window."""
     stream_to = connect or (lambda first, window: AgentProcess(device, first, window))
     with dosvob.Home(backups).locked():
-        recover(backups, name, warn)
+        recover(backups, name)
         paths = dosvob.ImagePaths(backups, name)
         snapshot = snapshot_of(device, name, volume_id, next_time(paths))
         with contextlib.closing(dosvob.Update(paths, snapshot, keep, warn, reread=reread)) as update:
@@ -166,28 +170,51 @@ def sync_device(start_agent: Callable[[int, int], Any], update: dosvob.Update, w
     )
 
 
-def leave_committed(backups: Path, name: str, device: Path) -> None:
-    """Back up up to the commit mark, as if the power went then: nothing of the journal is applied."""
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(dosvob.Journal, "apply", lambda journal, paths, heed: None)
+def power_cut(*_: object) -> Any:
+    """What happens instead of a function's work."""
+    raise PowerCut
+
+
+@contextlib.contextmanager
+def power_cut_at(owner: Any, name: str, after: int = 0) -> Iterator[None]:
+    """The power goes at a call of a function, when so many calls of it have been carried out."""
+    calls, carried_out = itertools.count(), getattr(owner, name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return power_cut() if next(calls) >= after else carried_out(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patches, contextlib.suppress(PowerCut):
+        patches.setattr(owner, name, call)
+        yield
+
+
+def leave_spool(backups: Path, name: str, device: Path) -> None:
+    """Back up until all is fetched, as if the power went then."""
+    with power_cut_at(dosvob.Undo, "write"):
         back_up(backups, name, device)
+    assert dosvob.ImagePaths(backups, name).spool.exists()
 
 
-def leave_uncommitted(backups: Path, name: str, device: Path) -> None:
-    """Back up up to just before the commit mark."""
-    leave_committed(backups, name, device)
-    journal = dosvob.ImagePaths(backups, name).journal
-    os.truncate(journal, journal.stat().st_size - COMMIT_MARK)
+def leave_written(backups: Path, name: str, device: Path, patches: int | None = None) -> None:
+    """Back up until the image is written, or only so many of the patches are, as if the power went then."""
+    cut = (
+        power_cut_at(dosvob.Update, "_complete_state")
+        if patches is None
+        else power_cut_at(dosvob.Patch, "write_to", patches)
+    )
+    with cut:
+        back_up(backups, name, device)
+    assert dosvob.ImagePaths(backups, name).undo.exists()
 
 
-def recover(backups: Path, name: str, warn: Callable[[str], None] = lambda text: None) -> bool:
+def recover(backups: Path, name: str) -> bool:
     """What every command does first."""
-    return dosvob.Journal.finish(dosvob.ImagePaths(backups, name), warn, lambda count: None)
+    return dosvob.Undo.recover(dosvob.ImagePaths(backups, name), lambda count: None)
 
 
-def finish_journals(backups: Path) -> set[str]:
+def recover_all(backups: Path) -> set[str]:
     """The same for all volumes: the names for which it failed."""
-    return dosvob.Home(backups).finish_journals(dosvob.Reporter(quiet=True), dosvob.Stop())
+    return dosvob.Home(backups).recover(dosvob.Reporter(quiet=True), dosvob.Stop())
 
 
 def verify(paths: dosvob.ImagePaths) -> list[list[tuple[int, int]]]:
@@ -235,19 +262,14 @@ class Call:
 
 
 def commits(calls: list[Call]) -> list[bool]:
-    """Which of the calls write the commit mark of a journal: one block, behind what was made durable."""
-    found, is_durable = [], False
-    for call in calls:
-        is_journal = bool(call.files) and call.files[0].endswith(".journal")
-        found.append(is_journal and is_durable and (call.name, call.result) == ("pwrite64", COMMIT_MARK))
-        is_durable |= is_journal and call.name == "fsync" and call.succeeded
-    return found
+    """Which of the calls are a commit: the new state gets its name."""
+    return [call.name == "rename" and call.succeeded and call.files[0].endswith(".state.new") for call in calls]
 
 
 def files_of(backups: Path, name: str) -> list[Path]:
     """The files whose changes matter to the image of a volume, and their directories."""
     paths = dosvob.ImagePaths(backups, name)
-    images = [paths.image, paths.partial, paths.state, paths.new_state, paths.journal, paths.new_version]
+    images = [paths.image, paths.partial, paths.state, paths.new_state, paths.spool, paths.undo]
     times = [FIRST_TAKEN_AT + datetime.timedelta(hours=number) for number in range(MOST_VERSIONS)]
     versions = [paths.versions / f"{time:{dosvob.Version.TIME}}" for time in times]
     there = sorted(paths.versions.glob("*"))

@@ -99,7 +99,7 @@ class Scene:
     def kill(self, command: str, case: Case) -> list[Call]:
         """Run the driver until the case kills it; returns the calls until then."""
         done = self.run(command, case.injection)
-        # In how many writes the journal gets to the disk depends a little on what comes first.
+        # In how many writes the state gets to the disk depends a little on what comes first.
         assert done.returncode == KILLED or case.call == "write", (case, done)
         return calls_in(self.trace)
 
@@ -165,7 +165,7 @@ def test_a_later_sync_killed_anywhere_leaves_the_old_or_the_new_image(
     assert sum(commits(calls)) == 1
     assert {call.name for call in calls} >= {"write", "pwrite64", "fsync", "rename", "ftruncate", "fallocate", "unlink"}
     changed = {file for call in calls for file in call.files}
-    assert {f"{NAME}.version.new", f"{NAME}.versions"} <= {Path(file).name for file in changed}
+    assert {f"{NAME}.undo", f"{NAME}.versions"} <= {Path(file).name for file in changed}
     for case in sampled(pytestconfig, cases_of(calls), 7):
         later = Later.make(tmp_path / str(case.position))
         scene = later.scene
@@ -179,12 +179,13 @@ def test_a_later_sync_killed_anywhere_leaves_the_old_or_the_new_image(
 
 
 def test_before_its_recovery_a_killed_sync_can_be_restored_from(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """A committed journal is laid over, also one that was applied in part; one that is not counts for nothing."""
+    """An undo is laid over what is read, also one that was put back in part."""
     calls = Later.make(tmp_path / "whole").scene.record("sync")
     cases = cases_of(calls)
     committed = commits(calls).index(True)
-    chosen = [*sampled(pytestconfig, cases[:committed], 1), *sampled(pytestconfig, cases[committed + 1 :], 3)]
-    for case in chosen:
+    begun = first_change_of(calls, dosvob.ImagePaths(tmp_path / "whole" / "backups", NAME).image)
+    parts = ((cases[:begun], 1), (cases[begun : committed + 1], 3), (cases[committed + 1 :], 2))
+    for case in [case for part, count in parts for case in sampled(pytestconfig, part, count)]:
         later = Later.make(tmp_path / str(case.position))
         scene = later.scene
         is_new = any(commits(scene.kill("sync", case)))
@@ -228,20 +229,20 @@ def test_a_recovery_killed_anywhere_is_finished_by_the_next(tmp_path: Path, pyte
         return later
 
     sync = Later.make(tmp_path / "sync").scene.record("sync")
-    begun = cases_of(sync)[first_change_of(sync, dosvob.ImagePaths(tmp_path / "sync" / "backups", NAME).image)]
+    begun = cases_of(sync)[commits(sync).index(True)]  # the last call before the commit
     calls = interrupted(tmp_path / "recovery", begun).scene.record("recover")
     chance = random.Random(pytestconfig.option.seed)
     for case in sampled(pytestconfig, cases_of(calls), 3):
         later = interrupted(tmp_path / str(case.position), begun)
         scene = later.scene
         scene.kill("recover", case)
-        # And the one after it, so that a journal is found that was applied in part, twice. It has no more calls to
+        # And the one after it, so that an undo is found that was put back in part, twice. It has no more calls to
         # make than the first one, so this one may also come to its end.
         again = chance.choice(cases_of(calls))
         assert scene.run("recover", again.injection).returncode in (KILLED, 0)
         recover(scene.backups, NAME)
-        later.check(is_new=True)
-        assert not scene.paths.journal.exists()
+        later.check(is_new=False)
+        assert not scene.paths.undo.exists()
         scene.back_up()
         scene.check_settled(later.new)
 
@@ -266,14 +267,14 @@ def test_killed_again_and_again_the_sync_gets_on(tmp_path: Path, pytestconfig: p
 # -- what is durable when
 
 
-class PowerCut:
+class Durability:
     """Walks through calls, keeping the files and directories that a power cut could still take back."""
 
     def __init__(self, paths: dosvob.ImagePaths) -> None:
         self.volatile: set[str] = set()
         self._paths = paths
         self._written: set[str] = set()
-        self._created = {str(path) for path in (paths.journal, paths.new_state, paths.new_version, paths.partial)}
+        self._created = {str(path) for path in (paths.spool, paths.new_state, paths.undo, paths.partial)}
 
     def follow(self, call: Call) -> None:
         """What becomes volatile or durable by the call."""
@@ -291,19 +292,14 @@ class PowerCut:
     def relies_on(self, call: Call) -> set[str]:
         """What must be durable before the call is made."""
         paths = self._paths
-        image, journal, metadata = str(paths.image), str(paths.journal), str(paths.metadata)
-        if call.name.startswith("rename"):  # something becomes the image, a version, or the state
-            return {call.files[0]} | (set() if call.files[-1] == image else {image, str(paths.directory)})
+        image, undo, metadata = str(paths.image), str(paths.undo), str(paths.metadata)
+        if call.name.startswith("rename"):  # something becomes the image, the state, or a version
+            relied_on = {call.files[0]} | (set() if call.files[-1] == image else {image, str(paths.directory)})
+            return relied_on | ({metadata} if call.files[0] == undo else set())
         if call.name.startswith("unlink"):
             settled = {image, str(paths.state), metadata, str(paths.versions)}
-            return settled if call.files[0] == journal else set()
-        return {journal, metadata} if call.files[0] == image else set()
-
-    def commit_relies_on(self) -> set[str]:
-        """What must be durable before the commit mark is written."""
-        paths = self._paths
-        files = (paths.journal, paths.new_state, paths.new_version, paths.metadata, paths.directory)
-        return {str(path) for path in files}
+            return settled if call.files[0] in (undo, str(paths.spool)) else set()
+        return {undo, metadata} if call.files[0] == image else set()
 
 
 def parent(path: str) -> str:
@@ -313,17 +309,19 @@ def parent(path: str) -> str:
 
 def check_durability(calls: list[Call], paths: dosvob.ImagePaths) -> None:
     """Every step is durable before the next one relies on it, and all is in the end."""
-    power = PowerCut(paths)
+    power = Durability(paths)
     changes = [call for call in calls if call.succeeded]
-    committed = commits(changes)
-    for number, (call, is_commit) in enumerate(zip(changes, committed, strict=True)):
+    for number, call in enumerate(changes):
         if call.name not in ("fsync", "fdatasync"):
-            relied_on = power.commit_relies_on() if is_commit else power.relies_on(call)
-            assert not power.volatile & relied_on, (number, call)
+            assert not power.volatile & power.relies_on(call), (number, call)
         power.follow(call)
-    assert not power.volatile
-    applied = [call.files == (str(paths.image),) and call.name not in ("fsync", "fdatasync") for call in changes]
-    assert True not in applied or committed.index(True) < applied.index(True)
+    assert power.volatile <= {str(paths.spool)}  # which promises nothing
+    written = [call.files == (str(paths.image),) and call.name not in ("fsync", "fdatasync") for call in changes]
+    undo = [call.files == (str(paths.undo),) and call.name == "fsync" for call in changes]
+    if True in written:
+        last_written = len(written) - 1 - written[::-1].index(True)
+        assert undo.index(True) < written.index(True)
+        assert last_written < commits(changes).index(True)
 
 
 def test_everything_is_durable_before_the_next_step_relies_on_it(tmp_path: Path) -> None:
@@ -337,7 +335,7 @@ def test_everything_is_durable_before_the_next_step_relies_on_it(tmp_path: Path)
     check_durability(first.record("sync"), first.paths)
 
 
-def test_the_directory_of_the_journal_is_durable_when_an_image_is_adopted(tmp_path: Path) -> None:
+def test_the_directory_of_the_undo_is_durable_when_an_image_is_adopted(tmp_path: Path) -> None:
     scene = Scene(tmp_path / "scene")
     scene.backups.mkdir()
     scene.paths.image.write_bytes(scene.change(1, 8))
@@ -352,20 +350,18 @@ def test_the_directory_of_the_journal_is_durable_when_an_image_is_adopted(tmp_pa
 def test_an_interrupted_sync_that_was_recovered_is_durable_too(tmp_path: Path) -> None:
     scene = Later.make(tmp_path / "sync").scene
     calls = scene.record("sync")
-    begun = cases_of(calls)[first_change_of(calls, scene.paths.image)]
     scene = Later.make(tmp_path / "recovery").scene
-    scene.kill("sync", begun)
+    scene.kill("sync", cases_of(calls)[commits(calls).index(True)])
     recovery = [call for call in scene.record("recover") if call.name != "fdatasync"]  # of what is read
     names = [(call.name, Path(call.files[-1]).name) for call in recovery if call.succeeded]
-    synced, state, journal = (
-        names.index(step) for step in (("fsync", NAME), ("rename", f"{NAME}.state"), ("unlink", f"{NAME}.journal"))
-    )
-    version = next(n for n, call in enumerate(recovery) if str(scene.paths.new_version) in call.files)
-    assert all(name != NAME or call == "fsync" for call, name in names[synced:])
-    assert synced < state < journal
-    assert synced < version < journal
-    assert ("fsync", f"{NAME}.versions") in names[version:journal]
-    assert names[journal - 1] == names[-1] == ("fsync", ".dosvob")
+    assert names[-6:] == [
+        ("ftruncate", NAME),
+        ("fsync", NAME),  # before its time says that it is what it was
+        ("utimensat", NAME),
+        ("fsync", NAME),
+        ("unlink", f"{NAME}.undo"),
+        ("fsync", ".dosvob"),
+    ]
 
 
 # -- the whole script

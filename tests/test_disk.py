@@ -26,15 +26,15 @@ from typing import Any
 import pytest
 from conftest import MIB, Home, Tmpfs, data_places, same, sampled, write_at
 from crash_support import (
-    COMMIT_MARK,
     PAGE,
     AgentProcess,
     back_up,
     calls_in,
-    finish_journals,
-    leave_committed,
-    leave_uncommitted,
+    leave_spool,
+    leave_written,
+    power_cut_at,
     recover,
+    recover_all,
     restored,
     run_driver,
     scatter,
@@ -86,7 +86,7 @@ class Disk:
         self.back_up()
         assert self.image() == self.device.read_bytes()
         assert not any(verify(self.paths))
-        assert not self.paths.journal.exists()
+        assert not self.paths.spool.exists()
 
     def versions(self) -> list[bytes]:
         """What the versions restore to, the newest first."""
@@ -116,7 +116,7 @@ def test_a_disk_that_is_full_at_any_stage_of_a_later_sync(
     tmp_path: Path, tmpfs: Tmpfs, pytestconfig: pytest.Config
 ) -> None:
     stages = []
-    # From nothing to what journal, version and grown image take together.
+    # From nothing to what spool, undo and image take together.
     sizes = [0, *sampled(pytestconfig, range(PAGE, 8 * MIB, 128 << 10), 6), *(number * MIB for number in range(1, 8))]
     for number, free in enumerate(sizes):
         disk = Disk(tmp_path, tmpfs.path / str(number))
@@ -125,91 +125,86 @@ def test_a_disk_that_is_full_at_any_stage_of_a_later_sync(
         tmpfs.leave_free(free)
         stages.append(fill(disk))
         tmpfs.leave_free(64 * MIB)
-        assert finish_journals(disk.backups) == set()
+        assert recover_all(disk.backups) == set()
         assert disk.image() in (disk.old, disk.new), free
         assert disk.versions() in ([], [disk.old]), free
         disk.check_settled()
         shutil.rmtree(disk.backups)
-    assert {"journal", "version", "image"} <= set(stages)  # but never behind the commit mark
+    assert {"spool", "write", "space_needed"} <= set(stages)  # but never when the image is being written
 
 
 def fill(disk: Disk) -> str:
     """Back up to a disk that may be full: at which stage it was."""
-    problem: list[str] = []
-    try:
-        disk.back_up()
-    except (OSError, dosvob.DosvobError) as full:
-        problem.append(str(full))
+    reached, problem = ["spool"], ""
+    with pytest.MonkeyPatch.context() as patches:
+        stages = ((dosvob.Undo, "write"), (dosvob.Spool, "space_needed"), (dosvob.Update, "_write_image"))
+        for owner, name in stages:
+            carried_out = getattr(owner, name)
+
+            def reach(*arguments: Any, name: str = name, carried_out: Any = carried_out) -> Any:
+                reached.append(name)
+                return carried_out(*arguments)
+
+            patches.setattr(owner, name, reach)
+        try:
+            disk.back_up()
+        except (OSError, dosvob.DosvobError) as full:
+            problem = str(full)
     if not problem:
         return "none"
-    assert "No space left" in problem[0]
+    assert "No space left" in problem
     assert disk.image() == disk.old
-    if not disk.paths.journal.exists():
-        return "begin"
-    with dosvob.PatchFile(disk.paths.journal, "journal") as file:
-        assert file.end is None
-    with contextlib.suppress(FileNotFoundError), dosvob.PatchFile(disk.paths.new_version, "version") as file:
-        return "version" if file.end is None else "image"
-    return "journal"
+    assert not disk.paths.undo.exists()
+    return reached[-1] if disk.paths.spool.exists() else "begin"
 
 
 @pytest.mark.parametrize("is_at_once", [True, False])
-def test_a_disk_that_becomes_full_while_a_committed_journal_is_applied(
+def test_a_disk_that_becomes_full_while_the_image_is_written_is_taken_back_at_once(
     tmp_path: Path, tmpfs: Tmpfs, monkeypatch: pytest.MonkeyPatch, is_at_once: bool
 ) -> None:
-    """By somebody else: the journal stays, and whatever starts next completes it."""
+    """By somebody else, or because it said that it had more free space than it has."""
     disk = Disk(tmp_path, tmpfs.path / "backups")
     disk.begin()
-    apply = dosvob.Journal.apply
+    before = dosvob.identity_of(disk.paths.image)
+    write_image = dosvob.Update._write_image
 
-    def apply_without_room(*arguments: Any) -> None:
+    def without_space(*arguments: Any) -> Any:
         tmpfs.leave_free(0 if is_at_once else 40 * PAGE)
-        apply(*arguments)
+        return write_image(*arguments)
 
     with monkeypatch.context() as patches:
-        patches.setattr(dosvob.Journal, "apply", apply_without_room)
+        patches.setattr(dosvob.Update, "_write_image", without_space)
         snapshot = snapshot_of(disk.device, NAME, taken_at="2026-01-02T00:00:00Z")
         with contextlib.closing(dosvob.Update(disk.paths, snapshot, dosvob.Keep(), print)) as update:
             connect: Any = lambda first, window: AgentProcess(disk.device, first, window)  # noqa: E731
             sync_device(connect, update, print)
             with pytest.raises(OSError, match="No space left"):
                 update.finish()
-            update.give_room()  # as a run does it for the other volumes
-    kept = disk.paths.journal.read_bytes()
-    for _ in range(2):
-        assert finish_journals(disk.backups) == {NAME}
-        assert disk.paths.journal.read_bytes() == kept
-        with contextlib.closing(dosvob.Chain(disk.paths)) as chain:  # nor is it taken for complete meanwhile
-            assert not any(damaged.ranges for damaged in chain.verify(lambda count: None))
-            assert chain.state is not None
-            assert chain.state.snapshot == snapshot
+            update.free_space()  # as a run does it for the other volumes
+    assert disk.image() == disk.old
+    assert dosvob.identity_of(disk.paths.image) == before
+    assert verify(disk.paths) == [[]]
+    assert not disk.paths.undo.exists()
+    assert not disk.paths.spool.exists()
     tmpfs.leave_free(64 * MIB)
-    assert recover(disk.backups, NAME)
+    disk.back_up()
     assert disk.image() == disk.new
     assert disk.versions() == [disk.old]
     assert not any(verify(disk.paths))
 
 
-@pytest.mark.parametrize("copies", [False, True])
-def test_the_room_that_a_journal_needs_in_the_image(disk: Disk, monkeypatch: pytest.MonkeyPatch, copies: bool) -> None:
-    """That of the pages that are holes there, or of all where the file system copies on write; and some for itself."""
-    monkeypatch.setattr(dosvob.SparseFile, "copies_on_write", lambda file: copies)
-    write_at(disk.device, 5 * MIB, os.urandom(MIB // 2) + bytes(MIB // 2 + MIB))
+def test_the_space_that_an_image_may_take_is_that_of_all_that_is_written_to_it(disk: Disk) -> None:
+    """Whatever its file system does with what is overwritten; zeros take none."""
+    write_at(disk.device, 5 * MIB, os.urandom(MIB))
     disk.back_up()
     write_at(disk.device, 5 * MIB, os.urandom(3 * PAGE) + bytes(3 * PAGE))
     write_at(disk.device, 6 * MIB - PAGE, os.urandom(5 * PAGE))
-    leave_committed(disk.backups, NAME, disk.device)
-    with (
-        dosvob.PatchFile(disk.paths.journal, "journal") as file,
-        contextlib.closing(dosvob.SparseFile(disk.paths.image)) as image,
-    ):
-        journal = dosvob.Journal(file, CHUNKS)
-        journal.read_places(lambda count: None)
-        looked: list[int] = []
-        needed = journal.room_needed(image, looked.append)
-        assert len(looked) == 2  # after each a signal is heeded
-    pages = 8 if copies else 5
-    assert pages * PAGE + 256 * KIB <= needed < (pages + 1) * PAGE + 256 * KIB
+    leave_spool(disk.backups, NAME, disk.device)
+    with contextlib.closing(dosvob.SparseFile(disk.paths.image)):
+        spool = dosvob.Spool.open(disk.paths, "volume-1", CHUNKS, lambda count: None)
+    with spool.file:
+        needed = spool.space_needed()
+    assert 8 * PAGE + 256 * KIB <= needed < 9 * PAGE + 256 * KIB
 
 
 def test_a_disk_that_is_full_in_a_first_sync(tmp_path: Path, tmpfs: Tmpfs) -> None:
@@ -351,33 +346,53 @@ def back_up_in_the_end(disk: Disk) -> None:
     disk.back_up()
 
 
-def test_a_commit_mark_that_never_got_to_the_disk_does_not_count(
+def test_an_undo_that_never_got_to_the_disk_leaves_the_image_alone(
     tmp_path: Path, failing: FailingDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is in the cache only, so a power cut in the middle of what it leads to would leave a mix."""
     disk = Disk(tmp_path, failing.path / "backups")
     disk.begin()
     complete = dosvob.PatchFile.complete
 
-    def on_a_full_disk(writer: dosvob.PatchFile, end: dosvob.Json) -> None:
-        if writer.path == disk.paths.journal:
-            while writer.limit % PAGE:  # so that a page begins with the mark
-                writer.append(dosvob.Patch(0, 0, 0, b"", bytes(32)))
-            writer.make_durable()
-            failing.leave_free(0)
-        complete(writer, end)
+    def on_a_full_disk(writer: dosvob.PatchFile) -> None:
+        failing.leave_free(0)
+        complete(writer)
 
     with monkeypatch.context() as patches:
         patches.setattr(dosvob.PatchFile, "complete", on_a_full_disk)
+        patches.setattr(dosvob.Update, "_write_image", lambda *_: pytest.fail("it was written"))
         with pytest.raises(OSError, match=r"Input/output error|No space left"):
             disk.back_up()
     failing.leave_free(64 * MIB)
-    with monkeypatch.context() as patches:
-        patches.setattr(dosvob.Journal, "apply", lambda *arguments: pytest.fail("it was applied"))
-        finish_journals(disk.backups)
+    recover_all(disk.backups)
     assert disk.image() == disk.old
     back_up_in_the_end(disk)
     failing.forget()
+    assert disk.image() == disk.new
+
+
+def test_an_image_that_never_got_to_the_disk_is_taken_back_when_that_works_again(
+    tmp_path: Path, failing: FailingDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache has all of it, and a power cut would leave a mix; to put it back may fail too, and is tried again."""
+    disk = Disk(tmp_path, failing.path / "backups")
+    disk.begin()
+    write_image = dosvob.Update._write_image
+
+    def on_a_full_disk(*arguments: Any) -> Any:
+        failing.leave_free(0)
+        return write_image(*arguments)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(dosvob.Update, "_write_image", on_a_full_disk)
+        with pytest.raises(OSError, match=r"Input/output error|No space left"):
+            disk.back_up()
+    failing.leave_free(64 * MIB)
+    for _ in range(3):  # each file may still tell once of what could not be written
+        recover_all(disk.backups)
+    assert not disk.paths.undo.exists()
+    failing.forget()
+    assert disk.image() == disk.old
+    back_up_in_the_end(disk)
     assert disk.image() == disk.new
 
 
@@ -411,7 +426,7 @@ def test_a_read_only_directory_is_told_before_anything_is_created(
     assert not [request for request in home.simulator.requests if request.method == "POST"]
 
 
-def test_a_read_only_image_is_told_and_completed_once_it_can_be(home: Home, read_only: Callable[[Path], None]) -> None:
+def test_a_read_only_image_is_told_before_anything_is_fetched(home: Home, read_only: Callable[[Path], None]) -> None:
     volume, other = home.simulator.add_volume(NAME), home.simulator.add_volume("other")
     home.run()
     write_at(volume.path, 3 * MIB, b"new")
@@ -422,10 +437,10 @@ def test_a_read_only_image_is_told_and_completed_once_it_can_be(home: Home, read
     assert "Read-only file system" in error
     assert NAME in error
     assert (home.image(NAME).stat().st_mtime_ns, same(home.image("other"), other.path)) == (kept.st_mtime_ns, True)
-    assert "journal is kept" in one_clear_error(home.run("verify", expect=1))
+    assert not (home.backups / ".dosvob" / f"{NAME}.spool").exists()
     subprocess.run(["umount", home.image(NAME)], check=True)
     subprocess.run(["mount", "--bind", home.image(NAME), home.image(NAME)], check=True)  # for the fixture to undo
-    assert "completed from its journal" in home.run("verify").stdout
+    home.run()
     assert same(home.image(NAME), volume.path)
 
 
@@ -452,7 +467,7 @@ def test_an_io_error_at_any_call_leaves_the_old_or_the_new_image(tmp_path: Path,
         # A directory may be there already, and what is to be read need not be written first.
         is_needed = call.succeeded if call.name == "mkdir" else call.name != "fdatasync"
         cases.append((call.name, seen[call.name], is_needed))
-    # In how many writes the journal gets to the disk depends a little on what comes first.
+    # In how many writes the state gets to the disk depends a little on what comes first.
     cases = [case for case in cases if case[0] != "write" or case[1] < seen["write"] - 1]
     for name, occurrence, is_needed in sampled(pytestconfig, cases, 6):
         disk = scene(f"{name}-{occurrence}")
@@ -597,7 +612,7 @@ def test_a_hole_beyond_4_gib_is_made_there_and_nowhere_else(tmp_path: Path) -> N
         assert os.fstat(file.fileno()).st_size == 6 * GIB
 
 
-# -- a damaged journal
+# -- an undo that is put back, or damaged
 
 
 def flipped(content: bytes, position: int, bit: int) -> bytes:
@@ -607,141 +622,151 @@ def flipped(content: bytes, position: int, bit: int) -> bytes:
     return bytes(changed)
 
 
-def check_set_aside(disk: Disk, journal: bytes, what: object) -> None:
-    """The journal is refused as a whole: set aside as it is, with the image as it was."""
-    disk.paths.journal.write_bytes(journal)
-    with pytest.raises(dosvob.DosvobError, match="set aside") as raised:
-        recover(disk.backups, NAME)
-    assert len(str(raised.value)) < 600
-    assert disk.image() == disk.old, what
-    assert not disk.paths.journal.exists(), what
-    (aside,) = disk.paths.metadata.glob("*.damaged-*")
-    assert aside.read_bytes() == journal
-    aside.unlink()
-
-
-def test_a_committed_journal_with_a_flipped_bit_is_never_applied(disk: Disk, pytestconfig: pytest.Config) -> None:
-    leave_committed(disk.backups, NAME, disk.device)
-    journal = disk.paths.journal.read_bytes()
-    chance = random.Random(pytestconfig.option.seed)
-    # Not in the mark itself: with an image that was not touched yet, it is as if the power went just before it.
-    end = len(journal) - COMMIT_MARK
-    positions = [0, 1, 9, 17, 40, end - 1, *sampled(pytestconfig, range(0, end, 4001), 60)]
-    for position in positions:
-        bit = chance.randrange(8)
-        check_set_aside(disk, flipped(journal, position, bit), (position, bit))
-    assert disk.image() == disk.old
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_patch_of_an_undo_that_decayed_costs_its_own_chunk(disk: Disk, is_lost: bool) -> None:
+    """All else is put back; then all of the image is compared, and mended from the volume."""
+    leave_written(disk.backups, NAME, disk.device)
+    undo = disk.paths.undo.read_bytes()
+    with dosvob.PatchFile(disk.paths.undo, "version") as file:
+        position, patch = max((found for found in file.patches() if found[1].filled), key=lambda found: found[0])
+    if is_lost:
+        disk.paths.undo.write_bytes(flipped(undo, position + patch.length - 9, 2))
+    with contextlib.closing(dosvob.Chain(disk.paths)) as chain:  # who only reads says the same
+        assert [damaged.ranges for damaged in chain.verify(lambda count: None)] == [[mebibyte(patch.index)] * is_lost]
+    assert recover(disk.backups, NAME)
+    assert not disk.paths.undo.exists()
+    assert verify(disk.paths) == [[mebibyte(patch.index)] * is_lost]
+    start, end = mebibyte(patch.index)
+    assert disk.image()[:start] + disk.image()[end:] == disk.old[:start] + disk.old[end:]
+    update, _ = disk.back_up()
+    assert update.differing.ranges == [mebibyte(patch.index)] * is_lost
+    assert disk.image() == disk.new
+    assert verify(disk.paths) == [[], [mebibyte(patch.index)] * is_lost]
     disk.check_settled()
 
 
-def test_a_committed_journal_with_something_behind_it_is_never_applied(disk: Disk) -> None:
-    """It has no commit mark where it should be, so it is what an interrupted sync leaves."""
-    leave_committed(disk.backups, NAME, disk.device)
-    with disk.paths.journal.open("ab") as file:
-        file.write(b"x")
+def test_an_undo_of_any_length_is_put_back_as_a_whole_or_deleted(disk: Disk, pytestconfig: pytest.Config) -> None:
+    """A crash while it is written leaves it so, and the image was not touched."""
+    leave_written(disk.backups, NAME, disk.device, patches=0)
+    undo = disk.paths.undo.read_bytes()
+    head = BLOCK + dosvob.Patch.HEADER.size
+    lengths = [0, 1, 10, BLOCK - 1, BLOCK, head, len(undo) - 1, len(undo) - BLOCK - 1, len(undo) - BLOCK]
+    before = dosvob.identity_of(disk.paths.image)
+    for length in (*lengths, *sampled(pytestconfig, range(0, len(undo), 5003), 40)):
+        disk.paths.undo.write_bytes(undo[:length])
+        with contextlib.closing(dosvob.Chain(disk.paths)) as chain:
+            assert not any(damaged.ranges for damaged in chain.verify(lambda count: None))
+        assert not recover(disk.backups, NAME)
+        assert not disk.paths.undo.exists()
+        assert dosvob.identity_of(disk.paths.image) == before, length
+    disk.check_settled()
+
+
+def test_an_undo_whose_footer_decayed_costs_a_comparison_of_all(disk: Disk, pytestconfig: pytest.Config) -> None:
+    leave_written(disk.backups, NAME, disk.device)
+    undo = disk.paths.undo.read_bytes()
+    (position,) = sampled(pytestconfig, range(len(undo) - BLOCK, len(undo)), 1)[:1]
+    disk.paths.undo.write_bytes(flipped(undo, position, position % 8))
     assert not recover(disk.backups, NAME)
-    assert disk.image() == disk.old
+    assert verify(disk.paths)[0]  # what was written is told
+    disk.back_up()
+    assert disk.image() == disk.new
     disk.check_settled()
 
 
-def test_a_committed_journal_with_a_damaged_mark_is_never_applied(disk: Disk, pytestconfig: pytest.Config) -> None:
-    leave_committed(disk.backups, NAME, disk.device)
-    journal = disk.paths.journal.read_bytes()
-    for position in sampled(pytestconfig, range(len(journal) - COMMIT_MARK, len(journal)), 20):
-        disk.paths.journal.write_bytes(flipped(journal, position, position % 8))
-        assert not recover(disk.backups, NAME), position
-        assert disk.image() == disk.old, position
-    disk.check_settled()
-
-
-@pytest.mark.parametrize("kind", ["end", "state", "journal"])
-def test_a_page_of_a_volume_that_has_backups_itself_is_no_mark(disk: Disk, kind: str) -> None:
-    """It is the last of what an interrupted sync has left, where the mark would be."""
+@pytest.mark.parametrize("kind", ["end", "state", "spool", "version"])
+def test_a_page_of_a_volume_that_has_backups_itself_is_no_footer(disk: Disk, kind: str) -> None:
+    """It is the last of what an interrupted sync has left, where a footer would be."""
     disk.back_up()
     old = disk.image()
-    content: dict[str, Any] = {"snapshot": {"size": MIB}, "mtime_ns": 0}
-    block = dosvob.seal(kind, content if kind == "state" else {**content, "id": "0" * 32})
-    write_at(disk.device, 5 * MIB, block)
-    leave_uncommitted(disk.backups, NAME, disk.device)
-    assert disk.paths.journal.read_bytes().endswith(block)
+    write_at(disk.device, 5 * MIB, dosvob.seal(kind, {"id": "0" * 32}))
+    leave_spool(disk.backups, NAME, disk.device)
+    with dosvob.PatchFile(disk.paths.spool, "spool") as file:
+        assert file.footer is None
+        assert len(list(file.patches())) == 1
     assert not recover(disk.backups, NAME)
     assert disk.image() == old
     disk.check_settled()
 
 
-def test_a_journal_of_any_length_is_applied_as_a_whole_or_not_at_all(disk: Disk, pytestconfig: pytest.Config) -> None:
-    leave_committed(disk.backups, NAME, disk.device)
-    journal = disk.paths.journal.read_bytes()
-    head = BLOCK + dosvob.Patch.HEADER.size
-    lengths = [0, 1, 10, BLOCK - 1, BLOCK, head, len(journal) - 1]
-    lengths += [len(journal) - COMMIT_MARK + by for by in (-1, 0, 1)]
-    for length in (*lengths, *sampled(pytestconfig, range(0, len(journal), 5003), 40)):
-        disk.paths.journal.write_bytes(journal[:length])
-        assert not recover(disk.backups, NAME)  # kept, the good part of an interrupted sync
-        assert disk.paths.journal.exists() == (length >= BLOCK)
-        assert disk.image() == disk.old, length
-    disk.check_settled()
-
-
-def test_a_journal_cut_short_after_it_was_applied_in_part_is_taken_back(disk: Disk) -> None:
-    """Without its mark it promises nothing and is dropped, but the version that it would have left undoes it."""
-    leave_committed(disk.backups, NAME, disk.device)
-    chunk = next(n for n in range(CHUNKS - 2) if disk.old[n * MIB : (n + 1) * MIB] != disk.new[n * MIB : (n + 1) * MIB])
-    write_at(disk.paths.image, chunk * MIB, disk.new[chunk * MIB : (chunk + 1) * MIB])
-    os.truncate(disk.paths.journal, disk.paths.journal.stat().st_size - 1)
-    assert not recover(disk.backups, NAME)
-    assert not disk.paths.journal.exists()
+def test_what_is_put_back_has_its_old_length_and_time_so_that_nothing_is_fetched_twice(disk: Disk) -> None:
+    before = dosvob.identity_of(disk.paths.image)
+    leave_written(disk.backups, NAME, disk.device)
+    assert disk.paths.image.stat().st_size == len(disk.new)
+    assert recover(disk.backups, NAME)
+    assert dosvob.identity_of(disk.paths.image) == before
     assert disk.image() == disk.old
     assert verify(disk.paths) == [[]]
-    disk.back_up()
+    streams: list[AgentProcess] = []
+
+    def connect(first: int, window: int) -> AgentProcess:
+        streams.append(AgentProcess(disk.device, first, window))
+        return streams[-1]
+
+    back_up(disk.backups, NAME, disk.device, connect=connect)
     assert disk.image() == disk.new
-    assert verify(disk.paths) == [[], []]
+    assert streams[0].received < 8 * KIB  # digests alone
 
 
-def test_what_a_damaged_journal_has_done_is_taken_back_also_its_growth(disk: Disk) -> None:
-    leave_committed(disk.backups, NAME, disk.device)
-    disk.paths.image.write_bytes(disk.new)
-    check_set_aside(disk, flipped(disk.paths.journal.read_bytes(), BLOCK + 40, 0), "applied")
-    assert not any(verify(disk.paths))
+def test_an_undo_is_of_no_use_to_another_state_than_its_own(disk: Disk) -> None:
+    """Somebody put back an older copy of image and state, and the undo of a crash lies there still."""
+    image, state = disk.paths.image.read_bytes(), disk.paths.state.read_bytes()
+    disk.back_up()
+    scatter(disk.device, 7, CHUNKS * MIB)
+    leave_written(disk.backups, NAME, disk.device)
+    disk.paths.image.write_bytes(image)
+    disk.paths.state.write_bytes(state)
+    shutil.rmtree(disk.paths.versions)
+    with contextlib.closing(dosvob.Chain(disk.paths)) as chain:
+        assert not any(damaged.ranges for damaged in chain.verify(lambda count: None))
+    assert not recover(disk.backups, NAME)
+    assert disk.image() == image
+    assert verify(disk.paths) == [[]]
     disk.check_settled()
 
 
-def other_version(disk: Disk, **head: str) -> None:
-    """A new version in good order that differs in its head."""
-    with dosvob.PatchFile(disk.paths.new_version, "version") as file:
-        content = {**file.head, **head}
-        patches = [dataclasses.replace(patch, data=bytes(patch.data)) for _, patch in file.patches()]
-    writer = dosvob.PatchFile.create(disk.paths.new_version, "version", content)
-    for patch in patches:
-        writer.append(patch)
-    writer.complete({})
-    writer.close()
-
-
-NEW_VERSION_DAMAGES: dict[str, Callable[[Disk], object]] = {
-    "of another journal": lambda disk: other_version(disk, journal="0" * 32),
-    "without an end": lambda disk: os.truncate(disk.paths.new_version, disk.paths.new_version.stat().st_size - BLOCK),
-    "gone": lambda disk: disk.paths.new_version.unlink(),
-}
-
-
-@pytest.mark.parametrize("what", NEW_VERSION_DAMAGES)
-def test_a_version_that_does_not_fit_the_journal_is_not_used(disk: Disk, what: str) -> None:
-    leave_committed(disk.backups, NAME, disk.device)
-    journal = disk.paths.journal.read_bytes()
-    NEW_VERSION_DAMAGES[what](disk)
-    with contextlib.closing(dosvob.Chain(disk.paths)) as chain:
-        assert chain.versions == []
-    disk.paths.journal.write_bytes(flipped(journal, BLOCK + 40, 0))
-    before = dosvob.identity_of(disk.paths.image)
-    with pytest.raises(dosvob.Damaged, match="it is applied no further"):
-        recover(disk.backups, NAME)
-    assert dosvob.identity_of(disk.paths.image) == before
-    disk.paths.journal.write_bytes(journal)
-    assert recover(disk.backups, NAME)
+@pytest.mark.parametrize("keeps_none", [True, False])
+def test_an_image_without_a_state_is_put_back_too(disk: Disk, keeps_none: bool) -> None:
+    """Without versions nothing is kept of it, and with none to be kept neither."""
+    disk.paths.state.unlink()
+    with power_cut_at(dosvob.Update, "_complete_state"):
+        keep = dosvob.Keep(0, 0, 0, 0) if keeps_none else dosvob.Keep()
+        back_up(disk.backups, NAME, disk.device, keep=keep)
     assert disk.image() == disk.new
-    if what != "without an end":  # which is the journal's own, though damaged
-        assert disk.versions() == []
+    target = disk.backups.parent / "restored"
+    with contextlib.closing(dosvob.Chain(disk.paths)) as chain:
+        assert chain.restore(0, target, lambda count: None)[0].read_bytes() == disk.old
+    assert recover(disk.backups, NAME)
+    assert disk.image() == disk.old
+    disk.back_up()
+    assert disk.image() == disk.new
+    assert disk.versions() == []
+    disk.check_settled()
+
+
+def test_with_no_versions_to_be_kept_an_undo_is_there_all_the_same_and_goes(disk: Disk) -> None:
+    none = dosvob.Keep(0, 0, 0, 0)
+    with power_cut_at(dosvob.Update, "_complete_state"):
+        back_up(disk.backups, NAME, disk.device, keep=none)
+    assert recover(disk.backups, NAME)
+    assert disk.image() == disk.old
+    back_up(disk.backups, NAME, disk.device, keep=none)
+    assert disk.image() == disk.new
+    assert not disk.paths.undo.exists()
+    assert disk.versions() == []
+
+
+def test_after_its_commit_an_undo_is_a_version_also_before_it_has_its_name(disk: Disk) -> None:
+    with power_cut_at(dosvob.Undo, "settle"):
+        disk.back_up()
+    assert disk.paths.undo.exists()
+    state = disk.paths.state.read_bytes()
+    assert disk.versions() == [disk.old]
+    assert not recover(disk.backups, NAME)
+    assert disk.paths.state.read_bytes() == state
+    assert not disk.paths.undo.exists()
+    assert disk.image() == disk.new
+    assert disk.versions() == [disk.old]
     disk.check_settled()
 
 
@@ -753,127 +778,100 @@ def test_a_new_image_has_another_time_than_the_old_one_also_within_a_second(disk
         assert dosvob.identity_of(disk.paths.image)["mtime_ns"] > before["mtime_ns"]
 
 
-def test_the_good_part_of_a_journal_is_used_again(disk: Disk) -> None:
-    def received() -> int:
-        streams: list[AgentProcess] = []
+def test_the_good_part_of_a_spool_is_used_again(disk: Disk) -> None:
+    streams: list[AgentProcess] = []
 
-        def connect(first: int, window: int) -> AgentProcess:
-            streams.append(AgentProcess(disk.device, first, window))
-            return streams[-1]
+    def connect(first: int, window: int) -> AgentProcess:
+        streams.append(AgentProcess(disk.device, first, window))
+        return streams[-1]
 
+    with power_cut_at(dosvob.Undo, "write"):
         back_up(disk.backups, NAME, disk.device, connect=connect)
-        return sum(stream.received for stream in streams)
-
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(dosvob.Journal, "apply", lambda journal, paths, heed: None)
-        all_of_it = received()
-    journal = disk.paths.journal.read_bytes()
-    disk.paths.journal.write_bytes(journal[: len(journal) - COMMIT_MARK - 1])
-    assert received() < all_of_it / 2
+    os.truncate(disk.paths.spool, disk.paths.spool.stat().st_size - 1)
+    back_up(disk.backups, NAME, disk.device, connect=connect)
+    assert streams[1].received < streams[0].received / 2
     assert disk.image() == disk.new
 
 
 def all_patches(path: Path) -> list[tuple[int, dosvob.Patch]]:
-    """The patches of a journal up to the first that is not whole, with their positions."""
+    """The patches of a spool up to the first that is not whole, with their positions."""
     found = []
-    with contextlib.suppress(dosvob.Damaged), dosvob.PatchFile(path, "journal") as file:
+    with contextlib.suppress(dosvob.Damaged), dosvob.PatchFile(path, "spool") as file:
         for position, patch in file.patches():
             found.append((position, dataclasses.replace(patch, data=bytes(patch.data))))
     return found
 
 
-def test_patches_read_from_a_damaged_journal_were_all_written(disk: Disk, pytestconfig: pytest.Config) -> None:
-    leave_committed(disk.backups, NAME, disk.device)
-    journal = disk.paths.journal.read_bytes()
-    written = all_patches(disk.paths.journal)
-    end = len(journal) - COMMIT_MARK
+def test_patches_read_from_a_damaged_spool_were_all_written(disk: Disk, pytestconfig: pytest.Config) -> None:
+    leave_spool(disk.backups, NAME, disk.device)
+    spool = disk.paths.spool.read_bytes()
+    written = all_patches(disk.paths.spool)
     assert len(written) > 5
-    assert written[-1][0] + written[-1][1].room == end
-    path = disk.backups.parent / "journal"
-    for position in sampled(pytestconfig, range(0, len(journal), 3001), 40):
-        for damaged in (flipped(journal, position, position % 8), journal[:position] + journal[position + 1 :]):
+    assert written[-1][0] + written[-1][1].length == len(spool)
+    path = disk.backups.parent / "spool"
+    for position in sampled(pytestconfig, range(0, len(spool), 3001), 40):
+        for damaged in (flipped(spool, position, position % 8), spool[:position] + spool[position + 1 :]):
             path.write_bytes(damaged)
             found = all_patches(path)
             assert found == written[: len(found)]
-            assert len(found) < len(written) or position >= end
+            assert len(found) < len(written)
 
 
-def test_patches_of_an_older_journal_behind_a_new_beginning_are_never_applied(disk: Disk) -> None:
-    """As a disk may have them where the new journal was never written; the same volume, image and chunks."""
-    leave_uncommitted(disk.backups, NAME, disk.device)
-    older, newer = disk.paths.journal.read_bytes(), disk.backups.parent / "newer"
-    with dosvob.PatchFile(disk.paths.journal, "journal") as file:
+def test_patches_of_an_older_spool_behind_a_new_beginning_are_never_used(disk: Disk) -> None:
+    """As a disk may have them where the new spool was never written; the same volume, image and chunks."""
+    leave_spool(disk.backups, NAME, disk.device)
+    older, newer = disk.paths.spool.read_bytes(), disk.backups.parent / "newer"
+    with dosvob.PatchFile(disk.paths.spool, "spool") as file:
         head = file.head
     taken_up = []
     for new_id in (head["id"], "0" * 32):
         newer.unlink(missing_ok=True)
-        writer = dosvob.PatchFile.create(newer, "journal", {**head, "id": new_id})
+        writer = dosvob.PatchFile.create(newer, "spool", {**head, "id": new_id})
         writer.append(dosvob.Patch(1, 0, 0, b"", bytes(32)))
         writer.close()
-        disk.paths.journal.write_bytes(newer.read_bytes() + older[BLOCK:])
-        taken_up.append(len(all_patches(disk.paths.journal)))
+        disk.paths.spool.write_bytes(newer.read_bytes() + older[BLOCK:])
+        taken_up.append(len(all_patches(disk.paths.spool)))
     assert taken_up[0] > taken_up[1] == 1
-    with disk.paths.journal.open("ab") as file:  # even if there is a mark behind them
-        file.write(dosvob.seal("end", {"id": "0" * 32, "snapshot": {"size": CHUNKS * MIB}, "mtime_ns": 0}))
-    committed = disk.paths.journal.read_bytes()
-    before = dosvob.identity_of(disk.paths.image)
-    check_set_aside(disk, committed, "older patches")
-    assert dosvob.identity_of(disk.paths.image) == before  # nor is the version that belongs to the older one
     write_at(disk.device, 0, os.urandom(CHUNKS * MIB))  # nothing of the older patches is there any more
-    disk.paths.journal.write_bytes(committed[:-COMMIT_MARK])
     disk.check_settled()
 
 
 @settings(deadline=None, database=None, print_blob=True)
 @given(st.binary(max_size=2000), st.booleans())
-def test_arbitrary_bytes_are_no_journal(junk: bytes, is_tail: bool) -> None:
+def test_arbitrary_bytes_are_no_patches(junk: bytes, is_tail: bool) -> None:
     """Alone, or behind a good beginning, of which they are no part."""
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "journal")
+        path = Path(directory, "spool")
         written = dosvob.Patch(0, 1, 1, b"w" * PAGE, bytes(32))
         if is_tail:
-            writer = dosvob.PatchFile.create(path, "journal", {"id": "an id"})
+            writer = dosvob.PatchFile.create(path, "spool", {"id": "an id"})
             writer.append(written)
             writer.close()
         with path.open("ab") as file:
             file.write(junk)
         assert [patch for _, patch in all_patches(path)] == [written] * is_tail
-        with dosvob.PatchFile(path, "journal") as found:
-            assert found.end is None
+        with dosvob.PatchFile(path, "spool") as found:
+            assert found.footer is None
 
 
-def test_the_journal_of_another_volume_is_not_applied(disk: Disk) -> None:
-    leave_committed(disk.backups, NAME, disk.device)
-    other = dosvob.ImagePaths(disk.backups, "other")
-    other.image.write_bytes(disk.old)
-    shutil.copy2(disk.paths.journal, other.journal)
-    with pytest.raises(dosvob.DosvobError, match="does not belong"):
-        recover(disk.backups, "other")
-    assert other.image.read_bytes() == disk.old
-
-
-@pytest.mark.parametrize("is_committed", [True, False])
-def test_a_journal_of_a_newer_version_is_kept_and_told(disk: Disk, is_committed: bool) -> None:
-    writer = make_journal(disk.paths, "volume-1")
-    write_at(disk.paths.journal, 0, dosvob.seal("journal", {**writer.head, "version": 2}))
-    if is_committed:
-        writer.complete({"snapshot": dataclasses.asdict(snapshot_of(disk.device, NAME)), "mtime_ns": 0})
-    writer.close()
-    kept = disk.paths.journal.read_bytes()
-    for command in (lambda: recover(disk.backups, NAME), disk.back_up):
+@pytest.mark.parametrize("kind", ["spool", "undo"])
+def test_a_file_of_a_newer_version_is_kept_and_told(disk: Disk, kind: str) -> None:
+    leave_written(disk.backups, NAME, disk.device, patches=0)
+    path = disk.paths.spool if kind == "spool" else disk.paths.undo
+    sealed_as = "spool" if kind == "spool" else "version"
+    with dosvob.PatchFile(path, sealed_as) as file:
+        head = file.head
+    write_at(path, 0, dosvob.seal(sealed_as, {**head, "version": 2}))
+    if kind == "spool":
+        recover(disk.backups, NAME)
+    kept = path.read_bytes()
+    commands: list[Callable[[], object]] = [disk.back_up]
+    commands += [lambda: recover(disk.backups, NAME)] if kind == "undo" else []
+    for command in commands:
         with pytest.raises(dosvob.DosvobError, match="newer dosvob"):
             command()
     assert disk.image() == disk.old
-    assert disk.paths.journal.read_bytes() == kept
-
-
-def make_journal(paths: dosvob.ImagePaths, volume_id: str) -> dosvob.PatchFile:
-    """A journal for the image as it is, with a patch of its first page."""
-    base = dosvob.identity_of(paths.image)
-    head = {"id": "a" * 32, "name": paths.name, "volume_id": volume_id, "base": base}
-    writer = dosvob.PatchFile.create(paths.journal, "journal", head)
-    writer.append(dosvob.Patch(0, 1, 1, b"n" * PAGE, bytes(32)))
-    return writer
+    assert path.read_bytes() == kept
 
 
 OLDER_JOURNAL = (
@@ -916,7 +914,6 @@ def test_a_state_of_an_older_dosvob_is_read_as_before(tmp_path: Path) -> None:
         dosvob.Snapshot("volume-1", NAME, "fra1", 2 * MIB, "2026-01-01T00:00:00Z"),
         "2026-01-01T00:05:00+00:00",
         3,
-        "0f" * 16,
         hashlib.sha256(disk.paths.state.read_bytes()[BLOCK:]).hexdigest(),
         {"size": 2 * MIB, "inode": 7, "mtime_ns": 1767225600 * 10**9},
     )
@@ -929,30 +926,114 @@ def test_a_state_of_an_older_dosvob_is_read_as_before(tmp_path: Path) -> None:
     disk.check_settled()
 
 
-@pytest.mark.parametrize("lost", [1, 1057, 1058, 1100], ids=lambda lost: f"{lost} bytes lost")
-def test_a_journal_of_an_older_dosvob_that_was_not_committed_is_dropped(tmp_path: Path, lost: int) -> None:
+def test_a_journal_of_dosvob_without_versions_is_kept_and_told(tmp_path: Path) -> None:
+    """The image may have been changed in part, and only the one that wrote the journal can complete it."""
     disk = OlderDisk(tmp_path)
-    disk.paths.journal.write_bytes(unpacked(OLDER_JOURNAL)[:-lost])
-    assert not recover(disk.backups, NAME)
-    assert not disk.paths.journal.exists()
-    assert disk.image() == disk.old
-    disk.check_settled()
-
-
-def test_a_committed_journal_of_an_older_dosvob_is_kept_and_told(tmp_path: Path) -> None:
-    """The image may have been changed in part, and only the older one can complete it."""
-    disk = OlderDisk(tmp_path)
-    disk.paths.journal.write_bytes(unpacked(OLDER_JOURNAL))
+    journal = disk.paths.metadata / f"{NAME}.journal"
+    journal.write_bytes(unpacked(OLDER_JOURNAL))
     with dosvob.Home(disk.backups).locked():  # it makes an id, which the older one did not have
         before = all_identities(disk.backups)
     for command in (lambda: recover(disk.backups, NAME), disk.back_up):
         with pytest.raises(dosvob.DosvobError, match=r"older dosvob.*must finish it"):
             command()
-    assert finish_journals(disk.backups) == {NAME}
+    assert recover_all(disk.backups) == {NAME}
     assert all_identities(disk.backups) == before
+    journal.unlink()  # as the message says
+    disk.check_settled()
 
 
-# -- a journal that is taken up
+class JournalDisk(Disk):
+    """What dosvob with a journal left when it was killed behind its commit mark, the image being written."""
+
+    def __init__(self, directory: Path, *, keeps_none: bool = False) -> None:
+        super().__init__(directory)
+        self.begin()
+        self.journal = self.paths.metadata / f"{NAME}.journal"
+        self.new_version = self.paths.metadata / f"{NAME}.version.new"
+        self.mark = "f" * 32
+        leave_written(self.backups, NAME, self.device)
+        with dosvob.PatchFile(self.paths.undo, "version") as undo:
+            head = {key: undo.head[key] for key in ("id", "time", "snapshot", "newer")}
+            self._copy(undo, self.new_version, "version", {**head, "journal": self.mark}, {})
+            base, newer, digests = undo.head["base"], undo.head["newer"], undo.head["newer_digests"]
+        with dosvob.PatchFile(self.paths.spool, "spool") as spool:
+            journal_head = {"id": self.mark, "name": NAME, "volume_id": "volume-1", "base": base}
+            self._copy(spool, self.journal, "journal", journal_head, {"snapshot": newer, "mtime_ns": 0})
+        for path in (self.paths.spool, self.paths.undo, *([self.new_version] if keeps_none else [])):
+            path.unlink()
+        state = {
+            "snapshot": newer, "completed_at": "2026-01-01T00:05:00+00:00", "reread": 1, "journal": self.mark,
+            "digests": digests, "identity": None,
+        }  # fmt: skip
+        write_at(self.paths.new_state, 0, dosvob.seal("state", state))
+
+    @staticmethod
+    def _copy(file: dosvob.PatchFile, target: Path, kind: str, head: Any, footer: Any) -> None:
+        with dosvob.PatchFile.create(target, kind, head) as writer:
+            for _, patch in file.patches():
+                writer.append(dataclasses.replace(patch, data=bytes(patch.data)))
+            writer.complete()
+            write_at(target, writer.limit, dosvob.seal("end", {**(writer.footer or {}), **footer}))
+
+
+def test_what_dosvob_with_a_journal_left_half_done_is_taken_back(tmp_path: Path) -> None:
+    disk = JournalDisk(tmp_path)
+    assert disk.image() == disk.new
+    assert recover_all(disk.backups) == set()
+    assert disk.image() == disk.old
+    assert not {path.name for path in disk.paths.metadata.iterdir()} & {f"{NAME}.journal", f"{NAME}.version.new"}
+    disk.back_up()
+    assert disk.versions() == [disk.old]
+    disk.check_settled()
+
+
+def test_what_it_left_behind_its_states_name_counts(tmp_path: Path) -> None:
+    disk = JournalDisk(tmp_path)
+    disk.paths.new_state.rename(disk.paths.state)
+    assert recover_all(disk.backups) == set()
+    assert disk.image() == disk.new
+    assert disk.versions() == [disk.old]
+    disk.check_settled()
+
+
+def test_a_takeover_that_is_cut_off_is_done_again(tmp_path: Path) -> None:
+    disk = JournalDisk(tmp_path)
+    for after in range(6):
+        with power_cut_at(dosvob.PatchFile, "append", after):
+            recover_all(disk.backups)
+        assert disk.journal.exists() or after == 5
+    with power_cut_at(dosvob.Undo, "put_back"):
+        recover_all(disk.backups)
+    assert recover_all(disk.backups) == set()
+    assert disk.image() == disk.old
+    disk.check_settled()
+
+
+@pytest.mark.parametrize("is_applied", [True, False])
+def test_where_it_kept_no_version_it_must_finish_what_it_left(tmp_path: Path, is_applied: bool) -> None:
+    disk = JournalDisk(tmp_path, keeps_none=True)
+    if is_applied:
+        disk.paths.new_state.rename(disk.paths.state)
+    assert recover_all(disk.backups) == (set() if is_applied else {NAME})
+    assert disk.journal.exists() != is_applied
+    assert disk.image() == disk.new
+    disk.journal.unlink(missing_ok=True)  # as the message says
+    disk.check_settled()
+
+
+@pytest.mark.parametrize("kept", [0, 1, BLOCK, 2 * BLOCK, -1])
+def test_what_it_left_before_its_commit_mark_is_dropped(disk: Disk, tmp_path: Path, kept: int) -> None:
+    (tmp_path / "journal").mkdir()
+    content = JournalDisk(tmp_path / "journal").journal.read_bytes()
+    journal = disk.paths.metadata / f"{NAME}.journal"
+    journal.write_bytes(content[:kept])
+    assert recover_all(disk.backups) == set()
+    assert not journal.exists()
+    assert disk.image() == disk.old
+    disk.check_settled()
+
+
+# -- a spool that is used again
 
 
 CHUNK_5 = 5 * MIB
@@ -960,7 +1041,7 @@ CHUNK_5 = 5 * MIB
 
 @pytest.mark.parametrize("taken_back", [1, 2])
 @pytest.mark.parametrize("between", [[], [{0: b"b"}], [{0: b"b"}, {0: b"c", 9: b"c"}], [{}, {9: b"d"}]], ids=str)
-def test_pages_that_the_volume_takes_back_between_syncs_are_not_what_was_journalled(
+def test_pages_that_the_volume_takes_back_between_syncs_are_not_what_was_spooled(
     disk: Disk, between: list[dict[int, bytes]], taken_back: int
 ) -> None:
     """An interrupted sync changed two pages of a chunk, and others may be interrupted before one comes to its end."""
@@ -976,8 +1057,8 @@ def test_pages_that_the_volume_takes_back_between_syncs_are_not_what_was_journal
     ids = set()
     for pages in ({0: b"a", 9: b"a"}, *between):
         change(pages)
-        leave_uncommitted(disk.backups, NAME, disk.device)
-        with dosvob.PatchFile(disk.paths.journal, "journal") as file:
+        leave_spool(disk.backups, NAME, disk.device)
+        with dosvob.PatchFile(disk.paths.spool, "spool") as file:
             ids.add(file.head["id"])
     assert len(ids) == 1  # it is taken up each time
     change({9: b"a"} if taken_back == 1 else {})
@@ -987,13 +1068,13 @@ def test_pages_that_the_volume_takes_back_between_syncs_are_not_what_was_journal
     disk.check_settled()
 
 
-def test_a_journalled_chunk_that_decayed_to_what_the_volume_has_is_left_as_it_is(disk: Disk) -> None:
-    """So that what was journalled for it is of no use any more, and must not be applied."""
+def test_a_spooled_chunk_that_decayed_to_what_the_volume_has_is_left_as_it_is(disk: Disk) -> None:
+    """So that what was fetched for it is of no use any more, and must not be written."""
     write_at(disk.device, CHUNK_5, os.urandom(MIB))
     disk.back_up()
     before = disk.device.read_bytes()
     write_at(disk.device, CHUNK_5, os.urandom(PAGE))
-    leave_uncommitted(disk.backups, NAME, disk.device)
+    leave_spool(disk.backups, NAME, disk.device)
     write_at(disk.device, CHUNK_5, before[CHUNK_5 : CHUNK_5 + PAGE])
     decay(disk.paths.image, CHUNK_5 + 9 * PAGE)
     write_at(disk.device, CHUNK_5 + 9 * PAGE, disk.image()[CHUNK_5 + 9 * PAGE :][:PAGE])
@@ -1002,50 +1083,49 @@ def test_a_journalled_chunk_that_decayed_to_what_the_volume_has_is_left_as_it_is
     assert verify(disk.paths)[0] == []
 
 
-def test_a_journalled_chunk_that_decayed_elsewhere_is_mended(disk: Disk) -> None:
-    """Where its patch has nothing: with the patch it is not what the journal says that it becomes."""
+def test_a_spooled_chunk_that_decayed_elsewhere_is_mended(disk: Disk) -> None:
+    """Where its patch has nothing: with the patch it is not what the spool says that it becomes."""
     write_at(disk.device, CHUNK_5, os.urandom(MIB))
     disk.back_up()
     write_at(disk.device, CHUNK_5, os.urandom(PAGE))
-    leave_uncommitted(disk.backups, NAME, disk.device)
+    leave_spool(disk.backups, NAME, disk.device)
     decay(disk.paths.image, CHUNK_5 + 9 * PAGE)
     assert disk.back_up()[0].differing.ranges == [mebibyte(5)]
     assert disk.image() == disk.device.read_bytes()
     assert verify(disk.paths)[0] == []
 
 
-def test_a_journalled_chunk_that_cannot_be_read_any_more_is_all_written(
+def test_a_spooled_chunk_that_cannot_be_read_any_more_is_all_written(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where its patch has all that is no zeros: what cannot be read may be elsewhere."""
     write_at(disk.device, CHUNK_5, bytes(9 * PAGE) + os.urandom(PAGE) + bytes(MIB - 10 * PAGE))
     disk.back_up()
     write_at(disk.device, CHUNK_5 + 9 * PAGE, os.urandom(PAGE))
-    leave_uncommitted(disk.backups, NAME, disk.device)
+    leave_spool(disk.backups, NAME, disk.device)
     bad = BadPages(disk, [CHUNK_5 // PAGE + 20], monkeypatch)
     assert disk.back_up()[0].differing.ranges == [mebibyte(5)]
     assert not bad.pages
     assert disk.image() == disk.device.read_bytes()
 
 
-def test_of_two_patches_of_a_chunk_a_recovery_applies_the_last(disk: Disk) -> None:
+def test_of_two_patches_of_a_chunk_the_last_counts(disk: Disk) -> None:
     disk.back_up()
-    for leave in (leave_uncommitted, leave_committed):
+    for _ in range(2):
         write_at(disk.device, CHUNK_5, os.urandom(PAGE))
-        leave(disk.backups, NAME, disk.device)
-    assert [patch.index for _, patch in all_patches(disk.paths.journal)] == [5, 5]
-    assert recover(disk.backups, NAME)
+        leave_spool(disk.backups, NAME, disk.device)
+    assert [patch.index for _, patch in all_patches(disk.paths.spool)] == [5, 5]
+    disk.back_up()
     assert disk.image() == disk.device.read_bytes()
 
 
-def test_nothing_stays_behind_the_good_part_of_a_journal(disk: Disk) -> None:
-    leave_uncommitted(disk.backups, NAME, disk.device)
-    journal = disk.paths.journal.read_bytes()
-    disk.paths.journal.write_bytes(flipped(journal, BLOCK + 40, 0))
+def test_nothing_stays_behind_the_good_part_of_a_spool(disk: Disk) -> None:
+    leave_spool(disk.backups, NAME, disk.device)
+    spool = disk.paths.spool.read_bytes()
+    disk.paths.spool.write_bytes(flipped(spool, BLOCK + 40, 0))
     disk.device.write_bytes(disk.old)
-    leave_committed(disk.backups, NAME, disk.device)
-    assert disk.paths.journal.stat().st_size == 2 * BLOCK
-    assert recover(disk.backups, NAME)
+    leave_spool(disk.backups, NAME, disk.device)
+    assert disk.paths.spool.stat().st_size == BLOCK
     disk.check_settled()
 
 
@@ -1056,7 +1136,7 @@ def test_a_chunk_that_was_zeros_in_an_interrupted_sync_gets_its_data_back(disk: 
     write_at(disk.device, CHUNK_5, data)
     disk.back_up()
     write_at(disk.device, CHUNK_5, bytes(MIB))
-    leave_uncommitted(disk.backups, NAME, disk.device)
+    leave_spool(disk.backups, NAME, disk.device)
     contents = {
         "what it was": data,
         "a part of it": bytes(MIB // 2) + data[MIB // 2 :],
@@ -1068,117 +1148,56 @@ def test_a_chunk_that_was_zeros_in_an_interrupted_sync_gets_its_data_back(disk: 
     disk.check_settled()
 
 
-# -- what goes wrong behind the commit mark
+# -- what goes wrong while the image is written
 
 
-def foreign_state(disk: Disk) -> bytes:
-    """A state in good order that does not belong to the journal: the one before, or of another sync."""
-    state = dosvob.State.load(disk.paths.new_state)
-    assert state is not None
-    other = dosvob.seal("state", dataclasses.asdict(dataclasses.replace(state, journal="0" * 32)))
-    return other + disk.paths.new_state.read_bytes()[BLOCK:]
-
-
-NEW_STATE_DAMAGES: dict[str, Callable[[Disk], bytes | None]] = {
-    "head": lambda disk: flipped(disk.paths.new_state.read_bytes(), 100, 1),
-    "table": lambda disk: flipped(disk.paths.new_state.read_bytes(), BLOCK + 40, 1),
-    "cut": lambda disk: disk.paths.new_state.read_bytes()[:-1],
-    "gone": lambda disk: None,
-    "of another journal": foreign_state,
-    "the old one": lambda disk: disk.paths.state.read_bytes(),
-}
-
-
-@pytest.mark.parametrize("what", NEW_STATE_DAMAGES)
-def test_a_new_state_that_does_not_fit_the_journal_is_not_trusted_nor_is_the_old_one(disk: Disk, what: str) -> None:
-    leave_committed(disk.backups, NAME, disk.device)
-    content = NEW_STATE_DAMAGES[what](disk)
-    if content is None:
-        disk.paths.new_state.unlink()
-    else:
-        disk.paths.new_state.write_bytes(content)
-    with contextlib.suppress(dosvob.Damaged), contextlib.closing(dosvob.Chain(disk.paths)) as chain:
-        assert chain.state is None
-    assert recover(disk.backups, NAME)
-    assert disk.image() == disk.new
-    assert not disk.paths.state.exists()
-    assert not disk.paths.new_state.exists()
-    assert disk.versions() == [disk.old]
-    update, _ = disk.back_up()
-    assert (update.changed, update.differing.ranges) == (0, [])
-    disk.check_settled()
-    assert disk.old in disk.versions()
-
-
-@pytest.mark.parametrize("is_torn", [True, False])
-def test_a_version_that_is_torn_is_listed_so_and_one_of_another_journal_is_not(disk: Disk, is_torn: bool) -> None:
-    """A torn one keeps its place in the chain: all that are older lead back over it."""
-    leave_committed(disk.backups, NAME, disk.device)
-    version = disk.paths.new_version.read_bytes()
-    with dosvob.PatchFile(disk.paths.new_version, "version") as file:
-        head = dosvob.seal("version", {**file.head, "journal": "0" * 32})
-    disk.paths.new_version.write_bytes(version[:-1] if is_torn else head + version[BLOCK:])
-    assert disk.versions() == []
-    assert recover(disk.backups, NAME)
-    assert disk.image() == disk.new
-    assert [version.is_whole for version in dosvob.Versions(disk.paths).all()] == ([False] if is_torn else [])
-    disk.check_settled()
-
-
-def test_a_crash_between_the_new_states_name_and_the_journals_removal_loses_neither(
+def test_a_spool_that_decays_before_it_is_written_is_taken_back_at_once(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave_committed(disk.backups, NAME, disk.device)
-    unlink = Path.unlink
+    """And what is good of it is used again."""
+    before = dosvob.identity_of(disk.paths.image)
+    write_image = dosvob.Update._write_image
 
-    def crash(path: Path, missing_ok: bool = False) -> None:
-        if path == disk.paths.journal:
-            raise KeyboardInterrupt
-        unlink(path, missing_ok)
+    def decayed(update: dosvob.Update, spool: dosvob.Spool) -> Any:
+        position, patch = all_patches(disk.paths.spool)[-1]
+        write_at(disk.paths.spool, position + patch.length - 9, b"decayed")
+        return write_image(update, spool)
 
     with monkeypatch.context() as patches:
-        patches.setattr(Path, "unlink", crash)
-        with pytest.raises(KeyboardInterrupt):
-            recover(disk.backups, NAME)
-    state, new = disk.paths.state.read_bytes(), disk.paths.new_state.exists()
-    assert not new
-    assert recover(disk.backups, NAME)
-    assert disk.paths.state.read_bytes() == state
+        patches.setattr(dosvob.Update, "_write_image", decayed)
+        with pytest.raises(dosvob.Damaged):
+            disk.back_up()
+    assert disk.image() == disk.old
+    assert dosvob.identity_of(disk.paths.image) == before
+    assert not disk.paths.undo.exists()
+    assert len(all_patches(disk.paths.spool)) > 3
+    disk.back_up()
     assert disk.image() == disk.new
-    assert not any(verify(disk.paths))
-    assert disk.versions() == [disk.old]
     disk.check_settled()
 
 
-def test_a_journal_that_decays_between_its_check_and_its_application_is_no_success(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is applied by then is; no state is made of it that would be trusted."""
-    leave_committed(disk.backups, NAME, disk.device)
-    patches = all_patches(disk.paths.journal)
-    position, patch = max((found for found in patches if found[1].filled), key=lambda found: found[1].index)
+def test_a_signal_while_the_image_is_written_leaves_it_to_the_next_command(disk: Disk) -> None:
     heeded: list[int] = []
 
     def heed(count: int) -> None:
         heeded.append(count)
-        if len(heeded) == len(patches) + 1:  # all were checked, and the first is applied
-            write_at(disk.paths.journal, position + patch.room - 9, b"decayed")
+        if not disk.paths.undo.exists():
+            heeded.clear()
+        elif len(heeded) > 30:
+            raise dosvob.Interrupted
 
-    state = disk.paths.state.read_bytes()
-    with pytest.raises(dosvob.Damaged):
-        dosvob.Journal.finish(disk.paths, lambda text: None, heed)
-    assert len(patches) < len(heeded) < 2 * len(patches)
-    assert disk.paths.journal.exists()
-    assert disk.paths.state.read_bytes() == state
-    kept = dosvob.State.load(disk.paths.state)
-    assert kept is not None
-    assert kept.identity != dosvob.identity_of(disk.paths.image)
-    with pytest.raises(dosvob.Damaged):  # so nothing is restored of it
-        dosvob.Chain(disk.paths)
-    assert finish_journals(disk.backups) == {NAME}
+    snapshot = snapshot_of(disk.device, NAME, taken_at="2026-01-02T00:00:00Z")
+    with contextlib.closing(dosvob.Update(disk.paths, snapshot, dosvob.Keep(), print, heed)) as update:
+        connect: Any = lambda first, window: AgentProcess(disk.device, first, window)  # noqa: E731
+        sync_device(connect, update, print)
+        with pytest.raises(dosvob.Interrupted):
+            update.finish()
+    interrupted = disk.paths.undo.exists()
+    assert recover(disk.backups, NAME) == interrupted
+    assert disk.image() == disk.old
     disk.back_up()
     assert disk.image() == disk.new
-    assert verify(disk.paths)[0] == []
+    disk.check_settled()
 
 
 def test_an_image_that_appears_during_a_first_sync_is_not_overwritten(tmp_path: Path) -> None:
@@ -1197,15 +1216,11 @@ def test_an_image_that_appears_during_a_first_sync_is_not_overwritten(tmp_path: 
     disk.check_settled()
 
 
-@pytest.mark.parametrize("is_committed", [True, False])
-def test_a_journal_whose_image_is_not_there_is_kept_if_it_may_be_needed(disk: Disk, is_committed: bool) -> None:
-    """An image that is in the middle of a change may have been moved elsewhere; before its change it is whole."""
-    leave_committed(disk.backups, NAME, disk.device)
-    if not is_committed:
-        os.truncate(disk.paths.journal, disk.paths.journal.stat().st_size - COMMIT_MARK)
+def test_an_undo_whose_image_was_deleted_is_of_no_use(disk: Disk) -> None:
+    leave_written(disk.backups, NAME, disk.device)
     disk.paths.image.unlink()
-    assert finish_journals(disk.backups) == ({NAME} if is_committed else set())
-    assert len(list(disk.paths.metadata.glob("*.damaged-*"))) == is_committed
+    assert recover_all(disk.backups) == set()
+    assert not disk.paths.undo.exists()
     update, warnings = disk.back_up()
     assert update.changed
     assert not warnings
@@ -1217,40 +1232,47 @@ def test_the_script_backs_up_afresh_when_the_image_of_an_interrupted_sync_was_de
     write_at(volume.path, 5 * MIB, b"old")
     home.run()
     paths = dosvob.ImagePaths(home.backups, NAME)
-    make_journal(paths, volume.id).close()  # what came until the crash
+    head = {"id": "a" * 32, "volume_id": volume.id, "base": dosvob.identity_of(paths.image)}
+    dosvob.PatchFile.create(paths.spool, "spool", head).close()  # what came until the crash
     paths.image.unlink()
     done = home.run()
     assert not done.stderr
     assert same(paths.image, volume.path)
-    assert not paths.journal.exists()
+    assert not paths.spool.exists()
 
 
-def test_a_journal_with_records_beyond_the_volumes_end_does_no_harm(disk: Disk) -> None:
+def test_a_spool_with_patches_beyond_the_volumes_end_does_no_harm(disk: Disk) -> None:
     """It was begun when the volume was said to be larger."""
-    leave_uncommitted(disk.backups, NAME, disk.device)
+    leave_spool(disk.backups, NAME, disk.device)
     os.truncate(disk.device, (CHUNKS - 2) * MIB)
     with contextlib.suppress(dosvob.DosvobError):  # nothing of it is applied
         disk.back_up()
     disk.check_settled()
 
 
+@pytest.mark.parametrize("kind", ["spool", "undo", "journal"])
 @pytest.mark.parametrize("junk", [b"", b"junk"], ids=["zeros", "junk"])
-def test_the_script_does_not_take_a_large_file_that_is_no_journal_into_memory(home: Home, junk: bytes) -> None:
+def test_the_script_does_not_take_a_large_file_that_is_none_of_its_own_into_memory(
+    home: Home, junk: bytes, kind: str
+) -> None:
     """As a power cut may leave it."""
     volume = home.simulator.add_volume(NAME)
     home.run()
     write_at(volume.path, 5 * MIB, b"new")
-    journal = home.backups / ".dosvob" / f"{NAME}.journal"
-    journal.write_bytes(junk)
-    os.truncate(journal, 64 * GIB)
+    path = home.backups / ".dosvob" / f"{NAME}.{kind}"
+    path.write_bytes(junk)
+    os.truncate(path, 64 * GIB)
     limited = ("sh", "-c", f'ulimit -v {8 * GIB // KIB}; exec "$@"', "sh")
+    if kind == "journal":
+        assert "must finish it" in home.run("verify", wrapper=limited, expect=1).stderr
+        path.unlink()
     assert "sound" in home.run("verify", wrapper=limited).stdout
     assert not home.run(wrapper=limited).stderr
     assert same(home.image(NAME), volume.path)
-    assert not journal.exists()
+    assert not path.exists()
 
 
-def test_a_journal_that_is_taken_up_again_and_again_does_not_grow_by_what_it_has(
+def test_a_spool_that_is_used_again_and_again_does_not_grow_by_what_it_has(
     disk: Disk, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
     """A few hot chunks are other ones whenever a sync is begun, and no sync is finished."""
@@ -1266,7 +1288,7 @@ def test_a_journal_that_is_taken_up_again_and_again_does_not_grow_by_what_it_has
         cut = chance.randrange(hot * MIB // 2, hot * MIB) if whole else chance.randrange(4 * KIB, MIB)
         with pytest.raises(dosvob.ConnectionLost, match="cut"):
             back_up(disk.backups, NAME, disk.device, connect=cut_connection(disk.device, cut))
-        grown = disk.paths.journal.stat().st_size - size
+        grown = disk.paths.spool.stat().st_size - size
         size += grown
         assert grown <= BLOCK + hot * (MIB + dosvob.Patch.HEADER.size), number
     disk.check_settled()
@@ -1285,14 +1307,14 @@ def heat(disk: Disk, chunk: int, chance: random.Random, *, whole: bool) -> None:
 
 
 @pytest.mark.parametrize("good_reads", range(4))
-def test_a_chunk_that_cannot_be_read_any_more_when_its_journal_is_continued_is_not_guessed(
+def test_a_chunk_that_cannot_be_read_any_more_when_its_spool_is_used_again_is_not_guessed(
     disk: Disk, monkeypatch: pytest.MonkeyPatch, good_reads: int
 ) -> None:
     """It is read for its digest, for its pages, and for the version; then, or before, the disk fails."""
     write_at(disk.device, 5 * MIB, os.urandom(MIB))
     disk.back_up()
     write_at(disk.device, 5 * MIB, os.urandom(PAGE))
-    leave_uncommitted(disk.backups, NAME, disk.device)
+    leave_spool(disk.backups, NAME, disk.device)
     write_at(disk.device, 5 * MIB + PAGE, os.urandom(PAGE))
     bad = BadPages(disk, [], monkeypatch)
     read_part = dosvob.SparseFile.read
@@ -1315,7 +1337,7 @@ def test_a_chunk_that_cannot_be_read_any_more_when_its_journal_is_continued_is_n
     assert versions[0] == ([] if good_reads >= 3 else [mebibyte(5)])
     disk.back_up()
     assert disk.image() == disk.device.read_bytes()
-    assert not disk.paths.journal.exists()
+    assert not disk.paths.spool.exists()
 
 
 def cut_connection(device: Path, cut: int, connections: int = 1, most: int = 4 * KIB) -> Callable[[int, int], Any]:
@@ -1324,19 +1346,18 @@ def cut_connection(device: Path, cut: int, connections: int = 1, most: int = 4 *
     return lambda first, window: AgentProcess(device, first, window, most=most, cut=left.pop() if left else None)
 
 
-def test_a_journal_that_vanishes_during_the_sync_is_an_error(disk: Disk) -> None:
+def test_a_spool_that_is_deleted_during_the_sync_is_no_loss(disk: Disk) -> None:
     def connect(first: int, window: int) -> AgentProcess:
-        disk.paths.journal.unlink()
+        disk.paths.spool.unlink()
         return AgentProcess(disk.device, first, window)
 
-    with pytest.raises(dosvob.DosvobError, match=r"data\.journal has gone"):
-        back_up(disk.backups, NAME, disk.device, connect=connect)
-    assert disk.image() == disk.old
+    back_up(disk.backups, NAME, disk.device, connect=connect)
+    assert disk.image() == disk.new
     disk.check_settled()
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_volume_that_does_not_fit_into_a_commit_mark_is_refused_before_anything_changes(
+def test_a_volume_that_does_not_fit_into_a_head_is_refused_before_anything_changes(
     tmp_path: Path, is_first: bool
 ) -> None:
     disk = Disk(tmp_path)
@@ -1414,20 +1435,10 @@ class Trouble:
     cure: Callable[[dosvob.ImagePaths], None] = lambda paths: None
 
 
-def failing_journal(home: Home, volume: Volume) -> tuple[str, ...]:
-    """The disk fails when the journal is made durable."""
-    journal = str(home.backups / ".dosvob" / f"{NAME}.journal")
-    return ("strace", "-o", "/dev/null", "-P", journal, "-e", "trace=fsync", "--inject=fsync:error=EIO")
-
-
-def damaged_journal(home: Home, volume: Volume) -> tuple[str, ...]:
-    """There is a committed journal, which has decayed."""
-    paths = dosvob.ImagePaths(home.backups, NAME)
-    writer = make_journal(paths, volume.id)
-    writer.complete({"snapshot": dataclasses.asdict(dosvob.Snapshot(volume.id, NAME, "fra1", GIB, "")), "mtime_ns": 0})
-    writer.close()
-    write_at(paths.journal, BLOCK + dosvob.Patch.HEADER.size, b"decay")
-    return ()
+def failing_undo(home: Home, volume: Volume) -> tuple[str, ...]:
+    """The disk fails when the undo is made durable."""
+    undo = str(home.backups / ".dosvob" / f"{NAME}.undo")
+    return ("strace", "-o", "/dev/null", "-P", undo, "-e", "trace=fsync", "--inject=fsync:error=EIO")
 
 
 def damaged_state(home: Home, volume: Volume) -> tuple[str, ...]:
@@ -1437,8 +1448,7 @@ def damaged_state(home: Home, volume: Volume) -> tuple[str, ...]:
 
 
 TROUBLES = [
-    Trouble(failing_journal, ("Input/output error", "the disk may be failing")),
-    Trouble(damaged_journal, (f"the journal of {NAME} is damaged", "set aside as")),
+    Trouble(failing_undo, ("Input/output error", "the disk may be failing")),
     Trouble(damaged_state, (f"{NAME}.state is damaged", "Delete that file"), lambda paths: paths.state.unlink()),
 ]
 
@@ -1558,7 +1568,7 @@ def test_the_script_finds_what_was_written_through_a_loop_mount(home: Home, tmp_
     assert same(home.image(NAME), volume.path)
 
 
-@pytest.mark.parametrize("is_changed", [True, False], ids=["with journal", "without"])
+@pytest.mark.parametrize("is_changed", [True, False], ids=["with changes", "without"])
 def test_what_is_written_to_the_image_during_a_sync_is_found_by_the_next(disk: Disk, is_changed: bool) -> None:
     disk.back_up()
     if is_changed:
@@ -1573,19 +1583,18 @@ def test_what_is_written_to_the_image_during_a_sync_is_found_by_the_next(disk: D
     check_found_and_mended(disk, place)
 
 
-@pytest.mark.parametrize("is_applied_in_part", [True, False])
-def test_what_is_written_to_the_image_between_a_crash_and_its_recovery_is_found(
-    disk: Disk, is_applied_in_part: bool
+def test_what_is_written_to_the_image_between_a_crash_and_its_recovery_is_put_back_where_the_undo_has_it(
+    disk: Disk,
 ) -> None:
+    """Elsewhere it is found as decay is: an image that was put back has its old time."""
     disk.back_up()
-    place = rewritten(disk, 6)
     write_at(disk.device, 3 * MIB, b"changed")
-    leave_committed(disk.backups, NAME, disk.device)
-    if is_applied_in_part:
-        write_at(disk.paths.image, 3 * MIB, b"chan")
-    write_at(disk.paths.image, place, b"by somebody")
+    before = disk.image()
+    leave_written(disk.backups, NAME, disk.device)
+    write_at(disk.paths.image, 3 * MIB + 5, b"by somebody")
     assert recover(disk.backups, NAME)
-    check_found_and_mended(disk, place)
+    assert disk.image() == before
+    disk.check_settled()
 
 
 def rewritten(disk: Disk, chunk: int) -> int:
@@ -1655,27 +1664,22 @@ def test_the_script_leaves_a_link_alone_whose_disk_is_not_mounted(home: Home, tm
     assert same(mounted / NAME, volume.path)
 
 
-@pytest.mark.parametrize("is_committed", [True, False])
-def test_a_journal_is_kept_while_the_disk_that_its_image_is_linked_to_is_not_mounted(
-    disk: Disk, is_committed: bool
+@pytest.mark.parametrize("patches", [0, 3, None])
+def test_an_undo_is_kept_while_the_disk_that_its_image_is_linked_to_is_not_mounted(
+    disk: Disk, patches: int | None
 ) -> None:
-    """The image may have been changed in part already."""
     mounted, unmounted = disk.backups / "mounted", disk.backups / "unmounted"
     mounted.mkdir()
     disk.paths.image.rename(mounted / NAME)
     disk.paths.image.symlink_to(mounted / NAME)
-    leave_committed(disk.backups, NAME, disk.device)
-    if is_committed:
-        write_at(disk.paths.image, 0, disk.new[: 3 * MIB])
-    else:
-        os.truncate(disk.paths.journal, disk.paths.journal.stat().st_size - COMMIT_MARK)
-    kept = disk.paths.journal.read_bytes()
+    leave_written(disk.backups, NAME, disk.device, patches)
+    kept = disk.paths.undo.read_bytes()
     mounted.rename(unmounted)
-    finish_journals(disk.backups)
-    assert disk.paths.journal.read_bytes() == kept
+    assert recover_all(disk.backups) == {NAME}
+    assert disk.paths.undo.read_bytes() == kept
     unmounted.rename(mounted)
-    assert recover(disk.backups, NAME) == is_committed
-    assert disk.image() == (disk.new if is_committed else disk.old)
+    assert recover(disk.backups, NAME)
+    assert disk.image() == disk.old
     disk.check_settled()
 
 
@@ -1691,8 +1695,8 @@ def test_images_and_states_are_for_their_owner_only(home: Home) -> None:
     paths = dosvob.ImagePaths(home.backups, NAME)
     wrapper = (*strace(home.backups, NAME, "-o", str(trace), "--inject=ftruncate:signal=KILL:when=2"),)
     home.run("--backups", str(home.backups), wrapper=(*wrapper, "sh", "-c", 'umask 0; exec "$@"', "sh"), expect=None)
-    assert paths.journal.exists()
-    for path in (paths.image, paths.state, paths.new_state, paths.journal, paths.new_version):
+    assert paths.spool.exists()
+    for path in (paths.image, paths.state, paths.new_state, paths.spool, paths.undo):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     home.run()
     assert stat.S_IMODE(paths.image.stat().st_mode) == 0o600
@@ -1718,7 +1722,7 @@ def test_a_hostile_name_is_no_path(tmp_path: Path, name: str) -> None:
 
 
 def test_names_that_only_look_dangerous_are_apart_from_each_other(tmp_path: Path) -> None:
-    names = ("lock", "data", "data-partial", "state", "journal", "a", "a" * 64)
+    names = ("lock", "data", "data-partial", "state", "spool", "a", "a" * 64)
     files = [path for name in names for path in vars(dosvob.ImagePaths(tmp_path, name)).values()]
     found = [path for path in files if isinstance(path, Path) and path not in (tmp_path, tmp_path / ".dosvob")]
     assert len(set(found)) == len(found) == 7 * len(names)
@@ -1746,7 +1750,7 @@ def outside(home: Home) -> set[Path]:
     return {*home.directory.parent.iterdir(), *home.directory.iterdir()} - {home.backups}
 
 
-def test_room_is_made_of_the_end_of_a_first_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_is_made_of_the_end_of_a_first_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of one that has begun anew: what it has not come to yet is the end."""
     device, chunks = tmp_path / "device", 2000  # of which a window is but a part
     device.touch()
@@ -1755,9 +1759,9 @@ def test_room_is_made_of_the_end_of_a_first_sync(tmp_path: Path, monkeypatch: py
     paths = dosvob.ImagePaths(tmp_path, NAME)
     paths.metadata.mkdir()
     subprocess.run(["cp", "--sparse=always", device, paths.partial], check=True)
-    monkeypatch.setattr(dosvob.Update, "ROOM_FOR_OTHERS", MIB)
+    monkeypatch.setattr(dosvob.Update, "SPACE_FOR_OTHERS", MIB)
     with contextlib.closing(dosvob.Update(paths, snapshot_of(device, NAME), dosvob.Keep(), print)) as update:
-        update.give_room()
+        update.free_space()
     assert data_places(paths.partial) == {0, 1, chunks - 2}
     with device.open("rb") as file:
         assert file.read(2 * MIB) == paths.partial.read_bytes()[: 2 * MIB]

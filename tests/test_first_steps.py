@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MIB, SCRIPT, Home, write_at
+from conftest import MIB, SCRIPT, Home, same, write_at
 from pythons import python_3
 from simulator import FOREVER, Droplet, Fault, Resource, Simulator, Snapshot, Volume
 from trouble_support import (
@@ -185,6 +185,28 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(home: Home, pa
 def test_a_python_without_any_packages_is_told_what_to_install(home: Home, arguments: tuple[str, ...]) -> None:
     done = run_bare(home, [sys.executable, "-I", "-S", str(SCRIPT), *arguments])
     assert_package_asked_for(done, "requests", "paramiko")
+
+
+def test_what_works_offline_needs_python_alone(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    """On the day of the disaster there may be nothing else."""
+    volume = add_volume(sim, "data")
+    run(home)
+    bare = [sys.executable, "-I", "-S", str(SCRIPT), "--backups", str(home.backups)]
+    restored = tmp_path / "restored"
+    for words in (["list"], ["list", "--json"], ["verify"], ["health"], ["restore", "data", str(restored)]):
+        done = run_bare(home, [*bare, *words])
+        assert (done.returncode, done.stderr) == (0, ""), (words, done)
+    assert same(restored, volume.path)
+
+
+def test_what_works_offline_does_not_load_what_it_does_not_need(home: Home) -> None:
+    """Which takes longer than all else that it does."""
+    program = "import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    program += "finally: print(*sorted(sys.modules))"
+    home.backups.mkdir()
+    done = run_bare(home, [sys.executable, "-c", program, str(SCRIPT), "list", "--backups", str(home.backups)])
+    assert "json" in done.stdout.split()
+    assert not {"requests", "paramiko", "cryptography", "urllib3"} & set(done.stdout.split())
 
 
 # ── Too soon after the last snapshot

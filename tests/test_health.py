@@ -254,7 +254,7 @@ def write_old_state(home: Home, name: str) -> None:
     moment = "2020-01-01T00:00:00+00:00"
     snapshot = dosvob.Snapshot("an-id", name, "fra1", 0, moment)
     identity = dosvob.identity_of(home.image(name))
-    state = dosvob.State(snapshot, moment, 0, "", hashlib.sha256(b"").hexdigest(), identity)
+    state = dosvob.State(snapshot, moment, 0, hashlib.sha256(b"").hexdigest(), identity)
     (home.backups / ".dosvob" / f"{name}.state").write_bytes(dosvob.seal("state", dataclasses.asdict(state)))
 
 

@@ -69,9 +69,14 @@ def created(sim: Simulator, kind: str) -> list[Resource]:
     return [item for item in sim.ever if item.kind == kind and not item.decoy]
 
 
-def journal_of(home: Home, name: str = NAME) -> Path:
-    """Where what is under way for a volume is kept."""
-    return home.backups / ".dosvob" / f"{name}.journal"
+def spool_of(home: Home, name: str = NAME) -> Path:
+    """Where what is fetched for a volume is kept."""
+    return home.backups / ".dosvob" / f"{name}.spool"
+
+
+def undo_of(home: Home) -> Path:
+    """Where what the image had is kept while it is written."""
+    return home.backups / ".dosvob" / f"{NAME}.undo"
 
 
 def flip(path: Path, offset: int, *, secretly: bool = False) -> None:
@@ -163,7 +168,7 @@ def kill_in_the_middle_of_the_changes(home: Home) -> tuple[Volume, bytes]:
     kill = traced(image, "-o", "/dev/null", f"--inject={WRITES}:signal=KILL:when=9")
     assert start_traced(home, kill).end() == -signal.SIGKILL
     assert image.read_bytes() not in (old, volume.path.read_bytes())
-    assert journal_of(home).exists()
+    assert undo_of(home).exists()
     return volume, old
 
 
@@ -177,7 +182,7 @@ def kill_in_the_middle_of_the_transfer(home: Home, directory: Path, change: Call
     home.simulator.faults.add(holding.fault)
     running = start(home, constants=PATIENT)
     holding.wait(running)
-    until(lambda: journal_of(home).exists() and journal_of(home).stat().st_size > 2 * MIB)
+    until(lambda: spool_of(home).exists() and spool_of(home).stat().st_size > 2 * MIB)
     running.signal(signal.SIGKILL)
     running.end()
     return volume
@@ -202,7 +207,7 @@ def test_changes_that_fit_beside_an_image_but_not_into_it_leave_the_old_image_an
         write_at(other.path, 3 * MIB, noise(PAGE, number))
         done = run(home, *where, expect=1)
         assert home.image("a-big").read_bytes() == old, done
-        assert not journal_of(home, "a-big").exists()
+        assert not spool_of(home, "a-big").exists()
         assert_backed_up(home, other)
         (error,) = errors_of(done.stderr)
         assert "a-big" in error
@@ -218,59 +223,41 @@ def test_changes_that_fit_beside_an_image_but_not_into_it_leave_the_old_image_an
 # -- changes that were begun and not finished
 
 
-def test_health_tells_of_an_image_that_is_still_to_be_completed(home: Home) -> None:
-    volume, _ = kill_in_the_middle_of_the_changes(home)
+def test_health_tells_of_an_image_that_is_still_to_be_put_back(home: Home) -> None:
+    volume, old = kill_in_the_middle_of_the_changes(home)
     (error,) = errors_of(run(home, "health", expect=1).stderr)
     assert NAME in error
-    assert journal_of(home).exists()  # it only looks
+    assert undo_of(home).exists()  # it only looks
     run(home, "verify")
     run(home, "health")
-    assert_backed_up(home, volume)
-
-
-def test_an_image_whose_changes_decayed_before_they_were_all_made_is_put_back(home: Home) -> None:
-    """By what its older version has kept of it."""
-    volume, old = kill_in_the_middle_of_the_changes(home)
-    journal = journal_of(home)
-    flip(journal, journal.stat().st_size // 2)
-    told = errors_of(run(home, "verify", expect=1).stderr)
-    assert any(NAME in line and "journal" in line and "damaged" in line for line in told)
-    assert list(journal.parent.glob(f"{journal.name}*"))
     assert home.image(NAME).read_bytes() == old
-    assert "sound" in run(home, "verify").stdout
     check_mended(home, volume)
 
 
-def test_an_image_whose_changes_decayed_before_they_were_all_made_is_told_and_not_trusted(home: Home) -> None:
-    """By no command, before the next backup has compared all of it: no version is kept that could put it back."""
-    home.configure(keep={})
+def test_an_undo_that_decayed_is_put_back_as_far_as_it_is_whole_and_told(home: Home) -> None:
+    """Then no command trusts the image, before the next backup has compared all of it."""
     volume, _ = kill_in_the_middle_of_the_changes(home)
-    journal = journal_of(home)
-    flip(journal, journal.stat().st_size // 2)
-    told = errors_of(run(home, "verify", expect=1).stderr)
-    assert any(NAME in line and "journal" in line and "damaged" in line for line in told)
-    assert list(journal.parent.glob(f"{journal.name}*"))
-    assert "sound" not in run(home, "verify", expect=1).stdout
-    assert NAME in run(home, "health", expect=1).stderr
+    undo = undo_of(home)
+    flip(undo, undo.stat().st_size // 2)
+    done = run(home, "verify", expect=1)
+    assert any(NAME in line and "differs from its snapshot" in line for line in errors_of(done.stderr))
+    assert "sound" not in done.stdout
     check_mended(home, volume)
 
 
-def test_changes_that_decay_while_they_are_being_made_are_told_and_the_image_is_not_trusted(
-    home: Home, tmp_path: Path
-) -> None:
-    """They were found good before the first of them was made."""
-    home.configure(keep={})
+def test_changes_that_decay_while_they_are_being_made_are_taken_back_at_once(home: Home, tmp_path: Path) -> None:
     volume = add_volume(home.simulator, NAME, offset=0, size=10 * MIB)
     run(home)
+    old = volume.path.read_bytes()
     write_at(volume.path, 0, noise(10 * MIB))
     running = stopped_at_the_first_change(home, tmp_path)
-    journal = journal_of(home)
-    flip(journal, journal.stat().st_size * 3 // 4)
+    spool = spool_of(home)
+    flip(spool, spool.stat().st_size * 3 // 4)
     assert end_of_stopped(running) == 1, running.output
-    assert any(NAME in line and "journal" in line for line in errors_of(running.output)), running.output
+    assert any(NAME in line and "spool" in line for line in errors_of(running.output)), running.output
     assert_nothing_left(home.simulator)
-    assert "sound" not in run(home, "verify", expect=1).stdout
-    assert NAME in run(home, "health", expect=1).stderr
+    assert home.image(NAME).read_bytes() == old
+    assert "sound" in run(home, "verify").stdout
     check_mended(home, volume)
 
 
@@ -304,8 +291,8 @@ def check_mended(home: Home, volume: Volume) -> None:
     assert_nothing_left(home.simulator)
 
 
-def test_leftovers_in_the_account_are_removed_before_an_image_is_completed(home: Home, tmp_path: Path) -> None:
-    """They cost money, and completing an image may take long."""
+def test_leftovers_in_the_account_are_removed_before_an_image_is_put_back(home: Home, tmp_path: Path) -> None:
+    """They cost money, and to put an image back may take long."""
     volume, _ = kill_in_the_middle_of_the_changes(home)
     assert {item.kind for item in home.simulator.alive()} >= {"droplet", "volume"}
     running = stopped_at_the_first_change(home, tmp_path)
@@ -316,27 +303,29 @@ def test_leftovers_in_the_account_are_removed_before_an_image_is_completed(home:
 
 
 @pytest.mark.parametrize("when", ["at the end of a sync", "of an earlier run"])
-def test_a_signal_ends_the_changing_of_an_image_which_is_told_and_the_next_command_finishes_it(
+def test_a_signal_ends_the_changing_of_an_image_which_is_told_and_the_next_command_takes_it_back(
     home: Home, when: str
 ) -> None:
     """It is no crash: what was created is removed."""
     sim = home.simulator
-    volume, _ = back_up_then_change(home) if when.startswith("at") else kill_in_the_middle_of_the_changes(home)
+    volume, old = back_up_then_change(home) if when.startswith("at") else kill_in_the_middle_of_the_changes(home)
     image = home.image(NAME)
     before = image.stat().st_mtime_ns
     running = start_traced(home, traced(image, "-o", "/dev/null", f"--inject={WRITES}:delay_enter=400000"))
     until(lambda: image.stat().st_mtime_ns != before or running.process.poll() is not None)
     if not when.startswith("at"):
-        until(lambda: re.search(rf"{NAME}.*journal", running.output) or running.process.poll() is not None)
+        until(lambda: "taking back" in running.output or running.process.poll() is not None)
     running.signal(signal.SIGTERM)
     assert running.end() == 128 + signal.SIGTERM, running.output
     assert not same(image, volume.path)
-    assert journal_of(home).exists()
+    assert undo_of(home).exists()
     assert_nothing_left(sim)
     run(home, "health", expect=1)
     run(home, "verify")
-    assert_backed_up(home, volume)
-    assert not journal_of(home).exists()
+    assert image.read_bytes() == old
+    sent = bytes_sent(sim)
+    check_mended(home, volume)
+    assert bytes_sent(sim) - sent < MIB  # what was fetched is used
 
 
 @pytest.mark.parametrize("how", ["touched", "moved to another disk"])

@@ -441,15 +441,16 @@ def test_an_image_that_is_a_link_is_moved_as_one(home: Home, sim: Simulator) -> 
     assert sent(sim) - before < 200 * KIB
 
 
-def test_a_journal_is_finished_in_a_regions_directory(home: Home, sim: Simulator) -> None:
-    """After a crash in the middle of applying it, offline, by whatever command starts next."""
+def test_an_undo_is_put_back_in_a_regions_directory(home: Home, sim: Simulator) -> None:
+    """After a crash while the image was written, offline, by whatever command starts next."""
     volume = volume_in(sim, "nyc3")
     home.configure(region=SEVERAL[1:])
     run(home)
     write_at(volume.path, 0, bytes(range(256)) * 16_000)
     crash(home, "os.utime = lambda *_, **__: os._exit(99)")
-    assert "must still be completed" in run(home, "health", expect=1).stderr
+    assert "must still be taken back" in run(home, "health", expect=1).stderr
     done = run(home, "verify")
-    assert "nyc3/data: an interrupted backup was completed from its journal" in done.stdout
+    assert "nyc3/data: an interrupted backup was taken back" in done.stdout
     run(home, "sweep")
+    run(home)
     assert_images(home, volume)

@@ -29,7 +29,7 @@ from trouble_support import (
     start,
     until,
 )
-from versions_support import back_up, leave_committed
+from versions_support import back_up, leave_written
 
 import dosvob
 
@@ -167,7 +167,7 @@ def test_volume_that_had_grown_when_the_power_went(home: Home, sim: Simulator, t
     device = tmp_path / "device"
     os.truncate(device, 2 * GIB)
     write_at(device, GIB + 5, b"grown")
-    leave_committed(home.backups, device, DAY + datetime.timedelta(days=2))
+    leave_written(home.backups, device, DAY + datetime.timedelta(days=2))
     restore(home, "data")
     volume = new_volume(sim)
     assert same(volume.path, device)

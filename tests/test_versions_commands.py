@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import SCRIPT, write_at
+from crash_support import power_cut_at
 from simulator.storage import mounted
 from versions_support import (
     MIB,
@@ -28,7 +29,7 @@ from versions_support import (
     back_up,
     digest,
     file_name,
-    leave_committed,
+    leave_written,
     listed,
     scatter,
 )
@@ -427,29 +428,30 @@ def test_a_read_only_copy(user: User) -> None:
         user.run("health", "--max-age", "1e6")
 
 
-def test_a_committed_journal_is_laid_over_and_not_applied(user: User) -> None:
+def test_an_undo_is_laid_over_what_is_read_and_not_put_back(user: User) -> None:
+    before_it = dict(user.truth)
     user.size += MIB
     user.change()
     user.pass_time()
-    leave_committed(user.backups, user.device, user.now)
+    leave_written(user.backups, user.device, user.now)
     before = everything(user.backups)
-    assert user.restore() == file_name(user.now)
-    for time_ in user.truth:
+    assert user.restore() == max(before_it)
+    for time_ in before_it:
         assert user.restore("--at", time_) == time_
     user.run("list")
     assert everything(user.backups) == before
-    # in the middle of being applied it is the same
+    # when it was put back in part it is the same
     with (
         contextlib.closing(dosvob.SparseFile(user.paths.image, os.O_RDWR)) as image,
-        dosvob.PatchFile(user.paths.journal, "journal") as journal,
+        dosvob.PatchFile(user.paths.undo, "version") as undo,
     ):
-        for _, patch in list(journal.patches())[:3]:
+        for _, patch in list(undo.patches())[:3]:
             patch.write_to(image)
-    for time_ in user.truth:
+    for time_ in before_it:
         assert user.restore("--at", time_) == time_
-    assert "an interrupted backup was completed" in user.run("verify")
-    assert not user.paths.journal.exists()
-    for time_ in user.truth:
+    assert "an interrupted backup was taken back" in user.run("verify")
+    assert not user.paths.undo.exists()
+    for time_ in before_it:
         assert user.restore("--at", time_) == time_
 
 
@@ -609,12 +611,12 @@ def test_a_list_is_of_what_is_left_when_versions_are_thinned_meanwhile(
     assert [version["damaged"] for version in found["versions"]] == [False] * (before - 1)
 
 
-def test_list_tells_of_an_image_that_is_still_to_be_completed(user: User) -> None:
+def test_list_tells_of_an_image_that_is_still_to_be_put_back(user: User) -> None:
     """Whoever mounts it without dosvob would get parts of two snapshots."""
     user.change()
     user.pass_time()
-    leave_committed(user.backups, user.device, user.now, keep=ALL)
-    told = "its image must still be completed from its journal: "
+    leave_written(user.backups, user.device, user.now, keep=ALL)
+    told = "an interrupted backup must still be taken back: "
     assert told in user.run("list")
     user.paths.state.rename(user.directory / "state")
     assert told in json.loads(user.run("list", "--json"))["volumes"][0]["problem"]
@@ -626,11 +628,12 @@ def test_list_tells_of_an_image_that_is_still_to_be_completed(user: User) -> Non
 
 
 def test_a_version_whose_beginning_is_lost_with_the_power_costs_what_it_leads_back_to(user: User) -> None:
-    """The image and its journal are whole, and so is what they make."""
+    """The image is whole, and its state counts."""
     user.change()
     user.pass_time()
-    leave_committed(user.backups, user.device, user.now, keep=ALL)
-    write_at(user.paths.new_version, 0, bytes(PAGE))
+    with power_cut_at(dosvob.Undo, "settle"):
+        back_up(user.backups, user.device, user.now, ALL)
+    write_at(user.paths.undo, 0, bytes(PAGE))
     assert user.restore() == file_name(user.now)
     assert "is damaged in" in user.run("restore", NAME, "older", "--at", sorted(user.truth)[-2], expect=1)
     user.run("verify", expect=1)

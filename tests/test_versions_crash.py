@@ -20,7 +20,7 @@ from versions_support import (
     digest,
     file_name,
     killed_at,
-    leave_committed,
+    leave_written,
     listed,
     recover,
     restored,
@@ -142,7 +142,7 @@ def test_thinning_killed_again_and_again(lineage: Lineage, pytestconfig: pytest.
 
 
 def test_a_sync_with_a_version_and_thinning_killed_anywhere(lineage: Lineage, pytestconfig: pytest.Config) -> None:
-    """The writing of the version, the commit, the apply, the version's name, and the thinning behind it."""
+    """The writing of the undo and of the image, the commit, the version's name, and the thinning behind it."""
     lineage.size = 6 * MIB
     lineage.change()
     lineage.pass_time(24 * 40)
@@ -169,9 +169,9 @@ def test_a_sync_with_a_version_and_thinning_killed_anywhere(lineage: Lineage, py
 def test_a_recovery_with_a_version_killed_anywhere(lineage: Lineage, pytestconfig: pytest.Config) -> None:
     lineage.change()
     lineage.pass_time()
-    leave_committed(lineage.backups, lineage.device, lineage.now)
+    leave_written(lineage.backups, lineage.device, lineage.now)
     times = lineage.check()
-    assert len(times) == 8
+    assert len(times) == 7
     matrix = Matrix(lineage, lambda: recover(lineage.backups))
     calls = matrix.calls()
     check_order(calls)
@@ -182,7 +182,7 @@ def test_a_recovery_with_a_version_killed_anywhere(lineage: Lineage, pytestconfi
         killed_at(max(number - 2, 1), matrix.work)
         assert lineage.check(lambda depths: [1]) == times, call
         recover(lineage.backups)
-        assert not lineage.paths.journal.exists()
+        assert not lineage.paths.undo.exists()
         assert lineage.check(lambda depths: [0, 1]) == times, call
 
 

@@ -34,7 +34,7 @@ from versions_support import (
     digest,
     file_name,
     killed_at,
-    leave_committed,
+    leave_written,
     recover,
     thin,
 )
@@ -73,9 +73,9 @@ class Versions(RuleBasedStateMachine):
         self.lineage.back_up()
 
     def is_settled(self) -> bool:
-        """Whether there is a backup of this volume, and nothing to be completed."""
+        """Whether there is a backup of this volume, and nothing to be taken back."""
         paths = self.lineage.paths
-        state = dosvob.State.load(paths.state) if paths.image.exists() and not paths.journal.exists() else None
+        state = dosvob.State.load(paths.state) if paths.image.exists() and not paths.undo.exists() else None
         return state is not None and state.snapshot.volume_id == self.lineage.volume_id
 
     def _later(self, hours: float) -> None:
@@ -152,13 +152,13 @@ class Versions(RuleBasedStateMachine):
     @precondition(lambda self: self.is_settled())
     @rule(hours=HOURS)
     def cut_the_power_at_the_commit(self, hours: float) -> None:
-        """A backup ends at the commit mark."""
+        """A backup ends just before its commit."""
         self._later(hours)
-        leave_committed(self.lineage.backups, self.lineage.device, self.lineage.now, volume_id=self.lineage.volume_id)
+        leave_written(self.lineage.backups, self.lineage.device, self.lineage.now, volume_id=self.lineage.volume_id)
 
     @rule()
     def recover(self) -> None:
-        """Another command completes what there is to complete."""
+        """Another command takes back what there is to be taken back."""
         recover(self.lineage.backups)
 
     @rule(number=st.integers(1, 40))
@@ -180,7 +180,7 @@ class Versions(RuleBasedStateMachine):
             with contextlib.suppress(dosvob.Damaged):
                 thin(self.lineage.backups, keep)
 
-        if not self.lineage.paths.journal.exists():
+        if not self.lineage.paths.undo.exists():
             killed_at(number, work)
 
     # What the disk and its user can do

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 from conftest import Home, Tmpfs, write_at
+from crash_support import PowerCut
 from simulator import Simulator, Volume
 from trouble_support import GIB, QUICK, small_volumes
 from versions_support import (
@@ -21,12 +22,11 @@ from versions_support import (
     NAME,
     PAGE,
     Lineage,
-    PowerCut,
     back_up,
     check_all,
     digest,
     file_name,
-    leave_committed,
+    leave_written,
     listed,
     restored,
     thin,
@@ -392,14 +392,14 @@ def test_the_whole_script_says_what_versions_hold_when_the_disk_is_full(
     versions = {path: path.read_bytes() for path in paths.versions.iterdir()}
     assert len(versions) == 2
     write_at(volume.path, 0, random.Random(9).randbytes(8 * MIB))
-    tmpfs.leave_free(9 * MIB)  # for the journal, not for the version
+    tmpfs.leave_free(9 * MIB)  # for the spool, not for the undo
     done = home.run("--backups", str(backups), constants=QUICK, expect=1)
     assert "its 2 older versions hold 4.0 MiB" in done.stderr
     assert '"keep" in conf.json says how many there are' in done.stderr
     assert paths.image.read_bytes() == image
     assert {path: path.read_bytes() for path in paths.versions.iterdir()} == versions
-    assert not paths.journal.exists()
-    assert not paths.new_version.exists()
+    assert not paths.spool.exists()
+    assert not paths.undo.exists()
     tmpfs.leave_free(40 * MIB)
     home.run("--backups", str(backups), constants=QUICK)
     assert len(list(paths.versions.iterdir())) == 3
@@ -416,57 +416,13 @@ def test_keeping_fewer_versions_makes_room_for_the_next_backup(
     volume, backups = sim.add_volume(NAME), tmpfs.path / "backups"
     paths = make_two_versions(home, volume, backups)
     write_at(volume.path, 0, random.Random(9).randbytes(8 * MIB))
-    tmpfs.leave_free(15 * MIB)  # for the journal and the version, not for what it changes
+    tmpfs.leave_free(15 * MIB)  # for the spool and the undo, not for what it changes
     home.run("--backups", str(backups), constants=QUICK, expect=1)
     assert len(list(paths.versions.iterdir())) == 2
     home.configure(keep={})
     home.run("--backups", str(backups), constants=QUICK)
     assert not list(paths.versions.iterdir())
     assert paths.image.read_bytes()[: 8 * MIB] == random.Random(9).randbytes(8 * MIB)
-
-
-def test_a_commit_mark_that_could_not_be_made_durable_costs_no_version(
-    lineage: Lineage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It may be on the disk all the same; and giving up the journal and its version may be interrupted in between."""
-    lineage.change()
-    lineage.pass_time()
-    complete, unlink = dosvob.PatchFile.complete, Path.unlink
-    unlinked: list[Path] = []
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def complete_without_room(file: dosvob.PatchFile, end: dict[str, Any]) -> None:
-        with pytest.MonkeyPatch.context() as patches:
-            if file.path == lineage.paths.journal:
-                patches.setattr(dosvob.PatchFile, "make_durable", full)
-            complete(file, end)
-
-    def unlink_one(path: Path, **options: bool) -> None:
-        if unlinked:
-            raise PowerCut
-        unlinked.append(path)
-        unlink(path, **options)
-
-    def finish_and_give_room(update: dosvob.Update) -> None:
-        with pytest.raises(OSError, match="No space left"):
-            finish(update)
-        assert lineage.paths.journal.exists()
-        assert lineage.paths.new_version.exists()
-        monkeypatch.setattr(Path, "unlink", unlink_one)
-        update.give_room()
-
-    finish = dosvob.Update.finish
-    with monkeypatch.context() as patches:
-        patches.setattr(dosvob.PatchFile, "complete", complete_without_room)
-        patches.setattr(dosvob.Update, "finish", finish_and_give_room)
-        with pytest.raises(PowerCut):
-            lineage.back_up()
-    monkeypatch.undo()
-    assert len(unlinked) == 1
-    lineage.back_up()
-    assert len(lineage.check()) == 5
 
 
 def test_a_signal_is_heeded_while_what_an_interrupted_backup_left_is_read(
@@ -511,14 +467,13 @@ def test_an_image_without_a_state_that_has_become_shorter_is_told(lineage: Linea
     assert (final.name, str(damaged)) == ("file.damaged", told[0])
 
 
-def test_what_a_journal_makes_of_a_chunk_that_cannot_be_read_is_not_sound_without_a_state(
+def test_what_an_undo_makes_of_a_chunk_that_cannot_be_read_is_not_sound_without_a_state(
     lineage: Lineage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_at(lineage.device, 2 * MIB, os.urandom(PAGE))
     lineage.pass_time()
-    leave_committed(lineage.backups, lineage.device, lineage.now, keep=ALL)
+    leave_written(lineage.backups, lineage.device, lineage.now, keep=ALL)
     lineage.paths.state.unlink()
-    lineage.paths.new_state.unlink()
     chunk = dosvob.SparseFile.chunk
     monkeypatch.setattr(dosvob.SparseFile, "chunk", lambda file, index: None if index == 2 else chunk(file, index))
     with contextlib.closing(dosvob.Chain(lineage.paths)) as chain:

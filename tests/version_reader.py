@@ -41,7 +41,7 @@ def digest_of(chunk: bytes | bytearray) -> bytes:
 
 
 class PatchFile:
-    """A version's file, or a journal."""
+    """A version's file, or an undo."""
 
     def __init__(self, path: Path, kind: str) -> None:
         self.path = path
@@ -75,20 +75,18 @@ class Reader:
     def __init__(self, backups: Path, name: str) -> None:
         self._image = backups / name
         metadata = backups / ".dosvob"
-        self._states = [metadata / f"{name}.state"]
-        self._journal: PatchFile | None = None
-        journal, new_version = metadata / f"{name}.journal", metadata / f"{name}.version.new"
-        if journal.exists():
-            file = PatchFile(journal, "journal")
-            self._journal = file if file.end is not None else None
+        self._state_path = metadata / f"{name}.state"
+        self._undo: PatchFile | None = None
         files = [path for path in (metadata / f"{name}.versions").glob("*") if re.fullmatch(r"[0-9TZ]{16}", path.name)]
         self._versions = [PatchFile(path, "version") for path in sorted(files, reverse=True)]
-        if self._journal is not None:
-            self._states.insert(0, metadata / f"{name}.state.new")
-            if new_version.exists():
-                newest = PatchFile(new_version, "version")
-                if newest.end is not None and newest.head["journal"] == self._journal.head["id"]:
-                    self._versions.insert(0, newest)
+        undo = metadata / f"{name}.undo"
+        file = PatchFile(undo, "version") if undo.exists() else None
+        if file is not None and file.end is not None:
+            state = self._state()[0]
+            if (state["snapshot"], state["digests"]) != (file.head["newer"], file.head["newer_digests"]):
+                self._undo = file
+            elif file.head["time"]:
+                self._versions.insert(0, file)
 
     def times(self) -> list[str]:
         """The times of all that can be restored, as the versions' files are named; the first is the image's."""
@@ -126,27 +124,20 @@ class Reader:
         return bytes(content[:size])
 
     def _newest(self) -> tuple[bytearray, list[bytes], int]:
-        """The image as its journal completes it, the recorded digests of its chunks, and its size."""
+        """The image as its undo makes it, the recorded digests of its chunks, and its size."""
         state, table = self._state()
         size = state["snapshot"]["size"]
         content = bytearray(self._image.read_bytes()[:size].ljust(size, b"\0"))
-        if self._journal is not None:
-            last = {index: pages for index, pages, _ in self._journal.patches()}
-            for index, pages in last.items():
-                self._lay(content, index, pages)
+        for index, pages, _ in self._undo.patches() if self._undo else ():
+            self._lay(content, index, pages)
         return content, [table[at : at + 32] for at in range(0, len(table), 32)], size
 
     def _state(self) -> tuple[dict[str, Any], bytes]:
-        for path in self._states:
-            if path.exists():
-                block = path.read_bytes()
-                state = sealed("state", block[:BLOCK])
-                fits = self._journal is None or (state or {}).get("journal") == self._journal.head["id"]
-                if state is not None and fits:
-                    if hashlib.sha256(block[BLOCK:]).hexdigest() != state["digests"]:
-                        raise Wrong(f"{path} has another table")
-                    return state, block[BLOCK:]
-        raise Wrong(f"{self._image} has no state")
+        block = self._state_path.read_bytes()
+        state = sealed("state", block[:BLOCK])
+        if state is None or hashlib.sha256(block[BLOCK:]).hexdigest() != state["digests"]:
+            raise Wrong(f"{self._state_path} is damaged")
+        return state, block[BLOCK:]
 
     @staticmethod
     def _lay(content: bytearray, index: int, pages: dict[int, bytes]) -> None:

@@ -22,8 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import pytest
-from crash_support import sync_device
+from crash_support import power_cut_at, sync_device
 from version_reader import Reader
 
 import dosvob
@@ -34,9 +33,6 @@ FIRST_DAY = datetime.datetime(2015, 1, 31, 20, 30, tzinfo=datetime.UTC)  # long 
 KEEP = dosvob.Keep(last=3, daily=4, weekly=3, monthly=3)
 COMMAND_SIZE = struct.calcsize(dosvob.COMMAND)
 
-
-class PowerCut(Exception):
-    """The power has gone."""
 
 
 class InlineAgent:
@@ -103,7 +99,7 @@ def back_up(
     snapshot = dosvob.Snapshot(volume_id, name, "fra1", device.stat().st_size, text_of(moment))
     paths = dosvob.ImagePaths(backups, name)
     with dosvob.Home(backups).locked():
-        dosvob.Journal.finish(paths, warn, lambda size: None)
+        dosvob.Undo.recover(paths, lambda size: None)
         with contextlib.closing(dosvob.Update(paths, snapshot, keep, warn, reread=reread)) as update:
             sync_device(functools.partial(InlineAgent, device), update, warn)
             update.finish()
@@ -124,19 +120,14 @@ def thin(backups: Path, keep: dosvob.Keep) -> None:
 
 def recover(backups: Path) -> bool:
     """What every command that has the lock does first."""
-    return dosvob.Journal.finish(dosvob.ImagePaths(backups, NAME), lambda text: None, lambda size: None)
+    return dosvob.Undo.recover(dosvob.ImagePaths(backups, NAME), lambda size: None)
 
 
-def leave_committed(backups: Path, device: Path, moment: datetime.datetime, **options: Any) -> None:
-    """Back up up to the commit mark, as if the power went then: nothing of the journal is applied."""
-
-    def cut(*_: object) -> None:
-        raise PowerCut
-
-    with pytest.MonkeyPatch.context() as patches, contextlib.suppress(PowerCut):
-        patches.setattr(dosvob.Journal, "apply", cut)
+def leave_written(backups: Path, device: Path, moment: datetime.datetime, **options: Any) -> None:
+    """Back up until the image is written, as if the power went just before the commit."""
+    with power_cut_at(dosvob.Update, "_complete_state"):
         back_up(backups, device, moment, **options)
-    assert dosvob.ImagePaths(backups, NAME).journal.exists()
+    assert dosvob.ImagePaths(backups, NAME).undo.exists()
 
 
 # -- what is there to be restored
