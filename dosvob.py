@@ -2641,6 +2641,7 @@ class Undo:
         """
         base, patches = self.file.head["base"], PatchStream(self.file)
         with contextlib.closing(SparseFile(self.paths.image, os.O_RDWR)) as image:
+            image.forget_cached()  # what a write error left in there, ext4 does not write when it is written again
             for patch in patches:
                 patch.write_to(image)
                 heed(patch.length)
@@ -2683,7 +2684,7 @@ def take_over_journal(paths: ImagePaths) -> None:
     """
     journal, new_version = (paths.metadata / f"{paths.image.name}.{what}" for what in ("journal", "version.new"))
     with contextlib.suppress(FileNotFoundError), PatchFile(journal, "journal") as file:
-        if file.footer is not None or (not file.head and file.limit > BLOCK):
+        if file.footer is not None or (file.limit and not file.head):
             mark, digests, is_applied = (file.footer or {}).get("id"), "", False
             for path in (paths.new_state, paths.state):
                 block = path.read_bytes()[:BLOCK] if path.exists() else b""

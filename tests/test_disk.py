@@ -354,6 +354,8 @@ def test_an_undo_that_never_got_to_the_disk_leaves_the_image_alone(
     complete = dosvob.PatchFile.complete
 
     def on_a_full_disk(writer: dosvob.PatchFile) -> None:
+        while writer.limit % PAGE:  # so that a page begins with the footer
+            writer.append(dosvob.Patch(0, 0, 0, b"", bytes(32)))
         failing.leave_free(0)
         complete(writer)
 
@@ -642,7 +644,6 @@ def test_a_patch_of_an_undo_that_decayed_costs_its_own_chunk(disk: Disk, is_lost
     assert update.differing.ranges == [mebibyte(patch.index)] * is_lost
     assert disk.image() == disk.new
     assert verify(disk.paths) == [[], [mebibyte(patch.index)] * is_lost]
-    disk.check_settled()
 
 
 def test_an_undo_of_any_length_is_put_back_as_a_whole_or_deleted(disk: Disk, pytestconfig: pytest.Config) -> None:
@@ -665,13 +666,13 @@ def test_an_undo_of_any_length_is_put_back_as_a_whole_or_deleted(disk: Disk, pyt
 def test_an_undo_whose_footer_decayed_costs_a_comparison_of_all(disk: Disk, pytestconfig: pytest.Config) -> None:
     leave_written(disk.backups, NAME, disk.device)
     undo = disk.paths.undo.read_bytes()
-    (position,) = sampled(pytestconfig, range(len(undo) - BLOCK, len(undo)), 1)[:1]
+    (position,) = sampled(pytestconfig, range(len(undo) - BLOCK, len(undo)), 1)
     disk.paths.undo.write_bytes(flipped(undo, position, position % 8))
     assert not recover(disk.backups, NAME)
     assert verify(disk.paths)[0]  # what was written is told
     disk.back_up()
     assert disk.image() == disk.new
-    disk.check_settled()
+    assert verify(disk.paths)[0] == []
 
 
 @pytest.mark.parametrize("kind", ["end", "state", "spool", "version"])
@@ -864,13 +865,13 @@ def test_a_file_of_a_newer_version_is_kept_and_told(disk: Disk, kind: str) -> No
     write_at(path, 0, dosvob.seal(sealed_as, {**head, "version": 2}))
     if kind == "spool":
         recover(disk.backups, NAME)
-    kept = path.read_bytes()
+    kept, image = path.read_bytes(), disk.image()
     commands: list[Callable[[], object]] = [disk.back_up]
     commands += [lambda: recover(disk.backups, NAME)] if kind == "undo" else []
     for command in commands:
         with pytest.raises(dosvob.DosvobError, match="newer dosvob"):
             command()
-    assert disk.image() == disk.old
+    assert disk.image() == image
     assert path.read_bytes() == kept
 
 
@@ -1018,10 +1019,12 @@ def test_where_it_kept_no_version_it_must_finish_what_it_left(tmp_path: Path, is
     assert disk.journal.exists() != is_applied
     assert disk.image() == disk.new
     disk.journal.unlink(missing_ok=True)  # as the message says
-    disk.check_settled()
+    disk.back_up()
+    assert disk.image() == disk.new
+    assert verify(disk.paths)[0] == []
 
 
-@pytest.mark.parametrize("kept", [0, 1, BLOCK, 2 * BLOCK, -1])
+@pytest.mark.parametrize("kept", [0, BLOCK, 2 * BLOCK, -1])
 def test_what_it_left_before_its_commit_mark_is_dropped(disk: Disk, tmp_path: Path, kept: int) -> None:
     (tmp_path / "journal").mkdir()
     content = JournalDisk(tmp_path / "journal").journal.read_bytes()
@@ -1177,23 +1180,26 @@ def test_a_spool_that_decays_before_it_is_written_is_taken_back_at_once(
 
 
 def test_a_signal_while_the_image_is_written_leaves_it_to_the_next_command(disk: Disk) -> None:
-    heeded: list[int] = []
+    written: list[dosvob.Patch] = []
+    write_to = dosvob.Patch.write_to
+
+    def write(patch: dosvob.Patch, file: dosvob.SparseFile) -> None:
+        written.append(patch)
+        write_to(patch, file)
 
     def heed(count: int) -> None:
-        heeded.append(count)
-        if not disk.paths.undo.exists():
-            heeded.clear()
-        elif len(heeded) > 30:
+        if len(written) == 3:
             raise dosvob.Interrupted
 
     snapshot = snapshot_of(disk.device, NAME, taken_at="2026-01-02T00:00:00Z")
     with contextlib.closing(dosvob.Update(disk.paths, snapshot, dosvob.Keep(), print, heed)) as update:
         connect: Any = lambda first, window: AgentProcess(disk.device, first, window)  # noqa: E731
         sync_device(connect, update, print)
-        with pytest.raises(dosvob.Interrupted):
-            update.finish()
-    interrupted = disk.paths.undo.exists()
-    assert recover(disk.backups, NAME) == interrupted
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(dosvob.Patch, "write_to", write)
+            with pytest.raises(dosvob.Interrupted):
+                update.finish()
+    assert recover(disk.backups, NAME)
     assert disk.image() == disk.old
     disk.back_up()
     assert disk.image() == disk.new
@@ -1693,7 +1699,7 @@ def test_images_and_states_are_for_their_owner_only(home: Home) -> None:
     write_at(volume.path, 0, b"SECRET")
     trace = home.directory / "trace"
     paths = dosvob.ImagePaths(home.backups, NAME)
-    wrapper = (*strace(home.backups, NAME, "-o", str(trace), "--inject=ftruncate:signal=KILL:when=2"),)
+    wrapper = (*strace(home.backups, NAME, "-o", str(trace), "--inject=rename:signal=KILL:when=1"),)
     home.run("--backups", str(home.backups), wrapper=(*wrapper, "sh", "-c", 'umask 0; exec "$@"', "sh"), expect=None)
     assert paths.spool.exists()
     for path in (paths.image, paths.state, paths.new_state, paths.spool, paths.undo):

@@ -194,7 +194,7 @@ def test_what_works_offline_needs_python_alone(home: Home, sim: Simulator, tmp_p
     bare = [sys.executable, "-I", "-S", str(SCRIPT), "--backups", str(home.backups)]
     restored = tmp_path / "restored"
     for words in (["list"], ["list", "--json"], ["verify"], ["health"], ["restore", "data", str(restored)]):
-        done = run_bare(home, [*bare, *words])
+        done = subprocess.run([*bare, *words], capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, done.stderr) == (0, ""), (words, done)
     assert same(restored, volume.path)
 
@@ -204,7 +204,8 @@ def test_what_works_offline_does_not_load_what_it_does_not_need(home: Home) -> N
     program = "import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
     program += "finally: print(*sorted(sys.modules))"
     home.backups.mkdir()
-    done = run_bare(home, [sys.executable, "-c", program, str(SCRIPT), "list", "--backups", str(home.backups)])
+    command = [sys.executable, "-c", program, str(SCRIPT), "list", "--backups", str(home.backups)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert "json" in done.stdout.split()
     assert not {"requests", "paramiko", "cryptography", "urllib3"} & set(done.stdout.split())
 
