@@ -3319,9 +3319,6 @@ class Stream(Protocol):
     def receive(self) -> bytes:
         """At least one byte; raises ConnectionLost when no more come."""
 
-    def has_received(self) -> bool:
-        """Whether something has come in."""
-
 
 class FrameParser:
     """Cuts received bytes into frames; a length that a frame of its kind cannot have is refused before it is read.
@@ -3360,52 +3357,33 @@ class FrameParser:
 
 
 class Conversation:
-    """Something to be got done with agents about all `chunks` of a device, over as many connections as it takes."""
+    """Something to be got done with agents about all `chunks` of a device, over as many connections as it takes.
 
-    # The agent keeps to MOST_AHEAD, not counting chunks that are asked for a second time, which are few and seldom.
-    BOUND = 4
+    `settled` is how many of them are done with as it is told to the user, in the words `told`, {} being the bytes
+    received; `done` how many are, in whatever order: while that grows, a connection is worth another one.
+    """
 
-    def __init__(self, chunks: int) -> None:
+    told = ""
+    writes = False  # whether the agent is to
+
+    def __init__(self, chunks: int, window: int) -> None:
         self.chunks = chunks
+        self.settled = self.done = 0
+        self.is_done = False
+        self._window = window  # how many chunks the agent may be ahead
         self._stream: Stream
         self._progress: Callable[[], None]
         self._commands: list[tuple[int, int, int, int]] = []  # that are to be sent: kind, index, count, bitmap
-        self._due: collections.deque[tuple[int, int]] = collections.deque()  # ranges that are to be announced
-        self._greeted = False
-
-    @property
-    def settled(self) -> int:
-        """How many chunks are done with, as far as it is told to the user."""
-        raise NotImplementedError
-
-    @property
-    def is_done(self) -> bool:
-        """Whether there is nothing left to be done."""
-        raise NotImplementedError
-
-    def count_done(self) -> int:
-        """How many chunks are done with, in whatever order: while this grows, a connection is worth another one."""
-        raise NotImplementedError
-
-    def told(self, received: int) -> str:
-        """What is told of the part that is settled."""
-        raise NotImplementedError
+        self._due: collections.deque[tuple[int, int]] = collections.deque()  # ranges of chunks that are to be announced
+        self._greeted = self._is_over = False
 
     def program(self, device: str) -> bytes:
         """The program of the agent that the next connection is to have."""
-        raise NotImplementedError
+        return agent_source(device, self._parts(), self._window, writes=self.writes)
 
-    def _parts(self) -> Sequence[tuple[int, int]]:
-        """The chunks that this agent announces."""
-        raise NotImplementedError
-
-    def _is_over(self) -> bool:
-        """Whether nothing more can be got done over this connection."""
-        return self.is_done
-
-    def _count_steps(self) -> int:
-        """What grows while something is got done."""
-        return self.count_done()
+    def _parts(self) -> tuple[tuple[int, int], ...]:
+        """The ranges of chunks that it announces."""
+        return ((self.settled, self.chunks),)
 
     def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
         """Get done what can be over one connection; `progress` is called now and then, and may raise `Interrupted`."""
@@ -3413,15 +3391,15 @@ class Conversation:
         self._stream, self._progress = stream, progress
         self._commands.clear()
         self._due = collections.deque(self._parts())
-        self._greeted = False
-        parser, steps, deadline = FrameParser(), -1, 0.0
-        while not self._is_over():
+        self._greeted = self._is_over = False
+        parser, steps, deadline = FrameParser(), (-1, -1), 0.0
+        while not self._is_over:
             for frame in parser.feed(stream.receive()):
                 self._handle(*frame)
             self._flush()
             progress()
-            if self._count_steps() != steps:
-                steps, deadline = self._count_steps(), time.monotonic() + PROGRESS_LIMIT
+            if (self.settled, self.done) != steps:
+                steps, deadline = (self.settled, self.done), time.monotonic() + PROGRESS_LIMIT
             elif time.monotonic() > deadline:
                 raise ConnectionLost(f"the droplet says that it lives, but got no chunk done for {PROGRESS_LIMIT} s")
 
@@ -3450,17 +3428,10 @@ class Conversation:
         due, end = self._due.popleft() if self._due else (self.chunks, self.chunks)
         if index != due or not 0 < count <= end - due or len(digest) != DIGEST_SIZE:
             raise BadAgent(f"the droplet announced {count} chunks from {index} on, and {due} of {self.chunks} was due")
-        # It may have forgotten so many that are asked for once more. Digests behind one that is to come are kept.
-        if self._is_kept_waiting(index + count):
-            raise BadAgent(f"the droplet announced {count} chunks more, and does not send what it announced before")
         if due + count < end:
             self._due.appendleft((due + count, end))
         for announced in range(index, index + count):
             self._on_digest(announced, digest)
-
-    def _is_kept_waiting(self, end: int) -> bool:
-        """Whether chunks up to `end` are announced while so many are kept back that this has to end."""
-        raise NotImplementedError
 
     def _on_digest(self, index: int, digest: bytes) -> None:
         """A chunk is announced."""
@@ -3481,6 +3452,7 @@ class Conversation:
         self._commands.append((kind, index, count, bitmap))
 
     def _flush(self) -> None:
+        """Send what is to be sent by now."""
         if self._commands:
             self._stream.send(b"".join([packed_command(*command) for command in self._commands]))
             self._commands.clear()
@@ -3518,36 +3490,16 @@ class Pending:
 class Pull(Conversation):
     """Compares what the agent announces with the local image, and asks for what differs."""
 
+    told = "scanned, {} fetched"
+    # The agent keeps to MOST_AHEAD, not counting chunks that are asked for a second time, which are few and seldom.
+    BOUND = 4
+
     def __init__(self, update: Update) -> None:
-        super().__init__(update.chunks)
+        super().__init__(update.chunks, update.window)
         self._update = update
         self._pending: dict[int, Pending] = {}
         self._local: Iterator[bytes] = iter(())
-
-    @property
-    def settled(self) -> int:
-        """How many chunks are settled."""
-        return self._update.settled
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all are."""
-        return self._update.settled == self.chunks
-
-    def count_done(self) -> int:
-        """How many chunks are done with, in whatever order."""
-        return self._update.count_done()
-
-    def told(self, received: int) -> str:
-        """What is told of the part that is settled."""
-        return f"scanned, {human_size(received)} fetched"
-
-    def program(self, device: str) -> bytes:
-        """That of an agent that reads."""
-        return agent_source(device, self._parts(), self._update.window)
-
-    def _parts(self) -> Sequence[tuple[int, int]]:
-        return ((self.settled, self.chunks),)
+        self._flush()
 
     def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
         """Go on until all chunks are settled."""
@@ -3556,9 +3508,18 @@ class Pull(Conversation):
         with contextlib.closing(self._local):  # type: ignore[type-var] # a generator
             super().talk(stream, progress)
 
-    def _is_kept_waiting(self, end: int) -> bool:
-        is_far_ahead = bool(self._pending) and end - self.settled > self.BOUND * MOST_AHEAD
-        return len(self._pending) > 2 * WINDOW or is_far_ahead
+    def _flush(self) -> None:
+        super()._flush()
+        self.settled, self.done = self._update.settled, self._update.count_done()
+        self.is_done = self._is_over = self.settled == self.chunks
+
+    def _on_digests(self, index: int, count: int, digest: bytes) -> None:
+        """So many chunks are announced, with the same digest."""
+        # It may have forgotten so many that are asked for once more. Digests behind one that is to come are kept.
+        is_far_ahead = bool(self._pending) and index + count - self._update.settled > self.BOUND * MOST_AHEAD
+        if len(self._pending) > 2 * WINDOW or is_far_ahead:
+            raise BadAgent(f"the droplet announced {count} chunks more, and does not send what it announced before")
+        super()._on_digests(index, count, digest)
 
     def _on_answer(self, kind: int, index: int, payload: bytes) -> None:
         if kind == SHORT:
@@ -3646,11 +3607,7 @@ class Pull(Conversation):
 
 @dataclass(frozen=True)
 class Piece:
-    """A chunk of what a push's source has.
-
-    With the digests of its pages if they were not known yet, and the WRITE that puts it where zeros are if it is to go
-    there; each is empty otherwise.
-    """
+    """A chunk of a push's source, the digests of its pages if they were not known yet, and the WRITE that it needs."""
 
     index: int
     chunk: bytes = b""
@@ -3661,21 +3618,21 @@ class Piece:
 class Push(Conversation):
     """Makes a device what a source is.
 
-    A device that was created empty is first taken for zeros: over the first connections all that is not zeros is sent,
-    and nothing is compared. Over each of those that follow all that is not known to be right is compared, and what
-    differs is sent, of a chunk those pages whose short digests differ, or all if none does; until nothing differs. So
-    what a broken connection or a lost droplet has not written, and what was written wrong, is sent once more, and that
-    all is right was read from the device itself.
+    A device that was created empty is first taken for zeros: all that is not zeros is sent, and nothing compared. Then,
+    over each connection, all that is not known to be right is compared, and sent if it differs: of a chunk the pages
+    whose short digests differ, or all if none does. So what a broken connection or a lost droplet has not written, and
+    what was written wrong, is sent once more; at the end all was read from the device itself.
 
-    `contents` begins a pass over all chunks of the source, in order; digests are kept in the file `digests`. `warn` is
-    told of what was taken over a whole connection and differs all the same. Raises DosvobError if that does not end.
+    `contents` begins a pass over all chunks of the source, in order; their digests go into a file. `warn` is told of
+    what differs though all was taken; talking raises DosvobError if that does not end.
     """
 
-    MOST_PENDING = 64  # chunks that are in memory until the agent has told which of their pages differ
-    MOST_MENDS = 3  # times that what was written and taken is written once more; short digests that collide take one
-    MOST_PARTS = 1000  # ranges that an agent is told to compare; short gaps between them are compared with them
+    MOST_PENDING = 64  # chunks in memory until the agent has told which of their pages differ
+    MOST_MENDS = 3  # times that what was taken is sent once more; short digests that collide take one
+    MOST_PARTS = 1000  # ranges that an agent is told to announce
     PACKERS = 2
     READ_AHEAD = 8  # chunks
+    writes = True
     _stream: AgentStream  # of which it can be told whether something has come in
 
     def __init__(
@@ -3687,151 +3644,120 @@ class Push(Conversation):
         *,
         is_empty: bool,
     ) -> None:
-        super().__init__(chunks)
+        super().__init__(chunks, WINDOW)
+        self.sent = 0  # bytes
         self._contents = contents
         self._digests = digests.fileno()
         self._warn = warn
         self._noted = 0  # so many digests are in the file
         self._passed = 0 if is_empty else chunks  # so many chunks need not be taken for zeros any more
-        self._right = bytearray(chunks)  # 1 for each chunk that is known to be right
-        self._count_right = 0
+        self._right, self._count_right = bytearray(chunks), 0  # 1 for each chunk that is known to be right
         self._pieces: Iterator[Piece] = iter(())
         self._piece = Piece(chunks)  # the last one that was taken from these
         self._packer: Packer
-        self._sent = 0  # bytes
         self._mends = 0
-        self._was_whole = False  # whether all that was written over the connection before was taken
+        self._is_all_taken = False  # what was sent over the connection before
         self._begin()
 
     def _begin(self) -> None:
         """Another connection."""
         self._announced: collections.deque[tuple[int, bytes]] = collections.deque()  # digests that are to be compared
         self._pending: dict[int, Piece] = {}  # what differs, and it is to be told where
-        self._differing, self._first = 0, 0  # how many chunks were not right, and the first of them
-        self._last: int | None = None  # the chunk that was written last
-        self._asked: int | None = None  # the chunk whose answer tells that all that was written is taken
-        self._is_taken = False
-
-    # What is told of it
-
-    @property
-    def settled(self) -> int:
-        """How many chunks are sent, at first, or compared."""
-        return self._passed if self._passed < self.chunks else self._count_right + self._differing
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all chunks are known to be right."""
-        return self._count_right == self.chunks
-
-    def count_done(self) -> int:
-        """How many chunks were sent for the first time, and how many are right."""
-        return self._passed + self._count_right
-
-    def _count_steps(self) -> int:
-        return self.count_done() + self._differing
-
-    def told(self, _received: int) -> str:
-        """What is told of the part that is settled."""
-        return f"{'written' if self._passed < self.chunks else 'compared'}, {human_size(self._sent)} sent"
-
-    # One connection
-
-    def program(self, device: str) -> bytes:
-        """That of an agent that writes."""
-        return agent_source(device, self._parts(), WINDOW, writes=True)
-
-    def _parts(self) -> Sequence[tuple[int, int]]:
-        """What is not known to be right; nothing while there is something that is not sent yet."""
-        if self._passed < self.chunks:
-            return ()
-        for gap in (8**power for power in itertools.count(1)):
-            pattern = rb"\x00+(?:\x01{1,%d}\x00+)*" % gap
-            parts = tuple(match.span() for match in re.finditer(pattern, self._right))
-            if len(parts) <= self.MOST_PARTS:
-                break
-        return parts
+        self._differing: list[int] = []  # the first chunk that was not right, and how many there are
+        self._last = self._asked = -1  # the chunk that was sent last; the one whose answer tells that all is taken
 
     def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
         """Send what is not sent yet; or else compare what is not known to be right, and send what differs."""
         self._begin()
-        was_whole, self._was_whole = self._was_whole, False
+        self.told = "written" if self._passed < self.chunks else "compared"
+        was_all_taken, self._is_all_taken = self._is_all_taken, False
         super().talk(stream, progress)
-        self._was_whole = True
-        if self._differing and was_whole:
-            told = f"{self._differing} MiB are not what was written, the first one at byte {self._first * CHUNK}"
+        self._is_all_taken = True
+        if self._differing and was_all_taken:
+            first, count = self._differing
+            told = f"{count} MiB are not what was written, the first one at byte {first * CHUNK}"
             self._mends += 1
             if self._mends > self.MOST_MENDS:
                 raise DosvobError(f"{told}, also when written once more: DigitalOcean's fault, try again later")
             self._warn(f"{told}; they are written once more")
 
-    def _is_over(self) -> bool:
-        return self._is_taken
+    def _parts(self) -> tuple[tuple[int, int], ...]:
+        """What is not known to be right, with short gaps; nothing while there is something that is not sent yet."""
+        gap = 1
+        while self._passed == self.chunks:
+            gap *= 8
+            pattern = rb"\x00+(?:\x01{1,%d}\x00+)*" % gap
+            parts = tuple(match.span() for match in re.finditer(pattern, self._right))
+            if len(parts) <= self.MOST_PARTS:
+                return parts
+        return ()
 
     def _on_hello(self, payload: bytes) -> None:
         super()._on_hello(payload)
         self._packer = Packer(with_zstd=payload[-1:] == b"\1")
 
-    def _is_kept_waiting(self, end: int) -> bool:
-        first = next(iter(self._pending), self._announced[0][0] if self._announced else end)
-        return end - first > self.BOUND * MOST_AHEAD
-
     def _on_digest(self, index: int, digest: bytes) -> None:
         self._announced.append((index, digest))
+        if len(self._announced) > 2 * MOST_AHEAD:
+            raise BadAgent("the droplet announces more than it may")
 
     def _on_answer(self, kind: int, index: int, payload: bytes) -> None:
-        if kind != SHORT or len(payload) != PAGES * SHORT_SIZE or index not in (*self._pending, self._asked):
+        piece = self._pending.pop(index, None)
+        if kind != SHORT or len(payload) != PAGES * SHORT_SIZE or not (piece or index == self._asked):
             super()._on_answer(kind, index, payload)
-        if piece := self._pending.pop(index, None):
+        if piece:
             pages = piece.pages or page_digests(piece.chunk)
             self._send(index, self._write(index, piece.chunk, differing_pages(pages, payload) or ALL_PAGES))
         else:
-            self._is_taken = True
+            self._is_over = True
 
     def _flush(self) -> None:
         """Compare, or send, until something has come in or must come in first."""
         super()._flush()
+        if not self._greeted:
+            return
         while self._announced and len(self._pending) < self.MOST_PENDING:
             for _ in range(min(BATCH, len(self._announced))):
                 self._compare(*self._announced.popleft())
             super()._flush()
             if self._stream.has_received():
                 return
-        while self._greeted and self._passed < self.chunks and not self._stream.has_received():
-            piece = self._piece_at(self._passed)
-            if piece.write:
-                self._send(piece.index, piece.write)
+        while self._passed < self.chunks and not self._stream.has_received():
+            if write := self._piece_at(self._passed).write:
+                self._send(self._passed, write)
             self._passed += 1
-        is_all_sent = self._greeted and self._passed == self.chunks
-        if is_all_sent and not (self._due or self._announced or self._pending) and self._asked is None:
-            self._asked, self._is_taken = self._last, self._last is None
-            if self._asked is not None:
-                self._command(COMPARE, self._asked)
-                super()._flush()
+            self.settled, self.done = self._passed, self.done + 1
+        if self._passed < self.chunks or self._due or self._announced or self._pending or self._asked >= 0:
+            return
+        self._asked, self._is_over = self._last, self._last < 0
+        if not self._is_over:  # it answers when it has taken all that was sent before
+            self._command(COMPARE, self._asked)
+            super()._flush()
 
     def _compare(self, index: int, digest: bytes) -> None:
         """See whether a chunk is right; if not, send it, or ask where it differs."""
-        if self._right[index]:
-            self._drop(index)
-        elif digest == self._expected(index):
-            self._right[index] = True
-            self._count_right += 1
+        if self._right[index] or digest == self._expected(index):
+            self._count_right += not self._right[index]
+            self.done += not self._right[index]
+            self._right[index] = 1
             self._drop(index)
         else:
-            self._first = self._first if self._differing else index
-            self._differing += 1
+            first, count = self._differing or (index, 0)
+            self._differing = [first, count + 1]
             piece = self._piece_at(index)
             if digest == ZERO_DIGEST or piece.chunk == ZERO_CHUNK:
                 self._send(index, self._write(index, piece.chunk, ALL_PAGES, over_zeros=digest == ZERO_DIGEST))
             else:
                 self._pending[index] = piece
                 self._command(COMPARE, index)
+        self.settled = self._count_right + sum(self._differing[1:])
+        self.is_done = self._count_right == self.chunks
 
     def _send(self, index: int, write: bytes) -> None:
         start = time.monotonic()
         self._stream.send(write)
         self._packer.sent(len(write), time.monotonic() - start)
-        self._sent += len(write)
+        self.sent += len(write)
         self._last = index
 
     # What is to be there
@@ -4198,13 +4124,13 @@ def converse(
     """
     received = failures = 0
     while not conversation.is_done:
-        done, stream = conversation.count_done(), None
+        done, stream = conversation.done, None
         try:
             stream = start_agent()
             conversation.talk(stream, lambda: progress(received + stream.received))  # noqa: B023 - used in here
             failures = 0
         except (ConnectionLost, HostKeyMismatch, DropletLost) as problem:
-            failures = failures + 1 if conversation.count_done() == done else 1
+            failures = failures + 1 if conversation.done == done else 1
             if replace_lost(problem):  # asked first: the address of a lost one may be somebody else's by now
                 failures = 0
             elif failures >= ATTEMPTS or isinstance(problem, HostKeyMismatch):
@@ -4746,7 +4672,7 @@ class Hosts:
             nonlocal meter
             if conversation.settled * CHUNK < meter.done:  # what was sent is compared now
                 meter = new_meter()
-            meter(conversation.settled * CHUNK - meter.done, f" {conversation.told(received)}")
+            meter(conversation.settled * CHUNK - meter.done, f" {conversation.told.format(human_size(received))}")
 
         return converse(start_agent, conversation, self._job.report.warn, progress, self._replace_lost)
 
@@ -5180,13 +5106,13 @@ class Restoration:
         volume, is_empty = self._throwaway()
         with contextlib.closing(Hosts(self._job, self._ephemeral, self._plan)) as hosts:
             try:
-                self._fill(volume, hosts, is_empty=is_empty)
+                sent = self._fill(volume, hosts, is_empty=is_empty)
             except BaseException:
                 self._job.stop.request()  # a droplet that is still being made is of no use any more
                 raise
             finally:
                 report.end_progress()
-        report.say(f"all of {new.name} is there, and was compared; making it")
+        report.say(f"all that {new.name} is to have is there, and was compared: {human_size(sent)} were sent")
         described = self._source.name if self._source.volume_name else "a file"
         make_new = functools.partial(self._ephemeral.make_new, new.name, f"restored by dosvob: {described}", volume)
         return self._when_allowed(make_new, new.name)
@@ -5218,7 +5144,7 @@ class Restoration:
                 known = problem.wait or (interval - since if 0 <= since < interval else None)
             if not until:
                 until = time.monotonic() + (known or interval)
-                give_up = until + 60
+                give_up = until + 3 * Backup.SNAPSHOT_RETRY
                 moment = local_time(utc_now() + datetime.timedelta(seconds=known or interval))
                 self._job.report.say(
                     f"{name}: DigitalOcean takes one snapshot of a volume per 10 minutes, the next one "
@@ -5230,8 +5156,8 @@ class Restoration:
                 self._job.report.progress(f"{name}: {human_time(seconds)} until DigitalOcean takes its next snapshot")
                 self._job.stop.sleep(min(left, 0.5))
 
-    def _fill(self, volume: Volume, hosts: Hosts, *, is_empty: bool) -> None:
-        """Make the volume what the source is, with zeros behind that."""
+    def _fill(self, volume: Volume, hosts: Hosts, *, is_empty: bool) -> int:
+        """Make the volume what the source is, with zeros behind that; returns the bytes sent."""
         chunks, source, new = volume.size // CHUNK, self._source, self._new
 
         def contents() -> Iterator[tuple[int, bytes]]:
@@ -5242,7 +5168,9 @@ class Restoration:
             self._job.report.warn(f"{new.name}: {text}")
 
         with tempfile.TemporaryFile(dir=self._job.home.metadata) as digests:
-            hosts.converse(volume, Push(contents, chunks, digests, warn, is_empty=is_empty), new.name)
+            push = Push(contents, chunks, digests, warn, is_empty=is_empty)
+            hosts.converse(volume, push, new.name)
+        return push.sent
 
 
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────

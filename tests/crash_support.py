@@ -47,10 +47,11 @@ _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
 class AgentProcess:
-    """The real agent over pipes, as a stream: about the chunks from the first on; with `parts`, one that writes, about those.
+    """The real agent over pipes, as a stream.
 
-    Reads return at most `most` bytes, and break after `cut` bytes in all; `edit` changes the agent's source; `pipe` is
-    how much its pipes hold, `python` what runs it.
+    It serves the chunks from the first on; with `parts` it serves those, and writes. Reads return at most `most`
+    bytes, and break after `cut` bytes in all; `edit` changes the agent's source; `pipe` is how much its pipes hold,
+    `python` what runs it.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class AgentProcess:
         with pytest.MonkeyPatch.context() as patches:
             patches.setattr(dosvob, "AGENT", edit(dosvob.AGENT))
             rest = ((first, device.stat().st_size // MIB),)
-            program = dosvob.agent_source(str(device), rest if parts is None else parts, window, writes=parts is not None)
+            program = dosvob.agent_source(
+                str(device), rest if parts is None else parts, window, writes=parts is not None
+            )
         bootstrap = f"import sys; exec(sys.stdin.buffer.read({len(program)}))"
         command = [python, "-I", "-c", bootstrap]
         self._process = subprocess.Popen(
@@ -90,7 +93,8 @@ class AgentProcess:
 
     def has_received(self) -> bool:
         """Whether something has come in."""
-        return bool(select.select([self._process.stdout], [], [], 0)[0])
+        assert self._process.stdout is not None
+        return bool(select.select([self._process.stdout.fileno()], [], [], 0)[0])
 
     def receive(self) -> bytes:
         """At least one byte, and at most `most`."""
