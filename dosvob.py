@@ -30,19 +30,19 @@ A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and 
  6. `Versions.thin` drops the versions that `keep` does not ask for.
  7. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
 
-The way back: `Chain.restore` writes a version to a file; `Restoration` makes a new volume of it, by an `Upload` to a
-`Receiver` on a droplet, and a `Comparison` of what that then reads.
+The way back: `Chain.restore` writes a version to a file; `Restoration` makes a new volume of it, by a `Push` to an `Agent`
+on a droplet: what differs there is sent, until nothing does.
 
 What it promises: the image is at every moment one complete snapshot, or the journal beside it completes it; a version
 that is listed restores to the very bytes that it had, or says which are damaged; all that is created is named
 `dosvob-ephemeral-HOME-RUN-…` and removed however the run ends, and named loudly if it could not be; a new volume, which
-is to stay, is written down beside the images until it is complete.
+is to stay, is whole from its birth on.
 
 What it does not promise: consistency beyond that of a disk whose power was cut, which a snapshot of a volume in use is.
 
 The chapters, each standing on those before it but for the reports that it is given a way to make: errors and waiting,
 configuration, the DigitalOcean API, ephemeral resources, the agent, patches and images, versions, the update of an
-image, the sync, the connection, reporting, the backup, the way back, commands, main.
+image, the conversations, the connection, reporting, the backup, the way back, commands, main.
 """
 # ruff: noqa: E402, UP031, UP036 - what the user lacks is told before it is imported, and in words of older Pythons
 
@@ -1848,7 +1848,7 @@ exec({source + start!r})
 #   backups/.dosvob/NAME.versions/TIME   a version: the patches that lead back to the snapshot of that time (UTC)
 #   backups/.dosvob/NAME.version.new     the version that the sync that goes on will leave
 #   NAME.set-aside-…, .versions.of-…, .journal.damaged-…   what did not belong together, or was damaged: for the user
-#   backups/.dosvob/lock, home, wanted.json, restore-RUN.json   the home's: see `Home` and `NewVolume`
+#   backups/.dosvob/lock, home, wanted.json   the home's: see `Home`
 #
 # With several regions all of these are in backups/REGION.
 #
