@@ -30,8 +30,8 @@ A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and 
  6. `Versions.thin` drops the versions that `keep` does not ask for.
  7. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
 
-The way back: `Chain.restore` writes a version to a file; `Restoration` makes a new volume of it, by a `Push` to an `Agent`
-on a droplet: what differs there is sent, until nothing does.
+The way back: `Chain.restore` writes a version to a file; `Restoration` makes a new volume of it, by a `Push` to an
+`Agent` on a droplet: what differs there is sent, until nothing does.
 
 What it promises: the image is at every moment one complete snapshot, or the journal beside it completes it; a version
 that is listed restores to the very bytes that it had, or says which are damaged; all that is created is named
@@ -1118,17 +1118,13 @@ class Ephemeral:
         return Volume.parse(self._create(VOLUME, body))
 
     def make_new(self, name: str, description: str, volume: Volume) -> Volume:
-        """A volume that is to stay, with all that a throwaway one has; that makes room for it if the quota asks for it.
+        """A volume that is to stay, with all that a throwaway one has, which makes room for it if the quota asks for it.
 
-        It is no matter of the teardown's: it is whole from its creation on.
+        It is whole from its creation on, and no matter of the teardown's.
         """
         snapshot = self._take_snapshot(volume, f"{self.prefix}new")
-        body = {
-            "name": name,
-            "region": volume.region,
-            "size_gigabytes": volume.size // GIB,
-            "description": description,  # by which it is found if the answer is lost
-        }
+        body = {"name": name, "region": volume.region, "size_gigabytes": volume.size // GIB}
+        body["description"] = description  # by which it is told from somebody else's if the answer is lost
         patient = self._api.with_stop(self._api.stop, self.NEW_PATIENCE)
         start, intervals, has_room = time.monotonic(), self._api.backoff(), False
         try:
@@ -1140,11 +1136,11 @@ class Ephemeral:
                         raise
                     if has_room:
                         patient.pause(problem, next(intervals), start)
-                    else:
-                        self._report.say(f"{problem}; removing {volume.name}, whose snapshot has all, to make room")
-                        self.remove_droplets()
-                        self._remove_volume(volume)
-                        has_room = True
+                        continue
+                    self._report.say(f"{problem}; removing {volume.name}, whose snapshot has all, to make room")
+                self.remove_droplets()
+                self._remove_volume(volume)
+                has_room = True
         finally:
             if self._asked.pop(name, None):
                 self._report.warn(f"it is not known whether the volume {name} was made: if it is there, it is whole")
@@ -1200,8 +1196,12 @@ class Ephemeral:
         start, intervals, is_doubtful = time.monotonic(), api.backoff(), name in self._asked
 
         def find() -> Json | None:
-            items = api.list(where.path, where.key, **where.params)
-            return next((item for item in items if self._is_asked_for(item, body)), None)
+            known = {key: body[key] for key in ("name", "description") if key in body}
+            for item in api.list(where.path, where.key, **where.params):
+                region = (item.get("region") or {}).get("slug")  # a volume may have a namesake in another one
+                if known.items() <= item.items() and body.get("region", region) == region:
+                    return item
+            return None
 
         item: Json | None = None
         while item is None:
@@ -1229,15 +1229,6 @@ class Ephemeral:
         del self._asked[name]
         self._report.detail(f"created {resource}")
         return item
-
-    @staticmethod
-    def _is_asked_for(item: Json, body: Json) -> bool:
-        """Whether this is what was asked for; a volume may have a namesake in another region, or one of the user's."""
-        region = (item.get("region") or {}).get("slug")
-        return item.get("name") == body["name"] and all(
-            key not in body or value == body[key]
-            for key, value in (("region", region), ("description", item.get("description")))
-        )
 
     def _remove_now(self, resource: Resource) -> None:
         """Remove what is not needed any more; what does not go is left to the end of the run."""
@@ -5133,27 +5124,24 @@ class Restoration:
 
     def _when_allowed(self, work: Callable[[], T], name: str, last: str = "", hint: str = "") -> T:
         """Do what takes a snapshot when DigitalOcean does so: once in ten minutes of a volume; `last` was its last."""
-        interval, until, give_up = Backup.SNAPSHOT_INTERVAL, 0.0, float("inf")
+        interval, retry, report, until = Backup.SNAPSHOT_INTERVAL, Backup.SNAPSHOT_RETRY, self._job.report, 0.0
         while True:
             try:
                 return work()
             except ApiError as problem:
-                if problem.status != 429 or time.monotonic() > give_up:
+                if problem.status != 429 or (until and time.monotonic() > until + 3 * retry):
                     raise
                 since = age(last)
-                known = problem.wait or (interval - since if 0 <= since < interval else None)
+                wait = problem.wait or (interval - since if 0 <= since < interval else None)
             if not until:
-                until = time.monotonic() + (known or interval)
-                give_up = until + 3 * Backup.SNAPSHOT_RETRY
-                moment = local_time(utc_now() + datetime.timedelta(seconds=known or interval))
-                self._job.report.say(
-                    f"{name}: DigitalOcean takes one snapshot of a volume per 10 minutes, the next one "
-                    f"{'at' if known else 'by'} {moment}{hint}"
-                )
-            end = time.monotonic() + (known or Backup.SNAPSHOT_RETRY)
+                seconds = wait or interval
+                until, moment = time.monotonic() + seconds, local_time(utc_now() + datetime.timedelta(seconds=seconds))
+                rule = "DigitalOcean takes one snapshot of a volume per 10 minutes"
+                report.say(f"{name}: {rule}, the next one {'at' if wait else 'by'} {moment}{hint}")
+            end = time.monotonic() + (wait or retry)
             while (left := end - time.monotonic()) > 0:
                 seconds = max(until - time.monotonic(), 0)
-                self._job.report.progress(f"{name}: {human_time(seconds)} until DigitalOcean takes its next snapshot")
+                report.progress(f"{name}: {human_time(seconds)} until DigitalOcean takes its next snapshot")
                 self._job.stop.sleep(min(left, 0.5))
 
     def _fill(self, volume: Volume, hosts: Hosts, *, is_empty: bool) -> int:
