@@ -25,26 +25,26 @@ A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and 
  3. `Misplaced.move` follows a change of "region"; then for each region `Backup.run` takes the volumes in turn. In the
     background `Hosts` makes a key and a droplet, and `_prepare` a snapshot and a clone of the next volume
     (`Ephemeral.make_clone`), and attaches it.
- 4. `Update` opens the volume's image; `converse` starts an `Agent` on the droplet, and talks with it by a `Sync`:
+ 4. `Update` opens the volume's image; `converse` starts an `Agent` on the droplet, and talks with it by a `Pull`:
     chunks whose digest is the image's are kept, of the others the pages that differ are fetched, as patches.
  5. `Update.finish` writes the undo, then the spool to the image; the state that follows is the commit, and the undo
     becomes a version.
  6. `Versions.thin` drops the versions that `keep` does not ask for.
  7. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
 
-The way back: `Chain.restore` writes a version to a file; `Restoration` makes a new volume of it, by an `Upload` to a
-`Receiver` on a droplet, and a `Comparison` of what that then reads.
+The way back: `Chain.restore` writes a version to a file; `Restoration` makes a new volume of it, by a `Push` to an
+`Agent` on a droplet: what differs there is sent, until nothing does.
 
 What it promises: the image is at every moment one complete snapshot, or the undo beside it makes it the one before; a
 version that is listed restores to the very bytes that it had, or says which are damaged; all that is created is named
 `dosvob-ephemeral-HOME-RUN-…` and removed however the run ends, and named loudly if it could not be; a new volume, which
-is to stay, is written down beside the images until it is complete.
+is to stay, is whole from its birth on.
 
 What it does not promise: consistency beyond that of a disk whose power was cut, which a snapshot of a volume in use is.
 
 The chapters, each standing on those before it but for the reports that it is given a way to make: errors and waiting,
 configuration, the DigitalOcean API, ephemeral resources, the agent, patches and images, versions, the update of an
-image, the sync, the connection, reporting, the backup, the way back, commands, main.
+image, the conversations, the connection, reporting, the backup, the way back, commands, main.
 """
 # ruff: noqa: E402, UP031, UP036 - what the user lacks is told before it is imported, and in words of older Pythons
 
@@ -69,10 +69,12 @@ if sys.version_info < (3, 11):
 # isort: off
 import collections
 import concurrent.futures
+import contextlib
 import ctypes
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import queue
 import stat
@@ -87,7 +89,6 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 # agent: end
 import argparse
 import array
-import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -96,7 +97,6 @@ import functools
 import heapq
 import importlib
 import io
-import itertools
 import json
 import logging
 import random
@@ -109,12 +109,11 @@ import ssl
 import tempfile
 import traceback
 import urllib.parse
-import uuid
 from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, ClassVar, Generic, NoReturn
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 if TYPE_CHECKING:
     import paramiko
@@ -804,11 +803,10 @@ class Resource:
         return str(item.get("name")).startswith(TAG + "-") or TAG in (item.get("tags") or ())
 
     @classmethod
-    def list(cls, api: Api, kind: str, mark: str = "") -> list[Resource]:
-        """All ephemeral resources of a kind in the account, of whatever home; and what is described by a mark."""
+    def list(cls, api: Api, kind: str) -> list[Resource]:
+        """All ephemeral resources of a kind in the account, of whatever home."""
         items = api.list(KINDS[kind].path, KINDS[kind].key, **KINDS[kind].params)
-        ours = [item for item in items if cls.is_ephemeral(item) or (mark and item.get("description") == mark)]
-        return [cls.parse(kind, item) for item in ours]
+        return [cls.parse(kind, item) for item in items if cls.is_ephemeral(item)]
 
     @property
     def home(self) -> str:
@@ -849,10 +847,8 @@ class Removal:
         not_before: float,
         note: Callable[[str], None],
         kinds: Iterable[str] = KINDS,
-        mark: str = "",
     ) -> None:
         self._api = api
-        self._mark = mark  # of a volume that was to stay, see Ephemeral.make_volume
         self._is_ours = is_ours
         self._not_before = not_before
         self._note = note
@@ -893,7 +889,7 @@ class Removal:
                 continue
             found = [resource for resource in self._known if resource.kind == kind and resource not in self._gone]
             try:
-                found += filter(self._is_ours, Resource.list(self._api, kind, self._mark))
+                found += filter(self._is_ours, Resource.list(self._api, kind))
             except Exception as problem:  # noqa: BLE001 - no answer is so odd that the rest must stay for it
                 left[Resource(kind, UNKNOWN, f"{TAG}-*")] = problem
             else:
@@ -1007,6 +1003,7 @@ class Ephemeral:
     ACTION_LIMIT = 600  # seconds that an action, such as an attach, may take
     ADDRESS_LIMIT = 600  # seconds until a new droplet must have an address
     FRESH_LIMIT = 60  # seconds for which something freshly created may answer 404
+    NEW_PATIENCE = 1800  # seconds for which the creation of what is to stay is repeated: it may have taken hours so far
 
     def __init__(self, api: Api, home: str, report: Reporter) -> None:
         self.prefix = f"{TAG}-{home}-{secrets.token_hex(4)}-"
@@ -1020,7 +1017,6 @@ class Ephemeral:
         self._key: int | None = None  # the id of the run's one-time key
         self._attached: dict[str, int] = {}  # droplets by clone
         self._events = threading.Lock()  # a droplet takes one at a time, and one may last longer than BUSY_LIMIT
-        self._mark = ""  # describes a volume that is to stay when all is well
 
     def __enter__(self) -> Ephemeral:
         return self
@@ -1030,14 +1026,10 @@ class Ephemeral:
         existing = [resource for resource in self._created if resource not in self._removed]
         counts = sorted(collections.Counter(resource.kind for resource in existing).items())
         told = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts) or "what may have been created"
-        others = [f" and {item.name}" for item in existing if not item.name.startswith(TAG)]
-        self._report.say(f"removing {told}: all that is named {self.prefix}…{''.join(others)}")
+        self._report.say(f"removing {told}: all that is named {self.prefix}…")
         api, note = self._api.with_stop(Stop(), Api.TEARDOWN_PATIENCE), self._report.doing  # no signal ends this
         try:
-            self._report.left_behind(spared := self._spared(existing, api))
-            existing = [resource for resource in existing if resource not in spared]
-            removal = Removal(api, self._is_ours, self._last_post + LIST_LAG, note, mark=self._mark)
-            left = removal.run(existing, self._asked)
+            left = Removal(api, self._is_ours, self._last_post + LIST_LAG, note).run(existing, self._asked)
         except Exception as problem:  # noqa: BLE001 - even after a bug in here: tell what there may be
             self._report.detail(traceback.format_exc())
             unknown = [Resource(kind, UNKNOWN, name) for name, kind in self._asked.items()]
@@ -1049,23 +1041,6 @@ class Ephemeral:
 
     def _is_ours(self, resource: Resource) -> bool:
         return resource.home in ("", self._home) and resource not in self._report.left
-
-    def _spared(self, existing: Iterable[Resource], api: Api) -> dict[Resource, str]:
-        """The volume that was to stay, with the reason, if it is attached to a droplet that is not ours: it stays."""
-        ours = {resource.id for resource in self._created if resource.kind == DROPLET}
-        for resource in existing:
-            if resource.kind == VOLUME and not resource.name.startswith(TAG):
-                with contextlib.suppress(DosvobError):  # what is attached DigitalOcean does not delete
-                    item = api.get_fresh(resource.path, "volume") or {}
-                    others = [str(droplet) for droplet in item.get("droplet_ids") or () if str(droplet) not in ours]
-                    if others:
-                        why = f"It is attached to the droplet {', '.join(others)}, which is not of this run"
-                        return {resource: why}
-        return {}
-
-    def may_have_left(self, resource: Resource) -> bool:
-        """Whether it may be there after the end."""
-        return resource.name in self._asked or resource in self._report.left
 
     def cost(self) -> float:
         """Dollars for all that was created, by the seconds that it existed until now."""
@@ -1150,49 +1125,72 @@ class Ephemeral:
             if resource.kind == DROPLET and resource not in self._removed:
                 self._remove_now(resource)
 
-    def make_clone(self, volume: Volume, number: int) -> tuple[Volume, str]:
+    def make_clone(self, volume: Volume, number: int, size: int = 0) -> tuple[Volume, str]:
         """A volume with the content that this one has now, and the time of that; the snapshot between is gone again.
 
-        Raises ApiError with the status 429 if the volume's last snapshot is less than ten minutes old.
+        It has at least `size` bytes. Raises ApiError with the status 429 if the volume's last snapshot is less than ten
+        minutes old.
         """
         name = f"{self.prefix}{number}"  # the device is named by it: unique and short
-        snapshot = self._create(SNAPSHOT, {"name": name, "tags": [TAG]}, f"/v2/volumes/{volume.id}/snapshots")
-        body = {
-            "name": name,
-            "region": volume.region,
-            "snapshot_id": Api.required(snapshot, "id", str),
-            "size_gigabytes": max(volume.size // GIB, int(snapshot.get("min_disk_size") or 0)),
-            "tags": [TAG],
-        }
+        snapshot = self._take_snapshot(volume, name)
+        body = {"name": name, "region": volume.region, "size_gigabytes": max(volume.size, size) // GIB, "tags": [TAG]}
+        clone = self._make_of(snapshot, body)
+        self._remove_now(Resource.parse(SNAPSHOT, snapshot))
+        return Volume.parse(clone), str(snapshot.get("created_at", ""))
+
+    def make_empty(self, region: str, size: int) -> Volume:
+        """A throwaway volume of so many bytes that has nothing."""
+        body = {"name": f"{self.prefix}0", "region": region, "size_gigabytes": size // GIB, "tags": [TAG]}
+        return Volume.parse(self._create(VOLUME, body))
+
+    def make_new(self, name: str, description: str, volume: Volume) -> Volume:
+        """A volume that is to stay, with all that a throwaway one has, which makes room for it if the quota asks for it.
+
+        It is whole from its creation on, and no matter of the teardown's.
+        """
+        snapshot = self._take_snapshot(volume, f"{self.prefix}new")
+        body = {"name": name, "region": volume.region, "size_gigabytes": volume.size // GIB}
+        body["description"] = description  # by which it is told from somebody else's if the answer is lost
+        patient = self._api.with_stop(self._api.stop, self.NEW_PATIENCE)
+        start, intervals, has_room = time.monotonic(), self._api.backoff(), False
+        try:
+            while True:
+                try:
+                    return Volume.parse(self._make_of(snapshot, body, patient, stays=True))
+                except ApiError as problem:
+                    if problem.status not in (403, 422):
+                        raise
+                    if has_room:
+                        patient.pause(problem, next(intervals), start)
+                        continue
+                    self._report.say(f"{problem}; removing {volume.name}, whose snapshot has all, to make room")
+                self.remove_droplets()
+                self._remove_volume(volume)
+                has_room = True
+        finally:
+            if self._asked.pop(name, None):
+                self._report.warn(f"it is not known whether the volume {name} was made: if it is there, it is whole")
+
+    def _take_snapshot(self, volume: Volume, name: str) -> Json:
+        return self._create(SNAPSHOT, {"name": name, "tags": [TAG]}, f"/v2/volumes/{volume.id}/snapshots")
+
+    def _make_of(self, snapshot: Json, body: Json, api: Api | None = None, *, stays: bool = False) -> Json:
+        """The volume that a body describes, with the content of a snapshot."""
+        least = max(body["size_gigabytes"], int(snapshot.get("min_disk_size") or 0))
+        body = {**body, "snapshot_id": Api.required(snapshot, "id", str), "size_gigabytes": least}
 
         def create() -> Json | None:
             try:
-                return self._create(VOLUME, body)
+                return self._create(VOLUME, body, api=api, stays=stays)
             except ApiError as problem:
                 if problem.status != 404:
                     raise
                 return None  # the snapshot is so fresh that it is not known yet
 
-        clone = self._api.stop.wait_until(self.FRESH_LIMIT, create)
-        if clone is None:
+        item = self._api.stop.wait_until(self.FRESH_LIMIT, create)
+        if item is None:
             raise DosvobError("DigitalOcean lost the snapshot that it had just made: try again later")
-        self._remove_now(Resource.parse(SNAPSHOT, snapshot))
-        return Volume.parse(clone), str(snapshot.get("created_at", ""))
-
-    def make_volume(self, name: str, region: str, size: int, mark: str) -> Volume:
-        """A new, empty volume of `size` bytes, which is removed with all the rest unless it is handed over.
-
-        No name and no tag tells that it is ours, lest it be removed later: the mark does, its description, which no
-        other volume has. So it is found, too, if the answer is lost.
-        """
-        self._mark = mark
-        body = {"name": name, "region": region, "size_gigabytes": size // GIB, "description": mark}
-        return Volume.parse(self._create(VOLUME, body))
-
-    def hand_over(self, volume: Volume) -> None:
-        """From now on it is its user's."""
-        self._mark = ""
-        self._created = {resource: since for resource, since in self._created.items() if resource.id != volume.id}
+        return item
 
     def attach(self, volume: Volume, droplet: Droplet) -> None:
         """Attach the volume to the droplet, unless it is."""
@@ -1207,43 +1205,53 @@ class Ephemeral:
     def release(self, clone: Volume, droplet: Droplet) -> None:
         """Detach the clone and delete it."""
         self.detach(clone, droplet)
-        self._remove_now(next(r for r in list(self._created) if r.kind == VOLUME and r.id == clone.id))
+        self._remove_volume(clone)
 
-    def _create(self, kind: str, body: Json, post_path: str | None = None) -> Json:
-        """Create a resource and enter it in the books; what the answer has beside it, its links, is put into it.
+    def _remove_volume(self, volume: Volume) -> None:
+        self._remove_now(next(r for r in list(self._created) if r.kind == VOLUME and r.id == volume.id))
+
+    def _create(
+        self, kind: str, body: Json, post_path: str | None = None, *, api: Api | None = None, stays: bool = False
+    ) -> Json:
+        """Create a resource and enter it in the books, unless it `stays`; its links in the answer are put into it.
 
         When no answer came, or a 5xx did, it may exist: it is looked for by its unique name, until a list can be
         trusted to show it, before it is asked for again. `_asked` has its name while it may exist without our knowing.
         """
-        where, name = KINDS[kind], body["name"]
-        start, intervals, is_doubtful = time.monotonic(), self._api.backoff(), name in self._asked
+        where, name, api = KINDS[kind], body["name"], api or self._api
+        start, intervals, is_doubtful = time.monotonic(), api.backoff(), name in self._asked
 
         def find() -> Json | None:
-            items = self._api.list(where.path, where.key, **where.params)
             known = {key: body[key] for key in ("name", "description") if key in body}
-            return next((item for item in items if known.items() <= item.items()), None)
+            for item in api.list(where.path, where.key, **where.params):
+                region = (item.get("region") or {}).get("slug")  # a volume may have a namesake in another one
+                if known.items() <= item.items() and body.get("region", region) == region:
+                    return item
+            return None
 
         item: Json | None = None
         while item is None:
-            self._api.stop.check()
+            api.stop.check()
             self._asked[name] = kind
             try:
-                answer = self._api.post(post_path or where.path, body)
+                answer = api.post(post_path or where.path, body)
                 links = answer.get("links") or {}
                 item = {"links": links, **Api.required(answer, where.key.removesuffix("s"), dict)}
             except ApiError as problem:
-                if not problem.may_exist:
-                    if not is_doubtful:
-                        del self._asked[name]
+                if not problem.may_exist and not is_doubtful:
+                    del self._asked[name]
                     raise
                 is_doubtful, self._last_post = True, time.monotonic()
-                item = self._api.stop.wait_until(LIST_LAG, find)
+                item = api.stop.wait_until(LIST_LAG, find)
+                if item is None and not problem.may_exist:
+                    raise
                 if item is None:
-                    self._api.pause(problem, next(intervals), start)
+                    api.pause(problem, next(intervals), start)
             finally:
                 self._last_post = time.monotonic()
         resource = Resource.parse(kind, item)
-        self._created[resource] = time.monotonic()
+        if not stays:
+            self._created[resource] = time.monotonic()
         del self._asked[name]
         self._report.detail(f"created {resource}")
         return item
@@ -1305,11 +1313,11 @@ class Ephemeral:
 
 # ── The agent ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The part that runs on the droplet: it reads the volume once (what must be sent of a large change: twice), sends a
-# digest for each chunk, and the pages that it is asked for. Its source, which is what stands between the marks
-# "agent: begin" and "agent: end" in this file, is sent over SSH and run by the droplet's own python3: so it uses the
-# standard library alone, as Python 3.8 had it.
+# digest for each chunk, sends the pages that it is asked for, and writes those that it is given. Its source, which is
+# what stands between the marks "agent: begin" and "agent: end" in this file, is sent over SSH and run by the droplet's
+# own python3: so it uses the standard library alone, as Python 3.8 had it.
 #
-# The frames and commands. Frames (agent to here) are FRAME (kind, index, length of the payload), then the payload:
+# Frames (agent to here) are FRAME (kind, index, length of the payload), then the payload:
 #   HELLO    AGENT_MAGIC, the device's size in bytes (8 bytes),      the first frame
 #            whether there is zstd there (1 byte)
 #   DIGEST   a chunk's digest                                        at most `window` are announced and not done with
@@ -1320,18 +1328,23 @@ class Ephemeral:
 #   ZSTD     the same, the pages compressed with zstd
 #   ALIVE    nothing                                                 when there has been nothing to say for a while
 #   FAILED   a message                                               the agent cannot go on
-#   DURABLE  nothing                                                 a Receiver's: what came before the index is durable
-# Digests come in the order of the chunks, without gaps, and before data that was queued earlier; answers in any order.
+# Digests come in the order of the chunks that were asked for when it was started, without gaps, and before data that
+# was queued earlier; answers in any order.
 # Commands (from here to the agent) are COMMAND (kind, index, count, bitmap), all of one length:
 #   DROP     forget `count` chunks from the index on                 COMPARE   send the chunk's SHORT
 #   SEND     send the pages in the bitmap, forget the chunk
-# The agent ends when no more commands can come.
-# On the way back, to a new volume, a Receiver is what runs on the droplet: frames that are RAW, ZLIB or ZSTD go to it
-# instead of commands, in the order of the chunks.
+#   WRITE    write the pages in the bitmap, forget the chunk: they are in the frame that follows, as in answer to SEND
+# A command that follows a WRITE is obeyed after it. The agent ends when no more commands can come.
 #
-# Why nothing can stand still: a thread of the agent's own takes the commands, which are few and small, as they come, so
-# whoever sends one never waits for the agent; so the reader here always goes on reading, and the agent's writing always
-# goes on.
+# What was written and what is compared: an agent that may write first waits for the end of the one before it, which may
+# not have noticed yet that nobody hears it, makes durable what that has written, and has the kernel forget it. So the
+# digests are those of what the device itself has; of what this agent writes, the next one tells.
+#
+# Why nothing can stand still: a thread of the agent's own takes the commands as they come, and writes what it is to
+# write. It waits for the device alone: for no answer of the agent's to get onto its way, for answers are the work of
+# other threads, and its own failure is put where there is always room. So whoever sends, a command or a WRITE, waits
+# for the link and the device at most, even while nobody reads what the agent says; then goes on to read; and so the
+# agent's writing to the link always goes on.
 
 # agent: begin
 CHUNK = 1 << 20  # bytes
@@ -1355,15 +1368,15 @@ KEPT_MEMORY = 32 << 20  # bytes; the most that glibc takes as M_MMAP_THRESHOLD
 DEVICE_LIMIT = 60.0  # seconds for the device to appear after its attach action completed
 EXCLUSIVE_LIMIT = 5.0  # seconds for which something, such as udev's probing, may have it for itself
 SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ of fcntl(2), which Python has had a name for since 3.10
-AGENT_MAGIC = b"dosvob agent 2\n"
+AGENT_MAGIC = b"dosvob agent 3\n"
 FRAME = ">BII"
 COMMAND = ">BII32s"
-HELLO, DIGEST, ZEROS, SHORT, RAW, ZLIB, ZSTD, ALIVE, FAILED, DURABLE = range(1, 11)
+HELLO, DIGEST, ZEROS, SHORT, RAW, ZLIB, ZSTD, ALIVE, FAILED = range(1, 10)
 LEVELS = {  # of compression, each with its cost in multiples of the lowest one's; those above gain hardly anything
     ZLIB: ((1, 1.0), (6, 2.0)),
     ZSTD: ((1, 1.0), (3, 2.0), (6, 7.0)),
 }
-DROP, COMPARE, SEND = range(1, 4)
+DROP, COMPARE, SEND, WRITE = range(1, 5)
 
 
 def framed(kind: int, index: int, *payload: bytes) -> bytes:
@@ -1564,17 +1577,27 @@ def done_ahead(work: Callable[[S], T], items: Iterable[S], threads: int, most: i
 
 
 class Agent:
-    """Serves one device to one reader, from the chunk `first` on, at most `window` chunks ahead of what is done with.
+    """Serves one device to one reader, and writes to it if it `writes`; otherwise the device is set read-only.
 
-    Five sorts of threads: readers that read ahead, a scanner that hashes, one that takes commands, some that answer
-    them, as many as there are cores to compress on but at least two, and the main thread, which writes.
+    It announces the chunks of `parts`, ranges of them in order, at most `window` ahead of what is done with. Five sorts
+    of threads: readers that read ahead, a scanner that hashes, one that takes commands and writes to the device, some
+    that answer commands, as many as there are cores to compress on but at least two, and the main thread, which writes
+    to the other side.
     """
 
-    access = os.O_RDONLY
+    writes = False
 
-    def __init__(self, device: str, first: int, window: int, packer: Packer, commands: BinaryIO, output: int) -> None:
+    def __init__(
+        self,
+        device: str,
+        parts: Sequence[tuple[int, int]],
+        window: int,
+        packer: Packer,
+        commands: BinaryIO,
+        output: int,
+    ) -> None:
         self.device = device
-        self.first = first
+        self.parts = parts
         self.window = window
         self.packer = packer
         self.commands = commands
@@ -1587,25 +1610,22 @@ class Agent:
         self.frames: queue.Queue[bytes] = queue.Queue(QUEUED_FRAMES)
         self.announcements: collections.deque[bytes] = collections.deque()  # frames that go before those
 
-    def run(self) -> None:
+    def run(self, *, writes: bool) -> None:
         """Serve until told to end; the process ends with it."""
+        self.writes = writes
         keep_freed_memory()
         if stat.S_ISFIFO(os.fstat(self.output).st_mode):  # a chunk at a time instead of 64 KiB to sshd
             fcntl.fcntl(self.output, SET_PIPE_SIZE, CHUNK)
-        for work in self.works():
+        for work in (self.scan, self.take_commands, *[self.answer_requests] * max(2, self.packer.cores)):
             threading.Thread(target=self.guarded, args=(work,), daemon=True).start()
         self.write_frames()
-
-    def works(self) -> tuple[Callable[[], None], ...]:
-        """What its threads do."""
-        return (self.scan, self.take_commands, *[self.answer_requests] * max(2, self.packer.cores))
 
     def guarded(self, work: Callable[[], None]) -> None:
         """Do the work of a thread; tell the other side if it fails."""
         try:
             work()
         except Exception as problem:  # noqa: BLE001 - whatever it is, the other side is to know
-            self.put(FAILED, 0, f"{type(problem).__name__}: {problem}".encode()[:1000])
+            self.announce(framed(FAILED, 0, f"{type(problem).__name__}: {problem}".encode()[:1000]))
 
     def put(self, kind: int, index: int, *payload: bytes) -> None:
         """Queue a frame."""
@@ -1614,8 +1634,8 @@ class Agent:
     def announce(self, frames: bytes) -> None:
         """Have frames written before all that is queued: a scan that waited for data to be sent would last longer."""
         self.announcements.append(frames)
-        if self.frames.empty():  # the main thread may be waiting
-            self.frames.put(b"")
+        with contextlib.suppress(queue.Full):
+            self.frames.put_nowait(b"")  # the main thread may be waiting
 
     def write_frames(self) -> None:
         """Write the frames that come, and a sign of life when none does."""
@@ -1641,24 +1661,25 @@ class Agent:
         self.packer.sent(len(data), time.monotonic() - start)
 
     def scan(self) -> None:
-        """Announce all chunks in order, holding those that may be asked for."""
-        chunks = self.open_device() // CHUNK
+        """Announce the chunks in order, holding those that may be asked for."""
+        self.open_device()
+        ends = {end for _, end in self.parts}
         zero_chunk = bytes(CHUNK)
         batch: list[bytes] = []
         zeros = 0  # the length of the run of zero chunks up to this one
         flushed = time.monotonic()
-        for index, chunk in self.read_chunks(chunks):
+        for index, chunk in self.read_chunks():
             pages = b"" if chunk == zero_chunk else page_digests(chunk)
             if pages:
                 with self.room:
                     self.announced[index] = pages
-                    if len(self.held) < HELD:
+                    if len(self.held) < HELD and not self.writes:
                         self.held[index] = chunk
             else:
                 zeros += 1
-            is_late = index + 1 == chunks or time.monotonic() - flushed > BATCH_SECONDS
+            is_late = index + 1 == self.parts[-1][1] or time.monotonic() - flushed > BATCH_SECONDS
             is_due = is_late or len(batch) >= BATCH or not self.has_room(index)
-            if zeros and (pages or is_due):
+            if zeros and (pages or is_due or index + 1 in ends):
                 batch.append(framed(ZEROS, index + (not pages) - zeros, struct.pack(">I", zeros)))
                 zeros = 0
             if pages:
@@ -1676,10 +1697,10 @@ class Agent:
             first = next(iter(self.announced), index)  # they come in order
             return len(self.announced) < self.window and index - first < MOST_AHEAD
 
-    def read_chunks(self, chunks: int) -> Iterator[tuple[int, bytes]]:
-        """All chunks from the first on."""
-        indices = range(self.first, chunks)
-        return zip(indices, done_ahead(self.read, indices, READERS, READ_AHEAD))  # noqa: B905 - Python 3.8 has no strict
+    def read_chunks(self) -> Iterator[tuple[int, bytes]]:
+        """All chunks of the parts."""
+        indices, ahead = itertools.tee(itertools.chain.from_iterable(range(*part) for part in self.parts))
+        return zip(indices, done_ahead(self.read, ahead, READERS, READ_AHEAD))  # noqa: B905 - Python 3.8 has no strict
 
     def read(self, index: int, first: int = 0, count: int = PAGES) -> bytes:
         """One chunk of the device, or so many of its pages."""
@@ -1688,8 +1709,8 @@ class Agent:
             raise OSError(f"{self.device} ended in chunk {index}, {first * PAGE + len(data)} bytes from its beginning")
         return data
 
-    def open_device(self) -> int:
-        """Wait for the device, protect it from writes that are not ours, and say hello; returns its size in bytes."""
+    def open_device(self) -> None:
+        """Wait for the device, protect it from writes that are not ours, and say hello."""
         end = time.monotonic() + DEVICE_LIMIT
         while not os.path.exists(self.device):
             if time.monotonic() > end:
@@ -1697,14 +1718,16 @@ class Agent:
             time.sleep(0.1)
         fd = os.open(self.device, os.O_RDONLY)
         if stat.S_ISBLK(os.fstat(fd).st_mode):
-            is_read_only = self.access == os.O_RDONLY
-            fcntl.ioctl(fd, 0x125D, struct.pack("i", is_read_only))  # BLKROSET: as blockdev --setro, or --setrw
+            fcntl.ioctl(fd, 0x125D, struct.pack("i", not self.writes))  # BLKROSET: as blockdev --setro, or --setrw
             self.refuse_if_in_use()
-        self.fd = os.open(self.device, self.access)
+        self.fd = os.open(self.device, os.O_RDWR if self.writes else os.O_RDONLY)
         os.close(fd)
+        if self.writes:
+            fcntl.flock(self.fd, fcntl.LOCK_EX)  # which the agent before it holds to its end
+            os.fdatasync(self.fd)
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         size = os.lseek(self.fd, 0, os.SEEK_END)
         self.announce(framed(HELLO, 0, AGENT_MAGIC, struct.pack(">Q?", size, LIBZSTD is not None)))
-        return size
 
     def refuse_if_in_use(self) -> None:
         """Raise OSError if the device, or a part of it, is mounted or otherwise claimed: it would change meanwhile.
@@ -1726,14 +1749,44 @@ class Agent:
 
     def take_commands(self) -> None:
         """Take commands until there is nobody to give them; the process ends with that."""
+        self.guarded(self.obey)
+        while self.commands.read(CHUNK):  # after a failure: whoever is sending hears of it when all is off their hands
+            pass
+        os._exit(0)
+
+    def obey(self) -> None:
+        """Do at once what the scan may be waiting for, and what is to be written; let others answer the rest."""
         size = struct.calcsize(COMMAND)
         while len(command := self.commands.read(size)) == size:
             kind, index, count, bitmap = struct.unpack(COMMAND, command)
-            if kind == DROP:  # at once: the scan may be waiting for it, and an answer for the link
+            pages = int.from_bytes(bitmap, "little")
+            if kind == DROP:
                 self.forget(index, count)
+            elif kind == WRITE:
+                self.write_pages(index, pages)
+                self.forget(index, 1)
             else:
-                self.requests.put((kind, index, int.from_bytes(bitmap, "little")))
-        os._exit(0)
+                self.requests.put((kind, index, pages))
+
+    def write_pages(self, index: int, wanted: int) -> None:
+        """Write the wanted pages of a chunk, as the frame that comes has them: those that it leaves out are zeros."""
+        header = self.commands.read(struct.calcsize(FRAME))
+        kind, _, length = struct.unpack(FRAME, header)
+        payload = self.commands.read(length)
+        filled = int.from_bytes(payload[: PAGES // 8], "little")
+        data = Packer.unpack(kind, payload[PAGES // 8 :], bin(filled).count("1") * PAGE)
+        self.write_runs(index, filled, data)
+        self.write_runs(index, wanted & ~filled, bytes(CHUNK))
+
+    def write_runs(self, index: int, pages: int, data: bytes) -> None:
+        """Write the pages of a chunk that are in the bitmap; the data has them in order."""
+        view = memoryview(data)
+        for first, count in runs(pages):
+            offset = index * CHUNK + first * PAGE
+            end = offset + count * PAGE
+            while offset < end:
+                written = os.pwrite(self.fd, view[: end - offset], offset)
+                view, offset = view[written:], offset + written
 
     def forget(self, index: int, count: int) -> None:
         """Make room for other chunks."""
@@ -1782,86 +1835,15 @@ class Agent:
         self.put(kind, index, bitmap.to_bytes(PAGES // 8, "little"), packed)
 
 
-class Receiver(Agent):
-    """Writes what it is sent to a device, and says up to which chunk all of it is durable.
-
-    Two threads beside the main one: what has been written while the other one made durable what came before it is made
-    durable next, at once.
-    """
-
-    access = os.O_RDWR
-
-    def __init__(self, device: str, commands: BinaryIO, output: int) -> None:
-        super().__init__(device, 0, 0, Packer(with_zstd=False), commands, output)
-        self.end = 0  # all that was sent before this chunk is written
-
-    def works(self) -> tuple[Callable[[], None], ...]:
-        """What its threads do."""
-        return self.take_frames, self.make_durable
-
-    def take_frames(self) -> None:
-        """Write what comes until nothing more does; the process ends with that."""
-        self.guarded(self.write_what_comes)
-        while self.commands.read(CHUNK):  # after a failure: who is sending hears of it when that is off their hands
-            pass
-        os._exit(0)
-
-    def write_what_comes(self) -> None:
-        """Write what comes; returns when nothing more does."""
-        self.open_device()
-        size = struct.calcsize(FRAME)
-        while len(header := self.commands.read(size)) == size:
-            kind, index, length = struct.unpack(FRAME, header)
-            payload = self.commands.read(length)
-            if len(payload) < length:
-                break
-            pages = int.from_bytes(payload[: PAGES // 8], "little")
-            data = Packer.unpack(kind, payload[PAGES // 8 :], bin(pages).count("1") * PAGE)
-            self.write_pages(index, pages, data)
-            with self.room:
-                self.end = index + 1
-                self.room.notify()
-
-    def write_pages(self, index: int, pages: int, data: bytes) -> None:
-        """Write the pages of a chunk that are in the bitmap; the data has them in order."""
-        view = memoryview(data)
-        for first, count in runs(pages):
-            offset = index * CHUNK + first * PAGE
-            end = offset + count * PAGE
-            while offset < end:
-                written = os.pwrite(self.fd, view[: end - offset], offset)
-                view, offset = view[written:], offset + written
-
-    def make_durable(self) -> None:
-        """Make what is written durable, say so, and forget it: what reads it afterwards gets what the device has."""
-        durable = 0
-        while True:
-            with self.room:
-                self.room.wait_for(lambda: self.end > durable)  # noqa: B023 - called before it changes
-                durable = self.end
-            os.fdatasync(self.fd)
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            self.put(DURABLE, durable)
-
-
 # agent: end
 # Taken as this file is loaded: by the time an agent is started, an update may have changed the file.
 AGENT = "".join(re.findall(r"(?ms)^# agent: begin$(.*?)^# agent: end$", Path(__file__).read_text(encoding="utf-8")))
 
 
-def agent_source(device: str, first: int, window: int, /) -> bytes:
-    """The agent's program."""
+def agent_source(device: str, parts: Sequence[tuple[int, int]], window: int, *, writes: bool = False) -> bytes:
+    """The agent's program; it says in the agent's frames if the droplet's Python is too old for it."""
     packer = f"Packer({LIBZSTD is not None})"
-    return droplet_program(f"Agent({device!r}, {first}, {window}, {packer}, sys.stdin.buffer, 1).run()\n")
-
-
-def receiver_source(device: str, _first: int, _window: int, /) -> bytes:
-    """The receiver's program, which is told where to begin by what it is sent."""
-    return droplet_program(f"Receiver({device!r}, sys.stdin.buffer, 1).run()\n")
-
-
-def droplet_program(start: str) -> bytes:
-    """A program that says in the agent's frames if the droplet's Python is too old for it."""
+    start = f"Agent({device!r}, {parts!r}, {window}, {packer}, sys.stdin.buffer, 1).run(writes={writes})\n"
     source = f"from __future__ import annotations\nimport sys\n{AGENT}"
     return f"""import struct, sys
 if sys.version_info < (3, 8):
@@ -1883,7 +1865,7 @@ exec({source + start!r})
 #   backups/.dosvob/NAME.undo            what the image had in those places
 #   backups/.dosvob/NAME.versions/TIME   a version: an undo that was kept, named by its snapshot's time (UTC)
 #   NAME.set-aside-…, .versions.of-…     what did not belong together: for the user
-#   backups/.dosvob/lock, home, wanted.json, restore-RUN.json   the home's: see `Home` and `NewVolume`
+#   backups/.dosvob/lock, home, wanted.json   the home's: see `Home`
 #
 # With several regions all of these are in backups/REGION.
 #
@@ -3050,26 +3032,7 @@ class LocalImage:
         return b"" if chunk is None else page_digests(chunk)
 
 
-class Work:
-    """What is to be got done for all `chunks` of a device, in as many conversations as it takes.
-
-    `settled` is how many of them are done with, from the first on.
-    """
-
-    chunks: int
-    settled = 0
-
-    @property
-    def window(self) -> int:
-        """How many chunks the agent may be ahead."""
-        return WINDOW
-
-    def count_done(self) -> int:
-        """How many chunks are done with, in whatever order: while this grows, a connection is worth another one."""
-        return self.settled
-
-
-class Update(Work):
+class Update:
     """What one sync makes of one image: patches that may come in any order within a window, and the end of it.
 
     Of a first sync everything goes straight into NAME.partial, of a later one into the spool. `changed` counts bytes;
@@ -3091,6 +3054,7 @@ class Update(Work):
         reread: bool = False,
     ) -> None:
         self.chunks = snapshot.size // CHUNK
+        self.settled = 0  # so many chunks are done with, from the first on
         self.done: dict[int, bytes] = {}  # digests of chunks that are done, beyond `settled`
         self.changed = 0
         self.differing = Ranges()
@@ -3326,9 +3290,10 @@ class Update(Work):
             self._new_state.close()
 
 
-# ── The sync ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The local end of the conversation with the agent: compares, asks, checks, stores. Knows neither SSH nor the API, and
-# trusts nothing that comes in: what does not fit the conversation ends it.
+# ── The conversations ────────────────────────────────────────────────────────────────────────────────────────────────
+# The local end of a conversation with the agent. A `Pull` makes an image what the device is: it compares, asks, checks,
+# stores. A `Push` makes a device what a source is: it sends, compares, and sends again what differs, until nothing
+# does. Knows neither SSH nor the API, and trusts nothing that comes in: what does not fit the conversation ends it.
 
 PROGRESS_LIMIT = 600  # seconds in which at least one chunk must be done with
 MOST_PAYLOAD = {  # bytes, by kind of frame
@@ -3341,7 +3306,6 @@ MOST_PAYLOAD = {  # bytes, by kind of frame
     ZSTD: PAGES // 8 + CHUNK,
     ALIVE: 0,
     FAILED: 1000,
-    DURABLE: 0,
 }
 
 
@@ -3399,36 +3363,50 @@ class FrameParser:
             self._pieces = [b"".join(self._pieces)]
 
 
-W = TypeVar("W", bound=Work)
+class Conversation:
+    """Something to be got done with agents about all `chunks` of a device, over as many connections as it takes.
 
+    `settled` is how many of them are done with as it is told to the user, in the words `told`, {} being the bytes
+    received; `done` how many are, in whatever order: while that grows, a connection is worth another one.
+    """
 
-class Conversation(Generic[W]):
-    """One conversation with an agent, from the first chunk that is not settled to the last."""
+    told = ""
+    writes = False  # whether the agent is to
 
-    # The program at the other end, given the device, the first chunk and the window.
-    program = staticmethod(agent_source)
-    TOLD: ClassVar[str]  # what is told of the part that is settled, and {} of what was received
-
-    def __init__(self, stream: Stream, work: W, progress: Callable[[], None]) -> None:
-        self._stream = stream
-        self._work = work
-        self._progress = progress
-        self._parser = FrameParser()
+    def __init__(self, chunks: int, window: int) -> None:
+        self.chunks = chunks
+        self.settled = self.done = 0
+        self.is_done = False
+        self._window = window  # how many chunks the agent may be ahead
+        self._stream: Stream
+        self._progress: Callable[[], None]
         self._commands: list[tuple[int, int, int, int]] = []  # that are to be sent: kind, index, count, bitmap
-        self._next = work.settled  # the chunk that must be announced next
-        self._greeted = False
+        self._due: collections.deque[tuple[int, int]] = collections.deque()  # ranges of chunks that are to be announced
+        self._greeted = self._is_over = False
 
-    def run(self) -> None:
-        """Go on until all chunks are settled."""
+    def program(self, device: str) -> bytes:
+        """The program of the agent that the next connection is to have."""
+        return agent_source(device, self._parts(), self._window, writes=self.writes)
+
+    def _parts(self) -> tuple[tuple[int, int], ...]:
+        """The ranges of chunks that it announces."""
+        return ((self.settled, self.chunks),)
+
+    def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
+        """Get done what can be over one connection; `progress` is called now and then, and may raise `Interrupted`."""
         keep_freed_memory()
-        done, deadline = -1, 0.0
-        while self._work.settled < self._work.chunks:
-            for frame in self._parser.feed(self._stream.receive()):
+        self._stream, self._progress = stream, progress
+        self._commands.clear()
+        self._due = collections.deque(self._parts())
+        self._greeted = self._is_over = False
+        parser, steps, deadline = FrameParser(), (-1, -1), 0.0
+        while not self._is_over:
+            for frame in parser.feed(stream.receive()):
                 self._handle(*frame)
             self._flush()
-            self._progress()
-            if self._work.count_done() != done:
-                done, deadline = self._work.count_done(), time.monotonic() + PROGRESS_LIMIT
+            progress()
+            if (self.settled, self.done) != steps:
+                steps, deadline = (self.settled, self.done), time.monotonic() + PROGRESS_LIMIT
             elif time.monotonic() > deadline:
                 raise ConnectionLost(f"the droplet says that it lives, but got no chunk done for {PROGRESS_LIMIT} s")
 
@@ -3447,23 +3425,24 @@ class Conversation(Generic[W]):
             self._on_answer(kind, index, payload)
 
     def _on_hello(self, payload: bytes) -> None:
-        size = self._work.chunks * CHUNK
+        size = self.chunks * CHUNK
         if payload[:-1] != AGENT_MAGIC + struct.pack(">Q", size):
             raise BadAgent(f"the device on the droplet is not one of {size // GIB} GiB: {payload!r}")
         self._greeted = True
 
     def _on_digests(self, index: int, count: int, digest: bytes) -> None:
         """So many chunks are announced, with the same digest."""
-        due, chunks = self._next, self._work.chunks
-        if index != due or not 0 < count <= chunks - due or len(digest) != DIGEST_SIZE:
-            raise BadAgent(f"the droplet announced {count} chunks from {index} on, and {due} of {chunks} was due")
+        due, end = self._due.popleft() if self._due else (self.chunks, self.chunks)
+        if index != due or not 0 < count <= end - due or len(digest) != DIGEST_SIZE:
+            raise BadAgent(f"the droplet announced {count} chunks from {index} on, and {due} of {self.chunks} was due")
+        if due + count < end:
+            self._due.appendleft((due + count, end))
         for announced in range(index, index + count):
-            self._next = announced + 1
             self._on_digest(announced, digest)
 
     def _on_digest(self, index: int, digest: bytes) -> None:
         """A chunk is announced."""
-        raise BadAgent(f"the droplet announced chunk {index}, {digest.hex()}, and was to write")
+        raise NotImplementedError
 
     def _on_answer(self, kind: int, index: int, payload: bytes) -> None:
         """Anything else came."""
@@ -3480,13 +3459,25 @@ class Conversation(Generic[W]):
         self._commands.append((kind, index, count, bitmap))
 
     def _flush(self) -> None:
+        """Send what is to be sent by now."""
         if self._commands:
-            packed = [
-                struct.pack(COMMAND, *command, bitmap.to_bytes(PAGES // 8, "little"))
-                for *command, bitmap in self._commands
-            ]
-            self._stream.send(b"".join(packed))
+            self._stream.send(b"".join([packed_command(*command) for command in self._commands]))
             self._commands.clear()
+
+
+def packed_command(kind: int, index: int, count: int, bitmap: int) -> bytes:
+    """A command, ready to be sent."""
+    return struct.pack(COMMAND, kind, index, count, bitmap.to_bytes(PAGES // 8, "little"))
+
+
+def differing_pages(ours: bytes, theirs: bytes) -> int:
+    """A bitmap of the pages that differ, by our digests and their short ones."""
+    differing = 0
+    for page in range(PAGES):
+        start = page * DIGEST_SIZE
+        if ours[start : start + SHORT_SIZE] != theirs[page * SHORT_SIZE : (page + 1) * SHORT_SIZE]:
+            differing |= 1 << page
+    return differing
 
 
 @dataclass
@@ -3503,27 +3494,36 @@ class Pending:
     is_unknown: bool = False
 
 
-class Sync(Conversation[Update]):
+class Pull(Conversation):
     """Compares what the agent announces with the local image, and asks for what differs."""
 
-    TOLD = "scanned, {} fetched"
+    told = "scanned, {} fetched"
     # The agent keeps to MOST_AHEAD, not counting chunks that are asked for a second time, which are few and seldom.
     BOUND = 4
 
-    def __init__(self, stream: Stream, update: Update, progress: Callable[[], None]) -> None:
-        super().__init__(stream, update, progress)
+    def __init__(self, update: Update) -> None:
+        super().__init__(update.chunks, update.window)
+        self._update = update
         self._pending: dict[int, Pending] = {}
-        self._local = update.local.digests(update.settled)
+        self._local: Iterator[bytes] = iter(())
+        self._flush()
 
-    def run(self) -> None:
+    def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
         """Go on until all chunks are settled."""
+        self._pending.clear()
+        self._local = self._update.local.digests(self.settled)
         with contextlib.closing(self._local):  # type: ignore[type-var] # a generator
-            super().run()
+            super().talk(stream, progress)
+
+    def _flush(self) -> None:
+        super()._flush()
+        self.settled, self.done = self._update.settled, self._update.count_done()
+        self.is_done = self._is_over = self.settled == self.chunks
 
     def _on_digests(self, index: int, count: int, digest: bytes) -> None:
         """So many chunks are announced, with the same digest."""
         # It may have forgotten so many that are asked for once more. Digests behind one that is to come are kept.
-        is_far_ahead = bool(self._pending) and index + count - self._work.settled > self.BOUND * MOST_AHEAD
+        is_far_ahead = bool(self._pending) and index + count - self._update.settled > self.BOUND * MOST_AHEAD
         if len(self._pending) > 2 * WINDOW or is_far_ahead:
             raise BadAgent(f"the droplet announced {count} chunks more, and does not send what it announced before")
         super()._on_digests(index, count, digest)
@@ -3539,16 +3539,16 @@ class Sync(Conversation[Update]):
     def _on_digest(self, index: int, digest: bytes) -> None:
         """Decide what is to be done about a chunk."""
         local = next(self._local)
-        if index in self._work.done:  # by an attempt before this one
+        if index in self._update.done:  # by an attempt before this one
             self._drop(index)
         elif local == digest:
-            self._work.keep(index, digest)
+            self._update.keep(index, digest)
             self._drop(index)
         elif digest == ZERO_DIGEST:
             # all of them, if there is nothing that can be read
-            zeroed = self._merged(self._work.local.pages(index), ALL_PAGES, 0, b"")[1]
-            self._work.store(Patch(index, zeroed, 0, b"", digest))
-        elif self._work.has_nothing_at(index, local):
+            zeroed = self._merged(self._update.local.pages(index), ALL_PAGES, 0, b"")[1]
+            self._update.store(Patch(index, zeroed, 0, b"", digest))
+        elif self._update.has_nothing_at(index, local):
             self._pending[index] = Pending(digest, ZERO_PAGES, ALL_PAGES, is_unknown=local == b"")
             self._command(SEND, index, 1, ALL_PAGES)
         else:
@@ -3559,16 +3559,12 @@ class Sync(Conversation[Update]):
         pending = self._pending.get(index)
         if pending is None or pending.local or len(theirs) != PAGES * SHORT_SIZE:
             raise BadAgent(f"the droplet sent page digests of chunk {index} that nobody asked for")
-        local = self._work.local.pages(index)
+        local = self._update.local.pages(index)
         pending.local, pending.is_unknown = local or ZERO_PAGES, not local
-        differing = 0
-        for page in range(PAGES):  # all of them, if there is nothing that can be read
-            start = page * DIGEST_SIZE
-            if local[start : start + SHORT_SIZE] != theirs[page * SHORT_SIZE : (page + 1) * SHORT_SIZE]:
-                differing |= 1 << page
+        differing = differing_pages(local, theirs)  # all of them, if there is nothing that can be read
         if not differing and chunk_digest(local) == pending.digest:  # the spool alone had something else
             del self._pending[index]
-            self._work.store(Patch(index, 0, 0, b"", pending.digest))
+            self._update.store(Patch(index, 0, 0, b"", pending.digest))
             self._drop(index)
         else:
             pending.wanted = differing or ALL_PAGES
@@ -3588,7 +3584,7 @@ class Sync(Conversation[Update]):
             del self._pending[index]
             changed = ALL_PAGES if pending.is_unknown else changed
             filled = included & changed
-            self._work.store(Patch(index, changed, filled, Patch.select(data, filled, included), pending.digest))
+            self._update.store(Patch(index, changed, filled, Patch.select(data, filled, included), pending.digest))
         elif pending.wanted != ALL_PAGES:  # two pages alike in their short digests, or changed here just now
             pending.is_unknown = True
             pending.wanted = ALL_PAGES
@@ -3614,6 +3610,199 @@ class Sync(Conversation[Update]):
                 digests[place] = digest
                 changed |= 1 << page
         return digests, changed
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A chunk of a push's source, the digests of its pages if they were not known yet, and the WRITE that it needs."""
+
+    index: int
+    chunk: bytes = b""
+    pages: bytes = b""
+    write: bytes = b""
+
+
+class Push(Conversation):
+    """Makes a device what a source is.
+
+    A device that was created empty is first taken for zeros: all that is not zeros is sent, and nothing compared. Then,
+    over each connection, all that is not known to be right is compared, and sent if it differs: of a chunk the pages
+    whose short digests differ, or all if none does. So what a broken connection or a lost droplet has not written, and
+    what was written wrong, is sent once more; at the end all was read from the device itself.
+
+    `contents` begins a pass over all chunks of the source, in order; their digests go into a file. `warn` is told of
+    what differs though all was taken; talking raises DosvobError if that does not end.
+    """
+
+    MOST_PENDING = 64  # chunks in memory until the agent has told which of their pages differ
+    MOST_MENDS = 3  # times that what was taken is sent once more; short digests that collide take one
+    MOST_PARTS = 1000  # ranges that an agent is told to announce
+    PACKERS = 2
+    READ_AHEAD = 8  # chunks
+    writes = True
+    _stream: AgentStream  # of which it can be told whether something has come in
+
+    def __init__(
+        self,
+        contents: Callable[[], Iterator[tuple[int, bytes]]],
+        chunks: int,
+        digests: BinaryIO,
+        warn: Callable[[str], None],
+        *,
+        is_empty: bool,
+    ) -> None:
+        super().__init__(chunks, WINDOW)
+        self.sent = 0  # bytes
+        self._contents = contents
+        self._digests = digests.fileno()
+        self._warn = warn
+        self._noted = 0  # so many digests are in the file
+        self._passed = 0 if is_empty else chunks  # so many chunks need not be taken for zeros any more
+        self._right, self._count_right = bytearray(chunks), 0  # 1 for each chunk that is known to be right
+        self._pieces: Iterator[Piece] = iter(())
+        self._piece = Piece(chunks)  # the last one that was taken from these
+        self._packer: Packer
+        self._mends = 0
+        self._is_all_taken = False  # what was sent over the connection before
+        self._begin()
+
+    def _begin(self) -> None:
+        """Another connection."""
+        self._announced: collections.deque[tuple[int, bytes]] = collections.deque()  # digests that are to be compared
+        self._pending: dict[int, Piece] = {}  # what differs, and it is to be told where
+        self._differing: list[int] = []  # the first chunk that was not right, and how many there are
+        self._last = self._asked = -1  # the chunk that was sent last; the one whose answer tells that all is taken
+
+    def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
+        """Send what is not sent yet; or else compare what is not known to be right, and send what differs."""
+        self._begin()
+        self.told = "written" if self._passed < self.chunks else "compared"
+        was_all_taken, self._is_all_taken = self._is_all_taken, False
+        super().talk(stream, progress)
+        self._is_all_taken = True
+        if self._differing and was_all_taken:
+            first, count = self._differing
+            told = f"{count} MiB are not what was written, the first one at byte {first * CHUNK}"
+            self._mends += 1
+            if self._mends > self.MOST_MENDS:
+                raise DosvobError(f"{told}, also when written once more: DigitalOcean's fault, try again later")
+            self._warn(f"{told}; they are written once more")
+
+    def _parts(self) -> tuple[tuple[int, int], ...]:
+        """What is not known to be right, with short gaps; nothing while there is something that is not sent yet."""
+        gap = 1
+        while self._passed == self.chunks:
+            gap *= 8
+            pattern = rb"\x00+(?:\x01{1,%d}\x00+)*" % gap
+            parts = tuple(match.span() for match in re.finditer(pattern, self._right))
+            if len(parts) <= self.MOST_PARTS:
+                return parts
+        return ()
+
+    def _on_hello(self, payload: bytes) -> None:
+        super()._on_hello(payload)
+        self._packer = Packer(with_zstd=payload[-1:] == b"\1")
+
+    def _on_digest(self, index: int, digest: bytes) -> None:
+        self._announced.append((index, digest))
+        if len(self._announced) > 2 * MOST_AHEAD:
+            raise BadAgent("the droplet announces more than it may")
+
+    def _on_answer(self, kind: int, index: int, payload: bytes) -> None:
+        piece = self._pending.pop(index, None)
+        if kind != SHORT or len(payload) != PAGES * SHORT_SIZE or not (piece or index == self._asked):
+            super()._on_answer(kind, index, payload)
+        if piece:
+            pages = piece.pages or page_digests(piece.chunk)
+            self._send(index, self._write(index, piece.chunk, differing_pages(pages, payload) or ALL_PAGES))
+        else:
+            self._is_over = True
+
+    def _flush(self) -> None:
+        """Compare, or send, until something has come in or must come in first."""
+        super()._flush()
+        if not self._greeted:
+            return
+        while self._announced and len(self._pending) < self.MOST_PENDING:
+            for _ in range(min(BATCH, len(self._announced))):
+                self._compare(*self._announced.popleft())
+            super()._flush()
+            if self._stream.has_received():
+                return
+        while self._passed < self.chunks and not self._stream.has_received():
+            if write := self._piece_at(self._passed).write:
+                self._send(self._passed, write)
+            self._passed += 1
+            self.settled, self.done = self._passed, self.done + 1
+        if self._passed < self.chunks or self._due or self._announced or self._pending or self._asked >= 0:
+            return
+        self._asked, self._is_over = self._last, self._last < 0
+        if not self._is_over:  # it answers when it has taken all that was sent before
+            self._command(COMPARE, self._asked)
+            super()._flush()
+
+    def _compare(self, index: int, digest: bytes) -> None:
+        """See whether a chunk is right; if not, send it, or ask where it differs."""
+        if self._right[index] or digest == self._expected(index):
+            self._count_right += not self._right[index]
+            self.done += not self._right[index]
+            self._right[index] = 1
+            self._drop(index)
+        else:
+            first, count = self._differing or (index, 0)
+            self._differing = [first, count + 1]
+            piece = self._piece_at(index)
+            if digest == ZERO_DIGEST or piece.chunk == ZERO_CHUNK:
+                self._send(index, self._write(index, piece.chunk, ALL_PAGES, over_zeros=digest == ZERO_DIGEST))
+            else:
+                self._pending[index] = piece
+                self._command(COMPARE, index)
+        self.settled = self._count_right + sum(self._differing[1:])
+        self.is_done = self._count_right == self.chunks
+
+    def _send(self, index: int, write: bytes) -> None:
+        start = time.monotonic()
+        self._stream.send(write)
+        self._packer.sent(len(write), time.monotonic() - start)
+        self.sent += len(write)
+        self._last = index
+
+    # What is to be there
+
+    def _expected(self, index: int) -> bytes:
+        """The digest that a chunk is to have."""
+        if index >= self._noted:
+            self._piece_at(index)
+        return os.pread(self._digests, DIGEST_SIZE, index * DIGEST_SIZE)
+
+    def _piece_at(self, index: int) -> Piece:
+        """What the source has there: by reading on, or from its beginning if that is behind."""
+        if self._piece.index > index:
+            self._pieces = done_ahead(self._prepared, self._contents(), self.PACKERS, self.READ_AHEAD)
+            self._piece = Piece(-1)
+        while self._piece.index < index:
+            self._piece = next(self._pieces)
+            if self._piece.index == self._noted:
+                os.pwrite(self._digests, chunk_digest(self._piece.pages), self._noted * DIGEST_SIZE)
+                self._noted += 1
+            self._progress()  # which heeds a stop
+        return self._piece
+
+    def _prepared(self, chunk_at: tuple[int, bytes]) -> Piece:
+        """A chunk of the source with what is needed of it, in a thread of its own."""
+        index, chunk = chunk_at
+        if chunk == ZERO_CHUNK:
+            return Piece(index, ZERO_CHUNK, ZERO_PAGES)
+        pages = page_digests(chunk) if index >= self._noted else b""
+        write = self._write(index, chunk, ALL_PAGES, over_zeros=True) if index >= self._passed else b""
+        return Piece(index, chunk, pages, write)
+
+    def _write(self, index: int, chunk: bytes, wanted: int, *, over_zeros: bool = False) -> bytes:
+        """The WRITE of these pages of a chunk; of those that are not zeros if zeros are there."""
+        patch = Patch.of(index, wanted, Patch.select(chunk, wanted), b"")
+        kind, data = self._packer.pack(bytes(patch.data))
+        frame = framed(kind, index, patch.filled.to_bytes(PAGES // 8, "little"), data)
+        return packed_command(WRITE, index, 1, patch.filled if over_zeros else wanted) + frame
 
 
 # ── The connection ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3923,28 +4112,26 @@ class Link:
 
 
 def converse(
-    start_agent: Callable[[int], AgentStream],
-    kind: type[Conversation[W]],
-    work: W,
+    start_agent: Callable[[], AgentStream],
+    conversation: Conversation,
     warn: Callable[[str], None],
     progress: Callable[[int], None],
     replace_lost: Callable[[DosvobError], bool],
 ) -> int:
-    """Get the work done in conversations with agents, over as many connections as it takes; returns the bytes received.
+    """Go on with a conversation over as many connections as it takes until it is done; returns the bytes received.
 
-    `start_agent` starts an agent with its first chunk. After a connection that broke another one goes on from the first
-    chunk that is not settled. If the problem is that the droplet is lost, `replace_lost` has another one made, and
-    returns True, or raises what is to end it all.
+    `start_agent` starts an agent with its program. If the problem is that the droplet is lost, `replace_lost` has
+    another one made, and returns True, or raises what is to end it all.
     """
     received = failures = 0
-    while True:
-        done, stream = work.count_done(), None
+    while not conversation.is_done:
+        done, stream = conversation.done, None
         try:
-            stream = start_agent(work.settled)
-            kind(stream, work, lambda: progress(received + stream.received)).run()  # noqa: B023 - used in here
-            return received + stream.received
+            stream = start_agent()
+            conversation.talk(stream, lambda: progress(received + stream.received))  # noqa: B023 - used in here
+            failures = 0
         except (ConnectionLost, HostKeyMismatch, DropletLost) as problem:
-            failures = failures + 1 if work.count_done() == done else 1
+            failures = failures + 1 if conversation.done == done else 1
             if replace_lost(problem):  # asked first: the address of a lost one may be somebody else's by now
                 failures = 0
             elif failures >= ATTEMPTS or isinstance(problem, HostKeyMismatch):
@@ -3955,6 +4142,7 @@ def converse(
             if stream is not None:
                 received += stream.received
                 stream.close()
+    return received
 
 
 # ── Reporting ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4066,11 +4254,10 @@ class Reporter:
         for resource, reason in left.items():
             what = "there may be something " if resource.id == UNKNOWN else ""
             billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
-            is_new = resource.kind == VOLUME and resource.id != UNKNOWN and TAG not in resource.name
-            run = f"doctl compute volume delete {resource.id}" if is_new else command_line("sweep", *["--all"] * of_all)
             self.error(
                 f"{what}LEFT BEHIND{billed}: {resource}. {reason}. Remove it at "
-                f"https://cloud.digitalocean.com{KINDS[resource.kind].panel} or run: {run}"
+                f"https://cloud.digitalocean.com{KINDS[resource.kind].panel} or run: "
+                + command_line("sweep", *["--all"] * of_all)
             )
 
     def progress(self, text: str) -> None:
@@ -4473,23 +4660,27 @@ class Hosts:
                 self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
                 return droplet, link
 
-    def converse(self, volume: Volume, kind: type[Conversation[W]], work: W, what: str) -> int:
+    def converse(self, volume: Volume, conversation: Conversation, what: str) -> int:
         """As `converse`, with the volume attached to the droplet, or to another one if that is lost.
 
         `what` is what progress is told of.
         """
         self.get()  # before the meter measures the time
-        meter = Meter(self._job.report, self._job.stop, what, work.chunks * CHUNK)
+        new_meter = functools.partial(Meter, self._job.report, self._job.stop, what, conversation.chunks * CHUNK)
+        meter = new_meter()
 
-        def start_agent(first: int) -> AgentStream:
+        def start_agent() -> AgentStream:
             droplet, link = self.get()
             self._ephemeral.attach(volume, droplet)
-            return link.start_agent(kind.program(Link.device(volume.name), first, work.window))
+            return link.start_agent(conversation.program(Link.device(volume.name)))
 
         def progress(received: int) -> None:
-            meter(work.settled * CHUNK - meter.done, f" {kind.TOLD.format(human_size(received))}")
+            nonlocal meter
+            if conversation.settled * CHUNK < meter.done:  # what was sent is compared now
+                meter = new_meter()
+            meter(conversation.settled * CHUNK - meter.done, f" {conversation.told.format(human_size(received))}")
 
-        return converse(start_agent, kind, work, self._job.report.warn, progress, self._replace_lost)
+        return converse(start_agent, conversation, self._job.report.warn, progress, self._replace_lost)
 
     def _replace_lost(self, problem: DosvobError) -> bool:
         """If the problem is that the droplet is lost, have another one made; returns whether. Raises NoDroplet."""
@@ -4711,7 +4902,7 @@ class Backup:
             with contextlib.closing(update):
                 try:
                     is_thinned = self._thin(paths)  # before: the disk may be full, and "keep" ask for fewer by now
-                    received = hosts.converse(clone, Sync, update, name)
+                    received = hosts.converse(clone, Pull(update), name)
                     update.finish()
                 except OSError as problem:
                     if is_disk_full(problem):
@@ -4756,22 +4947,28 @@ class Backup:
 
 
 # ── The way back ─────────────────────────────────────────────────────────────────────────────────────────────────────
-# A new volume is made of an image, of an older version or of any file: over a throwaway droplet, which writes what it
-# is sent, and then reads all of the volume, so that every chunk's digest is compared.
+# A new volume is made of an image, of an older version or of any file: a throwaway volume, which begins with what the
+# image's own volume has now if that is still there, is made what the source is over a droplet; then the new volume is
+# made from a snapshot of it. So the new one is whole from its birth, and all else goes by the one rule.
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a volume is made of; `size` in bytes, `region` where it was, if that is known.
+    """What a volume is made of; `size` in bytes.
 
-    `chunks` begins anew at each call; what it yields of a hole is ZERO_CHUNK. It raises Damaged.
+    `region`, `volume_id` and `volume_name` are those of the volume that it was, as far as they are known; `snapshot_at`
+    is when the last snapshot of that was taken here. Each call of `chunks` begins at the beginning; what it yields of a
+    hole is ZERO_CHUNK. It raises Damaged.
     """
 
     name: str
     size: int
-    region: str | None
     is_checked: bool  # whether the digests of what it has are recorded
     chunks: Callable[[], Iterator[tuple[int, bytes]]]
+    region: str = ""
+    volume_id: str = ""
+    volume_name: str = ""
+    snapshot_at: str = ""
 
     @classmethod
     @contextlib.contextmanager
@@ -4789,7 +4986,7 @@ class Source:
                         raise Damaged(f"{path} cannot be read at byte {index * CHUNK}: the disk may be failing")
                     yield index, chunk
 
-            yield cls(str(path), size, None, is_checked=False, chunks=chunks)
+            yield cls(str(path), size, is_checked=False, chunks=chunks)
 
     @classmethod
     @contextlib.contextmanager
@@ -4820,159 +5017,31 @@ class Source:
                         raise Damaged(f"{name} is damaged at byte {index * CHUNK}; {rest}")
                     yield index, contents[depth]
 
-            yield cls(name, size, snapshot.region if snapshot else None, chain.state is not None, chunks)
-
-
-class Upload(Work):
-    """What is sent to a volume of `chunks` chunks, over as many connections as it takes.
-
-    What is not durable there yet is kept, to be sent again. Zeros are not sent, which a new volume is full of; of one
-    that has had something written, `only` these chunks are, zeros or not. The source has all chunks, in order; `note`
-    is told the digest of each, unless there is `only`.
-    """
-
-    MOST_KEPT = 64 << 20  # bytes of frames that are not durable yet
-    PACKERS = 2
-    READ_AHEAD = 8  # chunks
-
-    def __init__(
-        self,
-        source: Iterator[tuple[int, bytes]],
-        chunks: int,
-        note: Callable[[bytes], object],
-        *,
-        only: Container[int] | None = None,
-    ) -> None:
-        self.chunks = chunks
-        self._source = source
-        self._note = note
-        self.only = only
-        self._frames = self._packed()
-        self.packer: Packer  # of the connection that there is, once it has its beginning
-        self._kept: collections.deque[tuple[int, bytes]] = collections.deque()  # indices and frames
-        self._kept_size = 0
-        self._sent = 0  # so many of those that are kept are sent
-
-    def begin(self, packer: Packer) -> None:
-        """Another connection has its beginning: what is kept is to be sent again, what follows packed for it."""
-        self._sent = 0
-        self.packer = packer
-
-    def next_frame(self) -> bytes | None:
-        """What to send next, nothing for a chunk that need not be; None for now, or if that was all."""
-        if self._sent == len(self._kept):
-            if self._kept_size >= self.MOST_KEPT:
-                return None
-            upcoming = next(self._frames, None)
-            if upcoming is None:
-                self.settled = self.settled if self._kept else self.chunks
-                return None
-            if not upcoming[1]:
-                self.settled = self.settled if self._kept else upcoming[0] + 1
-                return b""
-            self._kept.append(upcoming)
-            self._kept_size += len(upcoming[1])
-        self._sent += 1
-        return self._kept[self._sent - 1][1]
-
-    def made_durable(self, end: int) -> None:
-        """What was sent of the chunks before `end` is durable; raises BadAgent if that cannot be."""
-        if not self._sent or end > self._kept[self._sent - 1][0] + 1:
-            raise BadAgent(f"the droplet says that it has written up to chunk {end}, which was not sent")
-        while self._kept and self._kept[0][0] < end:
-            self.settled = self._kept[0][0] + 1
-            self._kept_size -= len(self._kept.popleft()[1])
-            self._sent -= 1
-
-    def _packed(self) -> Iterator[tuple[int, bytes]]:
-        """The indices and frames, empty for what is not to be sent."""
-        for index, digest, frame in done_ahead(self._pack, self._source, self.PACKERS, self.READ_AHEAD):
-            self._note(digest)
-            yield index, frame
-
-    def _pack(self, chunk_at: tuple[int, bytes]) -> tuple[int, bytes, bytes]:
-        """A chunk's index, digest and frame; no frame if it need not be sent."""
-        index, chunk = chunk_at
-        if chunk == ZERO_CHUNK if self.only is None else index not in self.only:
-            return index, ZERO_DIGEST, b""
-        digest = chunk_digest(page_digests(chunk))
-        patch = Patch(index, ALL_PAGES, ALL_PAGES, chunk, digest)
-        if self.only is None:
-            patch = Patch.of(index, ALL_PAGES, chunk, digest)
-        kind, data = self.packer.pack(bytes(patch.data))
-        return index, digest, framed(kind, index, patch.filled.to_bytes(PAGES // 8, "little"), data)
-
-
-class Sending(Conversation[Upload]):
-    """Has a Receiver write what is to be on the device."""
-
-    program = staticmethod(receiver_source)
-    TOLD = "written"
-    _stream: AgentStream  # of which it can be told whether something has come in
-
-    def _on_hello(self, payload: bytes) -> None:
-        super()._on_hello(payload)
-        self._work.begin(Packer(with_zstd=payload[-1:] == b"\1"))
-
-    def _flush(self) -> None:
-        """Send until something has come in, or must come in first."""
-        while self._greeted and not self._stream.has_received() and (frame := self._work.next_frame()) is not None:
-            if frame:
-                start = time.monotonic()
-                self._stream.send(frame)
-                self._work.packer.sent(len(frame), time.monotonic() - start)
-            else:
-                self._progress()  # which heeds a stop: there may be many of them
-
-    def _on_answer(self, kind: int, index: int, payload: bytes) -> None:
-        if kind != DURABLE:
-            super()._on_answer(kind, index, payload)
-        self._work.made_durable(index)
-
-
-class Comparison(Work):
-    """What a volume of `chunks` chunks must have, by the digests in a file."""
-
-    def __init__(self, chunks: int, digests: BinaryIO) -> None:
-        self.chunks = chunks
-        self.differing: set[int] = set()  # of those before `settled`, what the volume does not have
-        self.digests = digests
-
-
-class ReadBack(Conversation[Comparison]):
-    """Compares what the agent announces with what must be there."""
-
-    TOLD = "read"
-
-    def _on_digest(self, index: int, digest: bytes) -> None:
-        self._work.digests.seek(index * DIGEST_SIZE)
-        if digest != self._work.digests.read(DIGEST_SIZE):
-            self._work.differing.add(index)
-        self._work.settled = index + 1
-        self._drop(index)
+            yield cls(
+                name,
+                size,
+                is_checked=chain.state is not None,
+                chunks=chunks,
+                region=snapshot.region if snapshot else "",
+                volume_id=snapshot.volume_id if snapshot else "",
+                volume_name=(snapshot.name if snapshot else paths.image.name).rpartition("/")[2],
+                snapshot_at=chain.state.snapshot.taken_at if chain.state else "",
+            )
 
 
 @dataclass(frozen=True)
 class NewVolume:
-    """A volume that is to be made; `size` in bytes, `id` empty until it is known.
-
-    Before it is asked for it is written down in the home, and until it is complete or gone: so it can be named if all
-    ends before that. `mark` is its description, which no other volume has.
-    """
+    """A volume that is to be made; `size` in bytes."""
 
     name: str
     region: str
     size: int
-    mark: str = ""
-    begun_at: str = ""
-    id: str = ""
 
     NAME: ClassVar[re.Pattern[str]] = re.compile(r"[a-z][a-z0-9-]{0,63}")
     LARGEST: ClassVar[int] = 16 << 10  # GiB
-    SHOWN_LIMIT: ClassVar[float] = 3600  # seconds after which a list shows whatever was asked for
 
-    def check(self, api: Api) -> None:
-        """Raise UsageError for what DigitalOcean would refuse, while nothing has been created yet."""
+    def check(self, api: Api) -> list[Volume]:
+        """Raise UsageError for what DigitalOcean would refuse in the end; returns the account's volumes."""
         if not self.NAME.fullmatch(self.name) or Resource.is_ephemeral({"name": self.name}):
             raise UsageError(
                 f'"{self.name}" cannot be the name of the new volume: up to 64 lower-case letters, digits and dashes, '
@@ -4980,154 +5049,131 @@ class NewVolume:
             )
         if self.size > self.LARGEST * GIB:
             raise UsageError(f"a volume has at most {self.LARGEST} GiB, and this one would have {self.size // GIB}")
-        volumes = [Volume.parse(item) for item in api.list("/v2/volumes", "volumes")]
+        items = api.list("/v2/volumes", "volumes")
+        volumes = [Volume.parse(item) for item in items if not Resource.is_ephemeral(item)]
         if any((volume.name, volume.region) == (self.name, self.region) for volume in volumes):
             raise UsageError(f"there is a volume {self.name} in {self.region} already: take another name")
         account = Api.required(api.get("/v2/account"), "account", dict)
-        for kind, count in ((VOLUME, len(volumes)), (DROPLET, len(api.list("/v2/droplets", "droplets")))):
+        for kind, count in ((VOLUME, len(items)), (DROPLET, len(api.list("/v2/droplets", "droplets")))):
             limit = account.get(f"{kind}_limit")
             if isinstance(limit, int) and count >= limit:
                 raise UsageError(f"your account may have {limit} {kind}s and has {count}: see {LIMITS_PAGE}")
-        nothing = f"/v2/volumes/{uuid.UUID(int=0)}"
-        posts = ("/v2/volumes", "/v2/droplets", "/v2/account/keys", f"{nothing}/actions")
-        calls: list[Callable[[], object]] = [functools.partial(api.post, path, {"tags": [TAG]}) for path in posts]
-        calls += [functools.partial(api.get, path) for path in ("/v2/actions/0", f"{nothing}/actions/0")]
-        calls += [functools.partial(api.delete, path) for path in (nothing, "/v2/droplets/0", "/v2/account/keys/0")]
-        for call in calls:
-            try:
-                call()  # can do nothing: it lacks all that it needs, or is about nothing
-            except ApiError as problem:
-                if problem.status in (401, 403):  # the token lacks a scope
-                    raise UsageError(str(problem)) from problem
+        return volumes
 
-    @staticmethod
-    def unfinished(home: Home, report: Reporter) -> list[NewVolume]:
-        """Those that are written down."""
-        found = []
-        for path in sorted(home.metadata.glob("restore-*.json")):
-            try:
-                found.append(NewVolume(**json.loads(path.read_text())))
-            except (OSError, ValueError, TypeError) as problem:
-                report.warn(f"{path}, which names a volume that a restore may have left, cannot be read: {problem}")
-        return found
-
-    def path(self, home: Home) -> Path:
-        """Where it is written down."""
-        return home.metadata / f"restore-{self.mark.rpartition('-')[2]}.json"  # by its run: others may be written down
-
-    def record(self, home: Home) -> None:
-        """Write it down, durably; raises OSError."""
-        home.write(self.path(home).name, json.dumps(dataclasses.asdict(self)))
-
-    def forget(self, home: Home) -> None:
-        """It is complete, or gone."""
-        self.path(home).unlink(missing_ok=True)
-        sync_directory(home.metadata)
+    def base(self, source: Source, volumes: Iterable[Volume], *, from_scratch: bool) -> tuple[Volume | None, str]:
+        """The volume to begin with, None for none; and what is told of that."""
+        known = [volume for volume in volumes if volume.id == source.volume_id]
+        known = known or [volume for volume in volumes if volume.name == source.volume_name]
+        here = [volume for volume in known if volume.region == self.region]
+        if not source.volume_name:
+            why = "a file is of no volume"
+        elif from_scratch:
+            why = "--from-scratch asks for that"
+        elif not known:
+            why = f"there is no volume {source.volume_name} any more"
+        elif not here:
+            why = f"{known[0].name} is in {known[0].region}"
+        elif here[0].size > self.size:
+            why = f"{here[0].name} is larger, {here[0].size // GIB} GiB"
+        else:
+            return here[0], (
+                f"{self.name} begins with what {here[0].name} has now: only what differs in {source.name} is sent"
+            )
+        return None, f"{self.name} begins empty, for {why}: all of {source.name} but zeros is sent"
 
     @property
-    def resource(self) -> Resource:
-        """What it is when it is there."""
-        return Resource(VOLUME, self.id or UNKNOWN, self.name, self.size / GIB * KINDS[VOLUME].gib_hour)
-
-    def why(self, home: Home) -> str:
-        """Why it is there, if it is unfinished."""
-        ended = "It is not complete, for the restore was ended in the middle"
-        return f"{ended}; if it is to stay, delete {self.path(home)}"
-
-    @staticmethod
-    def tell_unfinished(home: Home, report: Reporter) -> None:
-        """Name what restores that were ended in the middle have left in the account, as far as is known here."""
-        for volume in NewVolume.unfinished(home, report):
-            if not home.is_busy():  # such as with that restore
-                report.warn(
-                    f"in {volume.region} there is, unless it was removed since, the {volume.resource}. "
-                    f"{volume.why(home)}. Remove it at https://cloud.digitalocean.com{KINDS[VOLUME].panel}, or look: "
-                    + command_line("sweep")
-                )
-
-    @staticmethod
-    def look_for_unfinished(job: Job, *, dry_run: bool) -> None:
-        """Name what restores that were ended in the middle have left in the account, and forget what is gone.
-
-        It is not removed, for it may be in use by now.
-        """
-        unfinished = NewVolume.unfinished(job.home, job.report)
-        there = job.api.list("/v2/volumes", "volumes") if unfinished else []
-        for volume in unfinished:
-            found = [item for item in there if item.get("id") == volume.id or item.get("description") == volume.mark]
-            job.report.left_behind({Resource.parse(VOLUME, item): volume.why(job.home) for item in found})
-            if not found and age(volume.begun_at) > NewVolume.SHOWN_LIMIT and not dry_run:
-                volume.forget(job.home)
+    def price(self) -> float:
+        """Dollars a month."""
+        return self.size / GIB * KINDS[VOLUME].gib_hour * HOURS_PER_MONTH
 
 
 class Restoration:
-    """One run that makes a new volume."""
+    """One run that makes a new volume, beginning with a base if there is one."""
 
-    def __init__(self, job: Job, plan: DropletPlan, source: Source, wish: NewVolume) -> None:
+    def __init__(self, job: Job, plan: DropletPlan, source: Source, new: NewVolume, base: Volume | None) -> None:
         stop = Stop(job.stop)  # what ends with this
         self._job = dataclasses.replace(job, stop=stop, api=job.api.with_stop(stop))
         self._plan = plan
         self._source = source
+        self._new = new
+        self._base = base
         self._ephemeral = Ephemeral(self._job.api, job.home.id, job.report)
-        mark = f"restored by {self._ephemeral.prefix.rstrip('-')}"
-        self._new = dataclasses.replace(wish, mark=mark, begun_at=utc_now().isoformat())
 
-    def run(self) -> NewVolume:
-        """Make it; returns it when all of it is there. If that fails, it is removed with all the rest."""
-        home, report = self._job.home, self._job.report
-        self._new.record(home)
-        try:
-            with self._ephemeral:
-                self._make()
-        except BaseException:
-            if not self._ephemeral.may_have_left(self._new.resource):
-                self._new.forget(home)
-            raise
-        report.say(f"this run cost about ${self._ephemeral.cost():.4f}, DigitalOcean's minimum charges included")
-        return self._new
+    def run(self) -> Volume:
+        """Make it; returns it when all else is removed."""
+        with self._ephemeral:
+            made = self._make()
+        cost = self._ephemeral.cost()
+        self._job.report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included")
+        return made
 
-    def _make(self) -> None:
-        """Make the volume, and hand it over when it has all that it is to have."""
-        new, home = self._new, self._job.home
-        volume = self._ephemeral.make_volume(new.name, new.region, new.size, new.mark)
-        self._new = dataclasses.replace(new, id=volume.id)
-        self._new.record(home)
+    def _make(self) -> Volume:
+        new, report = self._new, self._job.report
+        volume, is_empty = self._throwaway()
         with contextlib.closing(Hosts(self._job, self._ephemeral, self._plan)) as hosts:
             try:
-                self._fill(volume, hosts)
-                try:
-                    self._ephemeral.detach(volume, hosts.get()[0])
-                except DosvobError as problem:  # all of it is there
-                    self._job.report.warn(f"{problem}; {volume.name} is detached when the droplet is removed")
-            finally:
-                self._job.report.end_progress()
+                sent = self._fill(volume, hosts, is_empty=is_empty)
+            except BaseException:
                 self._job.stop.request()  # a droplet that is still being made is of no use any more
-        self._ephemeral.hand_over(volume)
-        self._new.forget(home)
+                raise
+            finally:
+                report.end_progress()
+        report.say(f"all that {new.name} is to have is there, and was compared: {human_size(sent)} were sent")
+        described = self._source.name if self._source.volume_name else "a file"
+        make_new = functools.partial(self._ephemeral.make_new, new.name, f"restored by dosvob: {described}", volume)
+        return self._when_allowed(make_new, new.name)
 
-    def _fill(self, volume: Volume, hosts: Hosts) -> None:
-        """Write all, read all of it back, and write once more what is not there; raises DosvobError if that stays."""
-        chunks, source = volume.size // CHUNK, self._source
+    def _throwaway(self) -> tuple[Volume, bool]:
+        """The volume that becomes what the source is, and whether it is empty."""
+        new, base, report = self._new, self._base, self._job.report
+        if base is not None:
+            make_clone = functools.partial(self._ephemeral.make_clone, base, 0, new.size)
+            hint = "; --from-scratch begins at once, with an empty volume"
+            try:
+                return self._when_allowed(make_clone, base.name, self._source.snapshot_at, hint)[0], False
+            except ApiError as problem:
+                if problem.status != 404:
+                    raise
+            report.say(f"{base.name} is gone meanwhile: {new.name} begins empty")
+        return self._ephemeral.make_empty(new.region, new.size), True
+
+    def _when_allowed(self, work: Callable[[], T], name: str, last: str = "", hint: str = "") -> T:
+        """Do what takes a snapshot when DigitalOcean does so: once in ten minutes of a volume; `last` was its last."""
+        interval, retry, report, until = Backup.SNAPSHOT_INTERVAL, Backup.SNAPSHOT_RETRY, self._job.report, 0.0
+        while True:
+            try:
+                return work()
+            except ApiError as problem:
+                if problem.status != 429 or (until and time.monotonic() > until + 3 * retry):
+                    raise
+                since = age(last)
+                wait = problem.wait or (interval - since if 0 <= since < interval else None)
+            if not until:
+                seconds = wait or interval
+                until, moment = time.monotonic() + seconds, local_time(utc_now() + datetime.timedelta(seconds=seconds))
+                rule = "DigitalOcean takes one snapshot of a volume per 10 minutes"
+                report.say(f"{name}: {rule}, the next one {'at' if wait else 'by'} {moment}{hint}")
+            end = time.monotonic() + (wait or retry)
+            while (left := end - time.monotonic()) > 0:
+                seconds = max(until - time.monotonic(), 0)
+                report.progress(f"{name}: {human_time(seconds)} until DigitalOcean takes its next snapshot")
+                self._job.stop.sleep(min(left, 0.5))
+
+    def _fill(self, volume: Volume, hosts: Hosts, *, is_empty: bool) -> int:
+        """Make the volume what the source is, with zeros behind that; returns the bytes sent."""
+        chunks, source, new = volume.size // CHUNK, self._source, self._new
 
         def contents() -> Iterator[tuple[int, bytes]]:
             beyond = range(-(-source.size // CHUNK), chunks)
             return itertools.chain(source.chunks(), ((index, ZERO_CHUNK) for index in beyond))
 
+        def warn(text: str) -> None:
+            self._job.report.warn(f"{new.name}: {text}")
+
         with tempfile.TemporaryFile(dir=self._job.home.metadata) as digests:
-            upload = Upload(contents(), chunks, digests.write)
-            while True:
-                comparison = Comparison(chunks, digests)
-                hosts.converse(volume, Sending, upload, volume.name)
-                hosts.converse(volume, ReadBack, comparison, volume.name)
-                differing = comparison.differing
-                if not differing:
-                    return
-                first, count = min(differing) * CHUNK, len(differing)
-                told = f"{count} MiB of {volume.name} are not what was written, the first one at byte {first}"
-                if upload.only is not None:
-                    raise DosvobError(f"{told}, also when written once more: DigitalOcean's fault, try again later")
-                self._job.report.warn(f"{told}; they are written once more")
-                upload = Upload(contents(), chunks, lambda _: None, only=differing)
+            push = Push(contents, chunks, digests, warn, is_empty=is_empty)
+            hosts.converse(volume, push, new.name)
+        return push.sent
 
 
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5242,7 +5288,6 @@ def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False, dry_ru
         report.left_behind(removal.run(), of_all=everything)
     if refused:
         raise refused
-    NewVolume.look_for_unfinished(job, dry_run=dry_run)
     return leftovers
 
 
@@ -5429,11 +5474,6 @@ class Commands:
         patience = Api.DRY_RUN_PATIENCE if self._arguments.dry_run else Api.PATIENCE
         return Job(config, Api(config, stop, report.say, report.detail, patience), self._home, report, stop)
 
-    def _look(self) -> None:
-        """Raise UsageError if there is no such home; tell what a restore may have left."""
-        self._home.check()
-        NewVolume.tell_unfinished(self._home, self._report)
-
     def back_up(self) -> None:
         """The main job."""
         job, report = self._job(), self._report
@@ -5492,7 +5532,7 @@ class Commands:
     def verify(self) -> None:
         """Compare images and versions with their recorded digests, without network or account."""
         home, report = self._home, self._report
-        self._look()
+        self._home.check()
         with home.locked(with_id=False):  # an id would make a home of a region's directory
             home.recover(report, self._stop)
             names = home.chosen(self._arguments.names, with_aside=False)
@@ -5536,7 +5576,7 @@ class Commands:
     def health(self) -> None:
         """Say how old each backup is, without network, account or lock; fails if one is too old, or there is none."""
         home, report = self._home, self._report
-        self._look()
+        self._home.check()
         wanted = home.wanted()
         there = wanted | {name for name in home.names(with_aside=False) if ImagePaths(home.path, name).state.exists()}
         asked = [found for name in self._arguments.names for found in Home.called(name, there) or [name]]
@@ -5586,7 +5626,7 @@ class Commands:
     def list(self) -> None:
         """Say what is there to be restored, without network, account or lock."""
         home, report = self._home, self._report
-        self._look()
+        self._home.check()
         found = [self._described(ImagePaths(home.path, name)) for name in home.chosen(self._arguments.names)]
         if self._arguments.json:
             report.answer(json.dumps({"volumes": found}, indent=2))
@@ -5666,44 +5706,63 @@ class Commands:
     def _restore_to_volume(self) -> None:
         """Make a new volume of an image, an older version or any file."""
         arguments, report = self._arguments, self._report
-        file = vars(arguments)["from"]
+        file, dry_run = vars(arguments)["from"], arguments.dry_run
         if len(arguments.names) != (0 if file else 1) or (file and arguments.at):
             raise UsageError(
                 "restore --to-volume takes a volume's name, or --from FILE without --at: "
                 + command_line("restore", "data", "--to-volume", "data-restored")
             )
         job = self._job()
-        with job.home.locked():
-            sweep(job)
+        with contextlib.nullcontext() if dry_run else job.home.locked():
+            sweep(job, dry_run=dry_run)
             if file:
                 opened = Source.of_file(file)
             else:
+                job.home.check()
                 paths = ImagePaths(job.home.path, job.home.meant(arguments.names[0]))
                 opened = Source.of_image(paths, self._wanted_time())
             with opened as source:
-                least = -(-source.size // GIB)
-                size = least if arguments.size is None else arguments.size
-                if not least:
-                    raise UsageError(f"{source.name} is empty: there is nothing to make a volume of")
-                if size < least:
-                    raise UsageError(f"{source.name} needs {least} GiB, and --size says {size}")
-                regions = job.config.regions
-                region = arguments.region or source.region or (regions[0] if len(regions) == 1 else "")
-                if not region:
-                    raise UsageError("say in which region the volume is to be, with --region")
-                wish = NewVolume(arguments.to_volume, region, size * GIB)
-                plan = DropletPlan.make(job.api, job.config, region)
-                wish.check(job.api)
-                report.say(f"making {wish.name} in {region}, {size} GiB, of {source.name}")
-                new = Restoration(job, plan, source, wish).run()
+                wish = self._wish(job, source)
+                plan = DropletPlan.make(job.api, job.config, wish.region)
+                base, why = wish.base(source, wish.check(job.api), from_scratch=arguments.from_scratch)
+                would = "would make" if dry_run else "making"
+                report.say(f"{would} {wish.name} in {wish.region}, {wish.size // GIB} GiB, of {source.name}; {why}")
+                if dry_run:
+                    self._tell_costs(plan, wish, snapshots=1 if base is None else 2)
+                    return
+                new = Restoration(job, plan, source, wish, base).run()
         unchecked = (
             "" if source.is_checked else "; whether that is what was backed up is not recorded, and was not checked"
         )
+        made = f"{new.name} (id {new.id}, ${wish.price:.2f} a month) in {new.region}"
         report.say(
-            f"{source.name} is now also the {new.resource} in {new.region}: all of it was read back there and "
-            f"compared{unchecked}. To use it on a droplet of yours:\n"
+            f"{source.name} is now also the volume {made}: all of it was read back there and compared{unchecked}. "
+            "To use it on a droplet of yours:\n"
             f"  doctl compute volume-action attach {new.id} DROPLET-ID\n"
             f"  mount {Link.device(new.name)} /mnt    # on the droplet"
+        )
+
+    def _wish(self, job: Job, source: Source) -> NewVolume:
+        """The volume that is to be made of a source; raises UsageError."""
+        arguments, least = self._arguments, -(-source.size // GIB)
+        size = least if arguments.size is None else arguments.size
+        if not least:
+            raise UsageError(f"{source.name} is empty: there is nothing to make a volume of")
+        if size < least:
+            raise UsageError(f"{source.name} needs {least} GiB, and --size says {size}")
+        regions = job.config.regions
+        region = arguments.region or source.region or (regions[0] if len(regions) == 1 else "")
+        if not region:
+            raise UsageError("say in which region the volume is to be, with --region")
+        return NewVolume(arguments.to_volume, region, size * GIB)
+
+    def _tell_costs(self, plan: DropletPlan, wish: NewVolume, snapshots: int) -> None:
+        """Say what a restore to a new volume would cost."""
+        (slug, price), hourly = plan.sizes[0], wish.price / HOURS_PER_MONTH
+        least = KINDS[DROPLET].least + snapshots * KINDS[SNAPSHOT].least + hourly
+        self._report.say(
+            f"would do so over a droplet {slug} with {plan.image} in {wish.region} and a throwaway volume, at "
+            f"${price + hourly:.5f} an hour, ${least:.2f} at least; {wish.name} itself is ${wish.price:.2f} a month"
         )
 
     def _restore_to_file(self) -> None:
@@ -5714,7 +5773,6 @@ class Commands:
                 f"restore takes a volume's name and a new file: {command_line('restore', 'data', 'data.img')}"
             )
         name, target = arguments.names[0], Path(arguments.names[1])
-        NewVolume.tell_unfinished(home, report)
         with home.unchanged():
             name = home.meant(name)
             try:
@@ -5787,7 +5845,7 @@ exit codes:
 """
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 ACCOUNT = {"config", "backups", "dry_run"}
-TO_VOLUME = {"config", "to_volume", "region", "size", "from"}
+TO_VOLUME = {"config", "dry_run", "to_volume", "region", "size", "from", "from_scratch"}
 COMMANDS: Mapping[str, tuple[Callable[[Commands], None], set[str]]] = {
     # what does it, and the options that it uses
     "": (Commands.back_up, {*ACCOUNT, "reread"}),
@@ -5833,6 +5891,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--region", help="for restore --to-volume; default: the image's own")
     parser.add_argument("--size", type=int, metavar="GIB", help="for restore --to-volume; default: as large as it was")
     parser.add_argument("--from", type=Path, metavar="FILE", help="for restore --to-volume: of any file, without NAME")
+    parser.add_argument("--from-scratch", action="store_true", help="for restore --to-volume: send all of it")
     parser.add_argument("--json", action="store_true", help="for list: for programs")
     parser.add_argument("--max-age", type=hours, metavar="HOURS", help="for health; default: 24")
     parser.add_argument("--verbose", action="store_true", help="tell every call, and tracebacks")
@@ -5845,8 +5904,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"{command or 'a backup'} does not use --{option.replace('_', '-')}")
     if command == "restore" and "to_volume" not in given:
         for option in TO_VOLUME & given.keys():
-            parser.error(f"restore uses --{option} with --to-volume alone")
-    flags = dict.fromkeys(("dry_run", "reread", "all", "json", "verbose", "quiet"), False)
+            parser.error(f"restore uses --{option.replace('_', '-')} with --to-volume alone")
+    flags = dict.fromkeys(("dry_run", "reread", "all", "json", "from_scratch", "verbose", "quiet"), False)
     return argparse.Namespace(**{**flags, **DEFAULTS, **given, "command": command})
 
 

@@ -306,15 +306,15 @@ def sync_here(link: Link, source: Path, backups: Path, size: int, keep: dosvob.K
     paths.metadata.mkdir(parents=True, exist_ok=True)
     snapshot = dosvob.Snapshot("id", "bench", "fra1", size, "2026-01-01T00:00:00Z")
 
-    def start_agent(first: int) -> dosvob.AgentStream:
-        return way.start_agent(dosvob.agent_source(str(source), first, update.window))
-
     read_before, written_before = bytes_moved("rchar"), bytes_moved("wchar")
     with contextlib.closing(dosvob.Link(link.address, keys, dosvob.Stop())) as way:
         way.open(60)  # as a run does it while the clone is being made
         start = time.monotonic()
         with contextlib.closing(dosvob.Update(paths, snapshot, keep, report.warn)) as update:
-            received = dosvob.converse(start_agent, dosvob.Sync, update, report.warn, lambda _: None, lambda _: False)
+            pull = dosvob.Pull(update)
+            received = dosvob.converse(
+                lambda: way.start_agent(pull.program(str(source))), pull, report.warn, lambda _: None, lambda _: False
+            )
             update.finish()
         seconds = time.monotonic() - start
     memory = peak_memory(Path("/proc/self"))
@@ -512,6 +512,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench.md"))
     parser.add_argument("--memory", action="store_true", help="only the memory over 1, 4 and 16 GiB")
     parser.add_argument("--restore", action="store_true", help="only a restore into a new volume")
+    parser.add_argument("--old", type=Path, metavar="DIRECTORY", help="with --restore: another checkout beside it")
     parser.add_argument("--versions", action="store_true", help="only what keeping a version costs")
     parser.add_argument("--control-plane", action="store_true", help="only a run over 8 volumes of a simulated account")
     arguments = parser.parse_args()

@@ -1,8 +1,14 @@
 """How fast a restore into a new volume is, against what people do without it. `tests/bench --restore` runs it.
 
-The volume of the other measurements is written over real OpenSSH into a file that stands for the new volume, made
-durable, and read back. Beside it, in turns with it, `zstd -1 | ssh 'zstd -d | dd conv=sparse,fsync'`, which compares
-nothing.
+The volume of the other measurements is sent over real OpenSSH to a file that stands for the throwaway volume, made
+durable, read back and compared:
+
+  empty      the volume has nothing yet
+  scattered  it has what was there before 5,000 random pages of 4 KiB changed
+  piece      it has what was there before 205 MB changed in one piece
+
+Beside it, in turns with it, `zstd -1 | ssh 'zstd -d | dd conv=sparse,fsync'`, which compares nothing; or with `--old
+DIRECTORY` another checkout of dosvob, which fills an empty volume.
 """
 
 from __future__ import annotations
@@ -27,40 +33,50 @@ import paramiko
 
 import dosvob
 
-GOAL = 1.3  # of the time that the reference takes
 L2_GOAL = 1.15  # of what zlib leaves over the link's rate, and 5 seconds more
+
+
+CELLS = {"empty": ("", "base"), "scattered": ("base", "scattered"), "piece": ("scattered", "piece")}
+"""What the volume has, and what it is to have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One restore: seconds, those of them until all was durable, bytes sent, peak memory here and on the droplet."""
+    """One restore: seconds, bytes sent, peak memory here and on the droplet."""
 
     seconds: float
-    written: float
     sent: int
     memory: int
     agent_memory: int
 
 
-def empty(target: Path, size: int) -> None:
-    """A new volume."""
+def begin(target: Path, size: int, before: Path | None) -> None:
+    """A volume that is new, or has what was there before."""
     target.unlink(missing_ok=True)
-    with target.open("wb") as file:
-        file.truncate(size)
+    if before is not None:
+        bench.copy(before, target)
+    else:
+        with target.open("wb") as file:
+            file.truncate(size)
+    subprocess.run(["sync", target], check=True)
 
 
-def restore_once(link: bench.Link, source: Path, target: Path) -> Measurement:
+def restore_once(
+    link: bench.Link, source: Path, target: Path, before: Path | None = None, script: Path = Path(__file__)
+) -> Measurement:
     """Restore in a process of its own, so that its memory can be measured; what was restored must be the source."""
-    empty(target, source.stat().st_size)
-    command = [sys.executable, __file__, json.dumps(dataclasses.asdict(link), default=str), str(source), str(target)]
+    begin(target, source.stat().st_size, before)
+    arguments = [json.dumps(dataclasses.asdict(link), default=str), str(source), str(target)]
     watcher = bench.AgentWatcher()
     with watcher:
+        command = [sys.executable, str(script), *arguments, *(["by its difference"] if before else [])]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     bench.check_equal(source, target)
-    return Measurement(agent_memory=watcher.peak, **json.loads(done.stdout.splitlines()[-1]))
+    told = json.loads(done.stdout.splitlines()[-1])
+    return Measurement(told["seconds"], told["sent"], told["memory"], watcher.peak)
 
 
-def restore_here(link: bench.Link, source: Path, target: Path) -> None:
+def restore_here(link: bench.Link, source: Path, target: Path, *, is_empty: bool) -> None:
     """What the process of its own does; prints what it measured."""
     dosvob.SSH_PORT = link.port
     keys = dosvob.RunKeys(
@@ -74,22 +90,13 @@ def restore_here(link: bench.Link, source: Path, target: Path) -> None:
         digests = stack.enter_context(tempfile.TemporaryFile())
         way.open(60)  # as a run does it while the volume is being made
         start = time.monotonic()
-        upload = dosvob.Upload(contents.chunks(), contents.size // bench.MIB, digests.write)
-        writer = dosvob.receiver_source(str(target), 0, dosvob.WINDOW)
-        dosvob.converse(lambda _: way.start_agent(writer), dosvob.Sending, upload, print, ignore, lambda _: False)
-        written = time.monotonic() - start
-        comparison = dosvob.Comparison(contents.size // bench.MIB, digests)
-        reader = dosvob.agent_source(str(target), 0, dosvob.WINDOW)
-        dosvob.converse(lambda _: way.start_agent(reader), dosvob.ReadBack, comparison, print, ignore, lambda _: False)
+        push = dosvob.Push(contents.chunks, contents.size // bench.MIB, digests, print, is_empty=is_empty)
+        dosvob.converse(
+            lambda: way.start_agent(push.program(str(target))), push, print, lambda _: None, lambda _: False
+        )
         seconds = time.monotonic() - start
-    if comparison.differing:
-        sys.exit("what was read back is not what was written")
     memory = bench.peak_memory(Path("/proc/self"))
-    print(json.dumps({"seconds": seconds, "written": written, "sent": sent.bytes, "memory": memory}))
-
-
-def ignore(_received: int) -> None:
-    """How far it is, nobody asks."""
+    print(json.dumps({"seconds": seconds, "sent": sent.bytes, "memory": memory}))
 
 
 class CountedSends:
@@ -108,7 +115,7 @@ class CountedSends:
 
 def reference(link: bench.Link, source: Path, target: Path) -> float:
     """Seconds for what people do without it."""
-    empty(target, source.stat().st_size)
+    begin(target, source.stat().st_size, None)
     there = f"zstd -d | dd of={shlex.quote(str(target))} bs=1M iflag=fullblock conv=sparse,fsync,notrunc status=none"
     start = time.monotonic()
     with subprocess.Popen(["zstd", "-1", "-q", "-c", source], stdout=subprocess.PIPE) as packing:
@@ -127,34 +134,41 @@ def packed_size(path: Path) -> int:
 
 def measure(arguments: argparse.Namespace, keys: Path, here: bench.Link) -> str:
     """The table in Markdown."""
-    source = bench.make_data(arguments.directory, arguments.gib)["base"]
-    target = arguments.directory / "restored"
-    heads = ("link", "seconds", "goal", "of the goal", "until durable", "MB sent", "memory here, droplet (MB)", "zstd")
+    data, target = bench.make_data(arguments.directory, arguments.gib), arguments.directory / "restored"
+    heads = ("link", "what", "seconds", "MB sent", "memory here, droplet (MB)", "all of it, by others", "of that")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in arguments.links if arguments.link else ["L0"]:
-        runs: list[Measurement] = []
-        references: list[float] = []
+        runs: dict[str, list[Measurement]] = {cell: [] for cell in CELLS}
+        others: list[float] = []
         emulated = arguments.link and bench.emulated(name, arguments.link, keys)
         with emulated or contextlib.nullcontext(here) as link:
             for _ in range(arguments.rounds):
-                runs.append(restore_once(link, source, target))
-                if name != "L2":  # which takes a quarter of an hour
-                    references.append(reference(link, source, target))
-        beside = statistics.median(references) if references else 0.0
-        goal = GOAL * beside if beside else L2_GOAL * packed_size(source) / (bench.LINKS[name][2] * 125_000) + 5
-        seconds = statistics.median(run.seconds for run in runs)
-        lines.append(
-            f"| {name} | {seconds:.1f} | {goal:.1f} | {seconds / goal:.2f} "
-            f"| {statistics.median(run.written for run in runs):.1f} "
-            f"| {statistics.median(run.sent for run in runs) / 1e6:.0f} "
-            f"| {max(run.memory for run in runs) / 1e6:.0f}, {max(run.agent_memory for run in runs) / 1e6:.0f} "
-            f"| {f'{beside:.1f}' if beside else ''} |"
-        )
+                for cell, (before, after) in CELLS.items():
+                    runs[cell].append(restore_once(link, data[after], target, data.get(before)))
+                    print(f"{name} {cell}: {runs[cell][-1]}", file=sys.stderr)
+                if arguments.old:
+                    script = arguments.old / "tests" / "bench_restore.py"
+                    others.append(restore_once(link, data["base"], target, script=script).seconds)
+                elif name != "L2":  # which takes a quarter of an hour
+                    others.append(reference(link, data["base"], target))
+                print(f"{name}, all of it, by others: {others[-1:]}", file=sys.stderr)
+        lines += [line(name, cell, measured, others, packed_size(data["base"])) for cell, measured in runs.items()]
     target.unlink()
     return "\n".join(lines)
+
+
+def line(link: str, cell: str, runs: list[Measurement], others: list[float], packed: int) -> str:
+    """A line of the table; where nobody else was measured the goal stands for them."""
+    limit = L2_GOAL * packed / (bench.LINKS["L2"][2] * 125_000) + 5
+    seconds, beside = statistics.median(run.seconds for run in runs), statistics.median(others or [limit])
+    return (
+        f"| {link} | {cell} | {seconds:.1f} | {statistics.median(run.sent for run in runs) / 1e6:.0f} "
+        f"| {max(run.memory for run in runs) / 1e6:.0f}, {max(run.agent_memory for run in runs) / 1e6:.0f} "
+        f"| {beside:.1f} | {seconds / beside:.3f} |"
+    )
 
 
 if __name__ == "__main__":
     fields = json.loads(sys.argv[1])
     fields["directory"] = Path(fields["directory"])
-    restore_here(bench.Link(**fields), Path(sys.argv[2]), Path(sys.argv[3]))
+    restore_here(bench.Link(**fields), Path(sys.argv[2]), Path(sys.argv[3]), is_empty=len(sys.argv) < 5)

@@ -14,9 +14,10 @@ import itertools
 import os
 import random
 import re
+import select
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -52,8 +53,9 @@ class PowerCut(BaseException):
 class AgentProcess:
     """The real agent over pipes, as a stream.
 
-    Reads return at most `most` bytes, and break after `cut` bytes in all; `edit` changes the agent's source; `pipe` is
-    how much its pipes hold, `python` what runs it.
+    It serves the chunks from the first on; with `parts` it serves those, and writes. Reads return at most `most`
+    bytes, and break after `cut` bytes in all; `edit` changes the agent's source; `pipe` is how much its pipes hold,
+    `python` what runs it.
     """
 
     def __init__(
@@ -67,13 +69,17 @@ class AgentProcess:
         edit: Callable[[str], str] = str,
         pipe: int = 64 << 10,
         python: str = sys.executable,
+        parts: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         self.received = 0
         self._most = most
         self._cut = cut
         with pytest.MonkeyPatch.context() as patches:
             patches.setattr(dosvob, "AGENT", edit(dosvob.AGENT))
-            program = dosvob.agent_source(str(device), first, window)
+            rest = ((first, device.stat().st_size // MIB),)
+            program = dosvob.agent_source(
+                str(device), rest if parts is None else parts, window, writes=parts is not None
+            )
         bootstrap = f"import sys; exec(sys.stdin.buffer.read({len(program)}))"
         command = [python, "-I", "-c", bootstrap]
         self._process = subprocess.Popen(
@@ -88,6 +94,11 @@ class AgentProcess:
         with contextlib.suppress(BrokenPipeError):
             while view:
                 view = view[os.write(self._process.stdin.fileno(), view) :]
+
+    def has_received(self) -> bool:
+        """Whether something has come in."""
+        assert self._process.stdout is not None
+        return bool(select.select([self._process.stdout.fileno()], [], [], 0)[0])
 
     def receive(self) -> bytes:
         """At least one byte, and at most `most`."""
@@ -161,9 +172,8 @@ def back_up(
 def sync_device(start_agent: Callable[[int, int], Any], update: dosvob.Update, warn: Callable[[str], None]) -> None:
     """As a run does it; `start_agent` takes first chunk and window."""
     dosvob.converse(
-        lambda first: cast("dosvob.AgentStream", start_agent(first, update.window)),
-        dosvob.Sync,
-        update,
+        lambda: cast("dosvob.AgentStream", start_agent(update.settled, update.window)),
+        dosvob.Pull(update),
         warn,
         lambda received: None,
         lambda _: False,

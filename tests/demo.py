@@ -1,6 +1,7 @@
 """The main job, without an account: three simulated volumes are backed up, changed, backed up again, looked into.
 
-Then a file is lost on a volume, and comes back from an older version; then a whole volume, and comes back as a new one.
+Then a file is lost on a volume, and comes back from an older version; a whole volume is deleted, and comes back as a
+new one; and another one is damaged, and comes back by its difference.
 Everything but the account is real: the script, HTTP, SSH, the file system. Exit code 1 if anything differs.
 """
 
@@ -151,6 +152,12 @@ def demonstrate(directory: Path, simulator: Simulator) -> None:
         if not (root / "letters/to-ada.txt").read_text().endswith("Bernoulli numbers.\n"):
             sys.exit("The letter did not come back.")
 
+    bring_volumes_back(directory, simulator, volumes)
+
+
+def bring_volumes_back(directory: Path, simulator: Simulator, volumes: dict[str, Volume]) -> None:
+    """The end of the story."""
+    home = directory / "home"
     tell("The volume noise is deleted, all of it; and comes back, as a new volume with the very bytes")
     lost = directory / "noise"
     run("cp", "--sparse=always", volumes["noise"].path, lost)
@@ -160,8 +167,20 @@ def demonstrate(directory: Path, simulator: Simulator) -> None:
     print("$ cmp noise noise-again", flush=True)
     run("cmp", lost, made.path)
 
-    tell("The account has its two volumes and the new one, and nothing else that costs money was left behind")
-    if simulator.alive() != [made]:
+    tell("The volume files is damaged; what it was comes back as a new one, and only what differs is sent")
+    was = directory / "files"
+    run("cp", "--sparse=always", volumes["files"].path, was)
+    with volumes["files"].path.open("r+b") as file:
+        for offset in (3 * MIB, 12 * MIB + 4711, 18 * MIB):
+            file.seek(offset)
+            file.write(b"nonsense" * 2000)
+    dosvob(home, simulator, "restore", "files", "--to-volume", "files-whole")
+    (whole,) = (volume for volume in simulator.volumes if volume.name == "files-whole")
+    print("$ cmp files files-whole", flush=True)
+    run("cmp", was, whole.path)
+
+    tell("The account has its two volumes and the new ones, and nothing else that costs money was left behind")
+    if simulator.alive() != [made, whole]:
         sys.exit(f"Left behind: {simulator.alive()}")
 
 

@@ -131,7 +131,7 @@ class Target:
         """One conversation, and the end of it if it comes to one; nothing else is repaired or repeated."""
         update = dosvob.Update(self.paths, snapshot_of(self.device, NAME), dosvob.Keep(), lambda text: None)
         with contextlib.closing(update):
-            dosvob.Sync(stream, update, lambda: None).run()
+            dosvob.Pull(update).talk(stream, lambda: None)
             update.finish()
 
     def check_untouched(self) -> None:
@@ -237,7 +237,7 @@ def test_a_droplet_that_keeps_a_chunk_back_and_announces_without_end_is_refused(
     stream = Script(*said)
     with pytest.raises(dosvob.BadAgent, match="does not send"):
         target.sync(stream)
-    assert stream.pieces <= 3 + dosvob.Sync.BOUND * 1000
+    assert stream.pieces <= 3 + dosvob.Pull.BOUND * 1000
     target.check_untouched()
 
 
@@ -255,7 +255,7 @@ def test_digests_without_end_are_refused_while_a_chunk_is_kept_back(
     stream = Script(*said)
     with pytest.raises(dosvob.BadAgent, match="does not send"):
         target.sync(stream)
-    assert stream.pieces <= 3 + (dosvob.Sync.BOUND * 1000 if is_kept else 2 * 100)
+    assert stream.pieces <= 3 + (dosvob.Pull.BOUND * 1000 if is_kept else 2 * 100)
     target.check_untouched()
 
 
@@ -384,7 +384,6 @@ def some_frames() -> st.SearchStrategy[list[bytes]]:
         ZSTD: ALL + dosvob.Zstd().compress(THEIRS, 1),
         ALIVE: b"",
         FAILED: b"why",
-        dosvob.DURABLE: b"",
     }
     indexes = st.sampled_from((0, 0, 0, 1, 1, 2, 0xFFFFFFFF))
     others = (st.binary(max_size=64), st.just(NONE), st.just(b"\1" + NONE[1:]))
@@ -555,7 +554,7 @@ def test_the_agent_answers_commands_or_says_that_it_cannot(given_commands: list[
         device = Path(directory, "device")
         device.write_bytes(THEIRS + bytes(CHUNK))
         patches.setattr(os, "_exit", end)
-        agent = dosvob.Agent(str(device), 0, 1, dosvob.Packer(True), io.BytesIO(b"".join(given_commands)), -1)
+        agent = dosvob.Agent(str(device), ((0, 2),), 1, dosvob.Packer(True), io.BytesIO(b"".join(given_commands)), -1)
         agent.frames = queue.Queue()
         with device.open("rb") as file:
             agent.fd = file.fileno()
@@ -671,7 +670,7 @@ def test_the_scan_does_not_wait_for_data_to_be_sent(tmp_path: Path) -> None:
     """What lies behind a large change would be come to only when all of that was sent."""
     device, chunks = tmp_path / "device", 40
     device.write_bytes(os.urandom(chunks * CHUNK))
-    agent = dosvob.Agent(str(device), 0, chunks + 1, dosvob.Packer(with_zstd=False), io.BytesIO(), -1)
+    agent = dosvob.Agent(str(device), ((0, chunks),), chunks + 1, dosvob.Packer(with_zstd=False), io.BytesIO(), -1)
     while not agent.frames.full():
         agent.put(RAW, 0)
     scan = threading.Thread(target=agent.scan, daemon=True)
@@ -687,7 +686,7 @@ def test_room_for_other_chunks_is_made_when_the_data_has_been_sent(tmp_path: Pat
     device = tmp_path / "device"
     device.write_bytes(os.urandom(4 * CHUNK))
     output = os.open(os.devnull, os.O_WRONLY)
-    agent = dosvob.Agent(str(device), 0, 2, dosvob.Packer(with_zstd=False), io.BytesIO(), output)
+    agent = dosvob.Agent(str(device), ((0, 4),), 2, dosvob.Packer(with_zstd=False), io.BytesIO(), output)
     threading.Thread(target=agent.scan, daemon=True).start()
     wait_for(lambda: list(agent.announced) == [0, 1])
     agent.answer(SEND, 0, dosvob.ALL_PAGES)
@@ -851,7 +850,7 @@ def test_the_scan_is_bounded_by_its_position_also_when_all_it_meets_is_a_hole(
 def test_pages_of_zeros_are_not_sent(tmp_path: Path, wanted: int) -> None:
     device = tmp_path / "device"
     device.write_bytes(os.urandom(2 * PAGE) + bytes(PAGE) + os.urandom(PAGE) + bytes(CHUNK - 4 * PAGE))
-    agent = dosvob.Agent(str(device), 0, 1, dosvob.Packer(True), io.BytesIO(), -1)
+    agent = dosvob.Agent(str(device), ((0, 2),), 1, dosvob.Packer(True), io.BytesIO(), -1)
     with device.open("rb") as file:
         agent.fd = file.fileno()
         agent.send_pages(0, wanted)
@@ -1036,13 +1035,13 @@ def test_zstd_is_used_where_both_have_it(
 
     stream = AgentProcess(device, 0, dosvob.WINDOW, edit=edit)
     kinds: Counter[int] = Counter()
-    handle = dosvob.Sync._handle
+    handle = dosvob.Pull._handle
 
-    def note(sync: dosvob.Sync, *item: Any) -> None:
+    def note(sync: dosvob.Pull, *item: Any) -> None:
         kinds[item[0]] += 1
         handle(sync, *item)
 
-    monkeypatch.setattr(dosvob.Sync, "_handle", note)
+    monkeypatch.setattr(dosvob.Pull, "_handle", note)
     in_time([stream], lambda: back_up(backups, NAME, device, connect=lambda first, window: stream))
     assert same(backups / NAME, device)
     assert kinds[ZSTD if here and there else ZLIB] == 20, kinds
@@ -1053,7 +1052,7 @@ def test_zstd_is_used_where_both_have_it(
 
 def inner_source() -> str:
     """What an agent's program executes once the droplet's Python has been looked at."""
-    last = ast.parse(dosvob.agent_source("/dev/null", 0, 1)).body[-1]
+    last = ast.parse(dosvob.agent_source("/dev/null", ((0, 1),), 1)).body[-1]
     assert isinstance(last, ast.Expr)
     assert isinstance(last.value, ast.Call)
     return str(ast.literal_eval(last.value.args[0]))
@@ -1068,7 +1067,7 @@ def code_objects(code: CodeType) -> Iterator[CodeType]:
 
 
 def test_the_agents_source_is_that_of_python_3_8() -> None:
-    ast.parse(dosvob.agent_source("/dev/null", 0, 1), feature_version=(3, 8))
+    ast.parse(dosvob.agent_source("/dev/null", ((0, 1),), 1), feature_version=(3, 8))
     ast.parse(inner_source(), feature_version=(3, 8))
 
 
@@ -1143,13 +1142,13 @@ def test_what_comes_out_of_order_is_progress(target: Target) -> None:
     said = [hello(chunks)] + [frame(DIGEST, index, digest_of(THEIRS)) for index in range(chunks)]
     missing = list(range(1, chunks))
 
-    def connect(first: int) -> Any:
-        assert first == 0
+    def connect() -> Any:
+        assert update.settled == 0
         return Script(*said, frame(RAW, missing.pop(0), b"\xff" * (PAGES // 8) + THEIRS)) if missing else Script()
 
     update = dosvob.Update(target.paths, snapshot_of(target.device, NAME), dosvob.Keep(), lambda text: None)
     with contextlib.closing(update), pytest.raises(dosvob.ConnectionLost):
-        dosvob.converse(connect, dosvob.Sync, update, lambda text: None, lambda received: None, lambda _: False)
+        dosvob.converse(connect, dosvob.Pull(update), lambda text: None, lambda received: None, lambda _: False)
     assert not missing
 
 

@@ -1,17 +1,17 @@
-"""`restore --to-volume`: a new volume has the very bytes, or it is removed, or it is named; and nothing else stays."""
+"""`restore --to-volume`: a new volume has the very bytes from its birth on, or there is none; nothing else stays."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import random
+import re
 import signal
-import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,8 +30,6 @@ from trouble_support import (
     until,
 )
 from versions_support import back_up, leave_written
-
-import dosvob
 
 NEW = "data-2"
 DAY = datetime.datetime(2026, 3, 1, 8, 0, tzinfo=datetime.UTC)
@@ -91,15 +89,47 @@ def lose(directory: Path, home: Home) -> Lost:
     return Lost(older, newer)
 
 
+@dataclass
+class There:
+    """A volume that is still there, and is not any more what it was at two backups."""
+
+    volume: Volume
+    older: Path
+    newer: Path
+
+
+@pytest.fixture
+def there(tmp_path: Path, home: Home, sim: Simulator) -> There:
+    return damage(tmp_path, home, sim)
+
+
+def damage(directory: Path, home: Home, sim: Simulator) -> There:
+    """Two backups of a volume, and what happened to it since."""
+    volume = sim.add_volume("data")
+    older, newer = directory / "older", directory / "newer"
+    fill(volume.path)
+    back_up(home.backups, volume.path, DAY, volume_id=volume.id)
+    older.write_bytes(volume.path.read_bytes())
+    write_at(volume.path, 2 * MIB, b"changed" * 1000)
+    back_up(home.backups, volume.path, DAY + datetime.timedelta(days=1), volume_id=volume.id)
+    newer.write_bytes(volume.path.read_bytes())
+    write_at(volume.path, 3 * MIB + 5, b"damaged")
+    write_at(volume.path, 11 * MIB, b"where zeros were" * 2000)
+    write_at(volume.path, 6 * MIB + 4096, bytes(20_000))
+    return There(volume, older, newer)
+
+
 def new_volume(sim: Simulator, name: str = NEW) -> Volume:
     """The one that was made."""
     (volume,) = [volume for volume in sim.volumes if volume.name == name]
     return volume
 
 
-def records(home: Home) -> list[Path]:
-    """What is written down of volumes that are being made."""
-    return list((home.backups / ".dosvob").glob("restore-*"))
+def sent(done: subprocess.CompletedProcess[str]) -> float:
+    """How many bytes a restore says that it sent."""
+    match = re.search(r"compared: ([\d.]+) (B|KiB|MiB) were sent", done.stdout)
+    assert match, done.stdout
+    return float(match[1]) * {"B": 1, "KiB": 1024, "MiB": MIB}[match[2]]
 
 
 def assert_only(sim: Simulator, *volumes: Resource) -> None:
@@ -132,9 +162,9 @@ def test_latest_comes_back(home: Home, sim: Simulator, lost: Lost) -> None:
     assert "all of it was read back there and compared" in said
     assert f"doctl compute volume-action attach {volume.id} DROPLET-ID" in said
     assert f"  mount /dev/disk/by-id/scsi-0DO_Volume_{NEW} /mnt" in said
-    assert "this run cost about $0.01" in said
+    assert "this run cost about $0.02" in said
     assert done.stderr == ""
-    assert not records(home)
+    assert f"{NEW} begins empty, for there is no volume data any more" in said
 
 
 def test_it_is_the_users_from_then_on(home: Home, sim: Simulator, lost: Lost) -> None:
@@ -269,7 +299,6 @@ def test_refused(home: Home, sim: Simulator, lost: Lost, case: str) -> None:
     done = restore(home, *arguments, expect=2, TZ="UTC")
     assert message in done.stderr
     assert_nothing_made(sim)
-    assert not records(home)
 
 
 @pytest.mark.parametrize("name", ["Data", "1data", "data_2", "d" * 65, "dosvob-ephemeral-1", "../data", ""])
@@ -312,29 +341,57 @@ def test_limit_of_droplets(home: Home, sim: Simulator, lost: Lost) -> None:
 
 @behaving(capacity_gib=3)
 def test_limit_of_the_capacity(home: Home, sim: Simulator, lost: Lost) -> None:
-    """Nobody tells it before; the volume is what is asked for first."""
+    """Nobody tells it before; a volume of that size is what is asked for first."""
     done = restore(home, "data", "--size", 4, expect=1)
     assert "capacity" in done.stderr
     assert_nothing_made(sim)
-    assert not records(home)
 
 
-SCOPES = (
-    *("account:read", "regions:read", "sizes:read", "image:read", "droplet:read", "droplet:create", "droplet:delete"),
-    *("block_storage:read", "block_storage:create", "block_storage:delete", "block_storage_action:create"),
-    *("block_storage_action:read", "actions:read", "tag:create"),
-    *("ssh_key:read", "ssh_key:create", "ssh_key:delete", "snapshot:read"),
+AT_FIRST = ("account:read", "regions:read", "sizes:read", "image:read", "droplet:read", "block_storage:read")
+BEFORE_THE_UPLOAD = (
+    *("droplet:create", "block_storage:create", "block_storage_action:create", "block_storage_action:read"),
+    *("actions:read", "tag:create", "ssh_key:read", "ssh_key:create", "snapshot:read"),
 )
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", AT_FIRST)
 def test_scope_that_the_token_lacks(home: Home, sim: Simulator, lost: Lost, scope: str) -> None:
     sim.token_lacks(scope)
     done = restore(home, "data", expect=None)
     assert done.returncode
     assert scope in done.stderr
     assert_nothing_made(sim)
-    assert not records(home)
+
+
+@pytest.mark.parametrize("scope", BEFORE_THE_UPLOAD)
+def test_scope_that_is_missed_before_the_upload(home: Home, sim: Simulator, lost: Lost, scope: str) -> None:
+    sim.token_lacks(scope)
+    done = restore(home, "data", expect=1, constants={"TEARDOWN_PATIENCE": 0.3})
+    assert scope in done.stderr
+    assert "were sent" not in done.stdout
+    sim.token_lacks()
+    run(home, "sweep")
+    assert_nothing_left(sim)
+
+
+def test_scope_for_a_snapshot_is_missed_before_the_upload(home: Home, sim: Simulator, there: There) -> None:
+    sim.token_lacks("block_storage_snapshot:create")
+    done = restore(home, "data", expect=1)
+    assert "block_storage_snapshot:create" in done.stderr
+    assert_nothing_made(sim)
+
+
+@pytest.mark.parametrize("scope", ["droplet:delete", "ssh_key:delete", "snapshot:delete"])
+def test_what_may_not_be_removed_is_named(home: Home, sim: Simulator, lost: Lost, scope: str) -> None:
+    """And the new volume is there all the same: hours of upload are in it."""
+    sim.token_lacks(scope)
+    done = restore(home, "data", expect=1, constants={"TEARDOWN_PATIENCE": 0.3})
+    assert "LEFT BEHIND" in done.stderr
+    assert same(new_volume(sim).path, lost.newer)
+    assert "is now also the volume" in done.stdout
+    sim.token_lacks()
+    run(home, "sweep")
+    assert_only(sim, new_volume(sim))
 
 
 def test_version_that_is_damaged(home: Home, sim: Simulator, lost: Lost) -> None:
@@ -361,7 +418,6 @@ def test_chunk_that_is_damaged(home: Home, sim: Simulator, lost: Lost) -> None:
     done = restore(home, "data", expect=1, TZ="UTC")
     assert f"data of 2026-03-02 08:00:00 +0000 is damaged at byte {3 * MIB}" in done.stderr
     assert_nothing_left(sim)
-    assert not records(home)
     words = done.stderr.partition("dosvob.py ")[2].splitlines()[0].replace("FILE", "rest.img").replace("'", "")
     command, name, target, _, *time = words.split()
     run(home, command, name, target, "--at", " ".join(time), expect=1, TZ="UTC")
@@ -384,7 +440,7 @@ exec(program, {"exec": run})
 
 
 def python(directory: Path, body: str) -> Fault:
-    """A droplet's python3 that runs something between the program, agent or receiver, and its start."""
+    """A droplet's python3 that runs something between the agent's program and its start."""
     script = directory / "python3"
     script.write_text(PYTHON.replace("BODY", repr(body + "\n")))
     script.chmod(0o700)
@@ -411,9 +467,9 @@ CLASS.METHOD = halting
 
 
 class Halt:
-    """The first receivers take nothing more after four chunks, so that a test can act in the middle; or the agents."""
+    """The first agents stand still after four chunks that they have written, so that a test can act in the middle."""
 
-    def __init__(self, directory: Path, times: int = 1, what: str = "Receiver.write_pages") -> None:
+    def __init__(self, directory: Path, times: int = 1, what: str = "Agent.write_pages") -> None:
         self._directory = directory
         body = HALTING.replace("TIMES", str(times)).replace("DIRECTORY", str(directory))
         self.fault = python(directory, body.replace("CLASS.METHOD", what))
@@ -473,7 +529,6 @@ def test_droplets_that_are_lost(home: Home, sim: Simulator, tmp_path: Path, lost
     assert running.end() == 1
     assert "a second one too" in running.output
     assert_nothing_left(sim)
-    assert not records(home)
 
 
 def test_silence_is_not_waited_for(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
@@ -506,98 +561,43 @@ def test_what_is_sent_into_silence_is_not_waited_for(home: Home, sim: Simulator,
     assert same(new_volume(sim).path, lost.newer)
 
 
-def test_zeros_are_passed_over_one_by_one() -> None:
-    """So whoever sends can heed a signal meanwhile, and tell how far it is."""
-    contents = [dosvob.ZERO_CHUNK] * 3 + [bytes([1]) * MIB] + [dosvob.ZERO_CHUNK] * 2
-    noted: list[bytes] = []
-    upload = dosvob.Upload(iter(enumerate(contents)), len(contents), noted.append)
-    upload.begin(dosvob.Packer(with_zstd=False))
-    for passed in range(1, 4):
-        assert (upload.next_frame(), upload.settled) == (b"", passed)
-    assert upload.next_frame()
-    for _ in range(2):
-        assert (upload.next_frame(), upload.settled) == (b"", 3)
-    assert upload.next_frame() is None
-    upload.made_durable(4)
-    assert upload.next_frame() is None
-    assert upload.settled == len(contents) == len(noted)
-    upload = dosvob.Upload(iter(enumerate(contents)), len(contents), noted.append, only={2})
-    upload.begin(dosvob.Packer(with_zstd=False))
-    assert [bool(upload.next_frame()) for _ in contents] == [False, False, True, False, False, False]
-
-
-def test_of_zeros_nothing_is_sent() -> None:
-    """Nor does what they took count as a measure of the link."""
-    contents = [dosvob.ZERO_CHUNK] * 20 + [bytes([1]) * MIB]
-    upload = dosvob.Upload(iter(enumerate(contents)), len(contents), lambda digest: None)
-    sent: list[bytes] = []
-    stream: Any = SimpleNamespace(send=sent.append, has_received=lambda: False)
-    sending = dosvob.Sending(stream, upload, lambda: None)
-    sending._handle(dosvob.HELLO, 0, dosvob.AGENT_MAGIC + struct.pack(">Q?", len(contents) * MIB, False))
-    sending._flush()
-    assert len(sent) == 1
-
-
-def test_a_detach_that_fails_costs_nothing(home: Home, sim: Simulator, lost: Lost) -> None:
-    """All is there and was compared by then, and the droplet is removed."""
-    sim.faults.add(Fault("action-errored", nth=3))  # the first asks for a scope, the second attaches
-    done = restore(home, "data")
-    assert "is detached when the droplet is removed" in done.stderr
-    volume = new_volume(sim)
-    assert same(volume.path, lost.newer)
-    assert_only(sim, volume)
-    until(lambda: not volume.droplet_id)
-
-
 def test_droplet_without_zstd(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
     sim.faults.add(python(tmp_path, "LIBZSTD = None"))
     restore(home, "data")
     assert same(new_volume(sim).path, lost.newer)
 
 
-LATER = """
-def make_durable(self):
-    with self.room:
-        self.room.wait_for(lambda: self.end)
-    {}
-Receiver.make_durable = make_durable
-"""
 LIES = {
-    "never-writes": ("Receiver.write_pages = lambda *_: None", "also when written once more"),
+    "never-writes": ("Agent.write_runs = lambda *_: None", "also when written once more"),
     "writes-wrong": (
         (
-            "write_pages = Receiver.write_pages\n"
-            "Receiver.write_pages = lambda self, index, pages, data: write_pages(self, index, pages, bytes(len(data)))"
+            "write = Agent.write_runs\n"
+            "Agent.write_runs = lambda self, index, pages, data: write(self, index, pages, bytes(len(data)))"
         ),
         "also when written once more",
     ),
     "writes-behind": (
         (
-            "write_pages = Receiver.write_pages\n"
-            "Receiver.write_pages = lambda self, index, *what: write_pages(self, index and index - 1, *what)"
+            "write = Agent.write_runs\n"
+            "Agent.write_runs = lambda self, index, *what: write(self, index and index - 1, *what)"
         ),
         "also when written once more",
     ),
-    "too-early": (
-        (
-            "put = Receiver.put\n"
-            "Receiver.put = lambda self, kind, index, *what: put(self, kind, index + 1000 * (kind == DURABLE), *what)"
-        ),
-        "which was not sent",
+    "announces": (
+        "write = Agent.write_pages\nAgent.write_pages = lambda *what: (write(*what), LIE)",
+        "and 16 of 16 was",
     ),
-    "reads": (LATER.format("self.put(DIGEST, 0, bytes(32))"), "and was to write"),
-    "answers": (LATER.format("self.put(RAW, 0, bytes(4128))"), "a frame of the kind"),
-    "writes-when-reading": ("Agent.scan = lambda self: (self.open_device(), self.put(DURABLE, 1))", "of the kind"),
+    "answers": ("answer = Agent.answer\nAgent.answer = lambda self, *_: self.put(RAW, 0, bytes(4128))", "of the kind"),
     "other-device": (
-        "Receiver.open_device = lambda self: self.put(HELLO, 0, AGENT_MAGIC, bytes(9))",
+        "Agent.open_device = lambda self: self.announce(framed(HELLO, 0, AGENT_MAGIC, bytes(9)))",
         "not one of 1 GiB",
     ),
-    "fails": ("def fail(self, *_):\n    raise OSError(5, 'broken')\nReceiver.write_pages = fail", "broken"),
+    "fails": ("def fail(self, *_):\n    raise OSError(5, 'broken')\nAgent.write_runs = fail", "broken"),
     "fails-late": (
         (
             "import time\n"
             "def fail(self, *_):\n    time.sleep(2)  # all that fits under way is\n    raise OSError(5, 'broken')\n"
-            "Receiver.write_pages = fail"
+            "Agent.write_runs = fail"
         ),
         "broken",
     ),
@@ -608,33 +608,31 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 def test_droplet_that_lies(home: Home, sim: Simulator, tmp_path: Path, lost: Lost, lie: str) -> None:
     body, message = LIES[lie]
-    sim.faults.add(python(tmp_path, body))
+    sim.faults.add(python(tmp_path, body.replace("LIE", "what[0].put(DIGEST, 0, bytes(32))")))
     done = restore(home, "data", expect=1)
     assert message in done.stderr
     assert ("written once more" in done.stderr) == ("once more" in message)
     assert_nothing_left(sim)
-    assert not records(home)
 
 
-def test_what_was_not_written_is_written_once_more(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
-    """Zeros too, where the volume has something else."""
-    body = f"""
-write_pages = Receiver.write_pages
+def test_page_that_was_stored_wrong_is_written_once_more(
+    home: Home, sim: Simulator, tmp_path: Path, lost: Lost
+) -> None:
+    """Zeros too, where the volume has something else; and of a chunk no more than that page."""
+    body = """
+write = Agent.write_runs
 def wrong(self, index, pages, data):
-    try:
-        os.mkdir({str(tmp_path / "lied")!r} + "-%d" % index)
-        data = bytes(len(data)) if index % 2 else data
-        write_pages(self, 0, pages, b"!" * len(data))
-    except FileExistsError:
-        pass
-    write_pages(self, index, pages, data)
-Receiver.write_pages = wrong
+    write(self, index, pages, data)
+    if index % 2:
+        write(self, index - 1, 4, b"!" * PAGE)
+Agent.write_runs = wrong
 """
     sim.faults.add(python(tmp_path, body))
     done = restore(home, "data")
-    assert "are not what was written" in done.stderr
+    assert "are not what was written, the first one at byte" in done.stderr
     assert "they are written once more" in done.stderr
     assert same(new_volume(sim).path, lost.newer)
+    assert_only(sim, new_volume(sim))
 
 
 def test_zeros_are_written_beyond_the_end_of_what_is_restored(
@@ -642,22 +640,222 @@ def test_zeros_are_written_beyond_the_end_of_what_is_restored(
 ) -> None:
     """A new volume that is larger has them there; if it does not, they are written like all else."""
     body = f"""
-write_pages = Receiver.write_pages
+write = Agent.write_runs
 def dirty(self, index, pages, data):
     try:
         os.mkdir({str(tmp_path / "lied")!r})
-        write_pages(self, {GIB // MIB + 3}, pages, b"!" * len(data))
+        write(self, {GIB // MIB + 3}, 1, b"!" * PAGE)
     except FileExistsError:
         pass
-    write_pages(self, index, pages, data)
-Receiver.write_pages = dirty
+    write(self, index, pages, data)
+Agent.write_runs = dirty
 """
     sim.faults.add(python(tmp_path, body))
     done = restore(home, "data", "--size", 2)
-    assert f"1 MiB of {NEW} are not what was written, the first one at byte {GIB + 3 * MIB}; they are" in done.stderr
+    assert f"{NEW}: 1 MiB are not what was written, the first one at byte {GIB + 3 * MIB}; they are" in done.stderr
     with new_volume(sim).path.open("rb") as file:
         assert file.read(GIB) == lost.newer.read_bytes()
         assert not any(file.read())
+
+
+# -- by its difference
+
+
+def test_only_what_differs_is_sent(home: Home, sim: Simulator, there: There) -> None:
+    """The volume itself is neither written to nor detached."""
+    web = sim.add_droplet("web", volumes=[there.volume])
+    before = there.volume.path.read_bytes()
+    done = restore(home, "data")
+    assert f"{NEW} begins with what data has now: only what differs in data of" in done.stdout
+    assert same(new_volume(sim).path, there.newer)
+    assert_only(sim, new_volume(sim))
+    assert sent(done) < 0.1 * MIB
+    assert there.volume.path.read_bytes() == before
+    assert there.volume.droplet_id == web.id
+    assert not any(str(there.volume.id) in call.path for call in sim.requests if call.path.endswith("/actions"))
+    assert "error: " not in done.stderr + done.stdout
+
+
+def test_older_version_by_its_difference(home: Home, sim: Simulator, there: There) -> None:
+    done = restore(home, "data", "--at", "2026-03-01T12:00Z", "--size", 2)
+    assert new_volume(sim).path.read_bytes() == there.older.read_bytes() + bytes(GIB)
+    assert sent(done) < 0.1 * MIB
+
+
+def test_volume_is_known_by_its_id_whatever_its_name(home: Home, sim: Simulator, there: There) -> None:
+    there.volume.name = "renamed"
+    sim.add_volume("data")
+    done = restore(home, "data")
+    assert "begins with what renamed has now" in done.stdout
+    assert same(new_volume(sim).path, there.newer)
+
+
+def test_volume_that_came_back_under_the_name_is_begun_with(home: Home, sim: Simulator, there: There) -> None:
+    path = there.volume.path.read_bytes()
+    sim.remove_volume(there.volume)
+    again = sim.add_volume("data")
+    again.path.write_bytes(path)
+    done = restore(home, "data")
+    assert "begins with what data has now" in done.stdout
+    assert same(new_volume(sim).path, there.newer)
+    assert sent(done) < 0.1 * MIB
+
+
+BEGIN_EMPTY: dict[str, tuple[list[str], str]] = {
+    "elsewhere": (["data", "--region", "nyc3"], "data is in fra1"),
+    "from-scratch": (["data", "--from-scratch"], "--from-scratch asks for that"),
+    "file": (["--from", "backups/data"], "a file is of no volume"),
+    "larger": (["data"], "data is larger, 2 GiB"),
+    "gone": (["data"], "there is no volume data any more"),
+}
+
+
+@pytest.mark.parametrize("case", BEGIN_EMPTY)
+def test_what_it_begins_with_is_told(home: Home, sim: Simulator, there: There, case: str) -> None:
+    arguments, why = BEGIN_EMPTY[case]
+    if case == "larger":
+        there.volume.grow(2)
+    if case == "gone":
+        sim.remove_volume(there.volume)
+    done = restore(home, *arguments)
+    assert f"{NEW} begins empty, for {why}: all of " in done.stdout
+    assert same(new_volume(sim).path, there.newer)
+    assert_only(sim, new_volume(sim))
+    assert not any(item for item in sim.ever if item.kind == "snapshot" and item.volume_id == there.volume.id)  # type: ignore[attr-defined]
+
+
+def test_image_without_a_state_by_its_difference(home: Home, sim: Simulator, there: There) -> None:
+    (home.backups / ".dosvob" / "data.state").unlink()
+    done = restore(home, "data")
+    assert same(new_volume(sim).path, there.newer)
+    assert sent(done) < 0.1 * MIB
+
+
+def test_base_that_is_deleted_meanwhile(home: Home, sim: Simulator, there: There) -> None:
+    """Then all is sent."""
+    sim.faults.add(Fault("delay", method="GET", path="^/v2/droplets$", nth=2, seconds=2))
+    running = start_restore(home)
+    until(lambda: sim.faults.fired)
+    sim.remove_volume(there.volume)
+    assert running.end() == 0, running.output
+    assert f"data is gone meanwhile: {NEW} begins empty" in running.output
+    assert same(new_volume(sim).path, there.newer)
+
+
+@pytest.mark.parametrize("what", ["deleted", "attached"])
+def test_base_that_changes_in_the_middle(home: Home, sim: Simulator, tmp_path: Path, there: There, what: str) -> None:
+    """A snapshot of it was taken."""
+    write_at(there.volume.path, 12 * MIB, random.Random(5).randbytes(3 * MIB))  # to be written over, chunk by chunk
+    halt = Halt(tmp_path)
+    sim.faults.add(halt.fault)
+    running = start_restore(home)
+    halt.wait()
+    if what == "deleted":
+        sim.remove_volume(there.volume)
+    else:
+        there.volume.droplet_id = sim.add_droplet("web").id
+        write_at(there.volume.path, 0, b"in use")
+    sim.droplets[0].cut()
+    assert running.end() == 0, running.output
+    assert same(new_volume(sim).path, there.newer)
+    assert_only(sim, new_volume(sim))
+
+
+@pytest.mark.parametrize("says_when", [True, False])
+def test_snapshot_of_the_base_is_waited_for(home: Home, sim: Simulator, there: There, says_when: bool) -> None:
+    there.volume.snapshotted = time.monotonic()
+    sim.limit_snapshots(15, retry_after=says_when)
+    done = restore(home, "data", constants={"SNAPSHOT_INTERVAL": 20})
+    rule = "data: DigitalOcean takes one snapshot of a volume per 10 minutes, the next one "
+    assert done.stdout.count(rule + ("at" if says_when else "by")) == 1
+    assert "--from-scratch begins at once" in done.stdout
+    assert same(new_volume(sim).path, there.newer)
+
+
+def test_snapshot_of_the_base_is_not_waited_for_without_end(home: Home, sim: Simulator, there: There) -> None:
+    sim.faults.add(Fault("rate-limit", method="POST", path="/snapshots$", text="1", times=FOREVER))
+    running = start_restore(home, SNAPSHOT_INTERVAL=1, SNAPSHOT_RETRY=0.2)
+    assert running.end() == 1
+    assert_nothing_left(sim)
+
+
+# -- its birth
+
+
+@pytest.mark.parametrize("limited", [replace(FAST, capacity_gib=2), replace(FAST, volume_limit=2)])
+def test_quota_that_holds_nothing_but_the_new_volume(tmp_path: Path, limited: Behaviour) -> None:
+    """The throwaway volume held its place."""
+    with account(tmp_path / "account", limited) as (sim, home):
+        there = damage(tmp_path, home, sim)
+        done = restore(home, "data")
+        assert "capacity limit exceeded" in done.stdout
+        assert "whose snapshot has all, to make room" in done.stdout
+        assert same(new_volume(sim).path, there.newer)
+        assert_only(sim, new_volume(sim))
+
+
+@behaving(capacity_gib=3)
+def test_quota_that_is_not_free_at_once(home: Home, sim: Simulator, lost: Lost) -> None:
+    sim.add_volume("other")
+    sim.faults.add(Fault("error", method="POST", path="^/v2/volumes$", nth=2, status=403, times=4))
+    done = restore(home, "data")
+    assert done.stdout.count("trying again in") >= 2
+    assert same(new_volume(sim).path, lost.newer)
+
+
+def test_quota_that_others_have_taken_meanwhile(home: Home, sim: Simulator, lost: Lost) -> None:
+    sim.faults.add(Fault("error", method="POST", path="^/v2/volumes$", nth=2, status=403, times=FOREVER))
+    done = restore(home, "data", expect=1, constants={"NEW_PATIENCE": 1})
+    assert "If it speaks of a limit" in done.stderr
+    assert_nothing_left(sim)
+
+
+def test_name_that_is_taken_meanwhile(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
+    halt = Halt(tmp_path)
+    sim.faults.add(halt.fault)
+    running = start_restore(home)
+    halt.wait()
+    taken = sim.add_volume(NEW)
+    sim.droplets[0].cut()
+    assert running.end() == 1
+    assert "already exists" in running.output
+    assert_nothing_left(sim)
+    assert sim.volumes == [taken]
+
+
+def test_creation_is_repeated(home: Home, sim: Simulator, lost: Lost) -> None:
+    """For hours of upload may be in the snapshot."""
+    sim.faults.add(Fault("error", method="POST", path="^/v2/volumes$", nth=2, status=503, times=6))
+    restore(home, "data", constants={"PATIENCE": 1})
+    assert same(new_volume(sim).path, lost.newer)
+    assert_only(sim, new_volume(sim))
+
+
+# -- what it would do
+
+
+def test_dry_run(home: Home, sim: Simulator, there: There) -> None:
+    done = restore(home, "data", "--dry-run", "--size", 3)
+    said = done.stdout
+    assert f"would make {NEW} in fra1, 3 GiB, of data of " in said
+    assert f"{NEW} begins with what data has now" in said
+    assert "over a droplet s-1vcpu-512mb-10gb with debian-13-x64 in fra1 and a throwaway volume, at $0.00636" in said
+    assert f"$0.03 at least; {NEW} itself is $0.30 a month" in said
+    assert_nothing_made(sim)
+    assert {call.method for call in sim.requests} == {"GET"}
+
+
+def test_dry_run_of_a_file_leaves_no_directory(home: Home, sim: Simulator) -> None:
+    done = restore(home, "--from", "conf.json", "--dry-run")
+    assert "a file is of no volume" in done.stdout
+    assert not home.backups.exists()
+    restore(home, "data", "--dry-run", expect=2)
+    assert not home.backups.exists()
+
+
+def test_dry_run_tells_what_would_be_refused(home: Home, sim: Simulator, lost: Lost) -> None:
+    sim.add_volume(NEW)
+    assert "take another name" in restore(home, "data", "--dry-run", expect=2).stderr
 
 
 # -- however it ends
@@ -673,73 +871,38 @@ def test_signal_in_the_middle(home: Home, sim: Simulator, tmp_path: Path, lost: 
     assert running.end() == 128 + number
     assert f"{number.name}: stopping, and removing what was created" in running.output
     assert_nothing_left(sim)
-    assert not records(home)
 
 
-def kill_in_the_middle(home: Home, sim: Simulator, directory: Path) -> Volume:
-    """Kill a restore outright; returns what it left."""
-    halt = Halt(directory)
+PHASES = {"sending": "Agent.write_pages", "comparing": "Agent.read"}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_in_the_middle(home: Home, sim: Simulator, tmp_path: Path, lost: Lost, phase: str) -> None:
+    """A sweep removes it all, and it can be begun again at once."""
+    halt = Halt(tmp_path, what=PHASES[phase])
     sim.faults.add(halt.fault)
     running = start_restore(home)
     halt.wait()
     running.signal(signal.SIGKILL)
     running.end()
-    return new_volume(sim)
-
-
-def test_killed_and_named(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
-    """By every command, until it is gone, and by none after that; it is never removed, for it may be in use by now."""
-    volume = kill_in_the_middle(home, sim, tmp_path)
-    named = f"volume {NEW} (id {volume.id}, $0.10 a month). "
-    for command in (
-        ["list"],
-        ["list", "--json"],
-        ["health", "--max-age", "1e6"],
-        ["verify"],
-        ["restore", "data", "x"],
-    ):
-        done = run(home, *command, expect=None)
-        assert done.stderr.count(f"in fra1 there is, unless it was removed since, the {named}") == 1, command
-        assert "It is not complete, for the restore was ended in the middle" in done.stderr
-    for command in (["sweep"], ["sweep", "--all"], []):
-        done = run(home, *command, expect=1)
-        assert done.stderr.count(f"LEFT BEHIND, and billed until you remove it: {named}") == 1, command
-        assert f"doctl compute volume delete {volume.id}" in done.stderr
-        assert_only(sim, volume)
-    sim.remove_volume(volume)
-    sim.add_volume("other")
+    assert not any(volume.name == NEW for volume in sim.volumes)
+    assert run(home, "list").stderr == ""
     run(home, "sweep")
-    assert records(home)  # a list may show late what is there
-    for command in (["sweep"], ["list"], []):
-        done = run(home, *command, constants={"SHOWN_LIMIT": 0})
-        assert "restore" not in done.stdout + done.stderr
-    assert not records(home)
+    assert_nothing_left(sim)
+    restore(home, "data")
+    assert same(new_volume(sim).path, lost.newer)
 
 
-def test_killed_and_kept(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
-    volume = kill_in_the_middle(home, sim, tmp_path)
-    run(home, "sweep", expect=1)
-    (record,) = records(home)
-    assert str(record.relative_to(home.directory)) in run(home, "list").stderr
-    record.unlink()
-    assert run(home, "sweep").stderr == ""
-    assert_only(sim, volume)
-
-
-def test_killed_before_the_answer(home: Home, sim: Simulator, lost: Lost) -> None:
-    """It is known by its description then; a volume of the same name elsewhere is not it."""
+def test_killed_while_it_is_born(home: Home, sim: Simulator, lost: Lost) -> None:
+    """Then it is there, whole, and stays."""
     sim.faults.add(Fault("trickle", method="POST", path="^/v2/volumes$", nth=2, seconds=1))
-    other = sim.add_volume(NEW, "nyc3")
     running = start_restore(home)
-    until(lambda: len(sim.volumes) == 2)
+    until(lambda: any(volume.name == NEW for volume in sim.volumes))
     running.signal(signal.SIGKILL)
     running.end()
-    (volume,) = sim.alive()
-    assert "(id unknown, $0.10 a month)" in run(home, "list").stderr
-    done = run(home, "sweep", expect=1)
-    assert f"(id {volume.id}, " in done.stderr
-    assert other.id not in done.stderr
-    assert_only(sim, volume)
+    until(lambda: same(new_volume(sim).path, lost.newer))
+    run(home, "sweep")
+    assert_only(sim, new_volume(sim))
 
 
 def test_it_is_said_by_nobody_while_it_goes_on(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
@@ -747,7 +910,6 @@ def test_it_is_said_by_nobody_while_it_goes_on(home: Home, sim: Simulator, tmp_p
     sim.faults.add(halt.fault)
     running = start_restore(home)
     halt.wait()
-    assert records(home)
     assert run(home, "list").stderr == ""
     assert run(home, "health", "--max-age", "1e6").stderr == ""
     for arguments in ((), ("--dry-run",), ("sweep", "--dry-run")):  # which would take what it makes for left behind
@@ -758,98 +920,59 @@ def test_it_is_said_by_nobody_while_it_goes_on(home: Home, sim: Simulator, tmp_p
     running.end()
 
 
-def test_killed_and_tried_again(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
-    volume = kill_in_the_middle(home, sim, tmp_path)
-    done = restore(home, "data", expect=1)
-    assert f"(id {volume.id}, " in done.stderr
-    assert f"there is a volume {NEW} in fra1 already" in done.stderr
-    sim.remove_volume(volume)
-    restore(home, "data")
-    assert same(new_volume(sim).path, lost.newer)
-
-
-def test_record_that_is_no_record(home: Home, sim: Simulator, lost: Lost) -> None:
+def test_note_that_an_earlier_version_left_is_no_matter(home: Home, sim: Simulator, lost: Lost) -> None:
     (home.backups / ".dosvob" / "restore-x.json").write_text("[]")
-    assert "cannot be read" in run(home, "sweep").stderr
+    assert run(home, "sweep").stderr == ""
+    restore(home, "data")
 
 
-def test_volume_that_somebody_uses_stays(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
-    """Though the restore failed."""
-    halt = Halt(tmp_path)
+def test_link_that_breaks_ten_times(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    """Each time a little more is there."""
+    file = tmp_path / "noise"
+    file.write_bytes(random.Random(3).randbytes(4 * GIB))
+    halt = Halt(tmp_path, times=10)
     sim.faults.add(halt.fault)
-    running = start_restore(home)
-    halt.wait()
-    volume, web = new_volume(sim), sim.add_droplet("web")
-    volume.droplet_id = web.id
-    running.signal(signal.SIGTERM)
-    assert running.end() == 1
-    assert f"LEFT BEHIND, and billed until you remove it: volume {NEW} (id {volume.id}" in running.output
-    assert f"attached to the droplet {web.id}, which is not of this run" in running.output
-    assert f"doctl compute volume delete {volume.id}" in running.output
-    volume.droplet_id = ""
-    assert_only(sim, volume)
-    assert f"(id {volume.id}, " in run(home, "sweep", expect=1).stderr
-
-
-def test_all_is_removed_though_nobody_says_who_uses_it(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
-    halt = Halt(tmp_path)
-    sim.faults.add(halt.fault)
-    running = start_restore(home, TEARDOWN_PATIENCE=0.3)
-    halt.wait()
-    sim.faults.add(Fault("error", method="GET", path="^/v2/volumes/", times=FOREVER))
-    running.signal(signal.SIGTERM)
-    assert running.end() == 128 + signal.SIGTERM
-    assert_nothing_left(sim)
-
-
-def test_volume_that_cannot_be_removed(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
-    halt = Halt(tmp_path)
-    sim.faults.add(halt.fault, Fault("error", method="DELETE", path="^/v2/volumes/", nth=2, status=403, times=FOREVER))
-    running = start_restore(home)
-    halt.wait()
-    running.signal(signal.SIGTERM)
-    assert running.end() == 1
-    volume = new_volume(sim)
-    assert running.output.count(f"LEFT BEHIND, and billed until you remove it: volume {NEW} (id {volume.id}") == 1
-    assert_only(sim, volume)
-    sim.faults.clear()
-    assert f"(id {volume.id}, " in run(home, "sweep", expect=1).stderr
+    running = start(home, "restore", "--from", str(file), "--to-volume", NEW)
+    for number in range(10):
+        halt.wait(number)
+        sim.droplets[0].cut()
+    assert running.end() == 0, running.output
+    assert running.output.count("connecting again") >= 10
+    assert same(new_volume(sim).path, file)
+    assert_only(sim, new_volume(sim))
 
 
 # -- answers that are lost
 
 
+ANSWERS = {"throwaway": ("^/v2/volumes$", 1), "snapshot": ("/snapshots$", 1), "new": ("^/v2/volumes$", 2)}
+
+
 @pytest.mark.parametrize("lag", [0.0, 0.4])
-def test_answer_is_lost(tmp_path: Path, lag: float) -> None:
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_answer_is_lost(tmp_path: Path, lag: float, answer: str) -> None:
+    path, nth = ANSWERS[answer]
     with account(tmp_path / "account", replace(FAST, fresh_seconds=lag / 2, list_lag_seconds=lag)) as (sim, home):
         lost = lose(tmp_path, home)
-        sim.faults.add(Fault("lost", method="POST", path="^/v2/volumes$", nth=2))
+        sim.faults.add(Fault("lost", method="POST", path=path, nth=nth))
         restore(home, "data", constants={"LIST_LAG": 3})
         assert sim.faults.fired
-        assert len([item for item in sim.ever if item.kind == "volume"]) == 1
+        assert len([item for item in sim.ever if item.kind == "volume"]) == 2
         assert same(new_volume(sim).path, lost.newer)
         assert_only(sim, new_volume(sim))
 
 
 @behaving(list_lag_seconds=1000)
 def test_answer_is_lost_and_no_list_shows_it(home: Home, sim: Simulator, lost: Lost) -> None:
-    """It stays written down until a list does, or would."""
+    """It is whole, if it is there; which is told."""
     sim.faults.add(Fault("lost", method="POST", path="^/v2/volumes$", nth=2))
-    restore(home, "data", expect=1, constants={"LIST_LAG": 0.3})
-    (volume,) = sim.alive()
-    run(home, "sweep")
-    restore(home, "data", expect=1, constants={"LIST_LAG": 0.3})  # of which nothing is left
-    volume.listed = 0
-    assert f"(id {volume.id}, " in run(home, "sweep", expect=1).stderr
-    sim.remove_volume(new_volume(sim))
-    run(home, "sweep")
-    assert records(home)
-    run(home, "sweep", constants={"SHOWN_LIMIT": 0})
-    assert not records(home)
+    done = restore(home, "data", expect=1, constants={"LIST_LAG": 0.3})
+    assert f"it is not known whether the volume {NEW} was made: if it is there, it is whole" in done.stderr
+    assert same(new_volume(sim).path, lost.newer)
 
 
 def test_answer_is_lost_and_somebody_takes_the_name(home: Home, sim: Simulator, lost: Lost) -> None:
-    """What has the name is not taken for ours, neither to be written nor to be removed."""
+    """What has the name is not taken for ours."""
     sim.faults.add(Fault("lost", method="POST", path="^/v2/volumes$", nth=2, effect=False))
     running = start_restore(home)
     until(lambda: sim.faults.fired)
@@ -858,6 +981,13 @@ def test_answer_is_lost_and_somebody_takes_the_name(home: Home, sim: Simulator, 
     assert "already exists" in running.output
     assert_nothing_left(sim)
     assert new_volume(sim).decoy
+
+
+def test_namesake_in_another_region_is_not_taken_for_it(home: Home, sim: Simulator, lost: Lost) -> None:
+    restore(home, "data", "--region", "nyc3")
+    sim.faults.add(Fault("lost", method="POST", path="^/v2/volumes$", nth=2, effect=False))
+    restore(home, "data")
+    assert {volume.region for volume in sim.volumes} == {"fra1", "nyc3"}
 
 
 # -- every call, every fault, at any moment
@@ -869,7 +999,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> list[Call]:
     directory = tmp_path_factory.mktemp("recorded")
     with pytest.MonkeyPatch.context() as monkeypatch, account(directory / "account") as (sim, home):
         small_volumes(monkeypatch)
-        lose(directory, home)
+        damage(directory, home, sim)
         restore(home, "data")
         found = calls_of(sim.requests)
     assert len(found) > 30
@@ -884,24 +1014,23 @@ def test_any_call_goes_wrong_once(pytestconfig: pytest.Config, tmp_path: Path, c
         directory.mkdir()
         try:
             with account(directory / "account") as (sim, home):
-                lost = lose(directory, home)
+                there = damage(directory, home, sim)
                 sim.faults.add(replace(FAULTS[fault], method=call.method, path=call.path, nth=call.nth))
                 done = restore(home, "data", expect=None)
-                assert_ended_well(home, sim, lost, done.returncode)
+                assert_ended_well(sim, there, done.returncode)
                 assert done.returncode == 0 or fault == "missing", done.stderr  # what may pass is to be overcome
         except (AssertionError, pytest.fail.Exception) as problem:
             problems.append(f"{fault} at {call}: {problem}")
     assert not problems, "\n\n".join(problems)
 
 
-def assert_ended_well(home: Home, sim: Simulator, lost: Lost, code: int) -> None:
+def assert_ended_well(sim: Simulator, there: There, code: int) -> None:
     """All of it is there, or nothing is left."""
     if code == 0:
-        assert same(new_volume(sim).path, lost.newer)
+        assert same(new_volume(sim).path, there.newer)
         assert_only(sim, new_volume(sim))
     else:
         assert_nothing_left(sim)
-    assert not records(home)
 
 
 def moments(config: pytest.Config, calls: list[Call], count: int) -> Iterator[int]:
@@ -913,90 +1042,30 @@ def test_signal_after_any_call(pytestconfig: pytest.Config, tmp_path: Path, call
         directory = tmp_path / str(moment)
         directory.mkdir()
         with account(directory / "account") as (sim, home):
-            lost = lose(directory, home)
+            there = damage(directory, home, sim)
             running = start_restore(home)
             until(lambda: len(sim.requests) >= moment or running.process.poll() is not None)  # noqa: B023
             running.signal(signal.SIGTERM)
             code = running.end()
             is_made = "is now also" in running.output  # the last call had been made
             assert code in (128 + signal.SIGTERM, -signal.SIGTERM, *[0] * is_made), (moment, running.output)
-            assert_ended_well(home, sim, lost, 0 if is_made else code)
+            assert_ended_well(sim, there, 0 if is_made else code)
             assert "error: " not in running.output
 
 
 def test_killed_after_any_call(pytestconfig: pytest.Config, tmp_path: Path, calls: list[Call]) -> None:
-    """What it is in the middle of is named; the rest is swept."""
+    """A sweep removes all; or the new volume is there, and whole."""
     for moment in moments(pytestconfig, calls, 4):
         directory = tmp_path / str(moment)
         directory.mkdir()
         with account(directory / "account") as (sim, home):
-            lost = lose(directory, home)
+            there = damage(directory, home, sim)
             running = start_restore(home)
             until(lambda: len(sim.requests) >= moment or running.process.poll() is not None)  # noqa: B023
             running.signal(signal.SIGKILL)
             running.end()
-            done = run(home, "sweep", expect=None)
-            left = sim.alive()
-            assert all(item.name == NEW for item in left), moment
-            if left and not same(new_volume(sim).path, lost.newer):
-                assert f"(id {left[0].id}, " in done.stderr, moment
-            assert (done.returncode == 1) == bool(left and "It is not complete" in done.stderr)
-            for volume in sim.volumes:
-                sim.remove_volume(volume)
-            assert run(home, "sweep").stderr == ""
-
-
-def test_what_was_not_even_asked_for_is_not_taken_for_left_behind() -> None:
-    """A signal that comes before the first call."""
-    stop = dosvob.Stop()
-    stop.request()
-    api: Any = SimpleNamespace(stop=stop, backoff=lambda: iter(()))
-    report: Any = SimpleNamespace(left={})
-    ephemeral = dosvob.Ephemeral(api, "home", report)
-    with pytest.raises(dosvob.Interrupted):
-        ephemeral.make_volume("new", "fra1", 1 << 30, "mark")
-    assert not ephemeral.may_have_left(dosvob.Resource(dosvob.VOLUME, "", "new"))
-
-
-def test_a_stop_is_heeded_between_zeros() -> None:
-    """Of which there may be many, with nothing to be sent nor to come in."""
-    taken = []
-
-    def source() -> Iterator[tuple[int, bytes]]:
-        for index in range(1000):
-            taken.append(index)
-            yield index, dosvob.ZERO_CHUNK
-
-    def stop() -> None:
-        raise dosvob.Interrupted
-
-    greeting = dosvob.framed(dosvob.HELLO, 0, dosvob.AGENT_MAGIC, struct.pack(">Q?", 1000 * MIB, True))
-    stream: Any = SimpleNamespace(receive=lambda: greeting, has_received=lambda: False)
-    upload = dosvob.Upload(source(), 1000, lambda digest: None)
-    with pytest.raises(dosvob.Interrupted):
-        dosvob.Sending(stream, upload, stop).run()
-    assert len(taken) < 100
-
-
-# -- memory
-
-
-def test_what_is_kept_is_bounded() -> None:
-    """Until it is durable no more is read, however large it is."""
-    read = []
-
-    def source() -> Iterator[tuple[int, bytes]]:
-        for index in range(200):
-            read.append(index)
-            yield index, random.Random(index).randbytes(MIB)
-
-    upload = dosvob.Upload(source(), 200, lambda digest: None)
-    upload.begin(dosvob.Packer(with_zstd=True))
-    frames = []
-    while (frame := upload.next_frame()) is not None:
-        frames.append(frame)
-    assert 64 <= len(frames) <= 66
-    assert len(read) < 80
-    upload.made_durable(10)
-    assert upload.settled == 10
-    assert upload.next_frame() is not None
+            run(home, "sweep")
+            if left := sim.alive():
+                assert_only(sim, new_volume(sim))
+                assert same(new_volume(sim).path, there.newer), (moment, left)
+            assert there.volume in sim.volumes

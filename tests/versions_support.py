@@ -40,7 +40,8 @@ class InlineAgent:
 
     def __init__(self, device: Path, first: int, window: int) -> None:
         self.received = 0
-        self._agent = dosvob.Agent(str(device), first, 1 << 20, dosvob.Packer(True), io.BytesIO(), -1)
+        parts = ((first, device.stat().st_size // MIB),)
+        self._agent = dosvob.Agent(str(device), parts, 1 << 20, dosvob.Packer(True), io.BytesIO(), -1)
         self._frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._agent.frames = cast("queue.Queue[bytes]", self._frames)
         self._rest = b""
