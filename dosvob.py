@@ -1144,7 +1144,7 @@ class Ephemeral:
         return Volume.parse(self._create(VOLUME, body))
 
     def make_new(self, name: str, description: str, volume: Volume) -> Volume:
-        """A volume that is to stay, with all that a throwaway one has, which makes room for it if the quota asks for it.
+        """A volume that is to stay, with all that a throwaway one has, which makes room for it if the quota wants that.
 
         It is whole from its creation on, and no matter of the teardown's.
         """
@@ -2602,7 +2602,7 @@ class Undo:
         `heed` gets the bytes that were written, and may raise `Interrupted`: the next call begins from the start.
         """
         paths.check_link()
-        take_over_journal(paths)
+        drop_journal(paths)
         with cls.left(paths, from_disk=True) as undo:
             if undo is None:
                 paths.undo.unlink(missing_ok=True)
@@ -2658,37 +2658,20 @@ class Undo:
         self.file.close()
 
 
-def take_over_journal(paths: ImagePaths) -> None:
-    """Make an undo of what dosvob before it had one left in the middle of a sync: a journal, and a new version.
+def drop_journal(paths: ImagePaths) -> None:
+    """Drop what dosvob before it had an undo left in the middle of a sync: a journal, and a version that was to be.
 
-    A journal that was not committed says nothing. Of one that was, the version is the undo. Raises DosvobError where
-    none was kept, or the journal is damaged or older still: then only the dosvob that wrote it can finish it.
+    Raises DosvobError if the journal counts, or may count: only the dosvob that wrote it can finish that.
     """
-    journal, new_version = (paths.metadata / f"{paths.image.name}.{what}" for what in ("journal", "version.new"))
+    journal = paths.metadata / f"{paths.image.name}.journal"
     with contextlib.suppress(FileNotFoundError), PatchFile(journal, "journal") as file:
         if file.footer is not None or (file.limit and not file.head):
-            mark, digests, is_applied = (file.footer or {}).get("id"), "", False
-            for path in (paths.new_state, paths.state):
-                block = path.read_bytes()[:BLOCK] if path.exists() else b""
-                content = unseal("state", block, path) or {}
-                if mark and content.get("journal") == mark:
-                    digests, is_applied = content["digests"], path == paths.state
-            with contextlib.suppress(FileNotFoundError, Damaged), PatchFile(new_version, "version") as version:
-                if mark and version.footer is not None and version.head.get("journal") == mark and file.head:
-                    head = {**version.head, "base": file.head["base"], "newer_digests": digests}
-                    with PatchFile.create(paths.undo, "version", head) as undo:
-                        for _, patch in version.patches():
-                            undo.append(patch)
-                        undo.complete()
-                    sync_directory(paths.metadata)
-                    is_applied = True
-            if not is_applied:
-                raise DosvobError(
-                    f"{journal} was left by an older dosvob, which must finish it: run that one's `dosvob.py verify` "
-                    f"once in this directory, then this one. Or delete {journal}: then the next run compares all of "
-                    "the image with the volume"
-                )
-        new_version.unlink(missing_ok=True)
+            raise DosvobError(
+                f"{journal} was left by an older dosvob, which must finish it: run that one's `dosvob.py verify` once "
+                f"with this directory, then this one. Or delete {journal}, and the next run compares all of the image "
+                "with the volume"
+            )
+        (paths.metadata / f"{paths.image.name}.version.new").unlink(missing_ok=True)
         journal.unlink()
 
 

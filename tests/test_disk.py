@@ -943,95 +943,38 @@ def test_a_journal_of_dosvob_without_versions_is_kept_and_told(tmp_path: Path) -
     disk.check_settled()
 
 
-class JournalDisk(Disk):
-    """What dosvob with a journal left when it was killed behind its commit mark, the image being written."""
-
-    def __init__(self, directory: Path, *, keeps_none: bool = False) -> None:
-        super().__init__(directory)
-        self.begin()
-        self.journal = self.paths.metadata / f"{NAME}.journal"
-        self.new_version = self.paths.metadata / f"{NAME}.version.new"
-        self.mark = "f" * 32
-        leave_written(self.backups, NAME, self.device)
-        with dosvob.PatchFile(self.paths.undo, "version") as undo:
-            head = {key: undo.head[key] for key in ("id", "time", "snapshot", "newer")}
-            self._copy(undo, self.new_version, "version", {**head, "journal": self.mark}, {})
-            base, newer, digests = undo.head["base"], undo.head["newer"], undo.head["newer_digests"]
-        with dosvob.PatchFile(self.paths.spool, "spool") as spool:
-            journal_head = {"id": self.mark, "name": NAME, "volume_id": "volume-1", "base": base}
-            self._copy(spool, self.journal, "journal", journal_head, {"snapshot": newer, "mtime_ns": 0})
-        for path in (self.paths.spool, self.paths.undo, *([self.new_version] if keeps_none else [])):
-            path.unlink()
-        state = {
-            "snapshot": newer, "completed_at": "2026-01-01T00:05:00+00:00", "reread": 1, "journal": self.mark,
-            "digests": digests, "identity": None,
-        }  # fmt: skip
-        write_at(self.paths.new_state, 0, dosvob.seal("state", state))
-
-    @staticmethod
-    def _copy(file: dosvob.PatchFile, target: Path, kind: str, head: Any, footer: Any) -> None:
-        with dosvob.PatchFile.create(target, kind, head) as writer:
-            for _, patch in file.patches():
-                writer.append(dataclasses.replace(patch, data=bytes(patch.data)))
-            writer.complete()
-            write_at(target, writer.limit, dosvob.seal("end", {**(writer.footer or {}), **footer}))
-
-
-def test_what_dosvob_with_a_journal_left_half_done_is_taken_back(tmp_path: Path) -> None:
-    disk = JournalDisk(tmp_path)
-    assert disk.image() == disk.new
-    assert recover_all(disk.backups) == set()
-    assert disk.image() == disk.old
-    assert not {path.name for path in disk.paths.metadata.iterdir()} & {f"{NAME}.journal", f"{NAME}.version.new"}
-    disk.back_up()
-    assert disk.versions() == [disk.old]
-    disk.check_settled()
-
-
-def test_what_it_left_behind_its_states_name_counts(tmp_path: Path) -> None:
-    disk = JournalDisk(tmp_path)
-    disk.paths.new_state.rename(disk.paths.state)
-    assert recover_all(disk.backups) == set()
-    assert disk.image() == disk.new
-    assert disk.versions() == [disk.old]
-    disk.check_settled()
-
-
-def test_a_takeover_that_is_cut_off_is_done_again(tmp_path: Path) -> None:
-    disk = JournalDisk(tmp_path)
-    for after in range(6):
-        with power_cut_at(dosvob.PatchFile, "append", after):
-            recover_all(disk.backups)
-        assert disk.journal.exists() or after == 5
-    with power_cut_at(dosvob.Undo, "put_back"):
-        recover_all(disk.backups)
-    assert recover_all(disk.backups) == set()
-    assert disk.image() == disk.old
-    disk.check_settled()
-
-
-@pytest.mark.parametrize("is_applied", [True, False])
-def test_where_it_kept_no_version_it_must_finish_what_it_left(tmp_path: Path, is_applied: bool) -> None:
-    disk = JournalDisk(tmp_path, keeps_none=True)
-    if is_applied:
-        disk.paths.new_state.rename(disk.paths.state)
-    assert recover_all(disk.backups) == (set() if is_applied else {NAME})
-    assert disk.journal.exists() != is_applied
-    assert disk.image() == disk.new
-    disk.journal.unlink(missing_ok=True)  # as the message says
-    disk.back_up()
-    assert disk.image() == disk.new
-    assert verify(disk.paths)[0] == []
-
-
-@pytest.mark.parametrize("kept", [0, BLOCK, 2 * BLOCK, -1])
-def test_what_it_left_before_its_commit_mark_is_dropped(disk: Disk, tmp_path: Path, kept: int) -> None:
-    (tmp_path / "journal").mkdir()
-    content = JournalDisk(tmp_path / "journal").journal.read_bytes()
+def journal_of(disk: Disk, *, is_committed: bool) -> Path:
+    """A journal as dosvob with one had it, and the version that it would have left."""
     journal = disk.paths.metadata / f"{NAME}.journal"
-    journal.write_bytes(content[:kept])
+    head = {"id": "f" * 32, "name": NAME, "volume_id": "volume-1", "base": dosvob.identity_of(disk.paths.image)}
+    with dosvob.PatchFile.create(journal, "journal", head) as writer:
+        writer.append(dosvob.Patch(0, 1, 1, b"n" * PAGE, bytes(32)))
+        if is_committed:
+            writer.complete()
+    journal.with_name(f"{NAME}.version.new").write_bytes(b"")
+    return journal
+
+
+def test_a_committed_journal_is_kept_and_told(disk: Disk) -> None:
+    """It may have been written to the image in part."""
+    journal = journal_of(disk, is_committed=True)
+    with dosvob.Home(disk.backups).locked():
+        before = all_identities(disk.backups)
+    for command in (lambda: recover(disk.backups, NAME), disk.back_up):
+        with pytest.raises(dosvob.DosvobError, match=r"older dosvob.*must finish it"):
+            command()
+    assert recover_all(disk.backups) == {NAME}
+    assert all_identities(disk.backups) == before
+    journal.unlink()  # as the message says
+    disk.check_settled()
+
+
+@pytest.mark.parametrize("kept", [0, BLOCK, BLOCK + 1, -1, None])
+def test_a_journal_that_was_not_committed_is_dropped(disk: Disk, kept: int | None) -> None:
+    journal = journal_of(disk, is_committed=False)
+    journal.write_bytes(journal.read_bytes()[:kept])
     assert recover_all(disk.backups) == set()
-    assert not journal.exists()
+    assert not {path.name for path in disk.paths.metadata.iterdir()} & {f"{NAME}.journal", f"{NAME}.version.new"}
     assert disk.image() == disk.old
     disk.check_settled()
 
