@@ -179,7 +179,9 @@ class Contents:
 
     def after(self, disk: Disk, chance: random.Random) -> int:
         """Have the directory as a power cut may leave it, at a moment by chance; returns how many changes were made."""
-        moment = chance.randrange(len(disk.changes) + 1)
+        steps = [number for number, change in enumerate(disk.changes) if change.kind != "write"]  # which are few
+        moments = (chance.randrange(len(disk.changes) + 1), chance.choice(steps), chance.choice(steps) + 1)
+        moment = chance.choice(moments)
         names, directories = dict(self._names), set(self._directories)
         contents = {inode: bytearray(content) for inode, content in self._bytes.items()}
         times = dict(self._times)
