@@ -1310,8 +1310,8 @@ class Ephemeral:
 #   WRITE    write the pages in the bitmap, forget the chunk: they are in the frame that follows, as in answer to SEND
 # A command that follows a WRITE is obeyed after it. The agent ends when no more commands can come.
 #
-# An agent that may write first waits for the end of the one before it, which may not know yet that nobody hears it. Then
-# it makes durable what that wrote, and has the kernel forget it: its digests are of what the device has.
+# An agent that may write first waits for the end of the one before it, which may not know yet that nobody hears it.
+# Then it makes durable what that wrote, and has the kernel forget it: its digests are of what the device has.
 #
 # Why nothing can stand still: a thread of the agent's own takes the commands as they come, and writes what is to be
 # written. It waits for the device alone: answers are the work of other threads, and its own failure has a place that is
