@@ -1144,9 +1144,9 @@ class Ephemeral:
         return Volume.parse(self._create(VOLUME, body))
 
     def make_new(self, name: str, description: str, volume: Volume) -> Volume:
-        """A volume that is to stay, with all that a throwaway one has, which makes room for it if the quota wants that.
+        """A volume that is to stay, and no matter of the teardown's, with all that a throwaway one has.
 
-        It is whole from its creation on, and no matter of the teardown's.
+        That one makes room for it if the quota asks for it.
         """
         snapshot = self._take_snapshot(volume, f"{self.prefix}new")
         body = {"name": name, "region": volume.region, "size_gigabytes": volume.size // GIB}
@@ -1336,15 +1336,13 @@ class Ephemeral:
 #   WRITE    write the pages in the bitmap, forget the chunk: they are in the frame that follows, as in answer to SEND
 # A command that follows a WRITE is obeyed after it. The agent ends when no more commands can come.
 #
-# What was written and what is compared: an agent that may write first waits for the end of the one before it, which may
-# not have noticed yet that nobody hears it, makes durable what that has written, and has the kernel forget it. So the
-# digests are those of what the device itself has; of what this agent writes, the next one tells.
+# An agent that may write first waits for the end of the one before it, which may not know yet that nobody hears it.
+# Then it makes durable what that wrote, and has the kernel forget it: its digests are of what the device has.
 #
-# Why nothing can stand still: a thread of the agent's own takes the commands as they come, and writes what it is to
-# write. It waits for the device alone: for no answer of the agent's to get onto its way, for answers are the work of
-# other threads, and its own failure is put where there is always room. So whoever sends, a command or a WRITE, waits
-# for the link and the device at most, even while nobody reads what the agent says; then goes on to read; and so the
-# agent's writing to the link always goes on.
+# Why nothing can stand still: a thread of the agent's own takes the commands as they come, and writes what is to be
+# written. It waits for the device alone: answers are the work of other threads, and its own failure has a place that is
+# never full. So whoever sends a command or a WRITE waits for the link and the device, also while nobody reads what the
+# agent says, and then goes on to read; so the agent's writing to the link always goes on.
 
 # agent: begin
 CHUNK = 1 << 20  # bytes
@@ -1577,12 +1575,11 @@ def done_ahead(work: Callable[[S], T], items: Iterable[S], threads: int, most: i
 
 
 class Agent:
-    """Serves one device to one reader, and writes to it if it `writes`; otherwise the device is set read-only.
+    """Serves one device to one reader: the ranges of chunks in `parts`, at most `window` ahead of what is done with.
 
-    It announces the chunks of `parts`, ranges of them in order, at most `window` ahead of what is done with. Five sorts
-    of threads: readers that read ahead, a scanner that hashes, one that takes commands and writes to the device, some
-    that answer commands, as many as there are cores to compress on but at least two, and the main thread, which writes
-    to the other side.
+    The device is set read-only unless it `writes`. Five sorts of threads: readers that read ahead, a scanner that
+    hashes, one that takes commands and writes to the device, some that answer, as many as there are cores to compress
+    on but at least two, and the main thread, which writes to the link.
     """
 
     writes = False
@@ -3597,7 +3594,7 @@ class Pull(Conversation):
 
 @dataclass(frozen=True)
 class Piece:
-    """A chunk of a push's source, the digests of its pages if they were not known yet, and the WRITE that it needs."""
+    """A chunk of a push's source, the digests of its pages if they were not known yet, the WRITE of it over zeros."""
 
     index: int
     chunk: bytes = b""

@@ -504,7 +504,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", type=Path, metavar="SCRIPT", help="makes emulated links; without it only L0")
     parser.add_argument("--links", type=words, default=["L0", "L1", "L2"], help=f"which, of {','.join(LINKS)}")
-    parser.add_argument("--cells", type=words, default=list(CELLS), help=f"which, of {','.join(CELLS)}")
+    parser.add_argument(
+        "--cells", type=words, default=list(CELLS), help=f"which, of {','.join(CELLS)}, or of a restore's"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gib", type=int, default=4, help="of the volume, and a part of the changes with it")
     parser.add_argument("--peers", action="store_true", help="measure others beside it")

@@ -138,12 +138,13 @@ def measure(arguments: argparse.Namespace, keys: Path, here: bench.Link) -> str:
     heads = ("link", "what", "seconds", "MB sent", "memory here, droplet (MB)", "all of it, by others", "of that")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in arguments.links if arguments.link else ["L0"]:
-        runs: dict[str, list[Measurement]] = {cell: [] for cell in CELLS}
+        cells = {cell: CELLS[cell] for cell in arguments.cells if cell in CELLS} or CELLS
+        runs: dict[str, list[Measurement]] = {cell: [] for cell in cells}
         others: list[float] = []
         emulated = arguments.link and bench.emulated(name, arguments.link, keys)
         with emulated or contextlib.nullcontext(here) as link:
             for _ in range(arguments.rounds):
-                for cell, (before, after) in CELLS.items():
+                for cell, (before, after) in cells.items():
                     runs[cell].append(restore_once(link, data[after], target, data.get(before)))
                     print(f"{name} {cell}: {runs[cell][-1]}", file=sys.stderr)
                 if arguments.old:

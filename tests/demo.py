@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,13 +168,13 @@ def bring_volumes_back(directory: Path, simulator: Simulator, volumes: dict[str,
     print("$ cmp noise noise-again", flush=True)
     run("cmp", lost, made.path)
 
-    tell("The volume files is damaged; what it was comes back as a new one, and only what differs is sent")
+    tell("Letters and half of a photo on the volume files are destroyed; it comes back as a new one, by what differs")
     was = directory / "files"
     run("cp", "--sparse=always", volumes["files"].path, was)
-    with volumes["files"].path.open("r+b") as file:
-        for offset in (3 * MIB, 12 * MIB + 4711, 18 * MIB):
-            file.seek(offset)
-            file.write(b"nonsense" * 2000)
+    with mounted(volumes["files"].path, directory / "scratch") as root:
+        shutil.rmtree(root / "letters")
+        with (root / "photo.raw").open("r+b") as file:
+            file.write(b"nonsense" * (10 * MIB // 8))
     dosvob(home, simulator, "restore", "files", "--to-volume", "files-whole")
     (whole,) = (volume for volume in simulator.volumes if volume.name == "files-whole")
     print("$ cmp files files-whole", flush=True)

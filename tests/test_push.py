@@ -55,7 +55,7 @@ class Pushed:
                 self.parts.append(parts)
                 make = connect or (
                     lambda device, parts: AgentProcess(
-                        device, 0, dosvob.WINDOW, parts=parts, cut=left.pop(0) if left else None
+                        device, 0, dosvob.WINDOW, parts=parts, most=200, cut=left.pop(0) if left else None
                     )
                 )
                 streams.append(make(device, parts))
@@ -180,9 +180,9 @@ def test_gaps_between_what_is_compared_again_are_few(device: Path) -> None:
 
 
 def test_connections_that_break_over_and_over(device: Path) -> None:
-    source = changed(device)
-    scatter(source, 2, 24 * MIB)
-    done = Pushed(source, device, cuts=[600, 2000, 3000, 3000, 4000])
+    device.write_bytes(os.urandom(24 * MIB))
+    source = changed(device, *range(PAGE, 24 * MIB, MIB))
+    done = Pushed(source, device, cuts=[600, 3000, 5000, 7000, 9000])
     assert len(done.parts) >= 6
     assert not done.warnings
 
