@@ -63,6 +63,19 @@ if sys.version_info < (3, 11):
         "run it with a newer one, such as python3.12 dosvob.py, or in its container: docker-compose up -d --build",
     )
 
+import os
+import signal
+
+
+def end_while_loading(number: int, _frame: object) -> None:
+    """End at ^C with one line, as long as `Signals` does not yet see to it: nothing is begun."""
+    os.write(2, b"SIGINT: stopped before anything was begun\n")
+    os._exit(128 + number)
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_while_loading)
+
 # agent: begin
 # isort: off
 import collections
@@ -71,7 +84,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
-import os
+import os  # noqa: F811 - which begins the agent's own part
 import queue
 import stat
 import struct
@@ -99,8 +112,8 @@ import logging
 import random
 import re
 import secrets
+import shlex
 import shutil
-import signal
 import socket
 import ssl
 import tempfile
@@ -113,15 +126,21 @@ from pathlib import Path
 from types import FrameType
 from typing import ClassVar, Generic, NoReturn
 
+INSTALL = (
+    "python3 -m venv .venv && .venv/bin/pip install 'requests>=2.32,<3' 'paramiko>=5,<6' && .venv/bin/python dosvob.py"
+)
 try:
     import paramiko
     import requests
 except ImportError as missing:
-    refuse_to_start(
-        f"the Python package {missing.name or missing} is missing",
-        "python3 -m venv .venv && .venv/bin/pip install 'requests>=2.32,<3' 'paramiko>=5,<6' && "
-        ".venv/bin/python dosvob.py",
-    )
+    refuse_to_start(f"the Python package {missing.name or missing} is missing", INSTALL)
+for package, needed in ((requests, (2, 32)), (paramiko, (5, 0))):
+    found = str(package.__version__)
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < needed:
+        refuse_to_start(
+            f"the Python package {package.__name__} {found} is too old, it needs {needed[0]}.{needed[1]} or later",
+            INSTALL,
+        )
 
 VERSION = "1.0.0"
 GIB = 1 << 30
@@ -364,7 +383,7 @@ class Config:
         if not region:
             raise UsageError(f'{path}: "region" is missing: the region of your volumes, such as "fra1"')
         if not variable and path.stat().st_mode & 0o077:
-            warn(f"{path} holds your token and others can read it: chmod 600 {path}")
+            warn(f"{path} holds your token and others can read it: chmod 600 {shlex.quote(str(path))}")
         url = environment.get(cls.URL_VARIABLE) or "https://api.digitalocean.com"
         if not cls._is_private(url):
             raise UsageError(f"{cls.URL_VARIABLE} is {url!r}: it must be an https:// address")
@@ -407,16 +426,21 @@ class Config:
     @staticmethod
     def _read(path: Path) -> Json:
         """The JSON object in the file."""
+        text = ""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8-sig")
+            content = json.loads(text)
         except FileNotFoundError:
             raise UsageError(
                 f"there is no {path}: copy conf.json.example to {path} and put your token and region in it"
             ) from None
         except json.JSONDecodeError as problem:
-            raise UsageError(
-                f"{path}: line {problem.lineno}, column {problem.colno}: not JSON: {problem.msg}"
-            ) from None
+            what, at = problem.msg, problem.pos
+            for comma in re.finditer(r",\s*[]}]", text):  # of which Python says something else, each version its own
+                if comma.start() <= at <= comma.end():
+                    what, at = f"a comma too many, before the {comma[0][-1]}", comma.start()
+            line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+            raise UsageError(f"{path}: line {line}, column {column}: not JSON: {what}") from None
         except (OSError, UnicodeDecodeError) as problem:
             raise UsageError(f"cannot read {path}: {problem}") from None
         if not isinstance(content, dict):
@@ -2735,7 +2759,7 @@ class Versions:
         return Patch.of(last.index, pages, Patch.select(chunk, pages), last.digest)
 
     @staticmethod
-    def freed_by(version: Version, older: Version | None) -> int:
+    def freed_by(version: Version, older: Version | None, heed: Callable[[int], None] = lambda _: None) -> int:
         """The bytes that removing one would free: those that the next older one need not take over; raises Damaged."""
         if older is None or older.snapshot is None:
             return version.occupied
@@ -2743,6 +2767,7 @@ class Versions:
         with PatchFile(version.path, "version") as file, PatchFile(older.path, "version") as older_file:
             headers = [(patch for _, patch in each.patches(data=False)) for each in (file, older_file)]
             for index, patches in PatchStream.by_chunk(headers):
+                heed(0)
                 if 0 in patches and index < older.snapshot.size // CHUNK:
                     has_own, own = 1 in patches, patches[1].pages if 1 in patches else 0
                     taken_over += (patches[0].filled & ~own).bit_count() * PAGE + Patch.HEADER.size * (not has_own)
@@ -3952,7 +3977,7 @@ def converse(
 
 
 class Writer:
-    """Writes to one file descriptor, in a thread of its own."""
+    """Writes to one file descriptor, in a thread of its own. `has_failed` tells whether something could not be."""
 
     MOST_QUEUED = 10_000  # lines that wait for a terminal or a pipe that takes nothing more; later ones are lost
     STUCK_LIMIT = 5  # seconds for which it is waited for at the end
@@ -3961,6 +3986,7 @@ class Writer:
         self.is_terminal = os.isatty(fd)
         self._fd = fd
         self._encoding = encoding
+        self.has_failed = False
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
@@ -3976,16 +4002,26 @@ class Writer:
         self._thread.join(self.STUCK_LIMIT)
         return not self._thread.is_alive()
 
+    def flush(self, stop: Stop) -> None:
+        """Wait until all that was put is written, or cannot be, however long that takes; raises Interrupted."""
+        self._queue.put(None)
+        while self._thread.is_alive():
+            stop.sleep(Stop.NAP)
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
+
     def _write(self) -> None:
         # To the descriptor: what cannot be written must not be tried again by Python at its exit, with the code 120.
         while (text := self._queue.get()) is not None:
             view = memoryview(text.encode(self._encoding, "replace"))
-            with contextlib.suppress(OSError):  # a terminal that was closed is no reason to end
-                while view:
-                    try:
-                        view = view[os.write(self._fd, view) :]
-                    except BlockingIOError:  # somebody else who has it too has set it so
-                        time.sleep(Stop.NAP)
+            while view:
+                try:
+                    view = view[os.write(self._fd, view) :]
+                except BlockingIOError:  # somebody else who has it too has set it so
+                    time.sleep(Stop.NAP)
+                except OSError:  # a terminal that was closed is no reason to end
+                    self.has_failed = True
+                    break
 
 
 class Reporter:
@@ -4041,9 +4077,12 @@ class Reporter:
         self.has_failed = True
         self.warn(text, "error")
 
-    def answer(self, text: str) -> None:
-        """What was asked for: as it is, also with --quiet, and without the time."""
+    def answer(self, text: str, stop: Stop) -> None:
+        """What was asked for: as it is, also with --quiet, and without the time. All of it, or it is a failure."""
         self._output.put(self.clean(text) + "\n")
+        self._output.flush(stop)
+        if self._output.has_failed:
+            self.error("the output could not be written, not all of it at least")
 
     def doing(self, text: str) -> None:
         """What is going on now."""
@@ -4105,10 +4144,22 @@ class Reporter:
         return "\n".join(line[: self.LINE_LIMIT] for line in text.split("\n"))
 
 
+GIVEN: list[str] = []  # the options of this call that say where all is, which a command that is to be pasted needs too
+
+
 def command_line(*words: str) -> str:
-    """A command of ours as the user called this one, to be copied."""
-    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else Path(sys.executable).name
-    return " ".join([python, os.path.basename(sys.argv[0]) or "dosvob.py", *words])
+    """A command of ours that can be pasted where this one was: words for a shell."""
+    script = os.path.abspath(sys.argv[0])
+    is_in_path = shutil.which(Path(sys.executable).name) == sys.executable
+    python = Path(sys.executable).name if is_in_path else near_path(sys.executable)
+    outside = os.environ.get("DOSVOB_COMMAND")  # the container's
+    return " ".join([outside or shlex.join([python, near_path(script)]), shlex.join([*GIVEN, *words])])
+
+
+def near_path(path: str) -> str:
+    """A path as it is shortest from here: relative only to what is below."""
+    here = os.getcwd()
+    return os.path.relpath(path) if Path(path).is_relative_to(here) else path
 
 
 class Meter:
@@ -4260,10 +4311,11 @@ class Home:
         """See that the directories for the images of a region, "" for those of no region, are there, durably."""
         directory = self.path / region
         if directory.is_file():
+            quoted = shlex.quote(str(directory))
             raise DosvobError(
                 f"{directory} is a file, and the images of the region {region} go into a directory of that name. If it "
-                f"is the image of a volume in that region: mv {directory} {directory}.image && mkdir {directory} && "
-                f"mv {directory}.image {directory}/{region}; otherwise move it elsewhere"
+                f"is the image of a volume in that region: mv {quoted} {quoted}.image && mkdir {quoted} "
+                f"&& mv {quoted}.image {quoted}/{region}; otherwise move it elsewhere"
             )
         if region and (directory / ".dosvob" / "home").exists():
             raise DosvobError(
@@ -4788,7 +4840,7 @@ class Source:
             snapshot = chain.versions[depth - 1].snapshot if depth else chain.state.snapshot if chain.state else None
             taken = chain.versions[depth - 1].moment if depth else chain.moment
             name = f"{paths.name} of {local_time(taken)}" if taken else paths.name
-            at = ["--at", f"'{local_time(taken)}'"] if taken else []
+            at = ["--at", local_time(taken)] if taken else []
             rest = f"to restore the rest of it to a file: {command_line('restore', paths.name, 'FILE', *at)}"
             size = snapshot.size if snapshot else chain.size
             for version in chain.versions[:depth]:
@@ -5286,12 +5338,13 @@ class Misplaced:
     @staticmethod
     def _how_to_move(old: ImagePaths, places: Sequence[ImagePaths]) -> str:
         """What to do about an image that may belong in any of these places."""
-        files = " ".join(str(path) for path in (old.image, old.partial) if path.exists())
-        metadata = " ".join(str(path) for path in (old.state, old.versions) if path.exists())
+        files = shlex.join(str(path) for path in (old.image, old.partial) if path.exists())
+        metadata = shlex.join(str(path) for path in (old.state, old.versions) if path.exists())
         new = places[0]
-        commands = [f"mkdir -p {new.metadata}"]
-        commands += [f"mv {files} {new.directory}/"] if files else []
-        commands += [f"mv {metadata} {new.metadata}/"] if metadata else []
+        directory, new_metadata = (shlex.quote(f"{path}/") for path in (new.directory, new.metadata))
+        commands = [f"mkdir -p {new_metadata}"]
+        commands += [f"mv {files} {directory}"] if files else []
+        commands += [f"mv {metadata} {new_metadata}"] if metadata else []
         regions = " or ".join(place.directory.name for place in places)
         return (
             f"nothing tells of which region {files or metadata} is, {regions} perhaps, so that is not backed up. If it "
@@ -5572,11 +5625,11 @@ class Commands:
         self._look()
         found = [self._described(ImagePaths(home.path, name)) for name in home.chosen(self._arguments.names)]
         if self._arguments.json:
-            report.answer(json.dumps({"volumes": found}, indent=2))
+            report.answer(json.dumps({"volumes": found}, indent=2), self._stop)
         elif not found:
             report.say(f"there is no backup in {home.path} yet")
         else:
-            report.answer("\n\n".join(self._description(volume) for volume in found))
+            report.answer("\n\n".join(self._description(volume) for volume in found), self._stop)
 
     def _described(self, paths: ImagePaths) -> Json:
         """What there is of a volume, in the form of `list --json`: README has it."""
@@ -5613,9 +5666,10 @@ class Commands:
         except DosvobError as problem:
             found["problem"] = found["problem"] or str(problem)
         versions = Versions(paths).all()
+        heed = Meter(self._report, self._stop, f"{paths.name}: reading what its versions hold")
         for version, older in itertools.zip_longest(versions, versions[1:]):
             try:
-                add(version.moment, version, Versions.freed_by(version, older), damaged=not version.is_whole)
+                add(version.moment, version, Versions.freed_by(version, older, heed), damaged=not version.is_whole)
             except Damaged:
                 add(version.moment, version, version.occupied, damaged=True)
             except FileNotFoundError:  # a run that goes on has thinned them meanwhile
@@ -5769,16 +5823,17 @@ exit codes:
   128+n  ended by signal n, after removing everything
 """
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
-ACCOUNT = {"config", "backups", "dry_run"}
-TO_VOLUME = {"config", "to_volume", "region", "size", "from"}
+PLACES = {"config", "backups"}
+ACCOUNT = {*PLACES, "dry_run"}
+TO_VOLUME = {"to_volume", "region", "size", "from"}
 COMMANDS: Mapping[str, tuple[Callable[[Commands], None], set[str]]] = {
     # what does it, and the options that it uses
     "": (Commands.back_up, {*ACCOUNT, "reread"}),
     "sweep": (Commands.sweep, {*ACCOUNT, "all"}),
-    "verify": (Commands.verify, {"backups"}),
-    "health": (Commands.health, {"backups", "max_age"}),
-    "list": (Commands.list, {"backups", "json"}),
-    "restore": (Commands.restore, {"backups", "at", *TO_VOLUME}),
+    "verify": (Commands.verify, PLACES),
+    "health": (Commands.health, {*PLACES, "max_age"}),
+    "list": (Commands.list, {*PLACES, "json"}),
+    "restore": (Commands.restore, {*PLACES, "at", *TO_VOLUME}),
 }
 DEFAULTS: Json = {
     "config": Path("conf.json"),
@@ -5880,6 +5935,9 @@ def main(arguments: list[str] | None = None) -> int:
                 stream.flush()
             except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    for option in ("config", "backups"):
+        if (value := vars(parsed)[option]) != DEFAULTS[option]:
+            GIVEN.extend((f"--{option}", str(value)))
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # what it logs also reaches us as exceptions
     report = Reporter(quiet=parsed.quiet, verbose=parsed.verbose)
     stop = Stop()
