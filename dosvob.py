@@ -731,6 +731,7 @@ LIST_LAG = 6  # seconds after which a list is taken to show what was created: li
 BUSY_LIMIT = 120  # seconds for which a droplet may be busy with another event, or a volume with its droplet
 HOURS_PER_MONTH = 730
 UNKNOWN = "unknown"  # the id of what may be there, and cannot be listed
+GONE = "is gone: unless you removed it, another run with the same backups directory may have, on another machine"
 
 
 class NoDroplet(DosvobError):
@@ -1113,7 +1114,7 @@ class Ephemeral:
             nonlocal known, looks
             item = self._api.get_fresh(f"/v2/droplets/{droplet.id}", "droplet")
             if item is None and (known or time.monotonic() - start > self.FRESH_LIMIT):
-                raise DropletLost(f"the droplet {droplet.name} is gone")
+                raise DropletLost(f"the droplet {droplet.name} {GONE}")
             known, looks = item is not None, looks + 1
             if item is not None and item.get("status") == "active":
                 networks = (item.get("networks") or {}).get("v4") or ()
@@ -1140,7 +1141,7 @@ class Ephemeral:
     def _refuse_lost(self, droplet: Droplet, problem: DosvobError) -> None:
         """Raise DropletLost if that is what the problem comes from."""
         if self.is_gone(droplet):
-            raise DropletLost(f"the droplet {droplet.name} is gone") from problem
+            raise DropletLost(f"the droplet {droplet.name} {GONE}") from problem
 
     def remove_droplets(self) -> None:
         """Remove the droplet, which is to be replaced, if it is still there; nothing is attached to it any more."""
@@ -4404,8 +4405,10 @@ class Home:
 
     @staticmethod
     def called(name: str, names: Iterable[str]) -> list[str]:
-        """Those of the names of images that somebody means who says this: with a region, or in whatever region."""
-        return sorted(each for each in names if name in (each, each.rpartition("/")[2]))
+        """Those of the names of images that a name or pattern fits: with a slash of a region and a name."""
+        return sorted(
+            each for each in names if fnmatch.fnmatchcase(each if "/" in name else each.rpartition("/")[2], name)
+        )
 
     def finish_journals(self, report: Reporter, stop: Stop) -> set[str]:
         """Finish what crashes left, without network; returns the names for which that failed."""
@@ -4533,7 +4536,7 @@ class Hosts:
         if not isinstance(problem, DropletLost):
             if not self._ephemeral.is_gone(self.get()[0]):
                 return False
-            problem = DropletLost(f"{problem}; the droplet is gone")
+            problem = DropletLost(f"{problem}; the droplet {GONE}")
         self._give_up_on(problem)
         self._future = self._pool.submit(self._make)
         return True
@@ -4810,6 +4813,32 @@ class Source:
     is_checked: bool  # whether the digests of what it has are recorded
     chunks: Callable[[], Iterator[tuple[int, bytes]]]
 
+    FORMATS: ClassVar[Mapping[tuple[int, bytes], str]] = {
+        # what a file that is no raw image has, and where; the command that makes one of it
+        (0, b"QFI\xfb"): "qemu-img convert -f qcow2 -O raw",
+        (0, b"KDMV"): "qemu-img convert -f vmdk -O raw",
+        (0, b"# Disk DescriptorFile"): "qemu-img convert -f vmdk -O raw",
+        (0, b"vhdxfile"): "qemu-img convert -f vhdx -O raw",
+        (0, b"conectix"): "qemu-img convert -f vpc -O raw",
+        (64, b"\x7f\x10\xda\xbe"): "qemu-img convert -f vdi -O raw",
+        (0, b"\x1f\x8b\x08"): "gzip -dc",
+        (0, b"\x28\xb5\x2f\xfd"): "zstd -dc",
+        (0, b"\xfd7zXZ\0"): "xz -dc",
+        (0, b"BZh"): "bzip2 -dc",
+    }
+
+    @classmethod
+    def _refuse_format(cls, path: Path, head: bytes) -> None:
+        """Raise UsageError for a file that is a packed or compressed image: a volume of it would be of no use."""
+        for (offset, magic), command in cls.FORMATS.items():
+            if head.startswith(magic, offset):
+                raw = path.with_suffix(".img" if path.suffix != ".img" else ".raw")
+                to = "" if command.startswith("qemu") else "> "
+                raise UsageError(
+                    f"{path} is no raw disk image. To make one of it: {command} {shlex.quote(str(path))} "
+                    f"{to}{shlex.quote(str(raw))}; then restore --from {shlex.quote(str(raw))}"
+                )
+
     @classmethod
     @contextlib.contextmanager
     def of_file(cls, path: Path) -> Iterator[Source]:
@@ -4818,6 +4847,7 @@ class Source:
             raise UsageError(f"there is no file {path}")
         with contextlib.closing(SparseFile(path)) as file:
             size = os.fstat(file.fd).st_size
+            cls._refuse_format(path, os.pread(file.fd, 512, 0))
 
             def chunks() -> Iterator[tuple[int, bytes]]:
                 for index, is_hole in enumerate(file.chunk_holes(0, -(-size // CHUNK))):
@@ -5220,7 +5250,8 @@ class Selection:
                 if not self._matching(here, [pattern]):
                     job.report.warn(f'"{key}" in conf.json: no volume in {where} matches "{pattern}"; {there_are}')
         chosen = self._matching(here, names or config.include or ("*",))
-        excluded = () if names else self._matching(here, config.exclude)
+        meant = self._matching(here, [name for name in names if not set(name) & set("*?[")])  # whatever is excluded
+        excluded = [volume for volume in self._matching(here, config.exclude) if volume not in meant]
         chosen = [volume for volume in chosen if volume not in excluded]
         if not chosen:
             raise UsageError(f'"include" and "exclude" in conf.json leave no volume to back up; {there_are}')
@@ -5754,6 +5785,9 @@ class Commands:
         NewVolume.tell_unfinished(home, report)
         with home.unchanged():
             name = home.meant(name)
+            if target.is_dir():
+                file = command_line("restore", name, str(target / f"{name.rpartition('/')[2]}.img"))
+                raise UsageError(f"{target} is a directory: name a file in it: {file}")
             try:
                 with contextlib.closing(Chain(ImagePaths(home.path, name))) as chain:
                     depth = chain.depth_at(self._wanted_time())
@@ -5776,28 +5810,47 @@ class Commands:
         report.say(f"{told} is restored to {final}: {figures}, {checked}")
 
     def _wanted_time(self) -> datetime.datetime | None:
-        """That of --at: as `list` prints it, ISO 8601, `yesterday`, `3 days ago`; a date means its end.
-
-        Raises UsageError.
-        """
-        if (text := self._arguments.at) is None:
+        """That of --at, None for the latest; raises UsageError."""
+        text = self._arguments.at
+        if text is None or text.strip().lower() == "latest":
             return None
-        now = datetime.datetime.now().astimezone()
-        if match := re.fullmatch(r"(\d{1,5}) (minute|hour|day|week)s? ago", text.strip()):
+        return time_meant(text, datetime.datetime.now().astimezone())
+
+
+def time_meant(text: str, now: datetime.datetime) -> datetime.datetime:
+    """The time that a text means: as `list` prints it, ISO 8601, `8:00`, `yesterday 8:00`, `3 days ago`, `now`.
+
+    A week, a day, an hour, a minute or a second means its end. Raises UsageError.
+    """
+    words = " ".join(text.lower().split())
+    with contextlib.suppress(ValueError, OverflowError):
+        if words == "now":
+            return now
+        if match := re.fullmatch(r"(\d{1,5}) (minute|hour|day|week)s? ago", words):
             return now - datetime.timedelta(**{f"{match[2]}s": int(match[1])})
-        day = now.date()
-        if text.strip() in ("today", "yesterday"):
-            text = str(day - datetime.timedelta(days=text.strip() == "yesterday"))
-        try:
-            moment = datetime.datetime.fromisoformat(re.sub(r"\s+(?=[+-]\d\d:?\d\d$)", "", text.strip()))
-            if re.fullmatch(r"[\d-]{8,10}", text.strip()):
-                moment += datetime.timedelta(days=1, microseconds=-1)
-            return moment.astimezone()
-        except (ValueError, OverflowError):
-            raise UsageError(
-                f'"{text}" is not a time: "2026-11-24", "2026-11-24 08:00", with an offset if it is not of here, '
-                '"yesterday" or "3 days ago"'
-            ) from None
+        for word, days in (("today", 0), ("yesterday", 1)):
+            words = re.sub(rf"^{word}\b", str(now.date() - datetime.timedelta(days=days)), words)
+        if match := re.fullmatch(
+            r"(\d{4}-?\d\d-?\d\d|\d{4}-?w\d\d(?:-?\d)?)?"  # a date, or a week
+            r"(?:(?:^|[ t])(\d\d?)(:?\d\d)?(:?\d\d)?([.,]\d+)?)?"  # an hour, minute, second and fraction
+            r" ?(z|[+-]\d\d:?\d\d)?",
+            words,
+        ):
+            date, hour, minute, second, fraction, offset = match.groups()
+            if date or minute:
+                unit = (
+                    "days" if date and not hour else "hours" if not minute else "minutes" if not second else "seconds"
+                )
+                if unit == "days" and "w" in date and len(date.replace("-", "")) == len("2026w48"):
+                    unit = "weeks"
+                clock = f"{hour.zfill(2)}{minute or ''}{second or ''}{fraction or ''}" if hour else "00"
+                begun = datetime.datetime.fromisoformat(f"{date or now.date()}T{clock}{offset or ''}".upper())
+                length = datetime.timedelta(**{unit: 1}, microseconds=-1)
+                return (begun if fraction else begun + length).astimezone()
+    raise UsageError(
+        f'"{text}" is not a time: "2026-11-24", "2026-11-24 08:00", with an offset if it is not of here, "8:00", '
+        '"yesterday 8:00", "3 days ago" or "latest"'
+    )
 
 
 # ── main ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import datetime
 import fcntl
+import gzip
+import lzma
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SCRIPT, Home
+from conftest import MIB, SCRIPT, Home
 from simulator import Simulator
-from trouble_support import add_volume, until
+from trouble_support import add_volume, run, until
 from versions_support import NAME, Lineage
 
 import dosvob
@@ -241,3 +247,146 @@ def test_a_list_that_takes_long_heeds_an_interrupt(owner: Owner) -> None:
     start = time.monotonic()
     assert process.wait(60) == 130
     assert time.monotonic() - start < 2
+
+
+# ── Names
+
+
+@pytest.mark.parametrize("pattern", ["dat*", "[d]ata", "nyc3/d*", "*/data", "d?ta"])
+def test_patterns_are_names_for_every_command(owner: Owner, pattern: str) -> None:
+    """Also where there are several regions."""
+    (owner.backups / "nyc3").mkdir()
+    for path in (owner.paths.image, owner.paths.metadata):
+        path.rename(owner.backups / "nyc3" / path.name)
+    (owner.backups / ".dosvob").mkdir()
+    (owner.backups / "nyc3" / ".dosvob" / "home").rename(owner.backups / ".dosvob" / "home")
+    (owner.backups / "other").write_bytes(bytes(MIB))
+    assert "nyc3/data" in (listed := owner.run("list", pattern))
+    assert "other" not in listed
+    assert "nyc3/data: sound" in (verified := owner.run("verify", pattern))
+    assert "other" not in verified
+    assert "nyc3/data: its last" in owner.run("health", pattern, "--max-age", "1e6")
+    owner.run("restore", pattern, "file")
+    assert "may be nyc3/data or other: say which" in owner.run("restore", "*", "file-2", expect=2)
+    assert "there is no image of x*" in owner.run("list", "x*", expect=2)
+
+
+@pytest.mark.parametrize("arguments", [("data", "scratch-1"), ("*",), ("scratch-*", "data"), ("scratch-*",)], ids=str)
+def test_a_pattern_of_the_command_line_heeds_exclude(home: Home, sim: Simulator, arguments: tuple[str, ...]) -> None:
+    """A name does not: whoever writes it means that volume."""
+    for name in ("data", "scratch-1", "scratch-2"):
+        add_volume(sim, name)
+    home.configure(exclude=["scratch-*"])
+    nothing = arguments == ("scratch-*",)
+    done = home.run("--dry-run", *arguments, expect=2 if nothing else 0)
+    would = re.findall(r"would back up (\S+),", done.stdout)
+    assert would == {("data", "scratch-1"): ["data", "scratch-1"], ("scratch-*",): []}.get(arguments, ["data"])
+    assert not nothing or '"exclude"' in done.stderr
+
+
+@pytest.mark.parametrize("target", [".", "..", "/", "", "there", "there/"])
+def test_a_directory_is_no_file_to_restore_to(owner: Owner, target: str) -> None:
+    (owner.directory / "there").mkdir()
+    said = owner.run("restore", NAME, target, expect=2)
+    assert len(said.splitlines()) == 1
+    assert "is a directory: name a file in it" in said
+    assert "data.img" in said.partition("name a file in it: ")[2]
+
+
+NOW = datetime.datetime(2026, 11, 25, 10, 30, 20).astimezone()  # a Wednesday, here
+TIMES = {
+    "2026-11-24 08:00": "2026-11-24 08:00:59",
+    "2026-11-24 8:00": "2026-11-24 08:00:59",
+    "2026-11-24T08:00": "2026-11-24 08:00:59",
+    "2026-11-24 08": "2026-11-24 08:59:59",
+    "2026-11-24 08:00:07": "2026-11-24 08:00:07",
+    "20261124T0800": "2026-11-24 08:00:59",
+    "2026-11-24": "2026-11-24 23:59:59",
+    "20261124": "2026-11-24 23:59:59",
+    "2026-W47": "2026-11-22 23:59:59",
+    "2026W47": "2026-11-22 23:59:59",
+    "2026-W47-2": "2026-11-17 23:59:59",
+    "8:00": "2026-11-25 08:00:59",
+    "08:00:01": "2026-11-25 08:00:01",
+    "now": "2026-11-25 10:30:20",
+    "today": "2026-11-25 23:59:59",
+    "today 8:00": "2026-11-25 08:00:59",
+    "yesterday": "2026-11-24 23:59:59",
+    "Yesterday 08:00": "2026-11-24 08:00:59",
+    "yesterday 23:59:59": "2026-11-24 23:59:59",
+    "3 days ago": "2026-11-22 10:30:20",
+    "2 weeks ago": "2026-11-11 10:30:20",
+}
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Kolkata"])
+@pytest.mark.parametrize("text", TIMES)
+def test_a_time_means_the_end_of_what_it_names(monkeypatch: pytest.MonkeyPatch, text: str, zone: str) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        moment = dosvob.time_meant(text, NOW.replace(tzinfo=None).astimezone())
+        assert moment.strftime("%Y-%m-%d %H:%M:%S") == TIMES[text]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_time_with_an_offset_means_its_end_too() -> None:
+    for text in ("2026-11-24 08:00 +0530", "2026-11-24T08:00+05:30", "2026-11-24 02:30Z", "20261124T0230Z"):
+        end = dosvob.time_meant(text, NOW).astimezone(datetime.UTC)
+        assert end.isoformat(timespec="seconds") == "2026-11-24T02:30:59+00:00"
+    for text in ("soon", "", "25:00", "2026-13-01", "2026-W54", "8", "24", "yesterday 8:61", "1:2:3"):
+        with pytest.raises(dosvob.UsageError, match="is not a time"):
+            dosvob.time_meant(text, NOW)
+
+
+def test_times_on_the_command_line(tmp_path: Path) -> None:
+    """What `list` shows without its seconds is found; `latest` is what there is without a time."""
+    owner = Owner(tmp_path, 0)
+    owner.now = datetime.datetime.now(datetime.UTC).replace(second=40, microsecond=0) - datetime.timedelta(hours=4)
+    owner.go_on(3, 1)
+    times = sorted(owner.truth)
+    for number, (text, expected) in enumerate(
+        [
+            (f"{owner.now - datetime.timedelta(hours=1):%Y-%m-%d %H:%M}", times[1]),
+            (f"{owner.now - datetime.timedelta(hours=2):%Y-%m-%d %H:%M}", times[0]),
+            ("now", times[2]),
+            ("latest", times[2]),
+        ]
+    ):
+        env = {**os.environ, "TZ": "UTC"}
+        said = owner.run("restore", NAME, str(number), "--at", text, env=env)
+        when = datetime.datetime.fromisoformat(expected)
+        assert f"data of {when:%Y-%m-%d %H:%M:%S %z} is restored" in said
+
+
+# ── What no volume is made of
+
+
+COMPRESSED: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}
+HEADS = {
+    "qcow2": b"QFI\xfb\0\0\0\3",
+    "vmdk": b"KDMV\1\0\0\0",
+    "vhdx": b"vhdxfile",
+    "vhd": b"conectix",
+    "vdi": b"<<< Oracle VM VirtualBox Disk Image >>>\n".ljust(64, b"\0") + b"\x7f\x10\xda\xbe",
+    "zst": b"\x28\xb5\x2f\xfd",
+}
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "vmdk", "vhdx", "vhd", "vdi", "gz", "zst", "xz", "bz2"])
+def test_a_file_that_is_no_raw_image_is_refused(home: Home, sim: Simulator, kind: str) -> None:
+    """With the command that makes it one, which works."""
+    content = os.urandom(MIB) + bytes(MIB)
+    source = home.directory / f"my disk.{kind}"
+    source.write_bytes(COMPRESSED[kind](content) if kind in COMPRESSED else HEADS[kind].ljust(MIB, b"x"))
+    done = run(home, "restore", "--to-volume", "new", "--from", source.name, expect=2)
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    command = line.partition("make one of it: ")[2].partition("; then")[0]
+    assert "'my disk.img'" in command, line
+    assert ("qemu-img convert" in command) == (kind not in (*COMPRESSED, "zst"))
+    assert not [request for request in sim.requests if request.method != "GET"]
+    if kind in COMPRESSED:
+        subprocess.run(["sh", "-c", command], cwd=home.directory, check=True)
+        assert (home.directory / "my disk.img").read_bytes() == content
