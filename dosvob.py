@@ -4232,11 +4232,17 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
 
 
 class Home:
-    """One backups directory: its lock, its id, and what is in it."""
+    """One backups directory: its lock, its id, and what is in it.
 
-    def __init__(self, path: Path) -> None:
+    `work` is what others are told who want the lock meanwhile: it stands in the lock's file, in a line for each holder.
+    """
+
+    LINE = 200  # bytes
+
+    def __init__(self, path: Path, work: str = "") -> None:
         self.path = path
         self.metadata = path / ".dosvob"
+        self._work = work
 
     @contextlib.contextmanager
     def locked(self, *, with_id: bool = True) -> Iterator[None]:
@@ -4258,9 +4264,11 @@ class Home:
     def unchanged(self) -> Iterator[None]:
         """Keep whoever would change it out, where it can be changed; several may read. Busy if somebody is at work."""
         self.check()
-        try:
-            fd = os.open(self.metadata / "lock", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # a copy, or not ours
+        for flags in (os.O_RDWR, os.O_RDONLY):
+            with contextlib.suppress(OSError):  # a copy, or not ours
+                fd = os.open(self.metadata / "lock", flags | os.O_CLOEXEC)
+                break
+        else:
             yield
             return
         with self._held(fd, fcntl.LOCK_SH):
@@ -4269,7 +4277,7 @@ class Home:
     def is_busy(self) -> bool:
         """Whether somebody is at work in it."""
         try:
-            with self.unchanged():
+            with Home(self.path).unchanged():
                 return False
         except Busy:
             return True
@@ -4278,12 +4286,47 @@ class Home:
     def _held(self, fd: int, kind: int) -> Iterator[None]:
         try:
             try:
+                if self._work:
+                    with contextlib.suppress(OSError):  # others have it too, or the file cannot be written to
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        os.ftruncate(fd, 0)  # what those have left who were killed
                 fcntl.flock(fd, kind | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise Busy(f"another dosvob is at work in {self.path}: wait until it ends") from None
-            yield
+                holders = ", ".join(self._holders(fd))
+                of = f", {holders}" if holders else ""
+                raise Busy(f"another dosvob is at work in {self.path}{of}: wait until it ends") from None
+            with self._named(fd):
+                yield
         finally:
             os.close(fd)
+
+    @contextlib.contextmanager
+    def _named(self, fd: int) -> Iterator[None]:
+        """Write into the lock's file what is at work, and since when, as far as it can be written to."""
+        place = -1
+        if self._work:
+            line = f"{utc_now().isoformat()} {self._work}".encode(errors="replace")[: self.LINE - 1]
+            with contextlib.suppress(OSError):
+                end = os.open(self.metadata / "lock", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+                try:  # at once behind what others have
+                    os.write(end, line.ljust(self.LINE - 1) + b"\n")
+                    place = os.lseek(end, 0, os.SEEK_CUR) - self.LINE
+                finally:
+                    os.close(end)
+        try:
+            yield
+        finally:
+            if place >= 0:
+                with contextlib.suppress(OSError):
+                    os.pwrite(fd, b" " * (self.LINE - 1), place)
+
+    def _holders(self, fd: int) -> Iterator[str]:
+        """What is at work since when, as the holders of the lock have written it."""
+        with contextlib.suppress(OSError):
+            for line in os.pread(fd, 100 * self.LINE, 0).decode(errors="replace").splitlines():
+                since, _, work = line.strip().partition(" ")
+                if (moment := parse_time(since)) is not None:
+                    yield f"{work} since {local_time(moment)}"
 
     def check(self) -> None:
         """Raise UsageError if it is not there."""
@@ -5483,7 +5526,9 @@ class Commands:
         self._arguments = arguments
         self._report = report
         self._stop = stop
-        self._home = Home(arguments.backups)
+        names = arguments.names[:1] if arguments.command == "restore" else arguments.names
+        of = f" of {', '.join(names)}" if names else ""
+        self._home = Home(arguments.backups, f"a {arguments.command or 'backup'}{of}")
 
     def _job(self) -> Job:
         """What a command that needs the account is given; raises UsageError."""
@@ -5491,7 +5536,7 @@ class Commands:
         config = Config.load(self._arguments.config, os.environ, report.warn)
         report.secret = config.token
         if self._arguments.dry_run and self._home.path.is_dir():
-            with self._home.unchanged():  # what a run at work has created would be taken for leftovers
+            with Home(self._home.path).unchanged():  # what a run at work has created would be taken for leftovers
                 pass
         patience = Api.DRY_RUN_PATIENCE if self._arguments.dry_run else Api.PATIENCE
         return Job(config, Api(config, stop, report.say, report.detail, patience), self._home, report, stop)

@@ -390,3 +390,53 @@ def test_a_file_that_is_no_raw_image_is_refused(home: Home, sim: Simulator, kind
     if kind in COMPRESSED:
         subprocess.run(["sh", "-c", command], cwd=home.directory, check=True)
         assert (home.directory / "my disk.img").read_bytes() == content
+
+
+# ── Who is at work
+
+
+def since(text: str) -> list[tuple[str, datetime.datetime]]:
+    """What is at work, and since when, as a command says that was turned away."""
+    found = re.findall(r", (a [^,]*?) since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4})", text)
+    return [(what, datetime.datetime.strptime(when, "%Y-%m-%d %H:%M:%S %z")) for what, when in found]
+
+
+def stopped(owner: Owner, *arguments: str) -> subprocess.Popen[bytes]:
+    """A command that has the lock, and does not go on."""
+    lock = owner.paths.metadata / "lock"
+    process = owner.popen(*arguments)
+    before = lock.read_bytes()
+    until(lambda: lock.read_bytes() != before or process.poll() is not None)
+    process.send_signal(signal.SIGSTOP)
+    assert process.poll() is None
+    return process
+
+
+def test_who_is_turned_away_is_told_by_what(tmp_path: Path) -> None:
+    """Also by several restores, of which one is killed, and the other ends."""
+    owner = Owner(tmp_path, 1)
+    with (owner.backups / NAME).open("r+b") as image:  # so that it takes a while
+        image.truncate(8 << 30)
+    owner.paths.state.unlink()
+    begun = dosvob.utc_now()
+    killed, first = stopped(owner, "restore", NAME, "a"), stopped(owner, "restore", NAME, "b")
+    for command in ("verify", "sweep", ""):
+        (tmp_path / "conf.json").write_text('{"do_token": "x", "region": "fra1"}')
+        told = owner.run(*command.split(), expect=2)
+        assert len(told.splitlines()) <= 2
+        assert [what for what, _ in since(told)] == ["a restore of data"] * 2, told
+        assert all(begun <= when <= dosvob.utc_now() for _, when in since(told))
+    killed.kill()
+    killed.wait()
+    for number in (signal.SIGTERM, signal.SIGCONT):
+        first.send_signal(number)
+    assert first.wait(60) == 128 + signal.SIGTERM
+    verify = stopped(owner, "verify", NAME)
+    told = owner.run("restore", NAME, "c", expect=2)
+    assert [what for what, _ in since(told)] == ["a verify of data"]
+    verify.kill()
+    verify.wait()
+    last = stopped(owner, "restore", NAME, "d")
+    assert [what for what, _ in since(owner.run("verify", expect=2))] == ["a restore of data"]
+    last.kill()
+    last.wait()
