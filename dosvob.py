@@ -3672,6 +3672,27 @@ class HostKeyMismatch(DosvobError):
         )
 
 
+class Incompatible(DosvobError):
+    """The droplet's sshd offers nothing that we use of a kind, and will not."""
+
+    KINDS: ClassVar[Mapping[str, tuple[str, str]]] = {  # by paramiko's word: ours, and what is ours in its options
+        "kex": ("key exchange", "kex"),
+        "host key": ("host key of the kind", "key_types"),
+        "cipher": ("cipher", "ciphers"),
+        "mac": ("MAC", "digests"),
+    }
+
+    def __init__(self, address: str, problem: Exception, ours: paramiko.transport.SecurityOptions) -> None:
+        known = (kind for word, kind in self.KINDS.items() if f" {word}" in str(problem))
+        what, key = next(known, (f"protocol ({problem})", ""))
+        names = ", ".join(getattr(ours, key, ()))
+        offers = f"{what} {names}" if key == "key_types" else f"{what} that dosvob uses" + f" ({names})" * bool(names)
+        super().__init__(
+            f"the sshd of the droplet at {address} offers no {offers}: have its image allow one, or leave "
+            '"droplet_image" out of conf.json'
+        )
+
+
 @dataclass(frozen=True)
 class RunKeys:
     """The key that lets us in, and the droplet's host key: made for one run, and kept in memory."""
@@ -3920,14 +3941,14 @@ class Link:
         return transport
 
     def _log_in(self, transport: paramiko.Transport) -> None:
-        """Make sure that it is our droplet, then authenticate; raises HostKeyMismatch, or ConnectionLost."""
+        """Make sure that it is our droplet, then authenticate; raises HostKeyMismatch, Incompatible, ConnectionLost."""
         try:
             transport.start_client(timeout=SSH_TIMEOUT)
             if transport.get_remote_server_key() != self._keys.host:
                 raise HostKeyMismatch(self._address)
             transport.auth_publickey("root", self._keys.client)
-        except paramiko.ssh_exception.IncompatiblePeer as problem:  # it has no host key of this kind at all
-            raise HostKeyMismatch(self._address) from problem
+        except paramiko.ssh_exception.IncompatiblePeer as problem:
+            raise Incompatible(self._address, problem, transport.get_security_options()) from problem
         except (paramiko.SSHException, OSError, EOFError) as problem:
             raise ConnectionLost(f"the droplet at {self._address} does not let us in: {reason(problem)}") from problem
 
