@@ -120,7 +120,7 @@ import tempfile
 import traceback
 import urllib.parse
 import uuid
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -382,7 +382,7 @@ class Config:
         region = content.get("region")
         if not region:
             raise UsageError(f'{path}: "region" is missing: the region of your volumes, such as "fra1"')
-        if not variable and path.stat().st_mode & 0o077:
+        if not variable and cls._is_open_to_others(path):
             warn(f"{path} holds your token and others can read it: chmod 600 {shlex.quote(str(path))}")
         url = environment.get(cls.URL_VARIABLE) or "https://api.digitalocean.com"
         if not cls._is_private(url):
@@ -446,6 +446,15 @@ class Config:
         if not isinstance(content, dict):
             raise UsageError(f"{path}: must hold an object, {{…}}, as conf.json.example does")
         return content
+
+    @staticmethod
+    def _is_open_to_others(path: Path) -> bool:
+        """Whether others can read a file, where a mode can keep them from that: storages without modes show some."""
+        if not path.stat().st_mode & 0o077:
+            return False
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=path.absolute().parent) as private:
+            return not os.fstat(private.fileno()).st_mode & 0o077
+        return True
 
     @staticmethod
     def _is_private(url: str) -> bool:
@@ -2682,6 +2691,13 @@ class Versions:
                 if digest != new.read(DIGEST_SIZE):
                     yield index, digest
 
+    def unwanted(self, keep: Keep, upcoming: datetime.datetime | None = None) -> list[datetime.datetime]:
+        """The times of those that `keep` does not ask for, as it is now, or once there is an image of that time."""
+        versions = self.all()
+        image = Versions.moment_of_image(State.load(self._paths.state, whole=False), versions) or utc_now()
+        moments = [*([upcoming] if upcoming else []), image, *(version.moment for version in versions)]
+        return [moment for moment, stays in zip(moments, keep.wanted(moments), strict=True) if not stays]
+
     def thin(self, keep: Keep, heed: Callable[[int], None] = lambda _: None) -> None:
         """Drop those that `keep` does not ask for; raises OSError, Damaged, and has dropped none wrongly then.
 
@@ -2691,13 +2707,11 @@ class Versions:
         """
         for unfinished in self._paths.versions.glob("*.new"):
             unfinished.unlink()
-        versions = self.all()
-        image = Versions.moment_of_image(State.load(self._paths.state, whole=False), versions) or utc_now()
-        wanted = keep.wanted([image, *(version.moment for version in versions)])[1:]
+        unwanted = self.unwanted(keep)
         groups: list[list[Version]] = [[]]  # each ends with one that stays, the last one has none
-        for version, stays in zip(versions, wanted, strict=True):
+        for version in self.all():
             groups[-1].append(version)
-            if stays:
+            if version.moment not in unwanted:
                 groups.append([])
         self._remove(groups.pop())  # first, for that needs no room, but makes some
         damaged: Damaged | None = None
@@ -4235,6 +4249,16 @@ def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> No
         report.warn(f"the ping to {parts.hostname} failed: {failure}; the backup is not affected")
 
 
+def counted_versions(moments: Collection[datetime.datetime]) -> str:
+    """How many versions of these times there are, to be followed by what becomes of them: `8 versions`."""
+    return f"{len(moments)} version{'s' * (len(moments) > 1)}"
+
+
+def oldest_of(moments: Collection[datetime.datetime]) -> str:
+    """What is told of the oldest of some versions, behind what becomes of them."""
+    return f"{'the oldest ' * (len(moments) > 1)}of {local_time(min(moments))[:10]}"
+
+
 def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
     """Rows in columns, those whose numbers are in `left` adjusted to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -4810,11 +4834,14 @@ class Backup:
             self._report.warn(f"{name}: {text}")
 
         meter = Meter(self._report, self._job.stop, f"{name}: reading and writing here")
+        dropped: set[datetime.datetime] = set()
         try:
             update = Update(paths, snapshot, self._job.config.keep, warn, meter, reread=self._reread)
             with contextlib.closing(update):
                 try:
-                    is_thinned = self._thin(paths)  # before: the disk may be full, and "keep" ask for fewer by now
+                    is_thinned = self._thin(
+                        paths, dropped
+                    )  # before: the disk may be full, and "keep" ask for fewer by now
                     received = hosts.converse(clone, Sync, update, name)
                     update.finish()
                 except OSError as problem:
@@ -4828,7 +4855,7 @@ class Backup:
                     "disk is failing; the volume's content was put back"
                 )
             if is_thinned:  # or it was told why not
-                self._thin(paths)
+                self._thin(paths, dropped)
         except (DosvobError, OSError) as problem:
             self._fail(turn, problem)
         else:
@@ -4839,11 +4866,18 @@ class Backup:
                 f"{name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
+        finally:
+            if dropped:
+                are = "are" if len(dropped) > 1 else "is"
+                told = f"{counted_versions(dropped)} {are} not kept any more, {oldest_of(dropped)}"
+                self._report.say(f"{name}: {told}")
 
-    def _thin(self, paths: ImagePaths) -> bool:
+    def _thin(self, paths: ImagePaths, dropped: set[datetime.datetime]) -> bool:
         """Drop the versions that are not to be kept; False if not all could be: the next run tries again."""
+        before: set[datetime.datetime] = set()
         try:
             meter = Meter(self._report, self._job.stop, f"{paths.name}: thinning its versions")
+            before = {version.moment for version in Versions(paths).all()}
             Versions(paths).thin(self._job.config.keep, meter)
         except Interrupted:
             pass  # whoever waits next ends the run
@@ -4856,6 +4890,9 @@ class Backup:
                 + command_line("verify", paths.name)
             )
             return False
+        finally:
+            with contextlib.suppress(OSError, DosvobError):
+                dropped |= before - {version.moment for version in Versions(paths).all()}
         return True
 
 
@@ -5447,6 +5484,22 @@ class Misplaced:
         )
 
 
+def tell_thinning(job: Job, paths: ImagePaths, *, dry_run: bool = False) -> None:
+    """Say loudly that `keep` drops most of the older versions that there are; in a dry run all that it drops."""
+    with contextlib.suppress(OSError, DosvobError):  # the thinning itself tells
+        versions = Versions(paths)
+        count, unwanted = len(versions.all()), versions.unwanted(job.config.keep)
+        if 2 * len(unwanted) > count:
+            job.report.warn(
+                f'{paths.name}: "keep" in conf.json asks for {count - len(unwanted)} of its {count} older versions; '
+                f"{len(unwanted)} {'would be' if dry_run else 'are'} dropped, {oldest_of(unwanted)}"
+            )
+        if dry_run and paths.state.exists() and (unwanted := versions.unwanted(job.config.keep, utc_now())):
+            job.report.say(
+                f"would not keep {counted_versions(unwanted)} of {paths.name} any more, {oldest_of(unwanted)}"
+            )
+
+
 class Run:
     """One backup of some volumes; the lock is held."""
 
@@ -5474,7 +5527,9 @@ class Run:
                     f"{explained(problem, home.path)}; `health` will not miss a volume that was never backed up"
                 )
         damaged |= Misplaced(job, volumes).move(damaged)
-        fit = [volume for volume in volumes if job.name(volume) not in damaged]
+        fit = [volume for volume in volumes if job.name(volume) not in damaged and self._can_write(job.name(volume))]
+        for volume in fit:
+            tell_thinning(job, ImagePaths(home.path, job.name(volume)))
         self._results = {job.name(volume): Result(job.name(volume), volume.size, "not begun") for volume in fit}
         cost = 0.0
         try:
@@ -5492,6 +5547,26 @@ class Run:
             report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included", is_result=True)
         if not report.left:
             report.say("nothing of this home's is left in the account")
+
+    def _can_write(self, name: str) -> bool:
+        """Whether an image can be written to, as it must be once all is fetched; tells if it cannot."""
+        image = ImagePaths(self._job.home.path, name).image
+        try:
+            os.close(os.open(image, os.O_WRONLY | os.O_CLOEXEC))
+        except FileNotFoundError:
+            pass
+        except PermissionError as problem:
+            status, path = image.stat(), shlex.quote(str(image))
+            mend = f"chmod u+w {path}" if status.st_uid == os.geteuid() else f"it belongs to the user {status.st_uid}"
+            if status.st_mode & stat.S_IWUSR and status.st_uid == os.geteuid():
+                mend = explained(problem, image)
+            mode = f"its mode is {stat.filemode(status.st_mode)[1:]}"
+            self._job.report.error(f"{name}: {image} cannot be written to, {mode}: {mend}; it is not backed up")
+            return False
+        except OSError as problem:
+            self._job.report.error(f"{name}: {explained(problem, image)}")
+            return False
+        return True
 
     def _plan_droplets(self, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
         """What droplets to create, by region; one of several regions that cannot have one fails for itself."""
@@ -5592,11 +5667,12 @@ class Commands:
         moved = {name: old for old, name in Misplaced(job, volumes).images()} if job.home.path.is_dir() else {}
         for volume in volumes:
             name = job.name(volume)
-            image = ImagePaths(job.home.path, name).image
-            old = moved.get(name)
+            paths, old = ImagePaths(job.home.path, name), moved.get(name)
+            image = paths.image
             how = "changes only" if image.exists() or (old and old.image.exists()) else "all of it, for the first time"
             first = f" (where {old.image} goes first)" if old else ""
-            self._report.say(f"would back up {name}, {volume.size // GIB} GiB, to {image}{first}: {how}")
+            self._report.say(f"would back up {name}, {human_size(volume.size)}, to {image}{first}: {how}")
+            tell_thinning(job, old or paths, dry_run=True)
         for region in dict.fromkeys(volume.region for volume in volumes):
             plan = DropletPlan.make(job.api, job.config, region)
             size, price = plan.sizes[0]

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MIB, SCRIPT, Home
-from simulator import Simulator
-from trouble_support import add_volume, run, until
-from versions_support import NAME, Lineage
+from conftest import MIB, SCRIPT, Home, same
+from simulator import Simulator, Volume
+from simulator.storage import create_sparse
+from trouble_support import QUICK, add_volume, run, until
+from versions_support import NAME, Lineage, back_up
 
 import dosvob
 
@@ -440,3 +441,83 @@ def test_who_is_turned_away_is_told_by_what(tmp_path: Path) -> None:
     assert [what for what, _ in since(owner.run("verify", expect=2))] == ["a restore of data"]
     last.kill()
     last.wait()
+
+
+# ── Versions that go
+
+
+def add_versions(home: Home, volume: Volume, count: int) -> list[datetime.datetime]:
+    """Backups of a volume, day by day, the first one on 1 November 2015; returns when."""
+    home.backups.mkdir(exist_ok=True)
+    first = datetime.datetime(2015, 11, 1, 8, tzinfo=datetime.UTC)
+    moments = [first + datetime.timedelta(days=number) for number in range(count)]
+    for moment in moments:
+        back_up(home.backups, volume.path, moment, ALL, volume_id=volume.id)
+    return moments
+
+
+def test_what_is_not_kept_any_more_is_told(home: Home, sim: Simulator) -> None:
+    """In a line for each volume, also beforehand; most of it loudly, and before anything is fetched."""
+    volume = add_volume(sim, "data")
+    add_versions(home, volume, 11)
+    home.configure(keep={"last": 8})
+    dry = run(home, "--dry-run", TZ="UTC")
+    assert "would not keep 3 versions of data any more, the oldest of 2015-11-01" in dry.stdout
+    assert not dry.stderr
+    done = run(home, TZ="UTC")
+    assert not done.stderr
+    assert done.stdout.count("not kept any more") == 1
+    assert "data: 3 versions are not kept any more, the oldest of 2015-11-01" in done.stdout
+    home.configure(keep={"last": 3})
+    loud = '"keep" in conf.json asks for 3 of its 8 older versions; 5 {} dropped, the oldest of 2015-11-04'
+    assert loud.format("would be") in run(home, "--dry-run", TZ="UTC").stderr
+    sim.limit_snapshots(0)
+    process = home.start(constants=QUICK, TZ="UTC")
+    said = process.communicate(timeout=120)[0]
+    assert said.index(loud.format("are")) < said.index("is up at")
+    assert said.count("not kept any more") == 1
+    assert "data: 6 versions are not kept any more, the oldest of 2015-11-04" in said
+    sim.limit_snapshots(0)
+    done = run(home, TZ="UTC")
+    assert "data: 1 version is not kept any more, of 2015-11-10" in done.stdout
+    assert not done.stderr
+
+
+# ── Modes
+
+
+@pytest.mark.parametrize(("mode", "says"), [(0o400, "its mode is r--------: chmod u+w backups/data"), (0o600, "")])
+def test_an_image_that_cannot_be_written_to_is_found_before_anything_is_created(
+    home: Home, sim: Simulator, mode: int, says: str
+) -> None:
+    """The other volumes are backed up."""
+    volume, other = add_volume(sim, "data"), add_volume(sim, "other")
+    add_versions(home, volume, 1)
+    home.image("data").chmod(mode)
+    without_rights = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
+    done = run(home, expect=1 if says else 0, wrapper=without_rights)
+    assert not says or f"data: backups/data cannot be written to, {says}" in done.stderr
+    assert same(home.image("other"), other.path)
+    made = {request.path for request in sim.requests if request.method == "POST"}
+    assert any(volume.id in path for path in made) == (not says)
+
+
+def test_a_storage_without_modes_is_not_warned_about(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    """There chmod would change nothing."""
+    if shutil.which("mkfs.exfat") is None or shutil.which("mount.exfat-fuse") is None:
+        pytest.skip("exfatprogs and exfat-fuse are not installed")
+    add_volume(sim, "data")
+    disk, stick = tmp_path / "disk", tmp_path / "stick"
+    stick.mkdir()
+    create_sparse(disk, 64 * MIB)
+    subprocess.run(["mkfs.exfat", disk], check=True, capture_output=True)
+    loop = subprocess.run(["losetup", "-f", "--show", disk], check=True, capture_output=True, text=True).stdout.strip()
+    subprocess.run(["mount.exfat-fuse", loop, stick], check=True, capture_output=True)
+    try:
+        shutil.copyfile(home.directory / "conf.json", stick / "conf.json")
+        assert (stick / "conf.json").stat().st_mode & 0o077
+        assert "would back up data" in (done := home.run("--dry-run", "--config", str(stick / "conf.json"))).stdout
+        assert not done.stderr
+    finally:
+        subprocess.run(["umount", stick], check=True)
+        subprocess.run(["losetup", "-d", loop], check=True)
