@@ -10,9 +10,11 @@ RUN sed -n '/^# \/\/\/ script$/,/^# \/\/\/$/ s/^# //p' /dosvob.py | grep -v '^//
 FROM python:3.13-slim
 COPY --from=dependencies /requirements.txt /
 RUN pip install --no-cache-dir --root-user-action=ignore --disable-pip-version-check -r /requirements.txt
-ENV PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
+ENV PYTHONDONTWRITEBYTECODE=1 HOME=/tmp DOSVOB_COMMAND="docker-compose exec dosvob python dosvob.py"
 WORKDIR /dosvob
-# It begins as root to become whoever owns backups/: see cron.py.
+# It begins as root, in `exec` too, to become whoever owns backups/: see cron.py, which `python dosvob.py` is here as well.
 ENTRYPOINT ["python", "cron.py"]
 HEALTHCHECK --interval=2m --timeout=60s --retries=2 CMD ["python", "cron.py", "health"]
-COPY .docker/cron.py dosvob.py ./
+RUN ln -s cron.py dosvob.py
+COPY .docker/cron.py ./
+COPY dosvob.py lib/

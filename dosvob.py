@@ -65,6 +65,19 @@ if sys.version_info < (3, 11):
         "run it with a newer one, such as python3.12 dosvob.py, or in its container: docker-compose up -d --build",
     )
 
+import os
+import signal
+
+
+def end_while_loading(number: int, _frame: object) -> None:
+    """End at ^C with one line, as long as `Signals` does not yet see to it: nothing is begun."""
+    os.write(2, b"SIGINT: stopped before anything was begun\n")
+    os._exit(128 + number)
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_while_loading)
+
 # agent: begin
 # isort: off
 import collections
@@ -75,7 +88,7 @@ import errno
 import fcntl
 import hashlib
 import itertools
-import os
+import os  # noqa: F811 - which begins the agent's own part
 import queue
 import stat
 import struct
@@ -102,14 +115,14 @@ import logging
 import random
 import re
 import secrets
+import shlex
 import shutil
-import signal
 import socket
 import ssl
 import tempfile
 import traceback
 import urllib.parse
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -388,8 +401,8 @@ class Config:
         region = content.get("region")
         if not region:
             raise UsageError(f'{path}: "region" is missing: the region of your volumes, such as "fra1"')
-        if not variable and path.stat().st_mode & 0o077:
-            warn(f"{path} holds your token and others can read it: chmod 600 {path}")
+        if not variable and cls._is_open_to_others(path):
+            warn(f"{path} holds your token and others can read it: chmod 600 {shlex.quote(str(path))}")
         url = environment.get(cls.URL_VARIABLE) or "https://api.digitalocean.com"
         if not cls._is_private(url):
             raise UsageError(f"{cls.URL_VARIABLE} is {url!r}: it must be an https:// address")
@@ -432,21 +445,35 @@ class Config:
     @staticmethod
     def _read(path: Path) -> Json:
         """The JSON object in the file."""
+        text = ""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8-sig")
+            content = json.loads(text)
         except FileNotFoundError:
             raise UsageError(
                 f"there is no {path}: copy conf.json.example to {path} and put your token and region in it"
             ) from None
         except json.JSONDecodeError as problem:
-            raise UsageError(
-                f"{path}: line {problem.lineno}, column {problem.colno}: not JSON: {problem.msg}"
-            ) from None
+            what, at = problem.msg, problem.pos
+            for comma in re.finditer(r",\s*[]}]", text):  # of which Python says something else, each version its own
+                if comma.start() <= at <= comma.end():
+                    what, at = f"a comma too many, before the {comma[0][-1]}", comma.start()
+            line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+            raise UsageError(f"{path}: line {line}, column {column}: not JSON: {what}") from None
         except (OSError, UnicodeDecodeError) as problem:
             raise UsageError(f"cannot read {path}: {problem}") from None
         if not isinstance(content, dict):
             raise UsageError(f"{path}: must hold an object, {{…}}, as conf.json.example does")
         return content
+
+    @staticmethod
+    def _is_open_to_others(path: Path) -> bool:
+        """Whether others can read a file, where a mode can keep them from that: storages without modes show some."""
+        if not path.stat().st_mode & 0o077:
+            return False
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=path.absolute().parent) as private:
+            return not os.fstat(private.fileno()).st_mode & 0o077
+        return True
 
     @staticmethod
     def _is_private(url: str) -> bool:
@@ -732,6 +759,7 @@ LIST_LAG = 6  # seconds after which a list is taken to show what was created: li
 BUSY_LIMIT = 120  # seconds for which a droplet may be busy with another event, or a volume with its droplet
 HOURS_PER_MONTH = 730
 UNKNOWN = "unknown"  # the id of what may be there, and cannot be listed
+GONE = "is gone: unless you removed it, another run with the same backups directory may have, on another machine"
 
 
 class NoDroplet(DosvobError):
@@ -1090,7 +1118,7 @@ class Ephemeral:
             nonlocal known, looks
             item = self._api.get_fresh(f"/v2/droplets/{droplet.id}", "droplet")
             if item is None and (known or time.monotonic() - start > self.FRESH_LIMIT):
-                raise DropletLost(f"the droplet {droplet.name} is gone")
+                raise DropletLost(f"the droplet {droplet.name} {GONE}")
             known, looks = item is not None, looks + 1
             if item is not None and item.get("status") == "active":
                 networks = (item.get("networks") or {}).get("v4") or ()
@@ -1117,7 +1145,7 @@ class Ephemeral:
     def _refuse_lost(self, droplet: Droplet, problem: DosvobError) -> None:
         """Raise DropletLost if that is what the problem comes from."""
         if self.is_gone(droplet):
-            raise DropletLost(f"the droplet {droplet.name} is gone") from problem
+            raise DropletLost(f"the droplet {droplet.name} {GONE}") from problem
 
     def remove_droplets(self) -> None:
         """Remove the droplet, which is to be replaced, if it is still there; nothing is attached to it any more."""
@@ -2395,6 +2423,13 @@ class Versions:
                     versions.append(Version.load(path))
         return versions
 
+    def unwanted(self, keep: Keep, upcoming: datetime.datetime | None = None) -> list[datetime.datetime]:
+        """The times of those that `keep` does not ask for, as it is now, or once there is an image of that time."""
+        versions = self.all()
+        image = Versions.moment_of_image(State.load(self._paths.state, whole=False), versions) or utc_now()
+        moments = [*([upcoming] if upcoming else []), image, *(version.moment for version in versions)]
+        return [moment for moment, stays in zip(moments, keep.wanted(moments), strict=True) if not stays]
+
     def thin(self, keep: Keep, heed: Callable[[int], None] = lambda _: None) -> None:
         """Drop those that `keep` does not ask for; raises OSError, Damaged, and has dropped none wrongly then.
 
@@ -2404,13 +2439,11 @@ class Versions:
         """
         for unfinished in self._paths.versions.glob("*.new"):
             unfinished.unlink()
-        versions = self.all()
-        image = Versions.moment_of_image(State.load(self._paths.state, whole=False), versions) or utc_now()
-        wanted = keep.wanted([image, *(version.moment for version in versions)])[1:]
+        unwanted = self.unwanted(keep)
         groups: list[list[Version]] = [[]]  # each ends with one that stays, the last one has none
-        for version, stays in zip(versions, wanted, strict=True):
+        for version in self.all():
             groups[-1].append(version)
-            if stays:
+            if version.moment not in unwanted:
                 groups.append([])
         self._remove(groups.pop())  # first, for that needs no room, but makes some
         damaged: Damaged | None = None
@@ -2473,7 +2506,7 @@ class Versions:
         return Patch.of(last.index, pages, Patch.select(chunk, pages), last.digest)
 
     @staticmethod
-    def freed_by(version: Version, older: Version | None) -> int:
+    def freed_by(version: Version, older: Version | None, heed: Callable[[int], None] = lambda _: None) -> int:
         """The bytes that removing one would free: those that the next older one need not take over; raises Damaged."""
         if older is None or older.snapshot is None:
             return version.occupied
@@ -2481,6 +2514,7 @@ class Versions:
         with PatchFile(version.path, "version") as file, PatchFile(older.path, "version") as older_file:
             headers = [(patch for _, patch in each.patches(data=False)) for each in (file, older_file)]
             for index, patches in PatchStream.by_chunk(headers):
+                heed(0)
                 if 0 in patches and index < older.snapshot.size // CHUNK:
                     has_own, own = 1 in patches, patches[1].pages if 1 in patches else 0
                     taken_over += (patches[0].filled & ~own).bit_count() * PAGE + Patch.HEADER.size * (not has_own)
@@ -3834,6 +3868,27 @@ class HostKeyMismatch(DosvobError):
         )
 
 
+class Incompatible(DosvobError):
+    """The droplet's sshd offers nothing that we use of a kind, and will not."""
+
+    KINDS: ClassVar[Mapping[str, tuple[str, str]]] = {  # by paramiko's word: ours, and what is ours in its options
+        "kex": ("key exchange", "kex"),
+        "host key": ("host key of the kind", "key_types"),
+        "cipher": ("cipher", "ciphers"),
+        "mac": ("MAC", "digests"),
+    }
+
+    def __init__(self, address: str, problem: Exception, ours: paramiko.transport.SecurityOptions) -> None:
+        known = (kind for word, kind in self.KINDS.items() if f" {word}" in str(problem))
+        what, key = next(known, (f"protocol ({problem})", ""))
+        names = ", ".join(getattr(ours, key, ()))
+        offers = f"{what} {names}" if key == "key_types" else f"{what} that dosvob uses" + f" ({names})" * bool(names)
+        super().__init__(
+            f"the sshd of the droplet at {address} offers no {offers}: have its image allow one, or leave "
+            '"droplet_image" out of conf.json'
+        )
+
+
 @dataclass(frozen=True)
 class RunKeys:
     """The key that lets us in, and the droplet's host key: made for one run, and kept in memory."""
@@ -4073,14 +4128,14 @@ class Link:
         return transport
 
     def _log_in(self, transport: paramiko.Transport) -> None:
-        """Make sure that it is our droplet, then authenticate; raises HostKeyMismatch, or ConnectionLost."""
+        """Make sure that it is our droplet, then authenticate; raises HostKeyMismatch, Incompatible, ConnectionLost."""
         try:
             transport.start_client(timeout=SSH_TIMEOUT)
             if transport.get_remote_server_key() != self._keys.host:
                 raise HostKeyMismatch(self._address)
             transport.auth_publickey("root", self._keys.client)
-        except paramiko.ssh_exception.IncompatiblePeer as problem:  # it has no host key of this kind at all
-            raise HostKeyMismatch(self._address) from problem
+        except paramiko.ssh_exception.IncompatiblePeer as problem:
+            raise Incompatible(self._address, problem, transport.get_security_options()) from problem
         except (paramiko.SSHException, OSError, EOFError) as problem:
             raise ConnectionLost(f"the droplet at {self._address} does not let us in: {reason(problem)}") from problem
 
@@ -4130,7 +4185,7 @@ def converse(
 
 
 class Writer:
-    """Writes to one file descriptor, in a thread of its own."""
+    """Writes to one file descriptor, in a thread of its own. `has_failed` tells whether something could not be."""
 
     MOST_QUEUED = 10_000  # lines that wait for a terminal or a pipe that takes nothing more; later ones are lost
     STUCK_LIMIT = 5  # seconds for which it is waited for at the end
@@ -4139,6 +4194,7 @@ class Writer:
         self.is_terminal = os.isatty(fd)
         self._fd = fd
         self._encoding = encoding
+        self.has_failed = False
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
@@ -4154,16 +4210,26 @@ class Writer:
         self._thread.join(self.STUCK_LIMIT)
         return not self._thread.is_alive()
 
+    def flush(self, stop: Stop) -> None:
+        """Wait until all that was put is written, or cannot be, however long that takes; raises Interrupted."""
+        self._queue.put(None)
+        while self._thread.is_alive():
+            stop.sleep(Stop.NAP)
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
+
     def _write(self) -> None:
         # To the descriptor: what cannot be written must not be tried again by Python at its exit, with the code 120.
         while (text := self._queue.get()) is not None:
             view = memoryview(text.encode(self._encoding, "replace"))
-            with contextlib.suppress(OSError):  # a terminal that was closed is no reason to end
-                while view:
-                    try:
-                        view = view[os.write(self._fd, view) :]
-                    except BlockingIOError:  # somebody else who has it too has set it so
-                        time.sleep(Stop.NAP)
+            while view:
+                try:
+                    view = view[os.write(self._fd, view) :]
+                except BlockingIOError:  # somebody else who has it too has set it so
+                    time.sleep(Stop.NAP)
+                except OSError:  # a terminal that was closed is no reason to end
+                    self.has_failed = True
+                    break
 
 
 class Reporter:
@@ -4219,9 +4285,12 @@ class Reporter:
         self.has_failed = True
         self.warn(text, "error")
 
-    def answer(self, text: str) -> None:
-        """What was asked for: as it is, also with --quiet, and without the time."""
+    def answer(self, text: str, stop: Stop) -> None:
+        """What was asked for: as it is, also with --quiet, and without the time. All of it, or it is a failure."""
         self._output.put(self.clean(text) + "\n")
+        self._output.flush(stop)
+        if self._output.has_failed:
+            self.error("the output could not be written, not all of it at least")
 
     def doing(self, text: str) -> None:
         """What is going on now."""
@@ -4282,10 +4351,22 @@ class Reporter:
         return "\n".join(line[: self.LINE_LIMIT] for line in text.split("\n"))
 
 
+GIVEN: list[str] = []  # the options of this call that say where all is, which a command that is to be pasted needs too
+
+
 def command_line(*words: str) -> str:
-    """A command of ours as the user called this one, to be copied."""
-    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else Path(sys.executable).name
-    return " ".join([python, os.path.basename(sys.argv[0]) or "dosvob.py", *words])
+    """A command of ours that can be pasted where this one was: words for a shell."""
+    script = os.path.abspath(sys.argv[0])
+    is_in_path = shutil.which(Path(sys.executable).name) == sys.executable
+    python = Path(sys.executable).name if is_in_path else near_path(sys.executable)
+    outside = os.environ.get("DOSVOB_COMMAND")  # the container's
+    return " ".join([outside or shlex.join([python, near_path(script)]), shlex.join([*GIVEN, *words])])
+
+
+def near_path(path: str) -> str:
+    """A path as it is shortest from here: relative only to what is below."""
+    here = os.getcwd()
+    return os.path.relpath(path) if Path(path).is_relative_to(here) else path
 
 
 class Meter:
@@ -4339,6 +4420,16 @@ def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> No
         report.warn(f"the ping to {parts.hostname} failed: {failure}; the backup is not affected")
 
 
+def counted_versions(moments: Collection[datetime.datetime]) -> str:
+    """How many versions of these times there are, to be followed by what becomes of them: `8 versions`."""
+    return f"{len(moments)} version{'s' * (len(moments) > 1)}"
+
+
+def oldest_of(moments: Collection[datetime.datetime]) -> str:
+    """What is told of the oldest of some versions, behind what becomes of them."""
+    return f"{'the oldest ' * (len(moments) > 1)}of {local_time(min(moments))[:10]}"
+
+
 def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
     """Rows in columns, those whose numbers are in `left` adjusted to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -4357,11 +4448,17 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
 
 
 class Home:
-    """One backups directory: its lock, its id, and what is in it."""
+    """One backups directory: its lock, its id, and what is in it.
 
-    def __init__(self, path: Path) -> None:
+    `work` is what others are told who want the lock meanwhile: it stands in the lock's file, in a line for each holder.
+    """
+
+    LINE = 200  # bytes
+
+    def __init__(self, path: Path, work: str = "") -> None:
         self.path = path
         self.metadata = path / ".dosvob"
+        self._work = work
 
     @contextlib.contextmanager
     def locked(self, *, with_id: bool = True) -> Iterator[None]:
@@ -4383,9 +4480,11 @@ class Home:
     def unchanged(self) -> Iterator[None]:
         """Keep whoever would change it out, where it can be changed; several may read. Busy if somebody is at work."""
         self.check()
-        try:
-            fd = os.open(self.metadata / "lock", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # a copy, or not ours
+        for flags in (os.O_RDWR, os.O_RDONLY):
+            with contextlib.suppress(OSError):  # a copy, or not ours
+                fd = os.open(self.metadata / "lock", flags | os.O_CLOEXEC)
+                break
+        else:
             yield
             return
         with self._held(fd, fcntl.LOCK_SH):
@@ -4394,7 +4493,7 @@ class Home:
     def is_busy(self) -> bool:
         """Whether somebody is at work in it."""
         try:
-            with self.unchanged():
+            with Home(self.path).unchanged():
                 return False
         except Busy:
             return True
@@ -4403,12 +4502,47 @@ class Home:
     def _held(self, fd: int, kind: int) -> Iterator[None]:
         try:
             try:
+                if self._work:
+                    with contextlib.suppress(OSError):  # others have it too, or the file cannot be written to
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        os.ftruncate(fd, 0)  # what those have left who were killed
                 fcntl.flock(fd, kind | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise Busy(f"another dosvob is at work in {self.path}: wait until it ends") from None
-            yield
+                holders = ", ".join(self._holders(fd))
+                of = f", {holders}" if holders else ""
+                raise Busy(f"another dosvob is at work in {self.path}{of}: wait until it ends") from None
+            with self._named(fd):
+                yield
         finally:
             os.close(fd)
+
+    @contextlib.contextmanager
+    def _named(self, fd: int) -> Iterator[None]:
+        """Write into the lock's file what is at work, and since when, as far as it can be written to."""
+        place = -1
+        if self._work:
+            line = f"{utc_now().isoformat()} {self._work}".encode(errors="replace")[: self.LINE - 1]
+            with contextlib.suppress(OSError):
+                end = os.open(self.metadata / "lock", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+                try:  # at once behind what others have
+                    os.write(end, line.ljust(self.LINE - 1) + b"\n")
+                    place = os.lseek(end, 0, os.SEEK_CUR) - self.LINE
+                finally:
+                    os.close(end)
+        try:
+            yield
+        finally:
+            if place >= 0:
+                with contextlib.suppress(OSError):
+                    os.pwrite(fd, b" " * (self.LINE - 1), place)
+
+    def _holders(self, fd: int) -> Iterator[str]:
+        """What is at work since when, as the holders of the lock have written it."""
+        with contextlib.suppress(OSError):
+            for line in os.pread(fd, 100 * self.LINE, 0).decode(errors="replace").splitlines():
+                since, _, work = line.strip().partition(" ")
+                if (moment := parse_time(since)) is not None:
+                    yield f"{work} since {local_time(moment)}"
 
     def check(self) -> None:
         """Raise UsageError if it is not there."""
@@ -4437,10 +4571,11 @@ class Home:
         """See that the directories for the images of a region, "" for those of no region, are there, durably."""
         directory = self.path / region
         if directory.is_file():
+            quoted = shlex.quote(str(directory))
             raise DosvobError(
                 f"{directory} is a file, and the images of the region {region} go into a directory of that name. If it "
-                f"is the image of a volume in that region: mv {directory} {directory}.image && mkdir {directory} && "
-                f"mv {directory}.image {directory}/{region}; otherwise move it elsewhere"
+                f"is the image of a volume in that region: mv {quoted} {quoted}.image && mkdir {quoted} "
+                f"&& mv {quoted}.image {quoted}/{region}; otherwise move it elsewhere"
             )
         if region and (directory / ".dosvob" / "home").exists():
             raise DosvobError(
@@ -4529,8 +4664,10 @@ class Home:
 
     @staticmethod
     def called(name: str, names: Iterable[str]) -> list[str]:
-        """Those of the names of images that somebody means who says this: with a region, or in whatever region."""
-        return sorted(each for each in names if name in (each, each.rpartition("/")[2]))
+        """Those of the names of images that a name or pattern fits: with a slash of a region and a name."""
+        return sorted(
+            each for each in names if fnmatch.fnmatchcase(each if "/" in name else each.rpartition("/")[2], name)
+        )
 
     def recover(self, report: Reporter, stop: Stop) -> set[str]:
         """Take back what crashes left of a backup in the middle, with no network; returns the names that failed."""
@@ -4667,7 +4804,7 @@ class Hosts:
         if not isinstance(problem, DropletLost):
             if not self._ephemeral.is_gone(self.get()[0]):
                 return False
-            problem = DropletLost(f"{problem}; the droplet is gone")
+            problem = DropletLost(f"{problem}; the droplet {GONE}")
         self._give_up_on(problem)
         self._future = self._pool.submit(self._make)
         return True
@@ -4877,11 +5014,13 @@ class Backup:
             self._report.warn(f"{name}: {text}")
 
         meter = Meter(self._report, self._job.stop, f"{name}: reading and writing here")
+        dropped: set[datetime.datetime] = set()
         try:
             update = Update(paths, snapshot, self._job.config.keep, warn, meter, reread=self._reread)
             with contextlib.closing(update):
                 try:
-                    is_thinned = self._thin(paths)  # before: the disk may be full, and "keep" ask for fewer by now
+                    # before: the disk may be full, and "keep" ask for fewer by now
+                    is_thinned = self._thin(paths, dropped)
                     received = hosts.converse(clone, Pull(update), name)
                     update.finish()
                 except OSError as problem:
@@ -4895,7 +5034,7 @@ class Backup:
                     "disk is failing; the volume's content was put back"
                 )
             if is_thinned:  # or it was told why not
-                self._thin(paths)
+                self._thin(paths, dropped)
         except (DosvobError, OSError) as problem:
             self._fail(turn, problem)
         else:
@@ -4906,11 +5045,18 @@ class Backup:
                 f"{name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
+        finally:
+            if dropped:
+                are = "are" if len(dropped) > 1 else "is"
+                told = f"{counted_versions(dropped)} {are} not kept any more, {oldest_of(dropped)}"
+                self._report.say(f"{name}: {told}")
 
-    def _thin(self, paths: ImagePaths) -> bool:
+    def _thin(self, paths: ImagePaths, dropped: set[datetime.datetime]) -> bool:
         """Drop the versions that are not to be kept; False if not all could be: the next run tries again."""
+        before: set[datetime.datetime] = set()
         try:
             meter = Meter(self._report, self._job.stop, f"{paths.name}: thinning its versions")
+            before = {version.moment for version in Versions(paths).all()}
             Versions(paths).thin(self._job.config.keep, meter)
         except Interrupted:
             pass  # whoever waits next ends the run
@@ -4923,6 +5069,9 @@ class Backup:
                 + command_line("verify", paths.name)
             )
             return False
+        finally:
+            with contextlib.suppress(OSError, DosvobError):
+                dropped |= before - {version.moment for version in Versions(paths).all()}
         return True
 
 
@@ -4950,6 +5099,32 @@ class Source:
     volume_name: str = ""
     snapshot_at: str = ""
 
+    FORMATS: ClassVar[Mapping[tuple[int, bytes], str]] = {
+        # what a file that is no raw image has, and where; the command that makes one of it
+        (0, b"QFI\xfb"): "qemu-img convert -f qcow2 -O raw",
+        (0, b"KDMV"): "qemu-img convert -f vmdk -O raw",
+        (0, b"# Disk DescriptorFile"): "qemu-img convert -f vmdk -O raw",
+        (0, b"vhdxfile"): "qemu-img convert -f vhdx -O raw",
+        (0, b"conectix"): "qemu-img convert -f vpc -O raw",
+        (64, b"\x7f\x10\xda\xbe"): "qemu-img convert -f vdi -O raw",
+        (0, b"\x1f\x8b\x08"): "gzip -dc",
+        (0, b"\x28\xb5\x2f\xfd"): "zstd -dc",
+        (0, b"\xfd7zXZ\0"): "xz -dc",
+        (0, b"BZh"): "bzip2 -dc",
+    }
+
+    @classmethod
+    def _refuse_format(cls, path: Path, head: bytes) -> None:
+        """Raise UsageError for a file that is a packed or compressed image: a volume of it would be of no use."""
+        for (offset, magic), command in cls.FORMATS.items():
+            if head.startswith(magic, offset):
+                raw = path.with_suffix(".img" if path.suffix != ".img" else ".raw")
+                to = "" if command.startswith("qemu") else "> "
+                raise UsageError(
+                    f"{path} is no raw disk image. To make one of it: {command} {shlex.quote(str(path))} "
+                    f"{to}{shlex.quote(str(raw))}; then restore --from {shlex.quote(str(raw))}"
+                )
+
     @classmethod
     @contextlib.contextmanager
     def of_file(cls, path: Path) -> Iterator[Source]:
@@ -4958,6 +5133,7 @@ class Source:
             raise UsageError(f"there is no file {path}")
         with contextlib.closing(SparseFile(path)) as file:
             size = os.fstat(file.fd).st_size
+            cls._refuse_format(path, os.pread(file.fd, 512, 0))
 
             def chunks() -> Iterator[tuple[int, bytes]]:
                 for index, is_hole in enumerate(file.chunk_holes(0, -(-size // CHUNK))):
@@ -4980,7 +5156,7 @@ class Source:
             snapshot = chain.versions[depth - 1].snapshot if depth else chain.state.snapshot if chain.state else None
             taken = chain.versions[depth - 1].moment if depth else chain.moment
             name = f"{paths.name} of {local_time(taken)}" if taken else paths.name
-            at = ["--at", f"'{local_time(taken)}'"] if taken else []
+            at = ["--at", local_time(taken)] if taken else []
             rest = f"to restore the rest of it to a file: {command_line('restore', paths.name, 'FILE', *at)}"
             size = snapshot.size if snapshot else chain.size
             for version in chain.versions[:depth]:
@@ -5209,7 +5385,8 @@ class Selection:
                 if not self._matching(here, [pattern]):
                     job.report.warn(f'"{key}" in conf.json: no volume in {where} matches "{pattern}"; {there_are}')
         chosen = self._matching(here, names or config.include or ("*",))
-        excluded = () if names else self._matching(here, config.exclude)
+        meant = self._matching(here, [name for name in names if not set(name) & set("*?[")])  # whatever is excluded
+        excluded = [volume for volume in self._matching(here, config.exclude) if volume not in meant]
         chosen = [volume for volume in chosen if volume not in excluded]
         if not chosen:
             raise UsageError(f'"include" and "exclude" in conf.json leave no volume to back up; {there_are}')
@@ -5326,17 +5503,34 @@ class Misplaced:
     @staticmethod
     def _how_to_move(old: ImagePaths, places: Sequence[ImagePaths]) -> str:
         """What to do about an image that may belong in any of these places."""
-        files = " ".join(str(path) for path in (old.image, old.partial) if path.exists())
-        metadata = " ".join(str(path) for path in (old.state, old.versions) if path.exists())
+        files = shlex.join(str(path) for path in (old.image, old.partial) if path.exists())
+        metadata = shlex.join(str(path) for path in (old.state, old.versions) if path.exists())
         new = places[0]
-        commands = [f"mkdir -p {new.metadata}"]
-        commands += [f"mv {files} {new.directory}/"] if files else []
-        commands += [f"mv {metadata} {new.metadata}/"] if metadata else []
+        directory, new_metadata = (shlex.quote(f"{path}/") for path in (new.directory, new.metadata))
+        commands = [f"mkdir -p {new_metadata}"]
+        commands += [f"mv {files} {directory}"] if files else []
+        commands += [f"mv {metadata} {new_metadata}"] if metadata else []
         regions = " or ".join(place.directory.name for place in places)
         return (
             f"nothing tells of which region {files or metadata} is, {regions} perhaps, so that is not backed up. If it "
             f"is of {new.directory.name}: {' && '.join(commands)}; otherwise move it elsewhere"
         )
+
+
+def tell_thinning(job: Job, paths: ImagePaths, *, dry_run: bool = False) -> None:
+    """Say loudly that `keep` drops most of the older versions that there are; in a dry run all that it drops."""
+    with contextlib.suppress(OSError, DosvobError):  # the thinning itself tells
+        versions = Versions(paths)
+        count, unwanted = len(versions.all()), versions.unwanted(job.config.keep)
+        if 2 * len(unwanted) > count:
+            job.report.warn(
+                f'{paths.name}: "keep" in conf.json asks for {count - len(unwanted)} of its {count} older versions; '
+                f"{len(unwanted)} {'would be' if dry_run else 'are'} dropped, {oldest_of(unwanted)}"
+            )
+        if dry_run and paths.state.exists() and (unwanted := versions.unwanted(job.config.keep, utc_now())):
+            job.report.say(
+                f"would not keep {counted_versions(unwanted)} of {paths.name} any more, {oldest_of(unwanted)}"
+            )
 
 
 class Run:
@@ -5366,7 +5560,9 @@ class Run:
                     f"{explained(problem, home.path)}; `health` will not miss a volume that was never backed up"
                 )
         damaged |= Misplaced(job, volumes).move(damaged)
-        fit = [volume for volume in volumes if job.name(volume) not in damaged]
+        fit = [volume for volume in volumes if job.name(volume) not in damaged and self._can_write(job.name(volume))]
+        for volume in fit:
+            tell_thinning(job, ImagePaths(home.path, job.name(volume)))
         self._results = {job.name(volume): Result(job.name(volume), volume.size, "not begun") for volume in fit}
         cost = 0.0
         try:
@@ -5384,6 +5580,26 @@ class Run:
             report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included", is_result=True)
         if not report.left:
             report.say("nothing of this home's is left in the account")
+
+    def _can_write(self, name: str) -> bool:
+        """Whether an image can be written to, as it must be once all is fetched; tells if it cannot."""
+        image = ImagePaths(self._job.home.path, name).image
+        try:
+            os.close(os.open(image, os.O_WRONLY | os.O_CLOEXEC))
+        except FileNotFoundError:
+            pass
+        except PermissionError as problem:
+            status, path = image.stat(), shlex.quote(str(image))
+            mend = f"chmod u+w {path}" if status.st_uid == os.geteuid() else f"it belongs to the user {status.st_uid}"
+            if status.st_mode & stat.S_IWUSR and status.st_uid == os.geteuid():
+                mend = explained(problem, image)
+            mode = f"its mode is {stat.filemode(status.st_mode)[1:]}"
+            self._job.report.error(f"{name}: {image} cannot be written to, {mode}: {mend}; it is not backed up")
+            return False
+        except OSError as problem:
+            self._job.report.error(f"{name}: {explained(problem, image)}")
+            return False
+        return True
 
     def _plan_droplets(self, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
         """What droplets to create, by region; one of several regions that cannot have one fails for itself."""
@@ -5439,7 +5655,9 @@ class Commands:
         self._arguments = arguments
         self._report = report
         self._stop = stop
-        self._home = Home(arguments.backups)
+        names = arguments.names[:1] if arguments.command == "restore" else arguments.names
+        of = f" of {', '.join(names)}" if names else ""
+        self._home = Home(arguments.backups, f"a {arguments.command or 'backup'}{of}")
 
     def _job(self) -> Job:
         """What a command that needs the account is given; raises UsageError."""
@@ -5449,7 +5667,7 @@ class Commands:
         config = Config.load(self._arguments.config, os.environ, report.warn)
         report.secret = config.token
         if self._arguments.dry_run and self._home.path.is_dir():
-            with self._home.unchanged():  # what a run at work has created would be taken for leftovers
+            with Home(self._home.path).unchanged():  # what a run at work has created would be taken for leftovers
                 pass
         patience = Api.DRY_RUN_PATIENCE if self._arguments.dry_run else Api.PATIENCE
         return Job(config, Api(config, stop, report.say, report.detail, patience), self._home, report, stop)
@@ -5479,11 +5697,12 @@ class Commands:
         moved = {name: old for old, name in Misplaced(job, volumes).images()} if job.home.path.is_dir() else {}
         for volume in volumes:
             name = job.name(volume)
-            image = ImagePaths(job.home.path, name).image
-            old = moved.get(name)
+            paths, old = ImagePaths(job.home.path, name), moved.get(name)
+            image = paths.image
             how = "changes only" if image.exists() or (old and old.image.exists()) else "all of it, for the first time"
             first = f" (where {old.image} goes first)" if old else ""
-            self._report.say(f"would back up {name}, {volume.size // GIB} GiB, to {image}{first}: {how}")
+            self._report.say(f"would back up {name}, {human_size(volume.size)}, to {image}{first}: {how}")
+            tell_thinning(job, old or paths, dry_run=True)
         for region in dict.fromkeys(volume.region for volume in volumes):
             plan = DropletPlan.make(job.api, job.config, region)
             size, price = plan.sizes[0]
@@ -5609,11 +5828,11 @@ class Commands:
         self._home.check()
         found = [self._described(ImagePaths(home.path, name)) for name in home.chosen(self._arguments.names)]
         if self._arguments.json:
-            report.answer(json.dumps({"volumes": found}, indent=2))
+            report.answer(json.dumps({"volumes": found}, indent=2), self._stop)
         elif not found:
             report.say(f"there is no backup in {home.path} yet")
         else:
-            report.answer("\n\n".join(self._description(volume) for volume in found))
+            report.answer("\n\n".join(self._description(volume) for volume in found), self._stop)
 
     def _described(self, paths: ImagePaths) -> Json:
         """What there is of a volume, in the form of `list --json`: README has it."""
@@ -5650,9 +5869,10 @@ class Commands:
         except DosvobError as problem:
             found["problem"] = found["problem"] or str(problem)
         versions = Versions(paths).all()
+        heed = Meter(self._report, self._stop, f"{paths.name}: reading what its versions hold")
         for version, older in itertools.zip_longest(versions, versions[1:]):
             try:
-                add(version.moment, version, Versions.freed_by(version, older), damaged=not version.is_whole)
+                add(version.moment, version, Versions.freed_by(version, older, heed), damaged=not version.is_whole)
             except Damaged:
                 add(version.moment, version, version.occupied, damaged=True)
             except FileNotFoundError:  # a run that goes on has thinned them meanwhile
@@ -5755,6 +5975,9 @@ class Commands:
         name, target = arguments.names[0], Path(arguments.names[1])
         with home.unchanged():
             name = home.meant(name)
+            if target.is_dir():
+                file = command_line("restore", name, str(target / f"{name.rpartition('/')[2]}.img"))
+                raise UsageError(f"{target} is a directory: name a file in it: {file}")
             try:
                 with contextlib.closing(Chain(ImagePaths(home.path, name))) as chain:
                     depth = chain.depth_at(self._wanted_time())
@@ -5777,28 +6000,47 @@ class Commands:
         report.say(f"{told} is restored to {final}: {figures}, {checked}")
 
     def _wanted_time(self) -> datetime.datetime | None:
-        """That of --at: as `list` prints it, ISO 8601, `yesterday`, `3 days ago`; a date means its end.
-
-        Raises UsageError.
-        """
-        if (text := self._arguments.at) is None:
+        """That of --at, None for the latest; raises UsageError."""
+        text = self._arguments.at
+        if text is None or text.strip().lower() == "latest":
             return None
-        now = datetime.datetime.now().astimezone()
-        if match := re.fullmatch(r"(\d{1,5}) (minute|hour|day|week)s? ago", text.strip()):
+        return time_meant(text, datetime.datetime.now().astimezone())
+
+
+def time_meant(text: str, now: datetime.datetime) -> datetime.datetime:
+    """The time that a text means: as `list` prints it, ISO 8601, `8:00`, `yesterday 8:00`, `3 days ago`, `now`.
+
+    A week, a day, an hour, a minute or a second means its end. Raises UsageError.
+    """
+    words = " ".join(text.lower().split())
+    with contextlib.suppress(ValueError, OverflowError):
+        if words == "now":
+            return now
+        if match := re.fullmatch(r"(\d{1,5}) (minute|hour|day|week)s? ago", words):
             return now - datetime.timedelta(**{f"{match[2]}s": int(match[1])})
-        day = now.date()
-        if text.strip() in ("today", "yesterday"):
-            text = str(day - datetime.timedelta(days=text.strip() == "yesterday"))
-        try:
-            moment = datetime.datetime.fromisoformat(re.sub(r"\s+(?=[+-]\d\d:?\d\d$)", "", text.strip()))
-            if re.fullmatch(r"[\d-]{8,10}", text.strip()):
-                moment += datetime.timedelta(days=1, microseconds=-1)
-            return moment.astimezone()
-        except (ValueError, OverflowError):
-            raise UsageError(
-                f'"{text}" is not a time: "2026-11-24", "2026-11-24 08:00", with an offset if it is not of here, '
-                '"yesterday" or "3 days ago"'
-            ) from None
+        for word, days in (("today", 0), ("yesterday", 1)):
+            words = re.sub(rf"^{word}\b", str(now.date() - datetime.timedelta(days=days)), words)
+        if match := re.fullmatch(
+            r"(\d{4}-?\d\d-?\d\d|\d{4}-?w\d\d(?:-?\d)?)?"  # a date, or a week
+            r"(?:(?:^|[ t])(\d\d?)(:?\d\d)?(:?\d\d)?([.,]\d+)?)?"  # an hour, minute, second and fraction
+            r" ?(z|[+-]\d\d:?\d\d)?",
+            words,
+        ):
+            date, hour, minute, second, fraction, offset = match.groups()
+            if date or minute:
+                unit = (
+                    "days" if date and not hour else "hours" if not minute else "minutes" if not second else "seconds"
+                )
+                if unit == "days" and "w" in date and len(date.replace("-", "")) == len("2026w48"):
+                    unit = "weeks"
+                clock = f"{hour.zfill(2)}{minute or ''}{second or ''}{fraction or ''}" if hour else "00"
+                begun = datetime.datetime.fromisoformat(f"{date or now.date()}T{clock}{offset or ''}".upper())
+                length = datetime.timedelta(**{unit: 1}, microseconds=-1)
+                return (begun if fraction else begun + length).astimezone()
+    raise UsageError(
+        f'"{text}" is not a time: "2026-11-24", "2026-11-24 08:00", with an offset if it is not of here, "8:00", '
+        '"yesterday 8:00", "3 days ago" or "latest"'
+    )
 
 
 # ── main ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5824,16 +6066,17 @@ exit codes:
   128+n  ended by signal n, after removing everything
 """
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
-ACCOUNT = {"config", "backups", "dry_run"}
-TO_VOLUME = {"config", "dry_run", "to_volume", "region", "size", "from", "from_scratch"}
+PLACES = {"config", "backups"}
+ACCOUNT = {*PLACES, "dry_run"}
+TO_VOLUME = {"dry_run", "to_volume", "region", "size", "from", "from_scratch"}
 COMMANDS: Mapping[str, tuple[Callable[[Commands], None], set[str]]] = {
     # what does it, and the options that it uses
     "": (Commands.back_up, {*ACCOUNT, "reread"}),
     "sweep": (Commands.sweep, {*ACCOUNT, "all"}),
-    "verify": (Commands.verify, {"backups"}),
-    "health": (Commands.health, {"backups", "max_age"}),
-    "list": (Commands.list, {"backups", "json"}),
-    "restore": (Commands.restore, {"backups", "at", *TO_VOLUME}),
+    "verify": (Commands.verify, PLACES),
+    "health": (Commands.health, {*PLACES, "max_age"}),
+    "list": (Commands.list, {*PLACES, "json"}),
+    "restore": (Commands.restore, {*PLACES, "at", *TO_VOLUME}),
 }
 DEFAULTS: Json = {
     "config": Path("conf.json"),
@@ -5936,6 +6179,9 @@ def main(arguments: list[str] | None = None) -> int:
                 stream.flush()
             except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    for option in ("config", "backups"):
+        if (value := vars(parsed)[option]) != DEFAULTS[option]:
+            GIVEN.extend((f"--{option}", str(value)))
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # what it logs also reaches us as exceptions
     report = Reporter(quiet=parsed.quiet, verbose=parsed.verbose)
     stop = Stop()

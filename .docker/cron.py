@@ -3,6 +3,7 @@
 
     python cron.py           run what `crontab` says, beginning with its first line right away
     python cron.py health    fail if a backup is older than the schedule allows
+    python cron.py …         dosvob.py with these words, as whoever owns backups/; so does `python dosvob.py …` here
 
 The crons of Debian must stay root to run jobs, keep their output for a mail, and do not pass signals on. This one gives
 the jobs its own output, runs one at a time, and when it is told to stop passes that on and waits for the job's end.
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+SCRIPT = "lib/dosvob.py"  # which `python dosvob.py` begins by way of this file
 CRONTAB = Path("crontab")
 BACKUPS = Path("backups")
 HOUR, DAY = 60, 24 * 60  # minutes
@@ -77,26 +79,44 @@ class Job:
     either_day: bool  # a day of the month or of the week will do, as cron has it when neither field begins with *
     command: str
 
+    @property
+    def is_hourly(self) -> bool:
+        """Whether it is due in every hour: then a clock that is set forward or back is no matter of it."""
+        return len({minutes // HOUR for minutes in self.times}) == DAY // HOUR
+
     def is_on(self, date: datetime.date) -> bool:
         """Whether it is due on a day."""
         day, weekday = date.day in self.days, date.isoweekday() % 7 in self.weekdays
         return date.month in self.months and (day or weekday if self.either_day else day and weekday)
 
-    def is_due(self, moment: datetime.datetime) -> bool:
-        """Whether it is due in a minute of local time."""
-        return moment.hour * HOUR + moment.minute in self.times and self.is_on(moment.date())
+    def is_due(self, minute: int, zone: zoneinfo.ZoneInfo) -> bool:
+        """Whether it is due in a minute of the Epoch, by the clock of a zone.
+
+        As with cron, what the clock skips when it is set forward is due right after that, and what comes twice when it
+        is set back is due once; but for what is due in every hour, which goes on as if nothing were.
+        """
+        before, now = (datetime.datetime.fromtimestamp(number * 60, zone) for number in (minute - 1, minute))
+        clock = now.replace(tzinfo=None)
+        if self.is_hourly:
+            return self._is_on_clock(clock)
+        jump = (clock - before.replace(tzinfo=None)) // datetime.timedelta(minutes=1)
+        skipped = (clock - datetime.timedelta(minutes=number) for number in range(1, jump))
+        return (not now.fold and self._is_on_clock(clock)) or any(map(self._is_on_clock, skipped))
+
+    def _is_on_clock(self, clock: datetime.datetime) -> bool:
+        return clock.hour * HOUR + clock.minute in self.times and self.is_on(clock.date())
 
     def days_from(self, date: datetime.date) -> Iterator[datetime.date]:
         """The days on which it is due, for some years."""
         return (day for day in (date + datetime.timedelta(days=n) for n in range(LOOK_AHEAD)) if self.is_on(day))
 
-    def next_after(self, moment: datetime.datetime) -> datetime.datetime:
-        """When it is due next, in local time."""
-        for date in self.days_from(moment.date()):
-            for minutes in sorted(self.times):
-                due = datetime.datetime.combine(date, datetime.time(*divmod(minutes, HOUR)), moment.tzinfo)
-                if due > moment:
-                    return due
+    def next_after(self, minute: int, zone: zoneinfo.ZoneInfo) -> int:
+        """The minute of the Epoch in which it is due next."""
+        for date in self.days_from(datetime.datetime.fromtimestamp(minute * 60, zone).date()):
+            midnight = int(datetime.datetime.combine(date, datetime.time(), zone).timestamp()) // 60
+            for candidate in range(max(midnight, minute + 1), midnight + DAY + 2 * HOUR):  # clocks may be set back
+                if self.is_due(candidate, zone):
+                    return candidate
         raise Unusable(f"{CRONTAB}: {self.command!r} is never due")
 
     def longest_pause(self, date: datetime.date) -> int:
@@ -111,7 +131,7 @@ class Job:
 def read_crontab(path: Path) -> list[Job]:
     """The jobs of a crontab."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise Unusable(f"cannot read {path}: {problem}") from None
     jobs = []
@@ -130,11 +150,11 @@ def parse_job(line: str) -> Job:
     """A job from its line; raises ValueError."""
     if re.match(r"\w+\s*=", line):
         raise ValueError("variables are set in docker-compose.yml, not here")
-    nickname, _, command = line.partition(" ")
+    nickname, *command = line.split(maxsplit=1)
     if nickname.startswith("@"):
         if nickname not in NICKNAMES:
             raise ValueError(f"{nickname} is unknown; there are {', '.join(NICKNAMES)}")
-        line = f"{NICKNAMES[nickname]} {command}"
+        line = " ".join((NICKNAMES[nickname], *command))
     parts = line.split(maxsplit=len(FIELDS))
     if len(parts) <= len(FIELDS):
         raise ValueError("needs five fields and a command")
@@ -253,16 +273,17 @@ class Cron:
             self._running = None
 
     def _next(self) -> datetime.datetime:
-        now = datetime.datetime.now(self._zone)
-        return min(job.next_after(now) for job in self._jobs)
+        now = int(time.time()) // 60
+        return datetime.datetime.fromtimestamp(
+            min(job.next_after(now, self._zone) for job in self._jobs) * 60, self._zone
+        )
 
     def _look_at_the_clock(self) -> None:
         """Queue what has become due since the last look."""
         now = int(time.time()) // 60
         for minute in range(max(self._minute + 1, now - MOST_MISSED), now + 1):
-            moment = datetime.datetime.fromtimestamp(minute * 60, self._zone)
             for job in self._jobs:
-                if job.is_due(moment):
+                if job.is_due(minute, self._zone):
                     self._queue(job)
         self._minute = now
 
@@ -311,13 +332,27 @@ def check_health() -> None:
     become_owner()
     pause = read_crontab(CRONTAB)[0].longest_pause(datetime.datetime.now(time_zone()).date())
     hours = (2 * pause + RUN_TIME) / HOUR
-    os.execv(sys.executable, (sys.executable, "dosvob.py", "health", "--max-age", f"{hours:.2f}"))  # noqa: S606
+    run_script("health", "--max-age", f"{hours:.2f}")
+
+
+def run_script(*words: str) -> None:
+    """Become `dosvob.py` with these words, as the owner."""
+    become_owner()
+    os.execv(sys.executable, (sys.executable, SCRIPT, *words))  # noqa: S606
+
+
+def main(called: str, *words: str) -> None:
+    """Do what was asked for, by the name that this file was called by and the words behind it."""
+    try:
+        if Path(called).name == "dosvob.py" or words not in ((), ("health",)):
+            run_script(*words)
+        elif words:
+            check_health()
+        else:
+            serve()
+    except Unusable as problem:
+        sys.exit(str(problem))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["health"]:
-        try:
-            check_health()
-        except Unusable as problem:
-            sys.exit(str(problem))
-    serve()
+    main(*sys.argv)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from trouble_support import (
     start,
     until,
 )
+
+import dosvob
 
 pytestmark = pytest.mark.small
 
@@ -251,7 +254,24 @@ def test_ssh_comes_late(tmp_path: Path) -> None:
 def test_host_key_of_another_kind(home: Home, sim: Simulator, tmp_path: Path) -> None:
     add_volume(sim, "data")
     sim.faults.add(Fault("wrong-host-key"))
-    assert_refused(run(home, expect=1, constants={"STRANGER_LIMIT": 1}).stderr, sim, tmp_path)
+    assert_refused(run(home, expect=1).stderr, sim, tmp_path, "offers no host key of the kind ecdsa-sha2-nistp256")
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("Ciphers chacha20-poly1305@openssh.com", "offers no cipher that dosvob uses (aes128-gcm@openssh.com, "),
+        ("KexAlgorithms sntrup761x25519-sha512@openssh.com", "offers no key exchange that dosvob uses ("),
+        ("MACs umac-64@openssh.com\nCiphers aes128-ctr", "offers no MAC that dosvob uses (hmac-sha2-256, "),
+    ],
+)
+def test_hardened_server(home: Home, sim: Simulator, tmp_path: Path, line: str, what: str) -> None:
+    """It is told at once what its sshd does not offer; nobody stands between."""
+    add_volume(sim, "data")
+    sim.faults.add(Fault("hardened", text=line))
+    start = time.monotonic()
+    assert_refused(run(home, expect=1).stderr, sim, tmp_path, what)
+    assert time.monotonic() - start < dosvob.STRANGER_LIMIT / 2
 
 
 def test_host_key_of_the_same_kind(tmp_path: Path) -> None:
@@ -265,12 +285,16 @@ def test_host_key_of_the_same_kind(tmp_path: Path) -> None:
         assert key.exists()
         paramiko.ECDSAKey.generate(bits=256).write_private_key_file(str(key))
         assert running.end() == 1
-        assert_refused(running.output, sim, tmp_path / "account")
+        assert_refused(running.output, sim, tmp_path / "account", STRANGER)
 
 
-def assert_refused(errors: str, sim: Simulator, directory: Path) -> None:
+STRANGER = "does not have the host key of the droplet that was created: somebody may stand between"
+
+
+def assert_refused(errors: str, sim: Simulator, directory: Path, says: str) -> None:
     """It was said, nobody logged in or tried to, and nothing is left."""
-    assert "does not have the host key of the droplet that was created" in errors
+    assert says in errors
+    assert says == STRANGER or "between" not in errors
     assert "Traceback" not in errors
     logs = "".join(path.read_text() for path in sshd_logs(directory))
     assert "Server listening" in logs  # it is sshd's own log, in which a login would stand

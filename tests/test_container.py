@@ -308,6 +308,43 @@ def test_wrong_token_is_told_and_not_tried_again(project: Project, sim: Simulato
     assert len(sim.requests) == asked
 
 
+@pytest.fixture
+def backed_up(project: Project, sim: Simulator) -> Project:
+    """A container at rest, and one backup, which cannot be had again."""
+    write_at(sim.add_volume("data").path, 5 * MIB, os.urandom(3 * MIB))
+    project.up()
+    project.until_logged(f"{ENDED} 0")
+    return project
+
+
+def test_commands_in_the_container(backed_up: Project, sim: Simulator) -> None:
+    """As the owner, in the container that runs and in one for the command alone; nothing but a backup is one."""
+    project = backed_up
+    assert_commands(project, sim, "exec", "-T", "dosvob", "python", "dosvob.py")
+    assert_commands(project, sim, "exec", "-T", "dosvob", "python", "cron.py")
+    assert project.log().count("cron: running") == 1
+    project.compose("down")  # with the host's network, `run` cannot link its container to one that is there
+    assert_commands(project, sim, "run", "--rm", "-T", "dosvob")
+
+
+def assert_commands(project: Project, sim: Simulator, *way: str) -> None:
+    """What does not back up needs no account, and is the owner's; what is no command is refused."""
+    asked = len(sim.requests)
+    assert "data: fra1, 1.0 GiB" in project.compose(*way, "list")
+    assert "data: sound" in project.compose(*way, "verify")
+    target = f"backups/{len(sim.requests)}.img"
+    assert f"is restored to {target}" in project.compose(*way, "restore", "data", target)
+    assert same(project.directory / target, project.backups / "data")
+    told = project.compose(*way, "restore", "data", expect=2)
+    assert "new file: docker-compose exec dosvob python dosvob.py restore data data.img" in told
+    assert len(sim.requests) == asked
+    assert_owned(project)
+    assert "nothing of dosvob's is left" in project.compose(*way, "sweep")
+    assert 'did you mean the command "list"?' in project.compose(*way, "lst", expect=2)
+    assert 'no volume in fra1 matches "bash"' in project.compose(*way, "bash", expect=2)
+    assert {request.method for request in sim.requests[asked:]} == {"GET"}
+
+
 def failing_streak(project: Project) -> int:
     """How many checks of its health have failed in a row."""
     return int(project.inspect()["State"]["Health"]["FailingStreak"])

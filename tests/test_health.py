@@ -371,7 +371,8 @@ def test_limit_in_the_container_follows_from_the_schedule(home: Home, sim: Simul
     (home.directory / "crontab").write_text(f"# when\n{line}  python dosvob.py\n0 0 1 1 * python dosvob.py verify\n")
     home.image("data").touch()
     write_old_state(home, "data")
-    shutil.copy(SCRIPT, home.directory)
+    (home.directory / "lib").mkdir()
+    shutil.copy(SCRIPT, home.directory / "lib")
     cron = SCRIPT.parent / ".docker" / "cron.py"
     done = subprocess.run(
         [sys.executable, cron, "health"], cwd=home.directory, capture_output=True, text=True, check=False, timeout=60

@@ -316,7 +316,7 @@ def test_name_that_is_taken(home: Home, sim: Simulator, lost: Lost) -> None:
     assert_nothing_made(sim)
 
 
-@pytest.mark.parametrize("option", [("--size", "2"), ("--region", "fra1"), ("--from", "x"), ("--config", "conf.json")])
+@pytest.mark.parametrize("option", [("--size", "2"), ("--region", "fra1"), ("--from", "x")])
 def test_options_of_a_volume_need_one(home: Home, sim: Simulator, lost: Lost, option: tuple[str, str]) -> None:
     done = home.run("restore", "data", "file.img", *option, expect=2)
     assert f"restore uses {option[0]} with --to-volume alone" in done.stderr

@@ -598,10 +598,10 @@ def test_a_list_is_of_what_is_left_when_versions_are_thinned_meanwhile(
     oldest = sorted(user.paths.versions.iterdir())[0]
     freed_by = dosvob.Versions.freed_by
 
-    def thin_first(version: dosvob.Version, older: dosvob.Version | None) -> int:
+    def thin_first(version: dosvob.Version, older: dosvob.Version | None, *more: Callable[[int], None]) -> int:
         if older is not None and older.path == oldest:
             oldest.unlink(missing_ok=True)
-        return freed_by(version, older)
+        return freed_by(version, older, *more)
 
     before = len(listed(user.backups))
     monkeypatch.setattr(dosvob.Versions, "freed_by", thin_first)

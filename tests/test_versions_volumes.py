@@ -362,7 +362,7 @@ def test_a_disk_that_is_full_while_versions_are_thinned(tmp_path: Path, tmpfs: T
         _report=types.SimpleNamespace(warn=warnings.append, progress=lambda text: None),
     )
     tmpfs.leave_free(PAGE)
-    dosvob.Backup._thin(cast("dosvob.Backup", backup), lineage.paths)
+    dosvob.Backup._thin(cast("dosvob.Backup", backup), lineage.paths, set())
     tmpfs.leave_free(60 * MIB)
     assert lineage.check() == before
     assert len(warnings) == 1

@@ -384,6 +384,7 @@ class Cloud:
             deaf_connections=deaf.times_on_droplet if deaf else 0,
             bytes_per_second=slow.bytes if slow else 0,
             python=python.text if python else "",
+            sshd_config=by_kind["hardened"].text if "hardened" in by_kind else "",
             late_automount="late-automount" in by_kind,
             holds_devices="device-held" in by_kind,
         )

@@ -40,6 +40,7 @@ DropletKind = Literal[
     "ssh-deaf",  # ... opens a channel on each of its first `times_on_droplet` connections and hears nothing after that
     "ssh-slow",  # ... sends `bytes` a second, and no more
     "python",  # ... has the command `text` as its python3
+    "hardened",  # ... has the line `text` first in its sshd_config
     "late-automount",  # ... gets the auto-mount rule anew when its boot commands are done
     "device-held",  # ... has something that holds each volume's device exclusively, as a mount or a device-mapper does
 ]

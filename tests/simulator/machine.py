@@ -90,6 +90,8 @@ class MachineOptions:
     """What a connection takes from it; 0 for no limit."""
     python: str = ""
     """A command to be run as `python3`."""
+    sshd_config: str = ""
+    """A line for sshd's configuration, which goes before the others."""
     late_automount: bool = False
     """Whether the auto-mount rule is written once more when SSH opens."""
     holds_devices: bool = False
@@ -314,6 +316,7 @@ class Machine:
     def _sshd_config(self, host_keys: list[str]) -> str:
         path = f"{PRIVATE}/bin:{_PATH}" if self._options.python else _PATH
         lines = [
+            self._options.sshd_config,
             f"ListenAddress {'127.0.0.1' if self._options.has_relay else self.address}",
             *(f"HostKey {PRIVATE}/{name}" for name in host_keys),
             f"AuthorizedKeysFile {PRIVATE}/authorized_keys",
