@@ -125,6 +125,7 @@ def assert_python_refused(done: subprocess.CompletedProcess[str], version: str) 
 
 @pytest.mark.parametrize("arguments", [(), ("--version",), ("health",)], ids=words)
 @pytest.mark.parametrize("minor", [8, 9, 10])
+@pytest.mark.beyond_bare
 def test_an_older_python_is_told_which_one_is_needed(home: Home, minor: int, arguments: tuple[str, ...]) -> None:
     python = python_3(minor)
     if python is None:
