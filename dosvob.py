@@ -55,7 +55,11 @@ import sys
 
 def refuse_to_start(what: str, mend: str) -> None:
     """End with exit code 2 and one line: what is missing, and the command that mends it."""
-    sys.stderr.write("dosvob: " + what + ": " + mend + "\n")
+    try:
+        sys.stderr.write("dosvob: " + what + ": " + mend + "\n")
+        sys.stderr.flush()
+    except (AttributeError, OSError):  # it is closed, or nobody reads it
+        sys.stderr = None  # else Python tries again at its exit, and makes the exit code 120
     sys.exit(2)
 
 
@@ -6086,6 +6090,14 @@ DEFAULTS: Json = {
 }
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """One whose help and errors nobody needs to read: argparse's own ends with a traceback then in Python 3.11.2."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with contextlib.suppress(OSError):
+            super()._print_message(message, file)
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; `command` is one of COMMANDS, `names` what follows."""
 
@@ -6096,7 +6108,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             raise ValueError
         return value
 
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="dosvob.py",
         description="Back up DigitalOcean volumes into raw disk images, fetching only what changed; bring them back.",
         epilog=EPILOG,
@@ -6163,22 +6175,32 @@ def open_standard_streams() -> None:
     os.close(fd)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - open as long as the program runs
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    drop_unwritten()  # such as a warning of what was imported
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to lose the line
+
+
+def drop_unwritten() -> None:
+    """Let go of what Python could not write: it would try again at its exit, and make the exit code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     open_standard_streams()
     try:
-        parsed = parse_arguments(arguments)
-    finally:  # argparse writes help and errors to what may be a closed pipe, which Python would tell of at its exit
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return run_program(parse_arguments(arguments))
+    finally:
+        drop_unwritten()
+
+
+def run_program(parsed: argparse.Namespace) -> int:
+    """Run a command with what it reports by and is stopped by; returns the program's exit code."""
     for option in ("config", "backups"):
         if (value := vars(parsed)[option]) != DEFAULTS[option]:
             GIVEN.extend((f"--{option}", str(value)))

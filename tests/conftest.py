@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +54,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     if config.option.exhaustive:
         return "matrices: every case (--all)"
     return f"matrices: a sample, to be repeated with --seed {config.option.seed}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was skipped and why, in a line for each reason, so that a missing tool is seen."""
+    told = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped")]
+    for reason, count in Counter(" ".join(words.split()) for words in told).most_common():
+        terminalreporter.line(f"{count} skipped: {reason}")
 
 
 def sampled(config: pytest.Config, items: Sequence[T], count: int) -> list[T]:

@@ -1089,6 +1089,7 @@ def test_the_agents_source_needs_nothing_but_itself_and_the_standard_library() -
 
 
 @pytest.mark.parametrize("version", ["3.6", "3.8", "3.9", "3.10", "3.12", "3.13"])
+@pytest.mark.beyond_bare
 def test_the_agent_runs_on_the_pythons_that_droplets_have(tmp_path: Path, version: str) -> None:
     python = python_3(int(version.removeprefix("3.")))
     if not python:

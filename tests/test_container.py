@@ -42,7 +42,7 @@ def why_not() -> str:
 
 
 REASON = why_not()
-pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
+pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON), pytest.mark.beyond_bare]
 
 
 def until(what: str, condition: Callable[[], Any], limit: float = 150, log: Callable[[], str] = str) -> None:
@@ -264,7 +264,7 @@ class TestStopping:
     def with_time(self, pytestconfig: pytest.Config) -> None:
         """For tests that take minutes."""
         if not pytestconfig.option.exhaustive:
-            pytest.skip("takes a minute: --all")
+            pytest.skip("takes minutes: with --all only")
 
     def test_runs_never_overlap(self, with_time: None, at_work: Project, sim: Simulator) -> None:
         """What is due while it still runs is left out."""

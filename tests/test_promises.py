@@ -724,6 +724,7 @@ def old_python(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fault
 
 
 @pytest.mark.parametrize("old_python", ["3.8", "3.9"], indirect=True)
+@pytest.mark.beyond_bare
 def test_a_droplet_with_an_old_python_will_do(home: Home, sim: Simulator, old_python: Fault) -> None:
     volume = add_volume(sim, NAME)
     sim.faults.add(old_python)
@@ -736,6 +737,7 @@ def test_a_droplet_with_an_old_python_will_do(home: Home, sim: Simulator, old_py
 @pytest.mark.parametrize(
     ("old_python", "version"), [("3.7", "3.7"), ("3.6", "3.6")], indirect=["old_python"], ids=["3.7", "3.6"]
 )
+@pytest.mark.beyond_bare
 def test_a_droplet_with_a_python_that_is_too_old_is_told(
     home: Home, sim: Simulator, old_python: Fault, version: str
 ) -> None:
