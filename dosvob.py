@@ -3680,14 +3680,13 @@ class Push(Conversation):
             self._warn(f"{told}; they are written once more")
 
     def _parts(self) -> tuple[tuple[int, int], ...]:
-        """What is not known to be right, with short gaps; nothing while there is something that is not sent yet."""
-        gap = 1
+        """What is not known to be right, and the gaps if it is in many places; nothing while something is not sent."""
+        pattern, gap = rb"\x00+", 1
         while self._passed == self.chunks:
-            gap *= 8
-            pattern = rb"\x00+(?:\x01{1,%d}\x00+)*" % gap
             parts = tuple(match.span() for match in re.finditer(pattern, self._right))
             if len(parts) <= self.MOST_PARTS:
                 return parts
+            pattern, gap = rb"\x00+(?:\x01{1,%d}\x00+)*" % gap, gap * 8
         return ()
 
     def _on_hello(self, payload: bytes) -> None:
