@@ -1397,6 +1397,7 @@ HEARTBEAT = 5.0  # seconds
 KEPT_MEMORY = 32 << 20  # bytes; the most that glibc takes as M_MMAP_THRESHOLD
 DEVICE_LIMIT = 60.0  # seconds for the device to appear after its attach action completed
 EXCLUSIVE_LIMIT = 5.0  # seconds for which something, such as udev's probing, may have it for itself
+ENDING_LIMIT = 60.0  # seconds for which an agent whose connection is gone may not have noticed
 SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ of fcntl(2), which Python has had a name for since 3.10
 AGENT_MAGIC = b"dosvob agent 3\n"
 FRAME = ">BII"
@@ -1752,11 +1753,20 @@ class Agent:
         self.fd = os.open(self.device, os.O_RDWR if self.writes else os.O_RDONLY)
         os.close(fd)
         if self.writes:
-            fcntl.flock(self.fd, fcntl.LOCK_EX)  # which the agent before it holds to its end
+            self.wait_for_the_one_before()
             os.fdatasync(self.fd)
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         size = os.lseek(self.fd, 0, os.SEEK_END)
         self.announce(framed(HELLO, 0, AGENT_MAGIC, struct.pack(">Q?", size, LIBZSTD is not None)))
+
+    def wait_for_the_one_before(self) -> None:
+        """Wait for the end of another agent that writes, until it is clear that it hangs, and writes no more."""
+        end = time.monotonic() + ENDING_LIMIT
+        while time.monotonic() < end:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.1)
 
     def refuse_if_in_use(self) -> None:
         """Raise OSError if the device, or a part of it, is mounted or otherwise claimed: it would change meanwhile.
@@ -3707,14 +3717,13 @@ class Push(Conversation):
             self._warn(f"{told}; they are written once more")
 
     def _parts(self) -> tuple[tuple[int, int], ...]:
-        """What is not known to be right, with short gaps; nothing while there is something that is not sent yet."""
-        gap = 1
+        """What is not known to be right, and the gaps if it is in many places; nothing while something is not sent."""
+        pattern, gap = rb"\x00+", 1
         while self._passed == self.chunks:
-            gap *= 8
-            pattern = rb"\x00+(?:\x01{1,%d}\x00+)*" % gap
             parts = tuple(match.span() for match in re.finditer(pattern, self._right))
             if len(parts) <= self.MOST_PARTS:
                 return parts
+            pattern, gap = rb"\x00+(?:\x01{1,%d}\x00+)*" % gap, gap * 8
         return ()
 
     def _on_hello(self, payload: bytes) -> None:

@@ -350,7 +350,7 @@ def test_limit_of_the_capacity(home: Home, sim: Simulator, lost: Lost) -> None:
 AT_FIRST = ("account:read", "regions:read", "sizes:read", "image:read", "droplet:read", "block_storage:read")
 BEFORE_THE_UPLOAD = (
     *("droplet:create", "block_storage:create", "block_storage_action:create", "block_storage_action:read"),
-    *("actions:read", "tag:create", "ssh_key:read", "ssh_key:create", "snapshot:read"),
+    *("tag:create", "ssh_key:read", "ssh_key:create", "snapshot:read"),
 )
 
 
@@ -556,7 +556,7 @@ except FileExistsError:
 def test_what_is_sent_into_silence_is_not_waited_for(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
     """It is in the kernel's hands by then: here the droplet's sshd stands still before it has taken anything."""
     sim.faults.add(python(tmp_path, STOPPING.replace("DIRECTORY", str(tmp_path))))
-    done = restore(home, "data", constants={"STALL_LIMIT": 2})
+    done = restore(home, "data", constants={"STALL_LIMIT": 2, "ENDING_LIMIT": 2})
     assert "connecting again" in done.stderr
     assert same(new_volume(sim).path, lost.newer)
 
