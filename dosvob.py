@@ -314,6 +314,289 @@ def local_time(moment: datetime.datetime) -> str:
     return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
 
 
+def explained(problem: DosvobError | OSError, where: Path) -> str:
+    """What an error says to the user; of what the local disk refused, `where` unless it names the file itself."""
+    if isinstance(problem, DosvobError):
+        return str(problem)
+    advice = {
+        errno.ENOSPC: "make room there and run again",
+        errno.EDQUOT: "make room there and run again",
+        errno.EROFS: "mount it for writing",
+        errno.EACCES: "it must belong to the user who runs dosvob",
+        errno.EPERM: "it must belong to the user who runs dosvob",
+        errno.EXDEV: "it is on another disk than where it belongs: move it there yourself",
+        errno.EIO: "the disk may be failing: look at the kernel's log",
+    }.get(problem.errno or 0, "look at that file and its disk")
+    return f"{problem.filename or where}: {problem.strerror or problem}: {advice}"
+
+
+def is_disk_full(problem: BaseException) -> bool:
+    """Whether it tells of a full disk, or of a quota."""
+    return isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+# ── Reporting ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# What the user sees: on a terminal a live line, in a log lines with the time (UTC) now and then; a table at the end.
+
+
+class Writer:
+    """Writes to one file descriptor, in a thread of its own. `has_failed` tells whether something could not be."""
+
+    MOST_QUEUED = 10_000  # lines that wait for a terminal or a pipe that takes nothing more; later ones are lost
+    STUCK_LIMIT = 5  # seconds for which it is waited for at the end
+
+    def __init__(self, fd: int, encoding: str) -> None:
+        self.is_terminal = os.isatty(fd)
+        self._fd = fd
+        self._encoding = encoding
+        self.has_failed = False
+        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
+
+    def put(self, text: str) -> None:
+        """Write this when what was put before has been written; never waits."""
+        if self._queue.qsize() < self.MOST_QUEUED:
+            self._queue.put(text)
+
+    def close(self) -> bool:
+        """Let what is queued be written; returns whether it could be."""
+        self._queue.put(None)
+        self._thread.join(self.STUCK_LIMIT)
+        return not self._thread.is_alive()
+
+    def flush(self, stop: Stop) -> None:
+        """Wait until all that was put is written, or cannot be, however long that takes; raises Interrupted."""
+        self._queue.put(None)
+        while self._thread.is_alive():
+            stop.sleep(Stop.NAP)
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
+
+    def _write(self) -> None:
+        # To the descriptor: what cannot be written must not be tried again by Python at its exit, with the code 120.
+        while (text := self._queue.get()) is not None:
+            view = memoryview(text.encode(self._encoding, "replace"))
+            while view:
+                try:
+                    view = view[os.write(self._fd, view) :]
+                except BlockingIOError:  # somebody else who has it too has set it so
+                    time.sleep(Stop.NAP)
+                except OSError:  # a terminal that was closed is no reason to end
+                    self.has_failed = True
+                    break
+
+
+class Reporter:
+    """Writes to the user, from any thread. `secret` never gets out, and nothing that could steer a terminal does.
+
+    Threads of their own do the writing: a terminal that was stopped with ^S, or a pipe that nobody reads, must not
+    keep a run, and its teardown least of all, from its work.
+    """
+
+    LOG_INTERVAL = 60  # seconds between a log's lines about the same sync
+    LIVE_INTERVAL = 0.2  # seconds between updates of a terminal's live line
+    LINE_LIMIT = 10_000  # characters; an answer of the API that is quoted may have any length
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
+        self.verbose = verbose
+        self.quiet = quiet
+        self.secret = ""
+        self.current = ""  # what is going on, for whoever asks with a second signal
+        self.has_failed = False  # whether there was an error
+        self.left: set[Resource] = set()  # what could not be removed from the account
+        self.summary: list[str] = []  # what somebody who was not there must know: warnings, errors, results
+        self._lock = threading.Lock()
+        self._live = ""
+        self._output = Writer(1, sys.stdout.encoding or "utf-8")
+        # In one place they keep their order
+        self._errors = self._output if os.path.sameopenfile(1, 2) else Writer(2, sys.stderr.encoding or "utf-8")
+        self._lined_at = 0.0 if self._output.is_terminal else time.monotonic()
+
+    def close(self) -> bool:
+        """Let what is queued be written; returns whether it could be."""
+        closed = [writer.close() for writer in {self._output, self._errors}]
+        return all(closed)
+
+    def say(self, text: str, *, is_result: bool = False) -> None:
+        """Something happened, or came of the run."""
+        if is_result:
+            self.summary.append(text)
+        if not self.quiet:
+            self._write(self._output, text)
+
+    def detail(self, text: str) -> None:
+        """Something that is of interest with --verbose only."""
+        if self.verbose:
+            self._write(self._output, text)
+
+    def warn(self, text: str, kind: str = "warning") -> None:
+        """Something that the user should look into."""
+        self.summary.append(f"{kind}: {text}")
+        self._write(self._errors, f"{kind}: {text}")
+
+    def error(self, text: str) -> None:
+        """Something failed, and so does the command."""
+        self.has_failed = True
+        self.warn(text, "error")
+
+    def answer(self, text: str, stop: Stop) -> None:
+        """What was asked for: as it is, also with --quiet, and without the time. All of it, or it is a failure."""
+        self._output.put(self.clean(text) + "\n")
+        self._output.flush(stop)
+        if self._output.has_failed:
+            self.error("the output could not be written, not all of it at least")
+
+    def doing(self, text: str) -> None:
+        """What is going on now."""
+        self.current = self.clean(text)
+        self.detail(text)
+
+    def left_behind(self, left: Mapping[Resource, str], *, of_all: bool = False) -> None:
+        """Say loudly what could not be removed; `of_all` if that was to be of all homes."""
+        self.left |= set(left)
+        for resource, reason in left.items():
+            what = "there may be something " if resource.id == UNKNOWN else ""
+            billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
+            self.error(
+                f"{what}LEFT BEHIND{billed}: {resource}. {reason}. Remove it at "
+                f"https://cloud.digitalocean.com{KINDS[resource.kind].panel} or run: "
+                + command_line("sweep", *["--all"] * of_all)
+            )
+
+    def progress(self, text: str) -> None:
+        """How far something has got: replaces the live line on a terminal, and is a line now and then in a log."""
+        interval = self.LIVE_INTERVAL if self._output.is_terminal else self.LOG_INTERVAL
+        if self.quiet or time.monotonic() - self._lined_at < interval:
+            return
+        self._lined_at = time.monotonic()
+        if self._output.is_terminal:
+            with self._lock:
+                self._live = self.clean(text)[: shutil.get_terminal_size().columns - 1]
+                self._output.put(f"\r\x1b[2K{self._live}")
+        else:
+            self._write(self._output, text)
+
+    def end_progress(self) -> None:
+        """Take the live line away; the next progress shows at once."""
+        self._lined_at = 0.0 if self._output.is_terminal else time.monotonic()
+        with self._lock:
+            if self._live:
+                self._live = ""
+                self._output.put("\r\x1b[2K")
+
+    def interject(self, text: str) -> None:
+        """Tell something from a signal handler, which may have interrupted whoever holds the lock."""
+        self._errors.put(self._lines(self._errors, text))
+
+    def _lines(self, writer: Writer, text: str) -> str:
+        stamp = "" if writer.is_terminal else f"{utc_now().isoformat()} "
+        return "".join(f"{stamp}{line}\n" for line in self.clean(text).splitlines())
+
+    def _write(self, writer: Writer, text: str) -> None:
+        lines = self._lines(writer, text)
+        with self._lock:
+            writer.put(f"\r\x1b[2K{lines}{self._live}" if self._live and writer.is_terminal else lines)
+
+    def clean(self, text: str) -> str:
+        """The text without the secret and without what could steer a terminal."""
+        if self.secret:
+            text = text.replace(self.secret, "***")
+        text = "".join(char if char.isprintable() or char == "\n" else "�" for char in text)
+        return "\n".join(line[: self.LINE_LIMIT] for line in text.split("\n"))
+
+
+GIVEN: list[str] = []  # the options of this call that say where all is, which a command that is to be pasted needs too
+
+
+def command_line(*words: str) -> str:
+    """A command of ours that can be pasted where this one was: words for a shell."""
+    script = os.path.abspath(sys.argv[0])
+    is_in_path = shutil.which(Path(sys.executable).name) == sys.executable
+    python = Path(sys.executable).name if is_in_path else near_path(sys.executable)
+    outside = os.environ.get("DOSVOB_COMMAND")  # the container's
+    return " ".join([outside or shlex.join([python, near_path(script)]), shlex.join([*GIVEN, *words])])
+
+
+def near_path(path: str) -> str:
+    """A path as it is shortest from here: relative only to what is below."""
+    here = os.getcwd()
+    return os.path.relpath(path) if Path(path).is_relative_to(here) else path
+
+
+class Meter:
+    """How far something is that goes over many bytes; heeds a stop as well."""
+
+    def __init__(self, report: Reporter, stop: Stop, what: str, total: int = 0, *, is_announced: bool = False) -> None:
+        self.done = 0
+        self._is_told = is_announced
+        self._report = report
+        self._stop = stop
+        self._what = what
+        self._total = total
+        self._start = time.monotonic()
+
+    def __call__(self, size: int, more: str = "") -> None:
+        """So many bytes more; `more` is told behind the total, if there is one. Raises Interrupted."""
+        self._stop.check()
+        if not self.done and self._is_told:
+            self._report.say(f"{self._what}; when it is stopped, it goes on next time")
+        self.done += size
+        rate = self.done / max(time.monotonic() - self._start, 0.001)
+        of = f" of {human_size(self._total)}{more}, {human_size(rate)}/s" if self._total else ""
+        left = f", {human_time((self._total - self.done) / rate)} left" if self._total and rate else ""
+        self._report.progress(f"{self._what}: {human_size(self.done)}{of}{left}")
+
+
+def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> None:
+    """Tell a service in the manner of healthchecks.io how a run goes: https://healthchecks.io/docs/http_api/
+
+    `event` is "/start", "" for success or "/fail". That is done at once or not at all: a ping that fails is worth a
+    warning, without the address (who knows that can send pings too), and nothing else comes of it.
+    """
+    if url is None:
+        return
+    limit = 5  # seconds
+    most = 10_000  # bytes, from the end; a service may keep no more of it
+    parts = urllib.parse.urlsplit(url)
+    address = parts._replace(path=parts.path.rstrip("/") + event).geturl()
+    lines = [] if event == "/start" else [*report.summary, *([f"error: {problem}"] if problem else [])]
+    body = report.clean("\n".join(lines)).encode(errors="replace")[-most:]
+    headers = {"User-Agent": f"dosvob/{VERSION}", "Content-Type": "text/plain; charset=utf-8"}
+    post = functools.partial(requests.post, address, body, headers=headers, timeout=limit, allow_redirects=False)
+    try:
+        response = within(limit, post)
+        failure = "" if 200 <= response.status_code < 300 else f"HTTP status {response.status_code}"
+    except TimeoutError:
+        failure = f"no answer within {limit} s"
+    except Exception as unreachable:  # noqa: BLE001 - whatever it is, the backup is what matters
+        failure = reason(root_cause(unreachable))
+    if failure:
+        report.warn(f"the ping to {parts.hostname} failed: {failure}; the backup is not affected")
+
+
+def counted_versions(moments: Collection[datetime.datetime]) -> str:
+    """How many versions of these times there are, to be followed by what becomes of them: `8 versions`."""
+    return f"{len(moments)} version{'s' * (len(moments) > 1)}"
+
+
+def oldest_of(moments: Collection[datetime.datetime]) -> str:
+    """What is told of the oldest of some versions, behind what becomes of them."""
+    return f"{'the oldest ' * (len(moments) > 1)}of {local_time(min(moments))[:10]}"
+
+
+def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    """Rows in columns, those whose numbers are in `left` adjusted to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number in left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
 # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────────
 # Reads conf.json and the environment. Whatever is wrong there is told in terms of the file, before anything is begun.
 
@@ -1184,7 +1467,7 @@ class Ephemeral:
         body = {"name": name, "region": volume.region, "size_gigabytes": volume.size // GIB}
         body["description"] = description  # by which it is told from somebody else's if the answer is lost
         patient = self._api.with_stop(self._api.stop, self.NEW_PATIENCE)
-        start, intervals, has_room = time.monotonic(), self._api.backoff(), False
+        start, intervals, may_scan_on = time.monotonic(), self._api.backoff(), False
         try:
             while True:
                 try:
@@ -1192,13 +1475,13 @@ class Ephemeral:
                 except ApiError as problem:
                     if problem.status not in (403, 422):
                         raise
-                    if has_room:
+                    if may_scan_on:
                         patient.pause(problem, next(intervals), start)
                         continue
                     self._report.say(f"{problem}; removing {volume.name}, whose snapshot has all, to make room")
                 self.remove_droplets()
                 self._remove_volume(volume)
-                has_room = True
+                may_scan_on = True
         finally:
             if self._asked.pop(name, None):
                 self._report.warn(f"it is not known whether the volume {name} was made: if it is there, it is whole")
@@ -1635,7 +1918,7 @@ class Agent:
         self.fd = -1
         self.announced: dict[int, bytes] = {}  # the page digests of chunks that are not done with, by index
         self.held: dict[int, bytes] = {}  # those of these chunks that need not be read again
-        self.room = threading.Condition()
+        self.window_moved = threading.Condition()
         self.requests: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()  # kind, index and bitmap
         self.frames: queue.Queue[bytes] = queue.Queue(QUEUED_FRAMES)
         self.announcements: collections.deque[bytes] = collections.deque()  # frames that go before those
@@ -1701,14 +1984,14 @@ class Agent:
         for index, chunk in self.read_chunks():
             pages = b"" if chunk == zero_chunk else page_digests(chunk)
             if pages:
-                with self.room:
+                with self.window_moved:
                     self.announced[index] = pages
                     if len(self.held) < HELD and not self.writes:
                         self.held[index] = chunk
             else:
                 zeros += 1
             is_late = index + 1 == self.parts[-1][1] or time.monotonic() - flushed > BATCH_SECONDS
-            is_due = is_late or len(batch) >= BATCH or not self.has_room(index)
+            is_due = is_late or len(batch) >= BATCH or not self.may_scan_on(index)
             if zeros and (pages or is_due or index + 1 in ends):
                 batch.append(framed(ZEROS, index + (not pages) - zeros, struct.pack(">I", zeros)))
                 zeros = 0
@@ -1718,12 +2001,12 @@ class Agent:
                 self.announce(b"".join(batch))
                 batch.clear()
                 flushed = time.monotonic()
-                with self.room:
-                    self.room.wait_for(lambda: self.has_room(index))  # noqa: B023 - called before the next index
+                with self.window_moved:
+                    self.window_moved.wait_for(lambda: self.may_scan_on(index))  # noqa: B023 - called before the next index
 
-    def has_room(self, index: int) -> bool:
+    def may_scan_on(self, index: int) -> bool:
         """Whether the scan may go on beyond this chunk."""
-        with self.room:
+        with self.window_moved:
             first = next(iter(self.announced), index)  # they come in order
             return len(self.announced) < self.window and index - first < MOST_AHEAD
 
@@ -1829,11 +2112,11 @@ class Agent:
 
     def forget(self, index: int, count: int) -> None:
         """Make room for other chunks."""
-        with self.room:
+        with self.window_moved:
             for dropped in range(index, index + count):
                 self.announced.pop(dropped, None)
                 self.held.pop(dropped, None)
-            self.room.notify()
+            self.window_moved.notify()
 
     def answer_requests(self) -> None:
         """Answer all commands that want it."""
@@ -1954,11 +2237,6 @@ def unseal(kind: str, block: bytes, path: Path) -> Json | None:
             f"{path} was written by a newer dosvob (format {version}): update dosvob; nothing was changed"
         )
     return content
-
-
-def is_disk_full(problem: BaseException) -> bool:
-    """Whether it tells of a full disk, or of a quota."""
-    return isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync_directory(path: Path) -> None:
@@ -2411,7 +2689,7 @@ class Version:
         is_whole, changed = bool(head) and footer is not None, footer["changed"] if footer else 0
         return cls(path, moment, is_whole, snapshot, newer, changed, path.stat().st_size)
 
-    def is_loose(self, newer: Sequence[Snapshot | None]) -> bool:
+    def lacks_newer(self, newer: Sequence[Snapshot | None]) -> bool:
         """Whether it leads back from none of the newer snapshots, so that what is between is missing.
 
         None stands for one that is not known, being damaged: then that one tells, and this one leads back from it.
@@ -2444,7 +2722,7 @@ class Versions:
         moments = [*([upcoming] if upcoming else []), image, *(version.moment for version in versions)]
         return [moment for moment, stays in zip(moments, keep.wanted(moments), strict=True) if not stays]
 
-    def thin(self, keep: Keep, heed: Callable[[int], None] = lambda _: None) -> None:
+    def thin(self, keep: Keep, tick: Callable[[int], None] = lambda _: None) -> None:
         """Drop those that `keep` does not ask for; raises OSError, Damaged, and has dropped none wrongly then.
 
         What a version has that is to be dropped goes into the next older one that stays: that one's new file, which
@@ -2464,7 +2742,7 @@ class Versions:
         for *dropped, version in groups:
             try:
                 if dropped:
-                    self._merge([*dropped, version], heed)
+                    self._merge([*dropped, version], tick)
                     self._remove(dropped)
             except Damaged as problem:  # which is no reason to keep others for ever
                 damaged = problem
@@ -2477,13 +2755,13 @@ class Versions:
             version.path.unlink()
             sync_directory(self._paths.versions)
 
-    def _merge(self, versions: Sequence[Version], heed: Callable[[int], None]) -> None:
+    def _merge(self, versions: Sequence[Version], tick: Callable[[int], None]) -> None:
         """Let the last of the versions, the oldest, lead back over all of them, which come the newest first."""
         oldest, known = versions[-1], [versions[0].newer]
         for version in versions:
             if not version.is_whole:
                 raise Damaged(f"{version.path} is damaged")
-            if version.is_loose(known):
+            if version.lacks_newer(known):
                 raise Damaged(f"what {version.path} leads back from is missing")
             known.append(version.snapshot)
         target = oldest.path.with_name(f"{oldest.path.name}.new")
@@ -2497,7 +2775,7 @@ class Versions:
                 for index, patches in PatchStream.by_chunk(streams):
                     if index < size // CHUNK:
                         merged.append(self._one_of([*patches.values()]))
-                    heed(sum(patch.length for patch in patches.values()))
+                    tick(sum(patch.length for patch in patches.values()))
                 for stream in streams:
                     if stream.doubtful:
                         raise Damaged(f"{stream.file.path} is damaged")
@@ -2520,7 +2798,7 @@ class Versions:
         return Patch.of(last.index, pages, Patch.select(chunk, pages), last.digest)
 
     @staticmethod
-    def freed_by(version: Version, older: Version | None, heed: Callable[[int], None] = lambda _: None) -> int:
+    def freed_by(version: Version, older: Version | None, tick: Callable[[int], None] = lambda _: None) -> int:
         """The bytes that removing one would free: those that the next older one need not take over; raises Damaged."""
         if older is None or older.snapshot is None:
             return version.occupied
@@ -2528,7 +2806,7 @@ class Versions:
         with PatchFile(version.path, "version") as file, PatchFile(older.path, "version") as older_file:
             headers = [(patch for _, patch in each.patches(data=False)) for each in (file, older_file)]
             for index, patches in PatchStream.by_chunk(headers):
-                heed(0)
+                tick(0)
                 if 0 in patches and index < older.snapshot.size // CHUNK:
                     has_own, own = 1 in patches, patches[1].pages if 1 in patches else 0
                     taken_over += (patches[0].filled & ~own).bit_count() * PAGE + Patch.HEADER.size * (not has_own)
@@ -2549,9 +2827,9 @@ class PatchStream:
     `doubtful` are the chunks that the damaged ones may have been of, as far as was read: ranges, neither end included.
     """
 
-    def __init__(self, file: PatchFile, *, is_loose: bool = False) -> None:
+    def __init__(self, file: PatchFile, *, lacks_newer: bool = False) -> None:
         self.file = file
-        self.doubtful: list[tuple[int, float]] = [(-1, float("inf"))] if is_loose else []
+        self.doubtful: list[tuple[int, float]] = [(-1, float("inf"))] if lacks_newer else []
 
     def __iter__(self) -> Iterator[Patch]:
         file, position, last, is_damaged = self.file, BLOCK, -1, False
@@ -2619,7 +2897,7 @@ class Undo:
         image: SparseFile,
         head: Json,
         differing: Iterable[tuple[int, int, bytes]],
-        heed: Callable[[int], None],
+        tick: Callable[[int], None],
     ) -> Undo:
         """Step 2 of a sync: the undo, durable. To be closed. If that fails, there is none.
 
@@ -2631,7 +2909,7 @@ class Undo:
             for index, pages, digest in differing:
                 patch = Patch.of_image(image, index, pages, digest)
                 file.append(patch)
-                heed(patch.length)
+                tick(patch.length)
             file.complete()
             sync_directory(paths.metadata)
             return cls(paths, file)
@@ -2641,7 +2919,7 @@ class Undo:
             raise
 
     @classmethod
-    def recover(cls, paths: ImagePaths, heed: Callable[[int], None]) -> bool:
+    def recover(cls, paths: ImagePaths, tick: Callable[[int], None]) -> bool:
         """Finish what a sync left that a crash ended, with no network; returns whether an undo was put back.
 
         `heed` gets the bytes that were written, and may raise `Interrupted`: the next call begins from the start.
@@ -2656,11 +2934,11 @@ class Undo:
             elif not paths.image.exists():
                 undo.drop()
             else:
-                undo.put_back(heed)
+                undo.put_back(tick)
                 return True
         return False
 
-    def put_back(self, heed: Callable[[int], None]) -> None:
+    def put_back(self, tick: Callable[[int], None]) -> None:
         """Make the image what it was.
 
         It also gets its old time, so that its state and the spool still fit it; unless a part of the undo decayed, for
@@ -2671,7 +2949,7 @@ class Undo:
             image.forget_cached()  # what a write error left in there, ext4 does not write when it is written again
             for patch in patches:
                 patch.write_to(image)
-                heed(patch.length)
+                tick(patch.length)
             os.ftruncate(image.fd, base["size"])
             os.fsync(image.fd)  # before its time says that it is the old one
             if not patches.doubtful:
@@ -2811,7 +3089,7 @@ class Chain:
         with contextlib.ExitStack() as files:
             for version in self.versions[:depth]:
                 file = files.enter_context(PatchFile(version.path, "version", from_disk=self._from_disk))
-                streams.append(PatchStream(file, is_loose=version.is_loose(known)))
+                streams.append(PatchStream(file, lacks_newer=version.lacks_newer(known)))
                 known.append(version.snapshot)
             patched = PatchStream.by_chunk(streams)
             upcoming = next(patched, None)
@@ -2847,7 +3125,7 @@ class Chain:
         digest = ZERO_DIGEST if chunk is ZERO_CHUNK or recorded is None else chunk_digest(page_digests(chunk))
         return chunk, recorded in (None, digest)
 
-    def verify(self, heed: Callable[[int], None]) -> list[Ranges]:
+    def verify(self, tick: Callable[[int], None]) -> list[Ranges]:
         """Compare the image and all versions with their digests; what is damaged of each, the image first."""
         damaged = [Ranges() for _ in range(1 + len(self.versions))]
         snapshots = [version.snapshot for version in self.versions]
@@ -2856,10 +3134,10 @@ class Chain:
             for ranges, size, is_sound in zip(damaged, sizes, soundness, strict=True):
                 if not is_sound and index * CHUNK < size:
                     ranges.add(index)
-            heed(CHUNK)
+            tick(CHUNK)
         return damaged
 
-    def restore(self, depth: int, target: Path, heed: Callable[[int], None]) -> tuple[Path, Ranges]:
+    def restore(self, depth: int, target: Path, tick: Callable[[int], None]) -> tuple[Path, Ranges]:
         """Write what the image or, `depth` steps back, a version was into a new, sparse file.
 
         Returns the file, and what of it is damaged: then it is not `target`, but `target.damaged`. Until it is whole it
@@ -2891,7 +3169,7 @@ class Chain:
                         Patch.of(index, differing, Patch.select(content, differing), b"").write_to(file)
                     if not soundness[depth]:
                         damaged.add(index)
-                    heed(CHUNK)
+                    tick(CHUNK)
                 os.fsync(file.fd)
                 rename_new(partial, final := damaged_target if damaged.ranges else target)
             except BaseException:
@@ -2928,6 +3206,359 @@ def rename_new(old: Path, new: Path) -> None:
     sync_directory(new.parent)
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a volume is made of; `size` in bytes.
+
+    `region`, `volume_id` and `volume_name` are those of the volume that it was, as far as they are known; `snapshot_at`
+    is when the last snapshot of that was taken here. Each call of `chunks` begins at the beginning; what it yields of a
+    hole is ZERO_CHUNK. It raises Damaged.
+    """
+
+    name: str
+    size: int
+    is_checked: bool  # whether the digests of what it has are recorded
+    chunks: Callable[[], Iterator[tuple[int, bytes]]]
+    region: str = ""
+    volume_id: str = ""
+    volume_name: str = ""
+    snapshot_at: str = ""
+
+    FORMATS: ClassVar[Mapping[tuple[int, bytes], str]] = {
+        # what a file that is no raw image has, and where; the command that makes one of it
+        (0, b"QFI\xfb"): "qemu-img convert -f qcow2 -O raw",
+        (0, b"KDMV"): "qemu-img convert -f vmdk -O raw",
+        (0, b"# Disk DescriptorFile"): "qemu-img convert -f vmdk -O raw",
+        (0, b"vhdxfile"): "qemu-img convert -f vhdx -O raw",
+        (0, b"conectix"): "qemu-img convert -f vpc -O raw",
+        (64, b"\x7f\x10\xda\xbe"): "qemu-img convert -f vdi -O raw",
+        (0, b"\x1f\x8b\x08"): "gzip -dc",
+        (0, b"\x28\xb5\x2f\xfd"): "zstd -dc",
+        (0, b"\xfd7zXZ\0"): "xz -dc",
+        (0, b"BZh"): "bzip2 -dc",
+    }
+
+    @classmethod
+    def _refuse_format(cls, path: Path, head: bytes) -> None:
+        """Raise UsageError for a file that is a packed or compressed image: a volume of it would be of no use."""
+        for (offset, magic), command in cls.FORMATS.items():
+            if head.startswith(magic, offset):
+                raw = path.with_suffix(".img" if path.suffix != ".img" else ".raw")
+                to = "" if command.startswith("qemu") else "> "
+                raise UsageError(
+                    f"{path} is no raw disk image. To make one of it: {command} {shlex.quote(str(path))} "
+                    f"{to}{shlex.quote(str(raw))}; then restore --from {shlex.quote(str(raw))}"
+                )
+
+    @classmethod
+    @contextlib.contextmanager
+    def of_file(cls, path: Path) -> Iterator[Source]:
+        """A plain file; raises OSError, UsageError."""
+        if not path.is_file():
+            raise UsageError(f"there is no file {path}")
+        with contextlib.closing(SparseFile(path)) as file:
+            size = os.fstat(file.fd).st_size
+            cls._refuse_format(path, os.pread(file.fd, 512, 0))
+
+            def chunks() -> Iterator[tuple[int, bytes]]:
+                for index, is_hole in enumerate(file.chunk_holes(0, -(-size // CHUNK))):
+                    chunk = ZERO_CHUNK if is_hole else file.chunk(index)
+                    if chunk is None:
+                        raise Damaged(f"{path} cannot be read at byte {index * CHUNK}: the disk may be failing")
+                    yield index, chunk
+
+            yield cls(str(path), size, is_checked=False, chunks=chunks)
+
+    @classmethod
+    @contextlib.contextmanager
+    def of_image(cls, paths: ImagePaths, moment: datetime.datetime | None) -> Iterator[Source]:
+        """An image, or the version that it had at that time; raises Damaged for what is seen to be, without reading it.
+
+        Raises UsageError if there is none, OSError.
+        """
+        with contextlib.closing(Chain(paths)) as chain:
+            depth = chain.depth_at(moment)
+            snapshot = chain.versions[depth - 1].snapshot if depth else chain.state.snapshot if chain.state else None
+            taken = chain.versions[depth - 1].moment if depth else chain.moment
+            name = f"{paths.name} of {local_time(taken)}" if taken else paths.name
+            at = ["--at", local_time(taken)] if taken else []
+            rest = f"to restore the rest of it to a file: {command_line('restore', paths.name, 'FILE', *at)}"
+            size = snapshot.size if snapshot else chain.size
+            for version in chain.versions[:depth]:
+                if not version.is_whole:
+                    raise Damaged(f"{version.path} is damaged; {rest}")
+            if chain.problem or chain.length < min(size, chain.size):
+                raise Damaged(
+                    f"{chain.problem or f'{paths.image} has only {chain.length} bytes of {chain.size}'}; {rest}"
+                )
+
+            def chunks() -> Iterator[tuple[int, bytes]]:
+                for index, contents, soundness in itertools.islice(chain.chunks(depth), size // CHUNK):
+                    if not soundness[depth]:
+                        raise Damaged(f"{name} is damaged at byte {index * CHUNK}; {rest}")
+                    yield index, contents[depth]
+
+            yield cls(
+                name,
+                size,
+                is_checked=chain.state is not None,
+                chunks=chunks,
+                region=snapshot.region if snapshot else "",
+                volume_id=snapshot.volume_id if snapshot else "",
+                volume_name=(snapshot.name if snapshot else paths.image.name).rpartition("/")[2],
+                snapshot_at=chain.state.snapshot.taken_at if chain.state else "",
+            )
+
+
+# ── The home ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# One backups directory as a whole: its lock, its id, what is in it, and what a crash left there.
+
+
+class Home:
+    """One backups directory: its lock, its id, and what is in it.
+
+    `work` is what others are told who want the lock meanwhile: it stands in the lock's file, in a line for each holder.
+    """
+
+    LINE = 200  # bytes
+
+    def __init__(self, path: Path, work: str = "") -> None:
+        self.path = path
+        self.metadata = path / ".dosvob"
+        self._work = work
+
+    @contextlib.contextmanager
+    def locked(self, *, with_id: bool = True) -> Iterator[None]:
+        """Hold its lock, making what is missing, with an id if one is needed; UsageError if held, or not to be had."""
+        try:
+            if not self.path.is_dir():
+                self.path.mkdir(mode=0o700)
+                sync_directory(self.path.resolve().parent)
+            self.make_directory("")
+            fd = create_private(self.metadata / "lock")
+        except OSError as problem:
+            raise UsageError(f"cannot write to {self.path}: {problem.strerror}: is it there, and yours?") from problem
+        with self._held(fd, fcntl.LOCK_EX):
+            if with_id and not self.id:  # durable before anything is named by it
+                self.write("home", secrets.token_hex(4) + "\n")
+            yield
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Keep whoever would change it out, where it can be changed; several may read. Busy if somebody is at work."""
+        self.check()
+        for flags in (os.O_RDWR, os.O_RDONLY):
+            with contextlib.suppress(OSError):  # a copy, or not ours
+                fd = os.open(self.metadata / "lock", flags | os.O_CLOEXEC)
+                break
+        else:
+            yield
+            return
+        with self._held(fd, fcntl.LOCK_SH):
+            yield
+
+    def is_busy(self) -> bool:
+        """Whether somebody is at work in it."""
+        try:
+            with Home(self.path).unchanged():
+                return False
+        except Busy:
+            return True
+
+    @contextlib.contextmanager
+    def _held(self, fd: int, kind: int) -> Iterator[None]:
+        try:
+            try:
+                if self._work:
+                    with contextlib.suppress(OSError):  # others have it too, or the file cannot be written to
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        os.ftruncate(fd, 0)  # what those have left who were killed
+                fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holders = ", ".join(self._holders(fd))
+                of = f", {holders}" if holders else ""
+                raise Busy(f"another dosvob is at work in {self.path}{of}: wait until it ends") from None
+            with self._named(fd):
+                yield
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def _named(self, fd: int) -> Iterator[None]:
+        """Write into the lock's file what is at work, and since when, as far as it can be written to."""
+        place = -1
+        if self._work:
+            line = f"{utc_now().isoformat()} {self._work}".encode(errors="replace")[: self.LINE - 1]
+            with contextlib.suppress(OSError):
+                end = os.open(self.metadata / "lock", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+                try:  # at once behind what others have
+                    os.write(end, line.ljust(self.LINE - 1) + b"\n")
+                    place = os.lseek(end, 0, os.SEEK_CUR) - self.LINE
+                finally:
+                    os.close(end)
+        try:
+            yield
+        finally:
+            if place >= 0:
+                with contextlib.suppress(OSError):
+                    os.pwrite(fd, b" " * (self.LINE - 1), place)
+
+    def _holders(self, fd: int) -> Iterator[str]:
+        """What is at work since when, as the holders of the lock have written it."""
+        with contextlib.suppress(OSError):
+            for line in os.pread(fd, 100 * self.LINE, 0).decode(errors="replace").splitlines():
+                since, _, work = line.strip().partition(" ")
+                if (moment := parse_time(since)) is not None:
+                    yield f"{work} since {local_time(moment)}"
+
+    def check(self) -> None:
+        """Raise UsageError if it is not there."""
+        if not self.path.is_dir():
+            raise UsageError(f"there is no {self.path}: say where the images are with --backups")
+
+    @property
+    def id(self) -> str:
+        """Its id, which is in the names of all that is created for it; empty if it has none yet. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            text = (self.metadata / "home").read_text(encoding="ascii").strip()
+            return text if re.fullmatch(r"[0-9a-f]{8}", text) else ""
+        return ""
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a small file of ours, durably; raises OSError."""
+        new = self.metadata / f"{name}.new"
+        with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(self.metadata / name)
+        sync_directory(self.metadata)
+
+    def make_directory(self, region: str) -> None:
+        """See that the directories for the images of a region, "" for those of no region, are there, durably."""
+        directory = self.path / region
+        if directory.is_file():
+            quoted = shlex.quote(str(directory))
+            raise DosvobError(
+                f"{directory} is a file, and the images of the region {region} go into a directory of that name. If it "
+                f"is the image of a volume in that region: mv {quoted} {quoted}.image && mkdir {quoted} "
+                f"&& mv {quoted}.image {quoted}/{region}; otherwise move it elsewhere"
+            )
+        if region and (directory / ".dosvob" / "home").exists():
+            raise DosvobError(
+                f"{directory} is a backups directory of its own: the images of {region} cannot go there, unless you "
+                f"run {command_line('sweep', '--backups', str(directory))} and then delete {directory}/.dosvob/home"
+            )
+        for path in (directory, directory / ".dosvob"):
+            path.mkdir(mode=0o700, exist_ok=True)
+        for path in (self.path, directory):  # an undo counts only if its directory survives a power cut
+            sync_directory(path)
+
+    def directories(self) -> list[str]:
+        """Where images are: "", and the regions that have a directory; what has an id of its own is another home."""
+        found = [path.parent for path in self.path.glob("*/.dosvob") if not (path / "home").exists()]
+        return ["", *sorted(path.name for path in found if ImagePaths.VOLUME_NAME.fullmatch(path.name))]
+
+    def names(self, *, with_aside: bool = True) -> set[str]:
+        """What has an image, a state or versions here: the volumes, and what of them was set aside."""
+        patterns = (ImagePaths.VOLUME_NAME, *([ImagePaths.ASIDE] if with_aside else []))
+        names = set()
+        for region in self.directories():
+            directory = self.path / region
+            found = {path.name for path in directory.iterdir() if path.is_file()}
+            found |= {path.stem for path in directory.glob(".dosvob/*") if path.suffix in (".state", ".versions")}
+            fit = {name for name in found if any(pattern.fullmatch(name) for pattern in patterns)}
+            names |= {f"{region}/{name}" if region else name for name in fit}
+        return names
+
+    def select(self, names: list[str], *, with_aside: bool = True) -> list[str]:
+        """The names, which must all be of something here, or all that are; raises UsageError."""
+        there = self.names()
+        chosen: list[str] = []
+        for name in names:
+            if not (found := self.matching(name, there)):
+                near = difflib.get_close_matches(name, there, n=1)
+                hint = f": did you mean {near[0]}?" if near else ""
+                raise UsageError(f"there is no image of {name} in {self.path}{hint}")
+            chosen += found
+        return list(dict.fromkeys(chosen)) or sorted(self.names(with_aside=with_aside))
+
+    def one_named(self, name: str) -> str:
+        """The name of the image that somebody means who says this; raises UsageError if there is none, or several."""
+        found = self.select([name])
+        if len(found) > 1 and name not in found:
+            raise UsageError(f"{name} may be {' or '.join(found)}: say which")
+        return name if name in found else found[0]
+
+    def move(self, old: ImagePaths, new: ImagePaths) -> None:
+        """Rename all that belongs to an image, for it to lie in another directory; raises DosvobError, OSError.
+
+        What a crash leaves of that the next call completes: the state, which tells that there is something left to be
+        moved, and where to, goes last.
+        """
+        rest = [path for path in old.metadata.glob(f"{old.image.name}.*")
+                if path != old.state and not path.name.startswith(f"{old.image.name}.set-aside-")
+                and path.suffix != ".json"]  # fmt: skip
+        paths = [path for path in (old.image, old.partial, *rest, old.state) if os.path.lexists(path)]
+        for path in paths:
+            if os.path.lexists(target := new.directory / path.relative_to(old.directory)):
+                raise DosvobError(f"{path} belongs where {target} is already: move one of them elsewhere")
+        self.make_directory("" if new.directory == self.path else new.directory.name)
+        for path in paths:
+            if path == old.state:
+                self._sync(old, new)
+            if path.is_symlink():  # it may lead from where it is
+                link = path.with_name(f"{path.name}.link")
+                link.unlink(missing_ok=True)
+                link.symlink_to(os.path.realpath(path))
+                link.rename(path)
+            path.rename(new.directory / path.relative_to(old.directory))
+        self._sync(old, new)
+
+    @staticmethod
+    def _sync(*images: ImagePaths) -> None:
+        for paths in images:
+            sync_directory(paths.directory)
+            sync_directory(paths.metadata)
+
+    def wanted(self) -> set[str]:
+        """What the last run was to back up."""
+        try:
+            names = json.loads((self.metadata / "wanted.json").read_text())
+        except (OSError, ValueError):
+            return set()
+        return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+    @staticmethod
+    def matching(name: str, names: Iterable[str]) -> list[str]:
+        """Those of the names of images that a name or pattern fits: with a slash of a region and a name."""
+        return sorted(
+            each for each in names if fnmatch.fnmatchcase(each if "/" in name else each.rpartition("/")[2], name)
+        )
+
+    def recover(self, report: Reporter, stop: Stop) -> set[str]:
+        """Take back what crashes left of a backup in the middle, with no network; returns the names that failed."""
+        failed = set()
+        for name in sorted(self._with_file("undo") | self._with_file("journal")):
+            meter = Meter(report, stop, f"{name}: taking back an interrupted backup", is_announced=True)
+            try:
+                if Undo.recover(ImagePaths(self.path, name), meter):
+                    report.end_progress()
+                    report.say(f"{name}: an interrupted backup was taken back; the image is what it was before")
+            except (DosvobError, OSError) as problem:
+                kept = "; the next backup or verify takes it back" * isinstance(problem, OSError)
+                report.error(f"{name}: an interrupted backup: {explained(problem, self.path)}{kept}")
+                failed.add(name)
+        return failed
+
+    def _with_file(self, kind: str) -> set[str]:
+        """The names that have a file of this kind among the metadata."""
+        places = [Path(region) for region in self.directories()]
+        return {
+            str(place / path.stem) for place in places for path in (self.path / place / ".dosvob").glob(f"*.{kind}")
+        }
+
+
 # ── The update of an image ───────────────────────────────────────────────────────────────────────────────────────────
 # One sync's side of the local disk: what the image has, what becomes of it, and the end of that. Knows files only.
 
@@ -2944,7 +3575,7 @@ class Spool:
         self.positions = array.array("Q", [0]) * chunks  # in the file; 0: none
 
     @classmethod
-    def open(cls, paths: ImagePaths, volume_id: str, chunks: int, heed: Callable[[int], None]) -> Spool:
+    def open(cls, paths: ImagePaths, volume_id: str, chunks: int, tick: Callable[[int], None]) -> Spool:
         """The spool of the sync that begins: what another one left, if it fits, or a new one."""
         base, fits = identity_of(paths.image), False
         with contextlib.suppress(FileNotFoundError), PatchFile(paths.spool, "spool") as file:
@@ -2953,10 +3584,10 @@ class Spool:
             head = {"id": secrets.token_hex(16), "volume_id": volume_id, "base": base}
             PatchFile.create(paths.spool, "spool", head).close()
         spool = cls(PatchFile(paths.spool, "spool", os.O_RDWR), chunks)
-        spool.file.cut(spool._find_patches(heed))
+        spool.file.cut(spool._find_patches(tick))
         return spool
 
-    def _find_patches(self, heed: Callable[[int], None]) -> int:
+    def _find_patches(self, tick: Callable[[int], None]) -> int:
         """Read all of it; returns where its good part ends."""
         good = BLOCK
         with contextlib.suppress(Damaged):  # which is what a crash leaves
@@ -2965,7 +3596,7 @@ class Spool:
                     break
                 self.positions[patch.index] = position
                 good = position + patch.length
-                heed(patch.length)
+                tick(patch.length)
         return good
 
     def append(self, patch: Patch) -> None:
@@ -2993,7 +3624,7 @@ class Spool:
         return filled + filled // 64 + (256 << 10) * bool(filled)
 
 
-class LocalImage:
+class ImageDigests:
     """What the local image has, as its spool stands. Only reads.
 
     `suspects` are chunks that are not what the state says, or cannot be read, and are not done with.
@@ -3077,19 +3708,19 @@ class Update:
         snapshot: Snapshot,
         keep: Keep,
         warn: Callable[[str], None],
-        heed: Callable[[int], None] = lambda _: None,
+        tick: Callable[[int], None] = lambda _: None,
         *,
         reread: bool = False,
     ) -> None:
         self.chunks = snapshot.size // CHUNK
-        self.settled = 0  # so many chunks are done with, from the first on
-        self.done: dict[int, bytes] = {}  # digests of chunks that are done, beyond `settled`
+        self.frontier = 0  # so many chunks are done with, from the first on
+        self.early: dict[int, bytes] = {}  # digests of chunks that are done, beyond `settled`
         self.changed = 0
         self.differing = Ranges()
         self._paths = paths
         self._snapshot = snapshot
         self._warn = warn
-        self._heed = heed
+        self._tick = tick
         described = dataclasses.asdict(snapshot)
         seal("version", {"snapshot": described, "newer": described, "more": "." * 400})  # must be possible
         paths.check_link()
@@ -3100,14 +3731,14 @@ class Update:
         )
         flags = os.O_RDWR | (os.O_CREAT if self.is_first else 0)
         self._image = SparseFile(paths.partial if self.is_first else paths.image, flags)
-        self.spool = None if self.is_first else Spool.open(paths, snapshot.volume_id, self.chunks, heed)
+        self.spool = None if self.is_first else Spool.open(paths, snapshot.volume_id, self.chunks, tick)
         if self.is_first:
             os.ftruncate(self._image.fd, snapshot.size)
         new_state = create_private(paths.new_state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._new_state = os.fdopen(new_state, "wb", buffering=128 << 10)
         self._new_state.write(bytes(BLOCK))
         self._table = hashlib.sha256()
-        self.local = LocalImage(paths, self._image, self.chunks, self._state, self.spool, reread=reread)
+        self.image_digests = ImageDigests(paths, self._image, self.chunks, self._state, self.spool, reread=reread)
 
     def _fitting_state(self) -> State | None:
         """The state, if it is this volume's; what belongs to another volume, or to no image, is set aside."""
@@ -3156,18 +3787,18 @@ class Update:
         """How many chunks the agent may be ahead; few in a first sync, of which all is fetched, lest it reads twice."""
         return HELD if self.is_first else WINDOW
 
-    def count_done(self) -> int:
+    def count_finished(self) -> int:
         """How many chunks are done with, in whatever order."""
-        return self.settled + len(self.done)
+        return self.frontier + len(self.early)
 
-    def keep(self, index: int, digest: bytes) -> None:
+    def leave_as_is(self, index: int, digest: bytes) -> None:
         """The chunk is as it should be, as the spool stands."""
         if self.spool and (header := self.spool.header(index)):
             if header.digest == digest:
                 self.changed += header.pages.bit_count() * PAGE
             else:  # it has become again what the image has: what was fetched for it is not to be written
                 self.spool.append(Patch(index, 0, 0, b"", digest))
-        self._settle(index, digest)
+        self._record(index, digest)
 
     def store(self, patch: Patch) -> None:
         """Change a chunk of the image, when all of the sync counts."""
@@ -3176,17 +3807,17 @@ class Update:
             self.spool.append(patch)
         else:
             patch.write_to(self._image)
-        self._settle(patch.index, patch.digest)
+        self._record(patch.index, patch.digest)
 
-    def _settle(self, index: int, digest: bytes) -> None:
-        self.done[index] = digest
-        if index in self.local.suspects:
-            self.local.suspects.remove(index)
+    def _record(self, index: int, digest: bytes) -> None:
+        self.early[index] = digest
+        if index in self.image_digests.suspects:
+            self.image_digests.suspects.remove(index)
             self.differing.add(index)
-        while (settled := self.done.pop(self.settled, None)) is not None:
-            self._new_state.write(settled)
-            self._table.update(settled)
-            self.settled += 1
+        while (digest_due := self.early.pop(self.frontier, None)) is not None:
+            self._new_state.write(digest_due)
+            self._table.update(digest_due)
+            self.frontier += 1
 
     # The end of it
 
@@ -3196,14 +3827,14 @@ class Update:
         What goes wrong before the commit is taken back at once, and then raised. A signal is not waited for so long:
         the next command takes that back.
         """
-        assert self.settled == self.chunks
+        assert self.frontier == self.chunks
         self._new_state.flush()
         if self.spool is None:
             self._finish_first()
             return
         paths, digests = self._paths, self._table.hexdigest()
         differing = self._differing(self.spool)
-        undo = Undo.write(paths, self._image, self._head_of_undo(digests), differing, self._heed)
+        undo = Undo.write(paths, self._image, self._head_of_undo(digests), differing, self._tick)
         with contextlib.closing(undo):
             if self.spool.space_needed() > self._image.free_space():  # fallocate(2) would touch the image's time
                 undo.drop()
@@ -3215,7 +3846,7 @@ class Update:
             except Exception as problem:
                 if is_disk_full(problem):  # what overwriting takes on some file systems, also to put back
                     paths.spool.unlink(missing_ok=True)
-                undo.put_back(self._heed)
+                undo.put_back(self._tick)
                 raise
             sync_directory(paths.metadata)
             undo.settle()
@@ -3273,7 +3904,7 @@ class Update:
         for index in spool.chunks():
             if patch := spool.patch(index):
                 patch.write_to(image)
-                self._heed(patch.length)
+                self._tick(patch.length)
         if identity_of(image.fd) != before or any(spool.positions):
             # Whole seconds, which every file system keeps; later than before, which tells the new image from the old.
             seconds = max(int(time.time()), before["mtime_ns"] // 10**9 + 2)
@@ -3293,7 +3924,7 @@ class Update:
 
     def _complete_state(self, digests: str, identity: dict[str, int] | None) -> None:
         now = utc_now().isoformat()
-        State(self._snapshot, now, self.local.part, digests, identity).write(self._paths.new_state)
+        State(self._snapshot, now, self.image_digests.part, digests, identity).write(self._paths.new_state)
 
     def free_space(self) -> None:
         """Give up so much of a sync that met a full disk that the other volumes can go on.
@@ -3398,12 +4029,12 @@ class Conversation:
     received; `done` how many are, in whatever order: while that grows, a connection is worth another one.
     """
 
-    told = ""
+    verb = ""
     writes = False  # whether the agent is to
 
     def __init__(self, chunks: int, window: int) -> None:
         self.chunks = chunks
-        self.settled = self.done = 0
+        self.position = self.steps = 0
         self.is_done = False
         self._window = window  # how many chunks the agent may be ahead
         self._stream: Stream
@@ -3418,7 +4049,7 @@ class Conversation:
 
     def _parts(self) -> tuple[tuple[int, int], ...]:
         """The ranges of chunks that it announces."""
-        return ((self.settled, self.chunks),)
+        return ((self.position, self.chunks),)
 
     def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
         """Get done what can be over one connection; `progress` is called now and then, and may raise `Interrupted`."""
@@ -3427,14 +4058,14 @@ class Conversation:
         self._commands.clear()
         self._due = collections.deque(self._parts())
         self._greeted = self._is_over = False
-        parser, steps, deadline = FrameParser(), (-1, -1), 0.0
+        parser, last, deadline = FrameParser(), (-1, -1), 0.0
         while not self._is_over:
             for frame in parser.feed(stream.receive()):
                 self._handle(*frame)
             self._flush()
             progress()
-            if (self.settled, self.done) != steps:
-                steps, deadline = (self.settled, self.done), time.monotonic() + PROGRESS_LIMIT
+            if (self.position, self.steps) != last:
+                last, deadline = (self.position, self.steps), time.monotonic() + PROGRESS_LIMIT
             elif time.monotonic() > deadline:
                 raise ConnectionLost(f"the droplet says that it lives, but got no chunk done for {PROGRESS_LIMIT} s")
 
@@ -3517,7 +4148,7 @@ class Pending:
     """
 
     digest: bytes
-    local: bytes = b""
+    pages: bytes = b""
     wanted: int = 0
     is_unknown: bool = False
 
@@ -3525,7 +4156,7 @@ class Pending:
 class Pull(Conversation):
     """Compares what the agent announces with the local image, and asks for what differs."""
 
-    told = "scanned, {} fetched"
+    verb = "scanned, {} fetched"
     # The agent keeps to MOST_AHEAD, not counting chunks that are asked for a second time, which are few and seldom.
     BOUND = 4
 
@@ -3533,25 +4164,25 @@ class Pull(Conversation):
         super().__init__(update.chunks, update.window)
         self._update = update
         self._pending: dict[int, Pending] = {}
-        self._local: Iterator[bytes] = iter(())
+        self._digests_here: Iterator[bytes] = iter(())
         self._flush()
 
     def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
         """Go on until all chunks are settled."""
         self._pending.clear()
-        self._local = self._update.local.digests(self.settled)
-        with contextlib.closing(self._local):  # type: ignore[type-var] # a generator
+        self._digests_here = self._update.image_digests.digests(self.position)
+        with contextlib.closing(self._digests_here):  # type: ignore[type-var] # a generator
             super().talk(stream, progress)
 
     def _flush(self) -> None:
         super()._flush()
-        self.settled, self.done = self._update.settled, self._update.count_done()
-        self.is_done = self._is_over = self.settled == self.chunks
+        self.position, self.steps = self._update.frontier, self._update.count_finished()
+        self.is_done = self._is_over = self.position == self.chunks
 
     def _on_digests(self, index: int, count: int, digest: bytes) -> None:
         """So many chunks are announced, with the same digest."""
         # It may have forgotten so many that are asked for once more. Digests behind one that is to come are kept.
-        is_far_ahead = bool(self._pending) and index + count - self._update.settled > self.BOUND * MOST_AHEAD
+        is_far_ahead = bool(self._pending) and index + count - self._update.frontier > self.BOUND * MOST_AHEAD
         if len(self._pending) > 2 * WINDOW or is_far_ahead:
             raise BadAgent(f"the droplet announced {count} chunks more, and does not send what it announced before")
         super()._on_digests(index, count, digest)
@@ -3566,18 +4197,18 @@ class Pull(Conversation):
 
     def _on_digest(self, index: int, digest: bytes) -> None:
         """Decide what is to be done about a chunk."""
-        local = next(self._local)
-        if index in self._update.done:  # by an attempt before this one
+        ours = next(self._digests_here)
+        if index in self._update.early:  # by an attempt before this one
             self._drop(index)
-        elif local == digest:
-            self._update.keep(index, digest)
+        elif ours == digest:
+            self._update.leave_as_is(index, digest)
             self._drop(index)
         elif digest == ZERO_DIGEST:
             # all of them, if there is nothing that can be read
-            zeroed = self._merged(self._update.local.pages(index), ALL_PAGES, 0, b"")[1]
+            zeroed = self._merged(self._update.image_digests.pages(index), ALL_PAGES, 0, b"")[1]
             self._update.store(Patch(index, zeroed, 0, b"", digest))
-        elif self._update.has_nothing_at(index, local):
-            self._pending[index] = Pending(digest, ZERO_PAGES, ALL_PAGES, is_unknown=local == b"")
+        elif self._update.has_nothing_at(index, ours):
+            self._pending[index] = Pending(digest, ZERO_PAGES, ALL_PAGES, is_unknown=ours == b"")
             self._command(SEND, index, 1, ALL_PAGES)
         else:
             self._pending[index] = Pending(digest)
@@ -3585,12 +4216,12 @@ class Pull(Conversation):
 
     def _on_short(self, index: int, theirs: bytes) -> None:
         pending = self._pending.get(index)
-        if pending is None or pending.local or len(theirs) != PAGES * SHORT_SIZE:
+        if pending is None or pending.pages or len(theirs) != PAGES * SHORT_SIZE:
             raise BadAgent(f"the droplet sent page digests of chunk {index} that nobody asked for")
-        local = self._update.local.pages(index)
-        pending.local, pending.is_unknown = local or ZERO_PAGES, not local
-        differing = differing_pages(local, theirs)  # all of them, if there is nothing that can be read
-        if not differing and chunk_digest(local) == pending.digest:  # the spool alone had something else
+        ours = self._update.image_digests.pages(index)
+        pending.pages, pending.is_unknown = ours or ZERO_PAGES, not ours
+        differing = differing_pages(ours, theirs)  # all of them, if there is nothing that can be read
+        if not differing and chunk_digest(ours) == pending.digest:  # the spool alone had something else
             del self._pending[index]
             self._update.store(Patch(index, 0, 0, b"", pending.digest))
             self._drop(index)
@@ -3607,7 +4238,7 @@ class Pull(Conversation):
             data = Packer.unpack(kind, payload[PAGES // 8 :], included.bit_count() * PAGE)
         except ValueError as problem:
             raise BadAgent(f"the pages of chunk {index} cannot be unpacked: {problem}") from None
-        merged, changed = self._merged(pending.local, pending.wanted, included, data)
+        merged, changed = self._merged(pending.pages, pending.wanted, included, data)
         if chunk_digest(merged) == pending.digest:
             del self._pending[index]
             changed = ALL_PAGES if pending.is_unknown else changed
@@ -3621,12 +4252,12 @@ class Pull(Conversation):
             raise BadAgent(f"chunk {index} does not have the digest that was announced for it")
 
     @staticmethod
-    def _merged(local: bytes, wanted: int, included: int, data: bytes) -> tuple[bytearray, int]:
+    def _merged(ours: bytes, wanted: int, included: int, data: bytes) -> tuple[bytearray, int]:
         """The page digests of a chunk whose wanted pages become the data (the included ones) and zeros (the others).
 
         And the bitmap of the pages that differ by that.
         """
-        digests, fetched = bytearray(local), page_digests(data)
+        digests, fetched = bytearray(ours), page_digests(data)
         changed = position = 0
         for page in pages_in(wanted):
             digest = ZERO_PAGE_DIGEST
@@ -3704,7 +4335,7 @@ class Push(Conversation):
     def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
         """Send what is not sent yet; or else compare what is not known to be right, and send what differs."""
         self._begin()
-        self.told = "written" if self._passed < self.chunks else "compared"
+        self.verb = "written" if self._passed < self.chunks else "compared"
         was_all_taken, self._is_all_taken = self._is_all_taken, False
         super().talk(stream, progress)
         self._is_all_taken = True
@@ -3760,7 +4391,7 @@ class Push(Conversation):
             if write := self._piece_at(self._passed).write:
                 self._send(self._passed, write)
             self._passed += 1
-            self.settled, self.done = self._passed, self.done + 1
+            self.position, self.steps = self._passed, self.steps + 1
         if self._passed < self.chunks or self._due or self._announced or self._pending or self._asked >= 0:
             return
         self._asked, self._is_over = self._last, self._last < 0
@@ -3772,7 +4403,7 @@ class Push(Conversation):
         """See whether a chunk is right; if not, send it, or ask where it differs."""
         if self._right[index] or digest == self._expected(index):
             self._count_right += not self._right[index]
-            self.done += not self._right[index]
+            self.steps += not self._right[index]
             self._right[index] = 1
             self._drop(index)
         else:
@@ -3784,7 +4415,7 @@ class Push(Conversation):
             else:
                 self._pending[index] = piece
                 self._command(COMPARE, index)
-        self.settled = self._count_right + sum(self._differing[1:])
+        self.position = self._count_right + sum(self._differing[1:])
         self.is_done = self._count_right == self.chunks
 
     def _send(self, index: int, write: bytes) -> None:
@@ -4033,7 +4664,6 @@ class AgentStream:
             self._channel.close()
 
 
-
 class ReadAheadSocket(socket.socket):
     """A socket that reads ahead: paramiko asks for 16 bytes, then for the rest of a packet, a system call for each."""
 
@@ -4173,13 +4803,13 @@ def converse(
     """
     received = failures = 0
     while not conversation.is_done:
-        done, stream = conversation.done, None
+        done, stream = conversation.steps, None
         try:
             stream = start_agent()
             conversation.talk(stream, lambda: progress(received + stream.received))  # noqa: B023 - used in here
             failures = 0
         except (ConnectionLost, HostKeyMismatch, DropletLost) as problem:
-            failures = failures + 1 if conversation.done == done else 1
+            failures = failures + 1 if conversation.steps == done else 1
             if replace_lost(problem):  # asked first: the address of a lost one may be somebody else's by now
                 failures = 0
             elif failures >= ATTEMPTS or isinstance(problem, HostKeyMismatch):
@@ -4193,520 +4823,13 @@ def converse(
     return received
 
 
-# ── Reporting ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# What the user sees: on a terminal a live line, in a log lines with the time (UTC) now and then; a table at the end.
-
-
-class Writer:
-    """Writes to one file descriptor, in a thread of its own. `has_failed` tells whether something could not be."""
-
-    MOST_QUEUED = 10_000  # lines that wait for a terminal or a pipe that takes nothing more; later ones are lost
-    STUCK_LIMIT = 5  # seconds for which it is waited for at the end
-
-    def __init__(self, fd: int, encoding: str) -> None:
-        self.is_terminal = os.isatty(fd)
-        self._fd = fd
-        self._encoding = encoding
-        self.has_failed = False
-        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write, daemon=True)
-        self._thread.start()
-
-    def put(self, text: str) -> None:
-        """Write this when what was put before has been written; never waits."""
-        if self._queue.qsize() < self.MOST_QUEUED:
-            self._queue.put(text)
-
-    def close(self) -> bool:
-        """Let what is queued be written; returns whether it could be."""
-        self._queue.put(None)
-        self._thread.join(self.STUCK_LIMIT)
-        return not self._thread.is_alive()
-
-    def flush(self, stop: Stop) -> None:
-        """Wait until all that was put is written, or cannot be, however long that takes; raises Interrupted."""
-        self._queue.put(None)
-        while self._thread.is_alive():
-            stop.sleep(Stop.NAP)
-        self._thread = threading.Thread(target=self._write, daemon=True)
-        self._thread.start()
-
-    def _write(self) -> None:
-        # To the descriptor: what cannot be written must not be tried again by Python at its exit, with the code 120.
-        while (text := self._queue.get()) is not None:
-            view = memoryview(text.encode(self._encoding, "replace"))
-            while view:
-                try:
-                    view = view[os.write(self._fd, view) :]
-                except BlockingIOError:  # somebody else who has it too has set it so
-                    time.sleep(Stop.NAP)
-                except OSError:  # a terminal that was closed is no reason to end
-                    self.has_failed = True
-                    break
-
-
-class Reporter:
-    """Writes to the user, from any thread. `secret` never gets out, and nothing that could steer a terminal does.
-
-    Threads of their own do the writing: a terminal that was stopped with ^S, or a pipe that nobody reads, must not
-    keep a run, and its teardown least of all, from its work.
-    """
-
-    LOG_INTERVAL = 60  # seconds between a log's lines about the same sync
-    LIVE_INTERVAL = 0.2  # seconds between updates of a terminal's live line
-    LINE_LIMIT = 10_000  # characters; an answer of the API that is quoted may have any length
-
-    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
-        self.verbose = verbose
-        self.quiet = quiet
-        self.secret = ""
-        self.current = ""  # what is going on, for whoever asks with a second signal
-        self.has_failed = False  # whether there was an error
-        self.left: set[Resource] = set()  # what could not be removed from the account
-        self.summary: list[str] = []  # what somebody who was not there must know: warnings, errors, results
-        self._lock = threading.Lock()
-        self._live = ""
-        self._output = Writer(1, sys.stdout.encoding or "utf-8")
-        # In one place they keep their order
-        self._errors = self._output if os.path.sameopenfile(1, 2) else Writer(2, sys.stderr.encoding or "utf-8")
-        self._lined_at = 0.0 if self._output.is_terminal else time.monotonic()
-
-    def close(self) -> bool:
-        """Let what is queued be written; returns whether it could be."""
-        closed = [writer.close() for writer in {self._output, self._errors}]
-        return all(closed)
-
-    def say(self, text: str, *, is_result: bool = False) -> None:
-        """Something happened, or came of the run."""
-        if is_result:
-            self.summary.append(text)
-        if not self.quiet:
-            self._write(self._output, text)
-
-    def detail(self, text: str) -> None:
-        """Something that is of interest with --verbose only."""
-        if self.verbose:
-            self._write(self._output, text)
-
-    def warn(self, text: str, kind: str = "warning") -> None:
-        """Something that the user should look into."""
-        self.summary.append(f"{kind}: {text}")
-        self._write(self._errors, f"{kind}: {text}")
-
-    def error(self, text: str) -> None:
-        """Something failed, and so does the command."""
-        self.has_failed = True
-        self.warn(text, "error")
-
-    def answer(self, text: str, stop: Stop) -> None:
-        """What was asked for: as it is, also with --quiet, and without the time. All of it, or it is a failure."""
-        self._output.put(self.clean(text) + "\n")
-        self._output.flush(stop)
-        if self._output.has_failed:
-            self.error("the output could not be written, not all of it at least")
-
-    def doing(self, text: str) -> None:
-        """What is going on now."""
-        self.current = self.clean(text)
-        self.detail(text)
-
-    def left_behind(self, left: Mapping[Resource, str], *, of_all: bool = False) -> None:
-        """Say loudly what could not be removed; `of_all` if that was to be of all homes."""
-        self.left |= set(left)
-        for resource, reason in left.items():
-            what = "there may be something " if resource.id == UNKNOWN else ""
-            billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
-            self.error(
-                f"{what}LEFT BEHIND{billed}: {resource}. {reason}. Remove it at "
-                f"https://cloud.digitalocean.com{KINDS[resource.kind].panel} or run: "
-                + command_line("sweep", *["--all"] * of_all)
-            )
-
-    def progress(self, text: str) -> None:
-        """How far something has got: replaces the live line on a terminal, and is a line now and then in a log."""
-        interval = self.LIVE_INTERVAL if self._output.is_terminal else self.LOG_INTERVAL
-        if self.quiet or time.monotonic() - self._lined_at < interval:
-            return
-        self._lined_at = time.monotonic()
-        if self._output.is_terminal:
-            with self._lock:
-                self._live = self.clean(text)[: shutil.get_terminal_size().columns - 1]
-                self._output.put(f"\r\x1b[2K{self._live}")
-        else:
-            self._write(self._output, text)
-
-    def end_progress(self) -> None:
-        """Take the live line away; the next progress shows at once."""
-        self._lined_at = 0.0 if self._output.is_terminal else time.monotonic()
-        with self._lock:
-            if self._live:
-                self._live = ""
-                self._output.put("\r\x1b[2K")
-
-    def interject(self, text: str) -> None:
-        """Tell something from a signal handler, which may have interrupted whoever holds the lock."""
-        self._errors.put(self._lines(self._errors, text))
-
-    def _lines(self, writer: Writer, text: str) -> str:
-        stamp = "" if writer.is_terminal else f"{utc_now().isoformat()} "
-        return "".join(f"{stamp}{line}\n" for line in self.clean(text).splitlines())
-
-    def _write(self, writer: Writer, text: str) -> None:
-        lines = self._lines(writer, text)
-        with self._lock:
-            writer.put(f"\r\x1b[2K{lines}{self._live}" if self._live and writer.is_terminal else lines)
-
-    def clean(self, text: str) -> str:
-        """The text without the secret and without what could steer a terminal."""
-        if self.secret:
-            text = text.replace(self.secret, "***")
-        text = "".join(char if char.isprintable() or char == "\n" else "�" for char in text)
-        return "\n".join(line[: self.LINE_LIMIT] for line in text.split("\n"))
-
-
-GIVEN: list[str] = []  # the options of this call that say where all is, which a command that is to be pasted needs too
-
-
-def command_line(*words: str) -> str:
-    """A command of ours that can be pasted where this one was: words for a shell."""
-    script = os.path.abspath(sys.argv[0])
-    is_in_path = shutil.which(Path(sys.executable).name) == sys.executable
-    python = Path(sys.executable).name if is_in_path else near_path(sys.executable)
-    outside = os.environ.get("DOSVOB_COMMAND")  # the container's
-    return " ".join([outside or shlex.join([python, near_path(script)]), shlex.join([*GIVEN, *words])])
-
-
-def near_path(path: str) -> str:
-    """A path as it is shortest from here: relative only to what is below."""
-    here = os.getcwd()
-    return os.path.relpath(path) if Path(path).is_relative_to(here) else path
-
-
-class Meter:
-    """How far something is that goes over many bytes; heeds a stop as well."""
-
-    def __init__(self, report: Reporter, stop: Stop, what: str, total: int = 0, *, is_told: bool = False) -> None:
-        self.done = 0
-        self._is_told = is_told
-        self._report = report
-        self._stop = stop
-        self._what = what
-        self._total = total
-        self._start = time.monotonic()
-
-    def __call__(self, size: int, more: str = "") -> None:
-        """So many bytes more; `more` is told behind the total, if there is one. Raises Interrupted."""
-        self._stop.check()
-        if not self.done and self._is_told:
-            self._report.say(f"{self._what}; when it is stopped, it goes on next time")
-        self.done += size
-        rate = self.done / max(time.monotonic() - self._start, 0.001)
-        of = f" of {human_size(self._total)}{more}, {human_size(rate)}/s" if self._total else ""
-        left = f", {human_time((self._total - self.done) / rate)} left" if self._total and rate else ""
-        self._report.progress(f"{self._what}: {human_size(self.done)}{of}{left}")
-
-
-def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> None:
-    """Tell a service in the manner of healthchecks.io how a run goes: https://healthchecks.io/docs/http_api/
-
-    `event` is "/start", "" for success or "/fail". That is done at once or not at all: a ping that fails is worth a
-    warning, without the address (who knows that can send pings too), and nothing else comes of it.
-    """
-    if url is None:
-        return
-    limit = 5  # seconds
-    most = 10_000  # bytes, from the end; a service may keep no more of it
-    parts = urllib.parse.urlsplit(url)
-    address = parts._replace(path=parts.path.rstrip("/") + event).geturl()
-    lines = [] if event == "/start" else [*report.summary, *([f"error: {problem}"] if problem else [])]
-    body = report.clean("\n".join(lines)).encode(errors="replace")[-most:]
-    headers = {"User-Agent": f"dosvob/{VERSION}", "Content-Type": "text/plain; charset=utf-8"}
-    post = functools.partial(requests.post, address, body, headers=headers, timeout=limit, allow_redirects=False)
-    try:
-        response = within(limit, post)
-        failure = "" if 200 <= response.status_code < 300 else f"HTTP status {response.status_code}"
-    except TimeoutError:
-        failure = f"no answer within {limit} s"
-    except Exception as unreachable:  # noqa: BLE001 - whatever it is, the backup is what matters
-        failure = reason(root_cause(unreachable))
-    if failure:
-        report.warn(f"the ping to {parts.hostname} failed: {failure}; the backup is not affected")
-
-
-def counted_versions(moments: Collection[datetime.datetime]) -> str:
-    """How many versions of these times there are, to be followed by what becomes of them: `8 versions`."""
-    return f"{len(moments)} version{'s' * (len(moments) > 1)}"
-
-
-def oldest_of(moments: Collection[datetime.datetime]) -> str:
-    """What is told of the oldest of some versions, behind what becomes of them."""
-    return f"{'the oldest ' * (len(moments) > 1)}of {local_time(min(moments))[:10]}"
-
-
-def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-    """Rows in columns, those whose numbers are in `left` adjusted to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if number in left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
 # ── The backup ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # One run: all volumes of a region over one droplet, the next volume's clone being prepared while this one syncs. Puts
 # the chapters above together.
 
 
-class Home:
-    """One backups directory: its lock, its id, and what is in it.
-
-    `work` is what others are told who want the lock meanwhile: it stands in the lock's file, in a line for each holder.
-    """
-
-    LINE = 200  # bytes
-
-    def __init__(self, path: Path, work: str = "") -> None:
-        self.path = path
-        self.metadata = path / ".dosvob"
-        self._work = work
-
-    @contextlib.contextmanager
-    def locked(self, *, with_id: bool = True) -> Iterator[None]:
-        """Hold its lock, making what is missing, with an id if one is needed; UsageError if held, or not to be had."""
-        try:
-            if not self.path.is_dir():
-                self.path.mkdir(mode=0o700)
-                sync_directory(self.path.resolve().parent)
-            self.make_directory("")
-            fd = create_private(self.metadata / "lock")
-        except OSError as problem:
-            raise UsageError(f"cannot write to {self.path}: {problem.strerror}: is it there, and yours?") from problem
-        with self._held(fd, fcntl.LOCK_EX):
-            if with_id and not self.id:  # durable before anything is named by it
-                self.write("home", secrets.token_hex(4) + "\n")
-            yield
-
-    @contextlib.contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Keep whoever would change it out, where it can be changed; several may read. Busy if somebody is at work."""
-        self.check()
-        for flags in (os.O_RDWR, os.O_RDONLY):
-            with contextlib.suppress(OSError):  # a copy, or not ours
-                fd = os.open(self.metadata / "lock", flags | os.O_CLOEXEC)
-                break
-        else:
-            yield
-            return
-        with self._held(fd, fcntl.LOCK_SH):
-            yield
-
-    def is_busy(self) -> bool:
-        """Whether somebody is at work in it."""
-        try:
-            with Home(self.path).unchanged():
-                return False
-        except Busy:
-            return True
-
-    @contextlib.contextmanager
-    def _held(self, fd: int, kind: int) -> Iterator[None]:
-        try:
-            try:
-                if self._work:
-                    with contextlib.suppress(OSError):  # others have it too, or the file cannot be written to
-                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        os.ftruncate(fd, 0)  # what those have left who were killed
-                fcntl.flock(fd, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holders = ", ".join(self._holders(fd))
-                of = f", {holders}" if holders else ""
-                raise Busy(f"another dosvob is at work in {self.path}{of}: wait until it ends") from None
-            with self._named(fd):
-                yield
-        finally:
-            os.close(fd)
-
-    @contextlib.contextmanager
-    def _named(self, fd: int) -> Iterator[None]:
-        """Write into the lock's file what is at work, and since when, as far as it can be written to."""
-        place = -1
-        if self._work:
-            line = f"{utc_now().isoformat()} {self._work}".encode(errors="replace")[: self.LINE - 1]
-            with contextlib.suppress(OSError):
-                end = os.open(self.metadata / "lock", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-                try:  # at once behind what others have
-                    os.write(end, line.ljust(self.LINE - 1) + b"\n")
-                    place = os.lseek(end, 0, os.SEEK_CUR) - self.LINE
-                finally:
-                    os.close(end)
-        try:
-            yield
-        finally:
-            if place >= 0:
-                with contextlib.suppress(OSError):
-                    os.pwrite(fd, b" " * (self.LINE - 1), place)
-
-    def _holders(self, fd: int) -> Iterator[str]:
-        """What is at work since when, as the holders of the lock have written it."""
-        with contextlib.suppress(OSError):
-            for line in os.pread(fd, 100 * self.LINE, 0).decode(errors="replace").splitlines():
-                since, _, work = line.strip().partition(" ")
-                if (moment := parse_time(since)) is not None:
-                    yield f"{work} since {local_time(moment)}"
-
-    def check(self) -> None:
-        """Raise UsageError if it is not there."""
-        if not self.path.is_dir():
-            raise UsageError(f"there is no {self.path}: say where the images are with --backups")
-
-    @property
-    def id(self) -> str:
-        """Its id, which is in the names of all that is created for it; empty if it has none yet. Raises OSError."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            text = (self.metadata / "home").read_text(encoding="ascii").strip()
-            return text if re.fullmatch(r"[0-9a-f]{8}", text) else ""
-        return ""
-
-    def write(self, name: str, text: str) -> None:
-        """Replace a small file of ours, durably; raises OSError."""
-        new = self.metadata / f"{name}.new"
-        with os.fdopen(create_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(self.metadata / name)
-        sync_directory(self.metadata)
-
-    def make_directory(self, region: str) -> None:
-        """See that the directories for the images of a region, "" for those of no region, are there, durably."""
-        directory = self.path / region
-        if directory.is_file():
-            quoted = shlex.quote(str(directory))
-            raise DosvobError(
-                f"{directory} is a file, and the images of the region {region} go into a directory of that name. If it "
-                f"is the image of a volume in that region: mv {quoted} {quoted}.image && mkdir {quoted} "
-                f"&& mv {quoted}.image {quoted}/{region}; otherwise move it elsewhere"
-            )
-        if region and (directory / ".dosvob" / "home").exists():
-            raise DosvobError(
-                f"{directory} is a backups directory of its own: the images of {region} cannot go there, unless you "
-                f"run {command_line('sweep', '--backups', str(directory))} and then delete {directory}/.dosvob/home"
-            )
-        for path in (directory, directory / ".dosvob"):
-            path.mkdir(mode=0o700, exist_ok=True)
-        for path in (self.path, directory):  # an undo counts only if its directory survives a power cut
-            sync_directory(path)
-
-    def directories(self) -> list[str]:
-        """Where images are: "", and the regions that have a directory; what has an id of its own is another home."""
-        found = [path.parent for path in self.path.glob("*/.dosvob") if not (path / "home").exists()]
-        return ["", *sorted(path.name for path in found if ImagePaths.VOLUME_NAME.fullmatch(path.name))]
-
-    def names(self, *, with_aside: bool = True) -> set[str]:
-        """What has an image, a state or versions here: the volumes, and what of them was set aside."""
-        patterns = (ImagePaths.VOLUME_NAME, *([ImagePaths.ASIDE] if with_aside else []))
-        names = set()
-        for region in self.directories():
-            directory = self.path / region
-            found = {path.name for path in directory.iterdir() if path.is_file()}
-            found |= {path.stem for path in directory.glob(".dosvob/*") if path.suffix in (".state", ".versions")}
-            fit = {name for name in found if any(pattern.fullmatch(name) for pattern in patterns)}
-            names |= {f"{region}/{name}" if region else name for name in fit}
-        return names
-
-    def chosen(self, names: list[str], *, with_aside: bool = True) -> list[str]:
-        """The names, which must all be of something here, or all that are; raises UsageError."""
-        there = self.names()
-        chosen: list[str] = []
-        for name in names:
-            if not (found := self.called(name, there)):
-                near = difflib.get_close_matches(name, there, n=1)
-                hint = f": did you mean {near[0]}?" if near else ""
-                raise UsageError(f"there is no image of {name} in {self.path}{hint}")
-            chosen += found
-        return list(dict.fromkeys(chosen)) or sorted(self.names(with_aside=with_aside))
-
-    def meant(self, name: str) -> str:
-        """The name of the image that somebody means who says this; raises UsageError if there is none, or several."""
-        found = self.chosen([name])
-        if len(found) > 1 and name not in found:
-            raise UsageError(f"{name} may be {' or '.join(found)}: say which")
-        return name if name in found else found[0]
-
-    def move(self, old: ImagePaths, new: ImagePaths) -> None:
-        """Rename all that belongs to an image, for it to lie in another directory; raises DosvobError, OSError.
-
-        What a crash leaves of that the next call completes: the state, which tells that there is something left to be
-        moved, and where to, goes last.
-        """
-        rest = [path for path in old.metadata.glob(f"{old.image.name}.*")
-                if path != old.state and not path.name.startswith(f"{old.image.name}.set-aside-")
-                and path.suffix != ".json"]  # fmt: skip
-        paths = [path for path in (old.image, old.partial, *rest, old.state) if os.path.lexists(path)]
-        for path in paths:
-            if os.path.lexists(target := new.directory / path.relative_to(old.directory)):
-                raise DosvobError(f"{path} belongs where {target} is already: move one of them elsewhere")
-        self.make_directory("" if new.directory == self.path else new.directory.name)
-        for path in paths:
-            if path == old.state:
-                self._sync(old, new)
-            if path.is_symlink():  # it may lead from where it is
-                link = path.with_name(f"{path.name}.link")
-                link.unlink(missing_ok=True)
-                link.symlink_to(os.path.realpath(path))
-                link.rename(path)
-            path.rename(new.directory / path.relative_to(old.directory))
-        self._sync(old, new)
-
-    @staticmethod
-    def _sync(*images: ImagePaths) -> None:
-        for paths in images:
-            sync_directory(paths.directory)
-            sync_directory(paths.metadata)
-
-    def wanted(self) -> set[str]:
-        """What the last run was to back up."""
-        try:
-            names = json.loads((self.metadata / "wanted.json").read_text())
-        except (OSError, ValueError):
-            return set()
-        return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
-
-    @staticmethod
-    def called(name: str, names: Iterable[str]) -> list[str]:
-        """Those of the names of images that a name or pattern fits: with a slash of a region and a name."""
-        return sorted(
-            each for each in names if fnmatch.fnmatchcase(each if "/" in name else each.rpartition("/")[2], name)
-        )
-
-    def recover(self, report: Reporter, stop: Stop) -> set[str]:
-        """Take back what crashes left of a backup in the middle, with no network; returns the names that failed."""
-        failed = set()
-        for name in sorted(self._with_file("undo") | self._with_file("journal")):
-            meter = Meter(report, stop, f"{name}: taking back an interrupted backup", is_told=True)
-            try:
-                if Undo.recover(ImagePaths(self.path, name), meter):
-                    report.end_progress()
-                    report.say(f"{name}: an interrupted backup was taken back; the image is what it was before")
-            except (DosvobError, OSError) as problem:
-                kept = "; the next backup or verify takes it back" * isinstance(problem, OSError)
-                report.error(f"{name}: an interrupted backup: {explained(problem, self.path)}{kept}")
-                failed.add(name)
-        return failed
-
-    def _with_file(self, kind: str) -> set[str]:
-        """The names that have a file of this kind among the metadata."""
-        places = [Path(region) for region in self.directories()]
-        return {
-            str(place / path.stem) for place in places for path in (self.path / place / ".dosvob").glob(f"*.{kind}")
-        }
-
-
 @dataclass(frozen=True)
-class Job:
+class Context:
     """What all that needs the account is given."""
 
     config: Config
@@ -4720,33 +4843,17 @@ class Job:
         return f"{volume.region}/{volume.name}" if self.config.by_region else volume.name
 
 
-def explained(problem: DosvobError | OSError, where: Path) -> str:
-    """What an error says to the user; of what the local disk refused, `where` unless it names the file itself."""
-    if isinstance(problem, DosvobError):
-        return str(problem)
-    advice = {
-        errno.ENOSPC: "make room there and run again",
-        errno.EDQUOT: "make room there and run again",
-        errno.EROFS: "mount it for writing",
-        errno.EACCES: "it must belong to the user who runs dosvob",
-        errno.EPERM: "it must belong to the user who runs dosvob",
-        errno.EXDEV: "it is on another disk than where it belongs: move it there yourself",
-        errno.EIO: "the disk may be failing: look at the kernel's log",
-    }.get(problem.errno or 0, "look at that file and its disk")
-    return f"{problem.filename or where}: {problem.strerror or problem}: {advice}"
-
-
 Host = tuple[Droplet, Link]
 
 
-class Hosts:
+class DropletKeeper:
     """Makes the run's droplet, and the way to its agents, in the background; another one, once, if it is lost.
 
     To be closed.
     """
 
-    def __init__(self, job: Job, ephemeral: Ephemeral, plan: DropletPlan) -> None:
-        self._job = job
+    def __init__(self, context: Context, ephemeral: Ephemeral, plan: DropletPlan) -> None:
+        self._context = context
         self._ephemeral = ephemeral
         self._plan = plan
         self._keys = RunKeys.generate()
@@ -4769,7 +4876,7 @@ class Hosts:
         if self._is_replaced:
             raise NoDroplet(f"nothing can be done for want of a droplet, a second one too: {problem}")
         self._is_replaced = True
-        self._job.report.warn(f"{problem}; making another one")
+        self._context.report.warn(f"{problem}; making another one")
         self._ephemeral.remove_droplets()
 
     def _make(self) -> Host:
@@ -4777,7 +4884,9 @@ class Hosts:
         while True:
             try:
                 droplet = self._ephemeral.create_droplet(self._plan, self._keys.public, self._keys.user_data())
-                link = self._links.enter_context(contextlib.closing(Link(droplet.address, self._keys, self._job.stop)))
+                link = self._links.enter_context(
+                    contextlib.closing(Link(droplet.address, self._keys, self._context.stop))
+                )
                 link.open(SSH_LIMIT)
                 self._disarm(link, droplet)
             except NoDroplet:
@@ -4787,7 +4896,7 @@ class Hosts:
             except DosvobError as problem:
                 raise NoDroplet(f"nothing can be done for want of a droplet: {problem}") from problem
             else:
-                self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
+                self._context.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
                 return droplet, link
 
     def converse(self, volume: Volume, conversation: Conversation, what: str) -> int:
@@ -4796,7 +4905,9 @@ class Hosts:
         `what` is what progress is told of.
         """
         self.get()  # before the meter measures the time
-        new_meter = functools.partial(Meter, self._job.report, self._job.stop, what, conversation.chunks * CHUNK)
+        new_meter = functools.partial(
+            Meter, self._context.report, self._context.stop, what, conversation.chunks * CHUNK
+        )
         meter = new_meter()
 
         def start_agent() -> AgentStream:
@@ -4806,11 +4917,11 @@ class Hosts:
 
         def progress(received: int) -> None:
             nonlocal meter
-            if conversation.settled * CHUNK < meter.done:  # what was sent is compared now
+            if conversation.position * CHUNK < meter.done:  # what was sent is compared now
                 meter = new_meter()
-            meter(conversation.settled * CHUNK - meter.done, f" {conversation.told.format(human_size(received))}")
+            meter(conversation.position * CHUNK - meter.done, f" {conversation.verb.format(human_size(received))}")
 
-        return converse(start_agent, conversation, self._job.report.warn, progress, self._replace_lost)
+        return converse(start_agent, conversation, self._context.report.warn, progress, self._replace_lost)
 
     def _replace_lost(self, problem: DosvobError) -> bool:
         """If the problem is that the droplet is lost, have another one made; returns whether. Raises NoDroplet."""
@@ -4856,7 +4967,7 @@ class Result:
 
 
 @dataclass
-class Turn:
+class Queued:
     """A volume whose turn it is; times are time.monotonic.
 
     Not before `not_before`; the user was told of `until` (0: of nothing); after `give_up` it fails.
@@ -4881,160 +4992,168 @@ class Backup:
     RELEASE_DELAY = 60  # seconds at most for which a clone that was synced stays so that another one is attached first
 
     def __init__(
-        self, job: Job, plan: DropletPlan, volumes: Sequence[Volume], results: dict[str, Result], *, reread: bool
+        self,
+        context: Context,
+        plan: DropletPlan,
+        volumes: Sequence[Volume],
+        results: dict[str, Result],
+        *,
+        reread: bool,
     ) -> None:
-        stop = Stop(job.stop)  # what ends with this region
-        self._job = dataclasses.replace(job, stop=stop, api=job.api.with_stop(stop))
+        stop = Stop(context.stop)  # what ends with this region
+        self._context = dataclasses.replace(context, stop=stop, api=context.api.with_stop(stop))
         self._plan = plan
         self._reread = reread
-        self._report = job.report
+        self._report = context.report
         self._results = results
-        self._turns = collections.deque(Turn(volume, job.name(volume), number) for number, volume in enumerate(volumes))
-        self._ephemeral = Ephemeral(self._job.api, job.home.id, job.report)
+        self._queue = collections.deque(
+            Queued(volume, context.name(volume), number) for number, volume in enumerate(volumes)
+        )
+        self._ephemeral = Ephemeral(self._context.api, context.home.id, context.report)
         self._has_no_droplet = False
 
     def run(self) -> float:
         """Back up all volumes and remove what was created for that; returns what it cost, in dollars."""
-        names = ", ".join(turn.name for turn in self._turns)
+        names = ", ".join(queued.name for queued in self._queue)
         self._report.say(f"backing up {names}, over a droplet {self._plan.sizes[0][0]} with {self._plan.image}")
         with self._ephemeral:
             try:
-                self._take_turns()
+                self._back_up_all()
             finally:
                 self._report.end_progress()
         return self._ephemeral.cost()
 
-    def _take_turns(self) -> None:
+    def _back_up_all(self) -> None:
         """One volume after the other; the next one is prepared, and the last one released, while one syncs."""
         pool = concurrent.futures.ThreadPoolExecutor
-        hosts = Hosts(self._job, self._ephemeral, self._plan)
-        with contextlib.closing(hosts), pool(1) as ahead, pool(1) as behind:
+        keeper = DropletKeeper(self._context, self._ephemeral, self._plan)
+        with contextlib.closing(keeper), pool(1) as ahead, pool(1) as behind:
 
-            def start() -> tuple[Turn, Prepared] | None:
-                turn = self._turns.popleft() if self._turns else None
-                return (turn, ahead.submit(self._prepare, turn, hosts)) if turn else None
+            def start() -> tuple[Queued, Prepared] | None:
+                queued = self._queue.popleft() if self._queue else None
+                return (queued, ahead.submit(self._prepare, queued, keeper)) if queued else None
 
             try:
                 upcoming, last = start(), None
                 while upcoming is not None:
-                    turn, future = upcoming
-                    prepared = self._await(turn, future)
+                    queued, future = upcoming
+                    prepared = self._await(queued, future)
                     upcoming = start()
                     if prepared is None:
                         continue
                     if last is not None and upcoming is not None:  # the last clones go with the droplet
-                        behind.submit(self._release, last, hosts, upcoming[1])
-                    self._sync(turn, *prepared, hosts)
+                        behind.submit(self._release, last, keeper, upcoming[1])
+                    self._sync(queued, *prepared, keeper)
                     last = prepared[0]
             finally:
-                self._job.stop.request()  # what goes on in the background is of no use any more
+                self._context.stop.request()  # what goes on in the background is of no use any more
 
-    def _await(self, turn: Turn, future: Prepared) -> tuple[Volume, str] | None:
+    def _await(self, queued: Queued, future: Prepared) -> tuple[Volume, str] | None:
         """What was prepared for the turn; None if it failed, or is to be taken later."""
         start = time.monotonic()
         while not future.done():
-            left = max(turn.until, turn.not_before) - time.monotonic()
+            left = max(queued.until, queued.not_before) - time.monotonic()
             until = f"{human_time(left)} until DigitalOcean takes its next snapshot"
             waiting = f"waiting for its clone and the droplet, {human_time(time.monotonic() - start)}"
-            self._report.progress(f"{turn.name}: {until if left > 0 else waiting}")
+            self._report.progress(f"{queued.name}: {until if left > 0 else waiting}")
             concurrent.futures.wait([future], timeout=0.5)
         try:
             return future.result()
         except DosvobError as problem:
             if isinstance(problem, ApiError) and problem.status == 429:
-                self._put_off(turn, problem.wait)
+                self._put_off(queued, problem.wait)
             else:
-                self._fail(turn, problem)
+                self._fail(queued, problem)
         return None
 
-    def _put_off(self, turn: Turn, wait: float | None) -> None:
+    def _put_off(self, queued: Queued, wait: float | None) -> None:
         """Take a turn later, when DigitalOcean takes the volume's next snapshot.
 
         DigitalOcean says seldom in how many seconds that is (`wait`); the state knows when the last one was taken, if
         that was ours.
         """
-        now, path = time.monotonic(), ImagePaths(self._job.home.path, turn.name).state
+        now, path = time.monotonic(), ImagePaths(self._context.home.path, queued.name).state
         with contextlib.suppress(OSError, DosvobError), path.open("rb") as file:
             since = age(State.unpack(file.read(BLOCK), path).snapshot.taken_at)
             if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
                 wait = self.SNAPSHOT_INTERVAL - since
         rule = "DigitalOcean takes one snapshot of a volume per 10 minutes"
-        if not turn.until:
+        if not queued.until:
             seconds = self.SNAPSHOT_INTERVAL if wait is None else wait
             moment = local_time(utc_now() + datetime.timedelta(seconds=seconds))
             the_next_one = f"the next one {'by' if wait is None else 'at'} {moment}"
-            self._report.say(f"{turn.name}: {rule}, {the_next_one}; the other volumes go first")
-            turn.until = now + seconds
+            self._report.say(f"{queued.name}: {rule}, {the_next_one}; the other volumes go first")
+            queued.until = now + seconds
         wait = self.SNAPSHOT_RETRY if wait is None else wait
-        turn.not_before = now + wait
-        turn.give_up = min(turn.give_up, now + max(self.SNAPSHOT_INTERVAL, wait) + 60)
-        if turn.not_before > turn.give_up:
-            self._fail(turn, DosvobError(f"{rule}, and did not take this one for longer: try again later"))
+        queued.not_before = now + wait
+        queued.give_up = min(queued.give_up, now + max(self.SNAPSHOT_INTERVAL, wait) + 60)
+        if queued.not_before > queued.give_up:
+            self._fail(queued, DosvobError(f"{rule}, and did not take this one for longer: try again later"))
         else:
-            self._turns.append(turn)
+            self._queue.append(queued)
 
-    def _fail(self, turn: Turn, problem: DosvobError | OSError) -> None:
+    def _fail(self, queued: Queued, problem: DosvobError | OSError) -> None:
         """Report what a volume, or for want of a droplet each that is left, failed for."""
         self._report.end_progress()
-        failed = [turn]
+        failed = [queued]
         if isinstance(problem, NoDroplet):
             if not self._has_no_droplet:  # the volume that was being prepared meanwhile meets it too
                 self._report.error(str(problem))
             self._has_no_droplet = True
-            failed += self._turns
-            self._turns.clear()
+            failed += self._queue
+            self._queue.clear()
         else:
-            told = explained(problem, self._job.home.path)
+            told = explained(problem, self._context.home.path)
             if is_disk_full(problem):
-                versions = Versions(ImagePaths(self._job.home.path, turn.name)).all()
+                versions = Versions(ImagePaths(self._context.home.path, queued.name)).all()
                 held = f"{len(versions)} older versions hold {human_size(sum(each.occupied for each in versions))}"
                 told += f'; its {held}, and "keep" in conf.json says how many there are' * bool(versions)
-            self._report.error(f"{turn.name}: {told}")
+            self._report.error(f"{queued.name}: {told}")
         for each in failed:
             self._results[each.name] = dataclasses.replace(self._results[each.name], outcome="FAILED")
 
     # In the background
 
-    def _prepare(self, turn: Turn, hosts: Hosts) -> tuple[Volume, str]:
+    def _prepare(self, queued: Queued, keeper: DropletKeeper) -> tuple[Volume, str]:
         """Make the volume's clone and attach it."""
-        self._job.stop.sleep(turn.not_before - time.monotonic())
-        hosts.check()  # a clone would be of no use without a droplet
-        clone, taken_at = self._ephemeral.make_clone(turn.volume, turn.number)
+        self._context.stop.sleep(queued.not_before - time.monotonic())
+        keeper.check()  # a clone would be of no use without a droplet
+        clone, taken_at = self._ephemeral.make_clone(queued.volume, queued.number)
         with contextlib.suppress(DropletLost):  # then it is attached to another one, before its sync
-            self._ephemeral.attach(clone, hosts.get()[0])
+            self._ephemeral.attach(clone, keeper.get()[0])
         return clone, taken_at
 
-    def _release(self, clone: Volume, hosts: Hosts, upcoming: Prepared) -> None:
+    def _release(self, clone: Volume, keeper: DropletKeeper, upcoming: Prepared) -> None:
         """Detach the clone and delete it, after the next one's attachment: that one is waited for first."""
         concurrent.futures.wait([upcoming], timeout=self.RELEASE_DELAY)
         try:
-            self._ephemeral.release(clone, hosts.get()[0])
+            self._ephemeral.release(clone, keeper.get()[0])
         except (DosvobError, Interrupted) as problem:
             self._report.detail(f"{problem}; {clone.name} is removed at the end of the run")
 
     # In the foreground
 
-    def _sync(self, turn: Turn, clone: Volume, taken_at: str, hosts: Hosts) -> None:
+    def _sync(self, queued: Queued, clone: Volume, taken_at: str, keeper: DropletKeeper) -> None:
         """Make the clone's content the volume's image."""
-        start, volume, name = time.monotonic(), turn.volume, turn.name
+        start, volume, name = time.monotonic(), queued.volume, queued.name
         self._report.current = f"backing up {name}"
         self._report.detail(f"{name}: syncing its snapshot of {taken_at}")
         self._results[name] = Result(name, volume.size, "begun")
-        paths = ImagePaths(self._job.home.path, name)
+        paths = ImagePaths(self._context.home.path, name)
         snapshot = Snapshot(volume.id, name, volume.region, clone.size, taken_at)
 
         def warn(text: str) -> None:
             self._report.warn(f"{name}: {text}")
 
-        meter = Meter(self._report, self._job.stop, f"{name}: reading and writing here")
+        meter = Meter(self._report, self._context.stop, f"{name}: reading and writing here")
         dropped: set[datetime.datetime] = set()
         try:
-            update = Update(paths, snapshot, self._job.config.keep, warn, meter, reread=self._reread)
+            update = Update(paths, snapshot, self._context.config.keep, warn, meter, reread=self._reread)
             with contextlib.closing(update):
                 try:
                     # before: the disk may be full, and "keep" ask for fewer by now
                     is_thinned = self._thin(paths, dropped)
-                    received = hosts.converse(clone, Pull(update), name)
+                    received = keeper.converse(clone, Pull(update), name)
                     update.finish()
                 except OSError as problem:
                     if is_disk_full(problem):
@@ -5049,7 +5168,7 @@ class Backup:
             if is_thinned:  # or it was told why not
                 self._thin(paths, dropped)
         except (DosvobError, OSError) as problem:
-            self._fail(turn, problem)
+            self._fail(queued, problem)
         else:
             result = Result(name, snapshot.size, "ok", update.changed, received, time.monotonic() - start)
             self._results[name] = result
@@ -5068,9 +5187,9 @@ class Backup:
         """Drop the versions that are not to be kept; False if not all could be: the next run tries again."""
         before: set[datetime.datetime] = set()
         try:
-            meter = Meter(self._report, self._job.stop, f"{paths.name}: thinning its versions")
+            meter = Meter(self._report, self._context.stop, f"{paths.name}: thinning its versions")
             before = {version.moment for version in Versions(paths).all()}
-            Versions(paths).thin(self._job.config.keep, meter)
+            Versions(paths).thin(self._context.config.keep, meter)
         except Interrupted:
             pass  # whoever waits next ends the run
         except (OSError, DosvobError) as problem:
@@ -5092,110 +5211,6 @@ class Backup:
 # A new volume is made of an image, of an older version or of any file: a throwaway volume, which begins with what the
 # image's own volume has now if that is still there, is made what the source is over a droplet; then the new volume is
 # made from a snapshot of it. So the new one is whole from its birth, and all else goes by the one rule.
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a volume is made of; `size` in bytes.
-
-    `region`, `volume_id` and `volume_name` are those of the volume that it was, as far as they are known; `snapshot_at`
-    is when the last snapshot of that was taken here. Each call of `chunks` begins at the beginning; what it yields of a
-    hole is ZERO_CHUNK. It raises Damaged.
-    """
-
-    name: str
-    size: int
-    is_checked: bool  # whether the digests of what it has are recorded
-    chunks: Callable[[], Iterator[tuple[int, bytes]]]
-    region: str = ""
-    volume_id: str = ""
-    volume_name: str = ""
-    snapshot_at: str = ""
-
-    FORMATS: ClassVar[Mapping[tuple[int, bytes], str]] = {
-        # what a file that is no raw image has, and where; the command that makes one of it
-        (0, b"QFI\xfb"): "qemu-img convert -f qcow2 -O raw",
-        (0, b"KDMV"): "qemu-img convert -f vmdk -O raw",
-        (0, b"# Disk DescriptorFile"): "qemu-img convert -f vmdk -O raw",
-        (0, b"vhdxfile"): "qemu-img convert -f vhdx -O raw",
-        (0, b"conectix"): "qemu-img convert -f vpc -O raw",
-        (64, b"\x7f\x10\xda\xbe"): "qemu-img convert -f vdi -O raw",
-        (0, b"\x1f\x8b\x08"): "gzip -dc",
-        (0, b"\x28\xb5\x2f\xfd"): "zstd -dc",
-        (0, b"\xfd7zXZ\0"): "xz -dc",
-        (0, b"BZh"): "bzip2 -dc",
-    }
-
-    @classmethod
-    def _refuse_format(cls, path: Path, head: bytes) -> None:
-        """Raise UsageError for a file that is a packed or compressed image: a volume of it would be of no use."""
-        for (offset, magic), command in cls.FORMATS.items():
-            if head.startswith(magic, offset):
-                raw = path.with_suffix(".img" if path.suffix != ".img" else ".raw")
-                to = "" if command.startswith("qemu") else "> "
-                raise UsageError(
-                    f"{path} is no raw disk image. To make one of it: {command} {shlex.quote(str(path))} "
-                    f"{to}{shlex.quote(str(raw))}; then restore --from {shlex.quote(str(raw))}"
-                )
-
-    @classmethod
-    @contextlib.contextmanager
-    def of_file(cls, path: Path) -> Iterator[Source]:
-        """A plain file; raises OSError, UsageError."""
-        if not path.is_file():
-            raise UsageError(f"there is no file {path}")
-        with contextlib.closing(SparseFile(path)) as file:
-            size = os.fstat(file.fd).st_size
-            cls._refuse_format(path, os.pread(file.fd, 512, 0))
-
-            def chunks() -> Iterator[tuple[int, bytes]]:
-                for index, is_hole in enumerate(file.chunk_holes(0, -(-size // CHUNK))):
-                    chunk = ZERO_CHUNK if is_hole else file.chunk(index)
-                    if chunk is None:
-                        raise Damaged(f"{path} cannot be read at byte {index * CHUNK}: the disk may be failing")
-                    yield index, chunk
-
-            yield cls(str(path), size, is_checked=False, chunks=chunks)
-
-    @classmethod
-    @contextlib.contextmanager
-    def of_image(cls, paths: ImagePaths, moment: datetime.datetime | None) -> Iterator[Source]:
-        """An image, or the version that it had at that time; raises Damaged for what is seen to be, without reading it.
-
-        Raises UsageError if there is none, OSError.
-        """
-        with contextlib.closing(Chain(paths)) as chain:
-            depth = chain.depth_at(moment)
-            snapshot = chain.versions[depth - 1].snapshot if depth else chain.state.snapshot if chain.state else None
-            taken = chain.versions[depth - 1].moment if depth else chain.moment
-            name = f"{paths.name} of {local_time(taken)}" if taken else paths.name
-            at = ["--at", local_time(taken)] if taken else []
-            rest = f"to restore the rest of it to a file: {command_line('restore', paths.name, 'FILE', *at)}"
-            size = snapshot.size if snapshot else chain.size
-            for version in chain.versions[:depth]:
-                if not version.is_whole:
-                    raise Damaged(f"{version.path} is damaged; {rest}")
-            if chain.problem or chain.length < min(size, chain.size):
-                raise Damaged(
-                    f"{chain.problem or f'{paths.image} has only {chain.length} bytes of {chain.size}'}; {rest}"
-                )
-
-            def chunks() -> Iterator[tuple[int, bytes]]:
-                for index, contents, soundness in itertools.islice(chain.chunks(depth), size // CHUNK):
-                    if not soundness[depth]:
-                        raise Damaged(f"{name} is damaged at byte {index * CHUNK}; {rest}")
-                    yield index, contents[depth]
-
-            yield cls(
-                name,
-                size,
-                is_checked=chain.state is not None,
-                chunks=chunks,
-                region=snapshot.region if snapshot else "",
-                volume_id=snapshot.volume_id if snapshot else "",
-                volume_name=(snapshot.name if snapshot else paths.image.name).rpartition("/")[2],
-                snapshot_at=chain.state.snapshot.taken_at if chain.state else "",
-            )
 
 
 @dataclass(frozen=True)
@@ -5259,31 +5274,33 @@ class NewVolume:
 class Restoration:
     """One run that makes a new volume, beginning with a base if there is one."""
 
-    def __init__(self, job: Job, plan: DropletPlan, source: Source, new: NewVolume, base: Volume | None) -> None:
-        stop = Stop(job.stop)  # what ends with this
-        self._job = dataclasses.replace(job, stop=stop, api=job.api.with_stop(stop))
+    def __init__(
+        self, context: Context, plan: DropletPlan, source: Source, new: NewVolume, base: Volume | None
+    ) -> None:
+        stop = Stop(context.stop)  # what ends with this
+        self._context = dataclasses.replace(context, stop=stop, api=context.api.with_stop(stop))
         self._plan = plan
         self._source = source
         self._new = new
         self._base = base
-        self._ephemeral = Ephemeral(self._job.api, job.home.id, job.report)
+        self._ephemeral = Ephemeral(self._context.api, context.home.id, context.report)
 
     def run(self) -> Volume:
         """Make it; returns it when all else is removed."""
         with self._ephemeral:
             made = self._make()
         cost = self._ephemeral.cost()
-        self._job.report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included")
+        self._context.report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included")
         return made
 
     def _make(self) -> Volume:
-        new, report = self._new, self._job.report
+        new, report = self._new, self._context.report
         volume, is_empty = self._throwaway()
-        with contextlib.closing(Hosts(self._job, self._ephemeral, self._plan)) as hosts:
+        with contextlib.closing(DropletKeeper(self._context, self._ephemeral, self._plan)) as keeper:
             try:
-                sent = self._fill(volume, hosts, is_empty=is_empty)
+                sent = self._fill(volume, keeper, is_empty=is_empty)
             except BaseException:
-                self._job.stop.request()  # a droplet that is still being made is of no use any more
+                self._context.stop.request()  # a droplet that is still being made is of no use any more
                 raise
             finally:
                 report.end_progress()
@@ -5294,7 +5311,7 @@ class Restoration:
 
     def _throwaway(self) -> tuple[Volume, bool]:
         """The volume that becomes what the source is, and whether it is empty."""
-        new, base, report = self._new, self._base, self._job.report
+        new, base, report = self._new, self._base, self._context.report
         if base is not None:
             make_clone = functools.partial(self._ephemeral.make_clone, base, 0, new.size)
             hint = "; --from-scratch begins at once, with an empty volume"
@@ -5308,7 +5325,7 @@ class Restoration:
 
     def _when_allowed(self, work: Callable[[], T], name: str, last: str = "", hint: str = "") -> T:
         """Do what takes a snapshot when DigitalOcean does so: once in ten minutes of a volume; `last` was its last."""
-        interval, retry, report, until = Backup.SNAPSHOT_INTERVAL, Backup.SNAPSHOT_RETRY, self._job.report, 0.0
+        interval, retry, report, until = Backup.SNAPSHOT_INTERVAL, Backup.SNAPSHOT_RETRY, self._context.report, 0.0
         while True:
             try:
                 return work()
@@ -5326,9 +5343,9 @@ class Restoration:
             while (left := end - time.monotonic()) > 0:
                 seconds = max(until - time.monotonic(), 0)
                 report.progress(f"{name}: {human_time(seconds)} until DigitalOcean takes its next snapshot")
-                self._job.stop.sleep(min(left, 0.5))
+                self._context.stop.sleep(min(left, 0.5))
 
-    def _fill(self, volume: Volume, hosts: Hosts, *, is_empty: bool) -> int:
+    def _fill(self, volume: Volume, keeper: DropletKeeper, *, is_empty: bool) -> int:
         """Make the volume what the source is, with zeros behind that; returns the bytes sent."""
         chunks, source, new = volume.size // CHUNK, self._source, self._new
 
@@ -5337,11 +5354,11 @@ class Restoration:
             return itertools.chain(source.chunks(), ((index, ZERO_CHUNK) for index in beyond))
 
         def warn(text: str) -> None:
-            self._job.report.warn(f"{new.name}: {text}")
+            self._context.report.warn(f"{new.name}: {text}")
 
-        with tempfile.TemporaryFile(dir=self._job.home.metadata) as digests:
+        with tempfile.TemporaryFile(dir=self._context.home.metadata) as digests:
             push = Push(contents, chunks, digests, warn, is_empty=is_empty)
-            hosts.converse(volume, push, new.name)
+            keeper.converse(volume, push, new.name)
         return push.sent
 
 
@@ -5352,12 +5369,12 @@ class Restoration:
 class Selection:
     """Which of the account's volumes are backed up: of those in the regions of conf.json, the ones that it names."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, context: Context) -> None:
         """Tells of regions that have none; raises UsageError if there is none in any."""
-        self._job = job
-        config = job.config
-        items = job.api.list("/v2/volumes", "volumes")
-        volumes = sorted((Volume.parse(item) for item in items if not Resource.is_ephemeral(item)), key=job.name)
+        self._context = context
+        config = context.config
+        items = context.api.list("/v2/volumes", "volumes")
+        volumes = sorted((Volume.parse(item) for item in items if not Resource.is_ephemeral(item)), key=context.name)
         regions = set(config.regions or [volume.region for volume in volumes])
         here = [volume for volume in volumes if volume.region in regions]
         elsewhere = [volume for volume in volumes if volume.region not in regions]
@@ -5366,23 +5383,23 @@ class Selection:
             problem = f"there are no volumes in {region}"
             problem += f'; there are {others}: is "region" in conf.json right?' * bool(others)
             try:
-                DropletPlan.make(job.api, config, region)
+                DropletPlan.make(context.api, config, region)
             except UsageError as better:  # there is no such region
                 problem = str(better)
             if not here:
                 raise UsageError(problem)
-            job.report.error(problem)
+            context.report.error(problem)
         if not here:
             raise UsageError("there are no volumes in the account")
         if elsewhere:
-            job.report.say(f"not backed up, because in another region than {', '.join(sorted(regions))}: {others}")
+            context.report.say(f"not backed up, because in another region than {', '.join(sorted(regions))}: {others}")
         self._here, self._elsewhere = here, elsewhere
 
-    def chosen(self, names: Sequence[str]) -> list[Volume]:
+    def select(self, names: Sequence[str]) -> list[Volume]:
         """Those to back up; raises UsageError for a name that fits none, tells of one that no volume can have."""
-        job, here, config = self._job, self._here, self._job.config
+        context, here, config = self._context, self._here, self._context.config
         where = ", ".join(sorted({volume.region for volume in here}))
-        there_are = f"there are {', '.join(job.name(volume) for volume in here)}"
+        there_are = f"there are {', '.join(context.name(volume) for volume in here)}"
         for name in names:
             if not self._matching(here, [name]):
                 others = ", ".join(sorted({volume.region for volume in self._matching(self._elsewhere, [name])}))
@@ -5396,7 +5413,7 @@ class Selection:
         for key, patterns in (("include", config.include), ("exclude", config.exclude)):
             for pattern in patterns:
                 if not self._matching(here, [pattern]):
-                    job.report.warn(f'"{key}" in conf.json: no volume in {where} matches "{pattern}"; {there_are}')
+                    context.report.warn(f'"{key}" in conf.json: no volume in {where} matches "{pattern}"; {there_are}')
         chosen = self._matching(here, names or config.include or ("*",))
         meant = self._matching(here, [name for name in names if not set(name) & set("*?[")])  # whatever is excluded
         excluded = [volume for volume in self._matching(here, config.exclude) if volume not in meant]
@@ -5405,7 +5422,7 @@ class Selection:
             raise UsageError(f'"include" and "exclude" in conf.json leave no volume to back up; {there_are}')
         for volume in chosen:
             if not self._is_fit(volume):  # it would become a path
-                job.report.error(f"{volume.name!r} is not a name that a volume can have: it is not backed up")
+                context.report.error(f"{volume.name!r} is not a name that a volume can have: it is not backed up")
         return [volume for volume in chosen if self._is_fit(volume)]
 
     @staticmethod
@@ -5422,20 +5439,22 @@ class Selection:
         return all(ImagePaths.VOLUME_NAME.fullmatch(name) for name in (volume.name, volume.region))
 
 
-def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False, dry_run: bool = False) -> list[Resource]:
+def sweep(
+    context: Context, not_before: float = 0.0, *, everything: bool = False, dry_run: bool = False
+) -> list[Resource]:
     """Remove this home's leftovers and those of no home, and report what stays; name those of other homes.
 
     What another home has may be in use: `everything` removes it too. With `not_before` (time.monotonic) it is gone on
     until a list shows nothing that was asked for after that. Returns what was found to be removed; a `dry_run` only
     names it.
     """
-    report, ours = job.report, ("", job.home.id)
+    report, ours = context.report, ("", context.home.id)
     found: list[Resource] = []
     kinds = list(KINDS)
     refused: ApiError | None = None
     for kind in KINDS:
         try:
-            found += Resource.list(job.api, kind)
+            found += Resource.list(context.api, kind)
         except ApiError as problem:
             if problem.status is None:  # nobody answers
                 raise
@@ -5454,7 +5473,7 @@ def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False, dry_ru
             f"{how_old}. If nothing backs up to that any more: {command_line('sweep', '--all')}"
         )
     if (leftovers or not_before) and not dry_run:
-        removal = Removal(job.api, lambda item: everything or item.home in ours, not_before, report.doing, kinds)
+        removal = Removal(context.api, lambda item: everything or item.home in ours, not_before, report.doing, kinds)
         report.left_behind(removal.run(), of_all=everything)
     if refused:
         raise refused
@@ -5464,8 +5483,8 @@ def sweep(job: Job, not_before: float = 0.0, *, everything: bool = False, dry_ru
 class Misplaced:
     """The images that lie where another "region" in conf.json had them, as far as they may be these volumes'."""
 
-    def __init__(self, job: Job, volumes: Sequence[Volume]) -> None:
-        self._job = job
+    def __init__(self, context: Context, volumes: Sequence[Volume]) -> None:
+        self._context = context
         self._volumes = volumes
 
     def images(self) -> Iterator[tuple[ImagePaths, str]]:
@@ -5474,7 +5493,7 @@ class Misplaced:
         That is told by a region's directory, or else by the state. Of what has none only what may be one of these
         volumes' is named.
         """
-        config, home = self._job.config, self._job.home
+        config, home = self._context.config, self._context.home
         elsewhere = {volume.name if config.by_region else f"{volume.region}/{volume.name}" for volume in self._volumes}
         for name in sorted(home.names() | elsewhere):
             old = ImagePaths(home.path, name)
@@ -5496,20 +5515,22 @@ class Misplaced:
 
         Those are what could not be moved, for it would be fetched again; also if its recovery failed (`damaged`).
         """
-        job, volumes = self._job, self._volumes
+        context, volumes = self._context, self._volumes
         failed: set[str] = set()
         for old, name in self.images():
-            names = [name] if name else [job.name(volume) for volume in volumes if volume.name == old.name]
+            names = [name] if name else [context.name(volume) for volume in volumes if volume.name == old.name]
             try:
                 if old.name in damaged:  # which was told
                     failed.update(names)
                     continue
                 if not name:
-                    raise DosvobError(self._how_to_move(old, [ImagePaths(job.home.path, name) for name in names]))
-                job.home.move(old, ImagePaths(job.home.path, name))
-                job.report.say(f'{old.name}: its image is {job.home.path / name} now, for "region" in conf.json')
+                    raise DosvobError(self._how_to_move(old, [ImagePaths(context.home.path, name) for name in names]))
+                context.home.move(old, ImagePaths(context.home.path, name))
+                context.report.say(
+                    f'{old.name}: its image is {context.home.path / name} now, for "region" in conf.json'
+                )
             except (DosvobError, OSError) as problem:
-                job.report.error(f"{old.name}: {explained(problem, old.directory)}")
+                context.report.error(f"{old.name}: {explained(problem, old.directory)}")
                 failed.update(names)
         return failed
 
@@ -5530,18 +5551,18 @@ class Misplaced:
         )
 
 
-def tell_thinning(job: Job, paths: ImagePaths, *, dry_run: bool = False) -> None:
+def tell_thinning(context: Context, paths: ImagePaths, *, dry_run: bool = False) -> None:
     """Say loudly that `keep` drops most of the older versions that there are; in a dry run all that it drops."""
     with contextlib.suppress(OSError, DosvobError):  # the thinning itself tells
         versions = Versions(paths)
-        count, unwanted = len(versions.all()), versions.unwanted(job.config.keep)
+        count, unwanted = len(versions.all()), versions.unwanted(context.config.keep)
         if 2 * len(unwanted) > count:
-            job.report.warn(
+            context.report.warn(
                 f'{paths.name}: "keep" in conf.json asks for {count - len(unwanted)} of its {count} older versions; '
                 f"{len(unwanted)} {'would be' if dry_run else 'are'} dropped, {oldest_of(unwanted)}"
             )
-        if dry_run and paths.state.exists() and (unwanted := versions.unwanted(job.config.keep, utc_now())):
-            job.report.say(
+        if dry_run and paths.state.exists() and (unwanted := versions.unwanted(context.config.keep, utc_now())):
+            context.report.say(
                 f"would not keep {counted_versions(unwanted)} of {paths.name} any more, {oldest_of(unwanted)}"
             )
 
@@ -5549,34 +5570,38 @@ def tell_thinning(job: Job, paths: ImagePaths, *, dry_run: bool = False) -> None
 class Run:
     """One backup of some volumes; the lock is held."""
 
-    def __init__(self, job: Job, names: Sequence[str], *, reread: bool) -> None:
+    def __init__(self, context: Context, names: Sequence[str], *, reread: bool) -> None:
         """`names` are those on the command line."""
-        self._job = job
+        self._context = context
         self._names = names
         self._reread = reread
         self._results: dict[str, Result] = {}  # by the name of the image
 
     def run(self) -> None:
         """From the leftovers of an earlier run to what this one cost."""
-        job, home, report = self._job, self._job.home, self._job.report
+        context, home, report = self._context, self._context.home, self._context.report
         try:
-            sweep(job)  # first: what is left costs money while a large backup is taken back
+            sweep(context)  # first: what is left costs money while a large backup is taken back
         finally:
-            damaged = home.recover(report, job.stop)
-        volumes = Selection(job).chosen(self._names)
+            damaged = home.recover(report, context.stop)
+        volumes = Selection(context).select(self._names)
         plans = self._plan_droplets(volumes)
         if not self._names:
             try:
-                home.write("wanted.json", json.dumps([job.name(volume) for volume in volumes]))
+                home.write("wanted.json", json.dumps([context.name(volume) for volume in volumes]))
             except OSError as problem:
                 report.warn(
                     f"{explained(problem, home.path)}; `health` will not miss a volume that was never backed up"
                 )
-        damaged |= Misplaced(job, volumes).move(damaged)
-        fit = [volume for volume in volumes if job.name(volume) not in damaged and self._can_write(job.name(volume))]
+        damaged |= Misplaced(context, volumes).move(damaged)
+        fit = [
+            volume
+            for volume in volumes
+            if context.name(volume) not in damaged and self._can_write(context.name(volume))
+        ]
         for volume in fit:
-            tell_thinning(job, ImagePaths(home.path, job.name(volume)))
-        self._results = {job.name(volume): Result(job.name(volume), volume.size, "not begun") for volume in fit}
+            tell_thinning(context, ImagePaths(home.path, context.name(volume)))
+        self._results = {context.name(volume): Result(context.name(volume), volume.size, "not begun") for volume in fit}
         cost = 0.0
         try:
             for _, volumes_there in itertools.groupby(fit, lambda volume: volume.region):
@@ -5596,7 +5621,7 @@ class Run:
 
     def _can_write(self, name: str) -> bool:
         """Whether an image can be written to, as it must be once all is fetched; tells if it cannot."""
-        image = ImagePaths(self._job.home.path, name).image
+        image = ImagePaths(self._context.home.path, name).image
         try:
             os.close(os.open(image, os.O_WRONLY | os.O_CLOEXEC))
         except FileNotFoundError:
@@ -5607,37 +5632,37 @@ class Run:
             if status.st_mode & stat.S_IWUSR and status.st_uid == os.geteuid():
                 mend = explained(problem, image)
             mode = f"its mode is {stat.filemode(status.st_mode)[1:]}"
-            self._job.report.error(f"{name}: {image} cannot be written to, {mode}: {mend}; it is not backed up")
+            self._context.report.error(f"{name}: {image} cannot be written to, {mode}: {mend}; it is not backed up")
             return False
         except OSError as problem:
-            self._job.report.error(f"{name}: {explained(problem, image)}")
+            self._context.report.error(f"{name}: {explained(problem, image)}")
             return False
         return True
 
     def _plan_droplets(self, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
         """What droplets to create, by region; one of several regions that cannot have one fails for itself."""
-        job, plans = self._job, {}
+        context, plans = self._context, {}
         for region in dict.fromkeys(volume.region for volume in volumes):
             try:
-                plans[region] = DropletPlan.make(job.api, job.config, region)
+                plans[region] = DropletPlan.make(context.api, context.config, region)
             except DosvobError as problem:
-                if not job.config.by_region:
+                if not context.config.by_region:
                     raise
-                job.report.error(f"{region}: {problem}")
+                context.report.error(f"{region}: {problem}")
         return plans
 
     def _back_up_region(self, plans: Mapping[str, DropletPlan], volumes: Sequence[Volume]) -> float:
         """Back up volumes of one region; returns what it cost. If it fails, that is no matter of other regions."""
-        job, results, region = self._job, self._results, volumes[0].region
+        context, results, region = self._context, self._results, volumes[0].region
         try:
-            if job.config.by_region:
-                job.home.make_directory(region)
+            if context.config.by_region:
+                context.home.make_directory(region)
             if region in plans:
-                return Backup(job, plans[region], volumes, results, reread=self._reread).run()
+                return Backup(context, plans[region], volumes, results, reread=self._reread).run()
         except (DosvobError, OSError) as problem:
-            job.report.error(f"{region}: {explained(problem, job.home.path)}")
+            context.report.error(f"{region}: {explained(problem, context.home.path)}")
         for volume in volumes:
-            name = job.name(volume)
+            name = context.name(volume)
             if results[name].outcome != "ok":
                 results[name] = dataclasses.replace(results[name], outcome="FAILED")
         return 0.0
@@ -5655,7 +5680,7 @@ class Run:
             names = [result.name for result in self._results.values() if result.outcome == outcome]
             told += [f"{word}: {', '.join(names)}"] if names else []
         told.append(f"to see what there is: {command_line('list')}")
-        self._job.report.say(f"interrupted; {'; '.join(told)}", is_result=True)
+        self._context.report.say(f"interrupted; {'; '.join(told)}", is_result=True)
 
 
 class Commands:
@@ -5672,7 +5697,7 @@ class Commands:
         of = f" of {', '.join(names)}" if names else ""
         self._home = Home(arguments.backups, f"a {arguments.command or 'backup'}{of}")
 
-    def _job(self) -> Job:
+    def _context(self) -> Context:
         """What a command that needs the account is given; raises UsageError."""
         report, stop = self._report, self._stop
         for package in PACKAGES.values():
@@ -5683,19 +5708,19 @@ class Commands:
             with Home(self._home.path).unchanged():  # what a run at work has created would be taken for leftovers
                 pass
         patience = Api.DRY_RUN_PATIENCE if self._arguments.dry_run else Api.PATIENCE
-        return Job(config, Api(config, stop, report.say, report.detail, patience), self._home, report, stop)
+        return Context(config, Api(config, stop, report.say, report.detail, patience), self._home, report, stop)
 
     def back_up(self) -> None:
         """The main job."""
-        job, report = self._job(), self._report
+        context, report = self._context(), self._report
         if self._arguments.dry_run:
-            self._dry_run(job)
+            self._dry_run(context)
             return
-        url = job.config.healthchecks
+        url = context.config.healthchecks
         try:
-            with job.home.locked():
+            with context.home.locked():
                 ping(url, "/start", report)
-                Run(job, self._arguments.names, reread=self._arguments.reread).run()
+                Run(context, self._arguments.names, reread=self._arguments.reread).run()
         except Busy:
             raise  # nothing is wrong; of what takes too long the pings tell that do not come
         except (Exception, Interrupted) as problem:
@@ -5703,21 +5728,21 @@ class Commands:
             raise
         ping(url, "/fail" if report.has_failed else "", report)
 
-    def _dry_run(self, job: Job) -> None:
+    def _dry_run(self, context: Context) -> None:
         """Say what a backup would do; changes nothing."""
-        sweep(job, dry_run=True)
-        volumes = Selection(job).chosen(self._arguments.names)
-        moved = {name: old for old, name in Misplaced(job, volumes).images()} if job.home.path.is_dir() else {}
+        sweep(context, dry_run=True)
+        volumes = Selection(context).select(self._arguments.names)
+        moved = {name: old for old, name in Misplaced(context, volumes).images()} if context.home.path.is_dir() else {}
         for volume in volumes:
-            name = job.name(volume)
-            paths, old = ImagePaths(job.home.path, name), moved.get(name)
+            name = context.name(volume)
+            paths, old = ImagePaths(context.home.path, name), moved.get(name)
             image = paths.image
             how = "changes only" if image.exists() or (old and old.image.exists()) else "all of it, for the first time"
             first = f" (where {old.image} goes first)" if old else ""
             self._report.say(f"would back up {name}, {human_size(volume.size)}, to {image}{first}: {how}")
-            tell_thinning(job, old or paths, dry_run=True)
+            tell_thinning(context, old or paths, dry_run=True)
         for region in dict.fromkeys(volume.region for volume in volumes):
-            plan = DropletPlan.make(job.api, job.config, region)
+            plan = DropletPlan.make(context.api, context.config, region)
             size, price = plan.sizes[0]
             self._report.say(
                 f"would do so over a droplet {size} with {plan.image} in {region}, at ${price:.5f} an hour"
@@ -5728,16 +5753,16 @@ class Commands:
         arguments, report = self._arguments, self._report
         if arguments.names:
             raise UsageError("sweep takes no names: it removes all that dosvob left behind")
-        job = self._job()
+        context = self._context()
         if arguments.dry_run:
-            if not sweep(job, everything=arguments.all, dry_run=True):
+            if not sweep(context, everything=arguments.all, dry_run=True):
                 report.say("there is nothing to remove")
             return
-        with job.home.locked():
+        with context.home.locked():
             sweep(
-                job, time.monotonic() + LIST_LAG, everything=arguments.all
+                context, time.monotonic() + LIST_LAG, everything=arguments.all
             )  # what was created a moment ago shows late
-            job.home.recover(report, self._stop)
+            context.home.recover(report, self._stop)
         if not report.left:
             report.say("nothing of dosvob's is left in the account" + " for this home" * (not arguments.all))
 
@@ -5747,7 +5772,7 @@ class Commands:
         self._home.check()
         with home.locked(with_id=False):  # an id would make a home of a region's directory
             home.recover(report, self._stop)
-            names = home.chosen(self._arguments.names, with_aside=False)
+            names = home.select(self._arguments.names, with_aside=False)
             if not names:
                 raise DosvobError(f"there is no backup in {home.path} yet, so nothing was verified")
             for name in names:
@@ -5791,7 +5816,7 @@ class Commands:
         self._home.check()
         wanted = home.wanted()
         there = wanted | {name for name in home.names(with_aside=False) if ImagePaths(home.path, name).state.exists()}
-        asked = [found for name in self._arguments.names for found in Home.called(name, there) or [name]]
+        asked = [found for name in self._arguments.names for found in Home.matching(name, there) or [name]]
         names = list(dict.fromkeys(asked)) or sorted(there)
         if not names:
             raise DosvobError(f"there is no backup in {home.path} yet")
@@ -5839,7 +5864,7 @@ class Commands:
         """Say what is there to be restored, without network, account or lock."""
         home, report = self._home, self._report
         self._home.check()
-        found = [self._described(ImagePaths(home.path, name)) for name in home.chosen(self._arguments.names)]
+        found = [self._described(ImagePaths(home.path, name)) for name in home.select(self._arguments.names)]
         if self._arguments.json:
             report.answer(json.dumps({"volumes": found}, indent=2), self._stop)
         elif not found:
@@ -5882,10 +5907,10 @@ class Commands:
         except DosvobError as problem:
             found["problem"] = found["problem"] or str(problem)
         versions = Versions(paths).all()
-        heed = Meter(self._report, self._stop, f"{paths.name}: reading what its versions hold")
+        tick = Meter(self._report, self._stop, f"{paths.name}: reading what its versions hold")
         for version, older in itertools.zip_longest(versions, versions[1:]):
             try:
-                add(version.moment, version, Versions.freed_by(version, older, heed), damaged=not version.is_whole)
+                add(version.moment, version, Versions.freed_by(version, older, tick), damaged=not version.is_whole)
             except Damaged:
                 add(version.moment, version, version.occupied, damaged=True)
             except FileNotFoundError:  # a run that goes on has thinned them meanwhile
@@ -5925,25 +5950,25 @@ class Commands:
                 "restore --to-volume takes a volume's name, or --from FILE without --at: "
                 + command_line("restore", "data", "--to-volume", "data-restored")
             )
-        job = self._job()
-        with contextlib.nullcontext() if dry_run else job.home.locked():
-            sweep(job, dry_run=dry_run)
+        context = self._context()
+        with contextlib.nullcontext() if dry_run else context.home.locked():
+            sweep(context, dry_run=dry_run)
             if file:
                 opened = Source.of_file(file)
             else:
-                job.home.check()
-                paths = ImagePaths(job.home.path, job.home.meant(arguments.names[0]))
+                context.home.check()
+                paths = ImagePaths(context.home.path, context.home.one_named(arguments.names[0]))
                 opened = Source.of_image(paths, self._wanted_time())
             with opened as source:
-                wish = self._wish(job, source)
-                plan = DropletPlan.make(job.api, job.config, wish.region)
-                base, why = wish.base(source, wish.check(job.api), from_scratch=arguments.from_scratch)
+                wish = self._wish(context, source)
+                plan = DropletPlan.make(context.api, context.config, wish.region)
+                base, why = wish.base(source, wish.check(context.api), from_scratch=arguments.from_scratch)
                 would = "would make" if dry_run else "making"
                 report.say(f"{would} {wish.name} in {wish.region}, {wish.size // GIB} GiB, of {source.name}; {why}")
                 if dry_run:
                     self._tell_costs(plan, wish, snapshots=1 if base is None else 2)
                     return
-                new = Restoration(job, plan, source, wish, base).run()
+                new = Restoration(context, plan, source, wish, base).run()
         unchecked = (
             "" if source.is_checked else "; whether that is what was backed up is not recorded, and was not checked"
         )
@@ -5955,7 +5980,7 @@ class Commands:
             f"  mount {Link.device(new.name)} /mnt    # on the droplet"
         )
 
-    def _wish(self, job: Job, source: Source) -> NewVolume:
+    def _wish(self, context: Context, source: Source) -> NewVolume:
         """The volume that is to be made of a source; raises UsageError."""
         arguments, least = self._arguments, -(-source.size // GIB)
         size = least if arguments.size is None else arguments.size
@@ -5963,7 +5988,7 @@ class Commands:
             raise UsageError(f"{source.name} is empty: there is nothing to make a volume of")
         if size < least:
             raise UsageError(f"{source.name} needs {least} GiB, and --size says {size}")
-        regions = job.config.regions
+        regions = context.config.regions
         region = arguments.region or source.region or (regions[0] if len(regions) == 1 else "")
         if not region:
             raise UsageError("say in which region the volume is to be, with --region")
@@ -5987,7 +6012,7 @@ class Commands:
             )
         name, target = arguments.names[0], Path(arguments.names[1])
         with home.unchanged():
-            name = home.meant(name)
+            name = home.one_named(name)
             if target.is_dir():
                 file = command_line("restore", name, str(target / f"{name.rpartition('/')[2]}.img"))
                 raise UsageError(f"{target} is a directory: name a file in it: {file}")

@@ -172,7 +172,7 @@ def back_up(
 def sync_device(start_agent: Callable[[int, int], Any], update: dosvob.Update, warn: Callable[[str], None]) -> None:
     """As a run does it; `start_agent` takes first chunk and window."""
     dosvob.converse(
-        lambda: cast("dosvob.AgentStream", start_agent(update.settled, update.window)),
+        lambda: cast("dosvob.AgentStream", start_agent(update.frontier, update.window)),
         dosvob.Pull(update),
         warn,
         lambda received: None,

@@ -587,7 +587,7 @@ TIGHT = {"WINDOW": 1, "HELD": 1, "READ_AHEAD": 1, "QUEUED_FRAMES": 1, "READERS":
 def tighten(patches: pytest.MonkeyPatch, tight: dict[str, int]) -> None:
     """Give the constants these values; LOCAL is how far the local image is read ahead."""
     values = dict(tight)
-    patches.setattr(dosvob.LocalImage, "READ_AHEAD", values.pop("LOCAL", dosvob.LocalImage.READ_AHEAD))
+    patches.setattr(dosvob.ImageDigests, "READ_AHEAD", values.pop("LOCAL", dosvob.ImageDigests.READ_AHEAD))
     set_constants(patches, **values)
 
 
@@ -1144,7 +1144,7 @@ def test_what_comes_out_of_order_is_progress(target: Target) -> None:
     missing = list(range(1, chunks))
 
     def connect() -> Any:
-        assert update.settled == 0
+        assert update.frontier == 0
         return Script(*said, frame(RAW, missing.pop(0), b"\xff" * (PAGES // 8) + THEIRS)) if missing else Script()
 
     update = dosvob.Update(target.paths, snapshot_of(target.device, NAME), dosvob.Keep(), lambda text: None)

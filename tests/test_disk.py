@@ -555,7 +555,8 @@ def test_a_mebibyte_that_the_disk_cannot_read_is_fetched_and_written_again(
         "noise": os.urandom(MIB),
     }
     write_at(disk.device, chunk * MIB, change[becomes])
-    decayed = [disk.back_up(reread=reread)[0].differing.ranges for _ in range(1 if reread else dosvob.LocalImage.PARTS)]
+    runs = 1 if reread else dosvob.ImageDigests.PARTS
+    decayed = [disk.back_up(reread=reread)[0].differing.ranges for _ in range(runs)]
     assert [places for places in decayed if places] == [[mebibyte(chunk)]]
     assert not bad.pages
     assert disk.image() == disk.device.read_bytes()
@@ -1443,8 +1444,8 @@ def test_a_flipped_bit_is_found_within_eight_backups(disk: Disk, chunk: int) -> 
     disk.back_up()
     decay(disk.paths.image, chunk * MIB + 5000)
     assert verify(disk.paths)[0] == [(chunk * MIB, (chunk + 1) * MIB)]
-    found = [disk.back_up()[0].differing.ranges for _ in range(dosvob.LocalImage.PARTS)]
-    assert sorted(found) == [[]] * (dosvob.LocalImage.PARTS - 1) + [[mebibyte(chunk)]]
+    found = [disk.back_up()[0].differing.ranges for _ in range(dosvob.ImageDigests.PARTS)]
+    assert sorted(found) == [[]] * (dosvob.ImageDigests.PARTS - 1) + [[mebibyte(chunk)]]
     assert disk.image() == disk.device.read_bytes()
 
 
@@ -1460,7 +1461,7 @@ def test_decay_anywhere_in_a_large_image_is_found_within_eight_backups(tmp_path:
     disk.back_up()
     for chunk in range(chunks):
         decay(disk.paths.image, chunk * MIB + 100)
-    found = [disk.back_up()[0].differing for _ in range(dosvob.LocalImage.PARTS)]
+    found = [disk.back_up()[0].differing for _ in range(dosvob.ImageDigests.PARTS)]
     places = [set(range(*ranges)) for differing in found for ranges in differing.ranges]
     assert sum(map(len, places)) == len(set().union(*places)) == chunks * MIB  # each of them once
     assert min(len(differing.ranges) for differing in found) == 1
@@ -1552,7 +1553,7 @@ def rewritten(disk: Disk, chunk: int) -> int:
     disk.back_up()
     state = dosvob.State.load(disk.paths.state)
     assert state is not None
-    for _ in range((chunk * dosvob.LocalImage.PARTS // CHUNKS - state.reread) % dosvob.LocalImage.PARTS):
+    for _ in range((chunk * dosvob.ImageDigests.PARTS // CHUNKS - state.reread) % dosvob.ImageDigests.PARTS):
         disk.back_up()
     return chunk * MIB + PAGE
 
