@@ -23,28 +23,35 @@ A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and 
  1. `Config.load` checks conf.json, `Home.locked` keeps other runs of this home out.
  2. `sweep` removes this home's leftovers; `Home.recover` takes back what a crash left half done; `Selection` chooses.
  3. `Misplaced.move` follows a change of "region"; then for each region `Backup.run` takes the volumes in turn. In the
-    background `Hosts` makes a key and a droplet, and `_prepare` a snapshot and a clone of the next volume
-    (`Ephemeral.make_clone`), and attaches it.
- 4. `Update` opens the volume's image; `converse` starts an `Agent` on the droplet, and talks with it by a `Pull`:
-    chunks whose digest is the image's are kept, of the others the pages that differ are fetched, as patches.
- 5. `Update.finish` writes the undo, then the spool to the image; the state that follows is the commit, and the undo
-    becomes a version.
+    background `DropletKeeper` makes a key and a droplet, and `Backup._prepare` makes a clone of the next volume
+    (`Ephemeral.make_clone`) and attaches it.
+ 4. `Update` opens the volume's image. `converse` starts an `Agent` on the droplet and has a `Pull` talk with it: chunks
+    whose digest is the image's stay as they are; of the others the pages that differ are fetched, as patches.
+ 5. `Update.finish` writes the undo, then the spool to the image. The new state is the commit, and makes the undo a
+    version.
  6. `Versions.thin` drops the versions that `keep` does not ask for.
  7. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
 
-The way back: `Chain.restore` writes a version to a file; `Restoration` makes a new volume of it, by a `Push` to an
-`Agent` on a droplet: what differs there is sent, until nothing does.
+The way back: `Chain.restore` writes a version to a file. `Restoration` makes a new volume of it: a `Push` sends what
+differs to an `Agent` on a droplet, until nothing does.
 
-What it promises: the image is at every moment one complete snapshot, or the undo beside it makes it the one before; a
-version that is listed restores to the very bytes that it had, or says which are damaged; all that is created is named
-`dosvob-ephemeral-HOME-RUN-…` and removed however the run ends, and named loudly if it could not be; a new volume, which
-is to stay, is whole from its birth on.
+What it promises:
 
-What it does not promise: consistency beyond that of a disk whose power was cut, which a snapshot of a volume in use is.
+- The image is at every moment one complete snapshot, or the undo beside it makes it the one before.
+- A version that is listed restores to the very bytes that the volume had, or says which of them are damaged.
+- All that a run creates is named `dosvob-ephemeral-HOME-RUN-…` and removed however the run ends. What could not be
+  removed is named loudly. A new volume, which is to stay, is whole from its birth.
 
-The chapters, each standing on those before it but for the reports that it is given a way to make: errors and waiting,
-configuration, the DigitalOcean API, ephemeral resources, the agent, patches and images, versions, the update of an
-image, the conversations, the connection, reporting, the backup, the way back, commands, main.
+What it does not promise: more consistency than a disk has whose power was cut. That is what a snapshot of a volume in
+use is.
+
+The threads. Here: the main thread decides, talks with the agent and changes images. One thread prepares the next clone,
+one releases the last one, one (of `DropletKeeper`) makes the droplet. paramiko has one for each connection, each stream
+of output has one (`Writer`), and `done_ahead` and `within` start some for a moment. On the droplet: see `Agent`.
+
+The chapters, each of which uses those before it alone: errors and waiting, reporting, configuration, the DigitalOcean
+API, ephemeral resources, the agent, image files, versions, the home, the update of an image, the conversations, the
+connection, the backup, the way back, commands, main.
 """
 # ruff: noqa: E402, UP031, UP036 - what the user lacks is told before it is imported, and in words of older Pythons
 
@@ -242,10 +249,10 @@ def pauses(first: float, most: float, growth: float = 1.3) -> Iterator[float]:
 
 
 def within(limit: float, work: Callable[[], T]) -> T:
-    """What the work returns, or raises; TimeoutError if that takes more than `limit` seconds, and it goes on unheeded.
+    """What the work returns, or raises; TimeoutError after `limit` seconds, and then nobody waits for it any more.
 
-    For network calls, whose own limits are between two bytes: a name that is looked up, or an answer that trickles in,
-    would take any time.
+    For network calls. Their own limits are between two bytes, so a name that is looked up, or an answer that trickles
+    in, would take any time.
     """
     outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
 
@@ -404,7 +411,7 @@ class Reporter:
         self.secret = ""
         self.current = ""  # what is going on, for whoever asks with a second signal
         self.has_failed = False  # whether there was an error
-        self.left: set[Resource] = set()  # what could not be removed from the account
+        self.left: set[object] = set()  # what could not be removed from the account, see `tell_left_behind`
         self.summary: list[str] = []  # what somebody who was not there must know: warnings, errors, results
         self._lock = threading.Lock()
         self._live = ""
@@ -452,17 +459,6 @@ class Reporter:
         self.current = self.clean(text)
         self.detail(text)
 
-    def left_behind(self, left: Mapping[Resource, str], *, of_all: bool = False) -> None:
-        """Say loudly what could not be removed; `of_all` if that was to be of all homes."""
-        self.left |= set(left)
-        for resource, reason in left.items():
-            what = "there may be something " if resource.id == UNKNOWN else ""
-            billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
-            self.error(
-                f"{what}LEFT BEHIND{billed}: {resource}. {reason}. Remove it at "
-                f"https://cloud.digitalocean.com{KINDS[resource.kind].panel} or run: "
-                + command_line("sweep", *["--all"] * of_all)
-            )
 
     def progress(self, text: str) -> None:
         """How far something has got: replaces the live line on a terminal, and is a line now and then in a log."""
@@ -525,7 +521,7 @@ def near_path(path: str) -> str:
 
 
 class Meter:
-    """How far something is that goes over many bytes; heeds a stop as well."""
+    """Counts the bytes that something has come to, shows how far that is, and ends it when a stop was requested."""
 
     def __init__(self, report: Reporter, stop: Stop, what: str, total: int = 0, *, is_announced: bool = False) -> None:
         self.done = 0
@@ -581,7 +577,7 @@ def counted_versions(moments: Collection[datetime.datetime]) -> str:
 
 
 def oldest_of(moments: Collection[datetime.datetime]) -> str:
-    """What is told of the oldest of some versions, behind what becomes of them."""
+    """How the oldest of some versions is named in a message about them."""
     return f"{'the oldest ' * (len(moments) > 1)}of {local_time(min(moments))[:10]}"
 
 
@@ -839,7 +835,7 @@ class ApiError(DosvobError):
 class Api:
     """The calls, each with the patience that suits it: `patience` is for how many seconds a failing one is repeated.
 
-    `say` is told of every wait; `detail` of every call. A stop that is requested ends the waiting with `Interrupted`,
+    `say` gets a line for every wait, `detail` for every call. A stop ends the waiting with `Interrupted`,
     never a call that is under way.
     """
 
@@ -909,7 +905,7 @@ class Api:
         raise DosvobError(f"DigitalOcean's answers to GET {path} have no end: try again later")
 
     def post(self, path: str, body: Json) -> Json:
-        """POST, once that is let through, save that the limit of a volume's own snapshots is the caller's to wait for.
+        """POST, as soon as the account's limits allow it. The caller waits for the limit of a volume's snapshots.
 
         If it fails so that it may have taken effect, it is the caller's to find out whether it did.
         """
@@ -1248,6 +1244,19 @@ class Removal:
         return named
 
 
+def tell_left_behind(left: Mapping[Resource, str], report: Reporter, *, of_all: bool = False) -> None:
+    """Say loudly what could not be removed, and why; `of_all` if all homes' leftovers were to be removed."""
+    report.left |= set(left)
+    for resource, reason in left.items():
+        what = "there may be something " if resource.id == UNKNOWN else ""
+        billed = ", and billed until you remove it" if resource.hourly or resource.id == UNKNOWN else ""
+        run = command_line("sweep", *["--all"] * of_all)
+        report.error(
+            f"{what}LEFT BEHIND{billed}: {resource}. {reason}. Remove it at "
+            f"https://cloud.digitalocean.com{KINDS[resource.kind].panel} or run: {run}"
+        )
+
+
 @dataclass(frozen=True)
 class DropletPlan:
     """What droplet to create: slugs of its possible sizes, cheapest first, each with its price in dollars per hour."""
@@ -1352,7 +1361,7 @@ class Ephemeral:
         for resource in existing:
             if resource not in left:
                 self._removed[resource] = time.monotonic()
-        self._report.left_behind(left)
+        tell_left_behind(left, self._report)
 
     def _is_ours(self, resource: Resource) -> bool:
         return resource.home in ("", self._home) and resource not in self._report.left
@@ -1514,7 +1523,7 @@ class Ephemeral:
             self._attached[volume.id] = droplet.id
 
     def detach(self, volume: Volume, droplet: Droplet) -> None:
-        """Detach it."""
+        """Detach it from the droplet; the clone, and what it has, stays."""
         self._volume_event("detach", volume, droplet)
 
     def release(self, clone: Volume, droplet: Droplet) -> None:
@@ -1635,7 +1644,7 @@ class Ephemeral:
 # Frames (agent to here) are FRAME (kind, index, length of the payload), then the payload:
 #   HELLO    AGENT_MAGIC, the device's size in bytes (8 bytes),      the first frame
 #            whether there is zstd there (1 byte)
-#   DIGEST   a chunk's digest                                        at most `window` are announced and not done with
+#   DIGEST   a chunk's digest                                        at most `window` are announced and not forgotten
 #   ZEROS    a count (4 bytes)                                       so many chunks from the index on are all zeros
 #   SHORT    the first SHORT_SIZE bytes of each page digest          in answer to COMPARE
 #   RAW      a bitmap of the pages that follow, then the pages       in answer to SEND; pages that were asked for and
@@ -1667,9 +1676,9 @@ ZERO_PAGE = bytes(PAGE)
 ZERO_PAGE_DIGEST = hashlib.sha256(ZERO_PAGE).digest()
 DIGEST_SIZE = 32  # bytes
 SHORT_SIZE = 4  # bytes; enough to tell pages apart, since the chunk's digest is checked in the end
-WINDOW = 1024  # chunks that the scan is ahead of what is done with: it goes on while a large change crosses the link
+WINDOW = 1024  # chunks that are announced and not forgotten: the scan goes on while a large change crosses the link
 HELD = 64  # chunks that the agent keeps of these, others are read again; a droplet has 512 MiB
-MOST_AHEAD = 1 << 16  # chunks, of zeros too, that the scan may be beyond the first one that is not done with
+MOST_AHEAD = 1 << 16  # chunks, of zeros too, that the scan may be beyond the first one that is not forgotten
 READ_AHEAD = 8  # chunks; a volume is latency-bound, one read at a time does not reach its speed
 READERS = 4
 FEW_READS = 4  # pieces of a chunk that are read one by one; of more, reading all of it takes no longer
@@ -1739,7 +1748,7 @@ def pages_in(bitmap: int) -> Iterator[int]:
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed, up to some MiB, for buffers of a chunk come and go all the time.
 
-    Giving each back to the kernel and getting it anew as zeros costs half of all the CPU time of a first sync. One
+    To give each back to the kernel, and to get others as zeros, costs half of all the CPU time of a first sync. One
     arena, and not one for each thread, each of which would keep as much. The numbers are those of mallopt(3):
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX, which other C libraries may not have.
     """
@@ -1768,21 +1777,21 @@ class Zstd:
 
     def compress(self, data: bytes, level: int) -> bytes:
         """The data compressed, as one frame; as it is if it does not become shorter by that."""
-        room = ctypes.create_string_buffer(len(data))
-        size = self._compress(room, len(data), data, len(data), level)
-        return ctypes.string_at(room, size) if size < len(data) else data  # errors are numbers beyond all sizes
+        buffer = ctypes.create_string_buffer(len(data))
+        size = self._compress(buffer, len(data), data, len(data), level)
+        return ctypes.string_at(buffer, size) if size < len(data) else data  # errors are numbers beyond all sizes
 
     def decompress(self, data: bytes, size: int) -> bytes:
-        """What was compressed, which must be one frame of `size` bytes: raises ValueError, and takes no more room.
+        """What was compressed, which must be one frame of `size` bytes; else ValueError. Takes no more than these.
 
         In one step, so that the frame's own window, which may be huge, is not made.
         """
         if not data.startswith(self.MAGIC) or self._frame_size(data, len(data)) != len(data):
             raise ValueError("not one frame of zstd")
-        room = ctypes.create_string_buffer(max(size, 1))
-        if self._decompress(room, size, data, len(data)) != size:
+        buffer = ctypes.create_string_buffer(max(size, 1))
+        if self._decompress(buffer, size, data, len(data)) != size:
             raise ValueError("not %d bytes compressed with zstd" % size)
-        return ctypes.string_at(room, size)
+        return ctypes.string_at(buffer, size)
 
 
 try:
@@ -1916,7 +1925,7 @@ class Agent:
         self.commands = commands
         self.output = output
         self.fd = -1
-        self.announced: dict[int, bytes] = {}  # the page digests of chunks that are not done with, by index
+        self.announced: dict[int, bytes] = {}  # page digests, by index, of chunks that are not forgotten yet
         self.held: dict[int, bytes] = {}  # those of these chunks that need not be read again
         self.window_moved = threading.Condition()
         self.requests: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()  # kind, index and bitmap
@@ -1962,7 +1971,7 @@ class Agent:
             if frame:
                 self.write(frame)
                 kind, index, _ = struct.unpack_from(FRAME, frame)
-                if kind in (RAW, ZLIB, ZSTD):  # earlier it would make room for what may overtake it without a bound
+                if kind in (RAW, ZLIB, ZSTD):  # not before: else there is no bound to what may overtake it
                     self.forget(index, 1)
 
     def write(self, data: bytes) -> None:
@@ -2111,7 +2120,7 @@ class Agent:
                 view, offset = view[written:], offset + written
 
     def forget(self, index: int, count: int) -> None:
-        """Make room for other chunks."""
+        """Forget chunks, so that the scan may go on."""
         with self.window_moved:
             for dropped in range(index, index + count):
                 self.announced.pop(dropped, None)
@@ -2139,7 +2148,7 @@ class Agent:
         return self.announced.get(index) or page_digests(self.held.get(index) or self.read(index))
 
     def send_pages(self, index: int, wanted: int) -> None:
-        """Send the wanted pages, save those that are zeros."""
+        """Send the wanted pages, but no zeros."""
         chunk, digests = self.held.get(index), self.pages_of(index)
         starts = {page: page * DIGEST_SIZE for page in pages_in(wanted)}
         filled = [page for page, start in starts.items() if digests[start : start + DIGEST_SIZE] != ZERO_PAGE_DIGEST]
@@ -2737,7 +2746,7 @@ class Versions:
             groups[-1].append(version)
             if version.moment not in unwanted:
                 groups.append([])
-        self._remove(groups.pop())  # first, for that needs no room, but makes some
+        self._remove(groups.pop())  # first: that takes no space, and frees some
         damaged: Damaged | None = None
         for *dropped, version in groups:
             try:
@@ -2922,7 +2931,7 @@ class Undo:
     def recover(cls, paths: ImagePaths, tick: Callable[[int], None]) -> bool:
         """Finish what a sync left that a crash ended, with no network; returns whether an undo was put back.
 
-        `heed` gets the bytes that were written, and may raise `Interrupted`: the next call begins from the start.
+        `tick` gets the bytes that were written, and may raise `Interrupted`: the next call begins from the start.
         """
         paths.check_link()
         drop_journal(paths)
@@ -3142,7 +3151,7 @@ class Chain:
 
         Returns the file, and what of it is damaged: then it is not `target`, but `target.damaged`. Until it is whole it
         is `target.partial`, which is removed if it does not come to that. Raises DosvobError if one of them exists
-        already, or there is not enough room, OSError.
+        already, or there is not enough free space, OSError.
         """
         snapshot = self.versions[depth - 1].snapshot if depth else None
         size = snapshot.size if snapshot else self.size
@@ -3178,7 +3187,7 @@ class Chain:
         return final, damaged
 
     def _clone_to(self, file: SparseFile, depth: int) -> bool:
-        """Make a file share the image's content; if its file system cannot, make sure that there is room for a copy."""
+        """Make a file share the image's content; where its file system cannot, check that there is space for a copy."""
         with contextlib.suppress(OSError):
             if self._undo is None:  # else the image is not what the first step back begins with
                 fcntl.ioctl(file.fd, 0x40049409, self.image.fd)  # FICLONE of ioctl_ficlone(2)
@@ -3627,7 +3636,7 @@ class Spool:
 class ImageDigests:
     """What the local image has, as its spool stands. Only reads.
 
-    `suspects` are chunks that are not what the state says, or cannot be read, and are not done with.
+    `suspects` are chunks that are not what the state says, or cannot be read, until they are mended.
     """
 
     PARTS = 8  # every sync reads so great a part of the image again, in turn, to find what decayed on disk
@@ -3695,9 +3704,10 @@ class Update:
     """What one sync makes of one image: patches that may come in any order within a window, and the end of it.
 
     Of a first sync everything goes straight into NAME.partial, of a later one into the spool. `changed` counts bytes;
-    `differing` are the chunks of the image that were not what was recorded. `heed` is told of the bytes that are read
-    or written at the beginning and the end, and may raise `Interrupted`. To be closed in any case; only `finish` makes
-    it count.
+    `differing` are the chunks of the image that were not what was recorded. All chunks before the `frontier` are
+    finished; `early` has the digests of those that are finished behind it. `tick` gets the bytes that are read or
+    written at the beginning and the end, and may raise `Interrupted`. To be closed in any case; only `finish` makes it
+    count.
     """
 
     SPACE_FOR_OTHERS = 1 << 30  # bytes that a first sync on a full disk leaves to the changes of other volumes
@@ -3713,8 +3723,8 @@ class Update:
         reread: bool = False,
     ) -> None:
         self.chunks = snapshot.size // CHUNK
-        self.frontier = 0  # so many chunks are done with, from the first on
-        self.early: dict[int, bytes] = {}  # digests of chunks that are done, beyond `settled`
+        self.frontier = 0
+        self.early: dict[int, bytes] = {}
         self.changed = 0
         self.differing = Ranges()
         self._paths = paths
@@ -3784,11 +3794,11 @@ class Update:
 
     @property
     def window(self) -> int:
-        """How many chunks the agent may be ahead; few in a first sync, of which all is fetched, lest it reads twice."""
+        """How many chunks the agent may be ahead; few in a first sync, of which it must read none a second time."""
         return HELD if self.is_first else WINDOW
 
     def count_finished(self) -> int:
-        """How many chunks are done with, in whatever order."""
+        """How many chunks are finished, in whatever order."""
         return self.frontier + len(self.early)
 
     def leave_as_is(self, index: int, digest: bytes) -> None:
@@ -3822,7 +3832,7 @@ class Update:
     # The end of it
 
     def finish(self) -> None:
-        """Make it the image: steps 2 to 6. All chunks must be settled.
+        """Make it the image: steps 2 to 6. All chunks must be finished.
 
         What goes wrong before the commit is taken back at once, and then raised. A signal is not waited for so long:
         the next command takes that back.
@@ -3954,7 +3964,7 @@ class Update:
 # stores. A `Push` makes a device what a source is: it sends, compares, and sends again what differs, until nothing
 # does. Knows neither SSH nor the API, and trusts nothing that comes in: what does not fit the conversation ends it.
 
-PROGRESS_LIMIT = 600  # seconds in which at least one chunk must be done with
+PROGRESS_LIMIT = 600  # seconds in which at least one chunk must be finished
 MOST_PAYLOAD = {  # bytes, by kind of frame
     HELLO: len(AGENT_MAGIC) + 8 + 1,
     DIGEST: DIGEST_SIZE,
@@ -4023,10 +4033,10 @@ class FrameParser:
 
 
 class Conversation:
-    """Something to be got done with agents about all `chunks` of a device, over as many connections as it takes.
+    """What is to be done about all `chunks` of a device by talking with agents, over as many connections as it takes.
 
-    `settled` is how many of them are done with as it is told to the user, in the words `told`, {} being the bytes
-    received; `done` how many are, in whatever order: while that grows, a connection is worth another one.
+    `position` is how many of them are finished, as the user sees it, with the words `verb`, in which {} stands for the
+    bytes received. `steps` grows with each one, in whatever order: while it grows, a connection is worth another one.
     """
 
     verb = ""
@@ -4141,10 +4151,10 @@ def differing_pages(ours: bytes, theirs: bytes) -> int:
 
 @dataclass
 class Pending:
-    """A chunk that was announced and is not settled.
+    """A chunk that was announced and is not finished.
 
-    Its digest, and when they are known the digests of the local pages and a bitmap of the pages that are asked for;
-    `is_unknown` if what the local pages have cannot be relied on, so that all of them are to be written.
+    Its digest, and when they are known the digests of the image's pages and a bitmap of the pages that are asked for;
+    `is_unknown` if nobody knows what the image's pages have, so that all of them are to be written.
     """
 
     digest: bytes
@@ -4168,7 +4178,7 @@ class Pull(Conversation):
         self._flush()
 
     def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
-        """Go on until all chunks are settled."""
+        """Go on until all chunks are finished."""
         self._pending.clear()
         self._digests_here = self._update.image_digests.digests(self.position)
         with contextlib.closing(self._digests_here):  # type: ignore[type-var] # a generator
@@ -4443,7 +4453,7 @@ class Push(Conversation):
             if self._piece.index == self._noted:
                 os.pwrite(self._digests, chunk_digest(self._piece.pages), self._noted * DIGEST_SIZE)
                 self._noted += 1
-            self._progress()  # which heeds a stop
+            self._progress()  # which raises `Interrupted`
         return self._piece
 
     def _prepared(self, chunk_at: tuple[int, bytes]) -> Piece:
@@ -4482,7 +4492,7 @@ PACKET_SIZE = 256 << 10  # bytes; fewer packets, each of which costs paramiko so
 # 10 % of the time over 200 ms. 64 GiB are safe: https://www.rfc-editor.org/rfc/rfc4344#section-3.2
 REKEY_BYTES = 32 << 30
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr")  # GCM is three times as fast
-ATTEMPTS = 5  # connections in a row that break without one more chunk done with
+ATTEMPTS = 5  # connections in a row that break before one more chunk is finished
 
 FIRST_PACKETS = 100  # that the droplet sends before it hears of the first one's arrival; Linux sends 10
 DISARM = (
@@ -4687,7 +4697,7 @@ class ReadAheadSocket(socket.socket):
 
 
 class Link:
-    """The way to the droplet's agents: one connection, made anew when it has broken. To be closed."""
+    """The way to the droplet's agents: one connection, and another one when it has broken. To be closed."""
 
     def __init__(self, address: str, keys: RunKeys, stop: Stop) -> None:
         self._address = address
@@ -4902,7 +4912,7 @@ class DropletKeeper:
     def converse(self, volume: Volume, conversation: Conversation, what: str) -> int:
         """As `converse`, with the volume attached to the droplet, or to another one if that is lost.
 
-        `what` is what progress is told of.
+        `what` names it in the progress.
         """
         self.get()  # before the meter measures the time
         new_meter = functools.partial(
@@ -5245,7 +5255,7 @@ class NewVolume:
         return volumes
 
     def base(self, source: Source, volumes: Iterable[Volume], *, from_scratch: bool) -> tuple[Volume | None, str]:
-        """The volume to begin with, None for none; and what is told of that."""
+        """The volume to begin with, None for none; and the sentence that says so and why."""
         known = [volume for volume in volumes if volume.id == source.volume_id]
         known = known or [volume for volume in volumes if volume.name == source.volume_name]
         here = [volume for volume in known if volume.region == self.region]
@@ -5474,7 +5484,7 @@ def sweep(
         )
     if (leftovers or not_before) and not dry_run:
         removal = Removal(context.api, lambda item: everything or item.home in ours, not_before, report.doing, kinds)
-        report.left_behind(removal.run(), of_all=everything)
+        tell_left_behind(removal.run(), report, of_all=everything)
     if refused:
         raise refused
     return leftovers
