@@ -270,7 +270,7 @@ def age(moment: str) -> float:
 def human_size(size: float) -> str:
     """Bytes in the unit that suits them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
+        if size < (1024 if unit == "B" else 1023.95):  # which would read as 1024.0
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
@@ -3138,11 +3138,12 @@ class LocalImage:
 class Work:
     """What is to be got done for all `chunks` of a device, in as many conversations as it takes.
 
-    `settled` is how many of them are done with, from the first on.
+    `settled` is how many of them are done with, from the first on; `announced` how many the agent has told the digests
+    of, `fetched` of how many pages have come.
     """
 
     chunks: int
-    settled = 0
+    settled = announced = fetched = 0
 
     @property
     def window(self) -> int:
@@ -3431,7 +3432,7 @@ class Conversation(Generic[W]):
 
     # The program at the other end, given the device, the first chunk and the window.
     program = staticmethod(agent_source)
-    TOLD: ClassVar[str]  # what is told of the part that is settled, and {} of what was received
+    TOLD: ClassVar[str]  # what is told of the part that it has reached: `Course` fills in what was received, and rates
 
     def __init__(self, stream: Stream, work: W, progress: Callable[[], None]) -> None:
         self._stream = stream
@@ -3482,7 +3483,7 @@ class Conversation(Generic[W]):
         if index != due or not 0 < count <= chunks - due or len(digest) != DIGEST_SIZE:
             raise BadAgent(f"the droplet announced {count} chunks from {index} on, and {due} of {chunks} was due")
         for announced in range(index, index + count):
-            self._next = announced + 1
+            self._next = self._work.announced = announced + 1
             self._on_digest(announced, digest)
 
     def _on_digest(self, index: int, digest: bytes) -> None:
@@ -3530,7 +3531,7 @@ class Pending:
 class Sync(Conversation[Update]):
     """Compares what the agent announces with the local image, and asks for what differs."""
 
-    TOLD = "scanned, {} fetched"
+    TOLD = "scanned, {fetched} fetched at {link}/s"
     # The agent keeps to MOST_AHEAD, not counting chunks that are asked for a second time, which are few and seldom.
     BOUND = 4
 
@@ -3612,6 +3613,7 @@ class Sync(Conversation[Update]):
             del self._pending[index]
             changed = ALL_PAGES if pending.is_unknown else changed
             filled = included & changed
+            self._work.fetched += 1
             self._work.store(Patch(index, changed, filled, Patch.select(data, filled, included), pending.digest))
         elif pending.wanted != ALL_PAGES:  # two pages alike in their short digests, or changed here just now
             pending.is_unknown = True
@@ -4146,7 +4148,8 @@ class Reporter:
         self._lined_at = time.monotonic()
         if self._output.is_terminal:
             with self._lock:
-                self._live = self.clean(text)[: shutil.get_terminal_size().columns - 1]
+                columns = shutil.get_terminal_size().columns - len("^C") - 1  # which a terminal puts behind it
+                self._live = fitted(self.clean(text), columns)
                 self._output.put(f"\r\x1b[2K{self._live}")
         else:
             self._write(self._output, text)
@@ -4161,7 +4164,8 @@ class Reporter:
 
     def interject(self, text: str) -> None:
         """Tell something from a signal handler, which may have interrupted whoever holds the lock."""
-        self._errors.put(self._lines(self._errors, text))
+        over_live_line = "\r\x1b[2K" if self._errors.is_terminal else ""  # which has a ^C behind it
+        self._errors.put(over_live_line + self._lines(self._errors, text))
 
     def _lines(self, writer: Writer, text: str) -> str:
         stamp = "" if writer.is_terminal else f"{utc_now().isoformat()} "
@@ -4198,6 +4202,45 @@ def near_path(path: str) -> str:
     return os.path.relpath(path) if Path(path).is_relative_to(here) else path
 
 
+def fitted(text: str, columns: int) -> str:
+    """A line of progress, `NAME: this, that`, in so many columns: without its end, the name cut in its middle."""
+    name, colon, rest = text.partition(": ")
+    parts, least = rest.split(", "), min(len(name), 10)
+    while len(parts) > 1 and least + len(colon + ", ".join(parts)) > columns:
+        parts.pop()
+    told = colon + ", ".join(parts)
+    room = max(columns - len(told), least)
+    if len(name) > room:
+        name = f"{name[: room // 2]}…{name[len(name) - (room - 1) // 2 :]}"
+    return f"{name}{told}"[:columns]
+
+
+class Rate:
+    """How much a count grows in a second, of late."""
+
+    SPAN = 15  # seconds that are looked back
+    STEP = 0.5  # seconds between the counts that are kept
+
+    def __init__(self) -> None:
+        self._seen: collections.deque[tuple[float, float]] = collections.deque()  # times and counts
+
+    def __call__(self, count: float) -> float:
+        """With what it is now; 0 if it has not grown, or not been watched for a second."""
+        now = time.monotonic()
+        if not self._seen or now - self._seen[-1][0] >= self.STEP:
+            self._seen.append((now, count))
+        while len(self._seen) > 2 and self._seen[1][0] < now - self.SPAN:
+            self._seen.popleft()
+        since, before = self._seen[0]
+        return max(count - before, 0) / (now - since) if now - since >= 1 else 0
+
+    @property
+    def fastest(self) -> float:
+        """The most that it grew in a second between two of the counts that are kept."""
+        pairs = itertools.pairwise(self._seen)
+        return max(((after - before) / (then - since) for (since, before), (then, after) in pairs), default=0)
+
+
 class Meter:
     """How far something is that goes over many bytes; heeds a stop as well."""
 
@@ -4208,18 +4251,61 @@ class Meter:
         self._stop = stop
         self._what = what
         self._total = total
-        self._start = time.monotonic()
+        self._rate = Rate()
 
-    def __call__(self, size: int, more: str = "") -> None:
-        """So many bytes more; `more` is told behind the total, if there is one. Raises Interrupted."""
+    def __call__(self, size: int) -> None:
+        """So many bytes more. Raises Interrupted."""
         self._stop.check()
         if not self.done and self._is_told:
             self._report.say(f"{self._what}; when it is stopped, it goes on next time")
         self.done += size
-        rate = self.done / max(time.monotonic() - self._start, 0.001)
-        of = f" of {human_size(self._total)}{more}, {human_size(rate)}/s" if self._total else ""
-        left = f", {human_time((self._total - self.done) / rate)} left" if self._total and rate else ""
-        self._report.progress(f"{self._what}: {human_size(self.done)}{of}{left}")
+        rate, (name, _, doing) = self._rate(self.done), self._what.partition(": ")
+        of = f" of {human_size(self._total)}" if self._total else ""
+        left = f"{human_time((self._total - self.done) / rate)} left, " if of and rate else ""
+        pace = f", {human_size(rate)}/s" if of and rate else ""
+        self._report.progress(f"{name}: {left}{doing} {human_size(self.done)}{of}{pace}")
+
+
+class Course:
+    """How far a conversation is, and when it may be over; heeds a stop as well.
+
+    That follows from how fast it scanned of late, and fetched what is announced and still to come. Of a first backup
+    nobody knows what is to come: after much data it may take less, after zeros more.
+    """
+
+    def __init__(self, report: Reporter, stop: Stop, name: str, number: str, work: Work, told: str) -> None:
+        self._report = report
+        self._stop = stop
+        self._name = name
+        self._number = number  # "2 of 5", if there are several
+        self._work = work
+        self._told = told
+        self._is_first = isinstance(work, Update) and work.is_first  # whose agent is never far ahead
+        self._scan, self._fetch, self._link = Rate(), Rate(), Rate()  # chunks, chunks, and bytes
+
+    def __call__(self, received: int) -> None:
+        """So many bytes were received by now. Raises Interrupted."""
+        self._stop.check()
+        work = self._work
+        reached = work.count_done() if self._is_first else max(work.announced, work.settled)
+        link, pace = self._link(received), self._scan(reached) * CHUNK
+        told = self._told.format(fetched=human_size(received), link=human_size(link), pace=human_size(pace))
+        told = told if link and pace else told.partition(" at ")[0]
+        told = f"{human_size(reached * CHUNK)} of {human_size(work.chunks * CHUNK)} {told}"
+        self._report.progress(f"{self._name}: {', '.join(filter(None, (self._left(reached), self._number, told)))}")
+
+    def _left(self, reached: int) -> str:
+        """The time left, if it can be told."""
+        work = self._work
+        scan, fetch = self._scan(reached), self._fetch(work.fetched)
+        unscanned, outstanding = work.chunks - reached, max(reached - work.count_done(), 0)
+        if (unscanned and not scan) or (outstanding and not fetch):
+            return ""
+        word = "" if not (self._is_first and unscanned) else "under " if fetch > 0.3 * scan else "over "
+        if word == "over ":
+            scan = max(scan, self._scan.fastest)
+        seconds = (unscanned / scan if unscanned else 0) + (outstanding / fetch if outstanding else 0)
+        return "" if word and seconds < 1 else f"{word}{human_time(seconds)} left"
 
 
 def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> None:
@@ -4601,21 +4687,17 @@ class Hosts:
                 self._job.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
                 return droplet, link
 
-    def converse(self, volume: Volume, kind: type[Conversation[W]], work: W, what: str) -> int:
+    def converse(self, volume: Volume, kind: type[Conversation[W]], work: W, what: str, number: str = "") -> int:
         """As `converse`, with the volume attached to the droplet, or to another one if that is lost.
 
-        `what` is what progress is told of.
+        `what` is what progress is told of, `number` which of several it is.
         """
-        self.get()  # before the meter measures the time
-        meter = Meter(self._job.report, self._job.stop, what, work.chunks * CHUNK)
+        progress = Course(self._job.report, self._job.stop, what, number, work, kind.TOLD)
 
         def start_agent(first: int) -> AgentStream:
             droplet, link = self.get()
             self._ephemeral.attach(volume, droplet)
             return link.start_agent(kind.program(Link.device(volume.name), first, work.window))
-
-        def progress(received: int) -> None:
-            meter(work.settled * CHUNK - meter.done, f" {kind.TOLD.format(human_size(received))}")
 
         return converse(start_agent, kind, work, self._job.report.warn, progress, self._replace_lost)
 
@@ -4842,7 +4924,9 @@ class Backup:
                     is_thinned = self._thin(
                         paths, dropped
                     )  # before: the disk may be full, and "keep" ask for fewer by now
-                    received = hosts.converse(clone, Sync, update, name)
+                    begun = sum(result.outcome != "not begun" for result in self._results.values())
+                    number = f"{begun} of {len(self._results)}" if len(self._results) > 1 else ""
+                    received = hosts.converse(clone, Sync, update, name, number)
                     update.finish()
                 except OSError as problem:
                     if problem.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -5075,7 +5159,7 @@ class Sending(Conversation[Upload]):
     """Has a Receiver write what is to be on the device."""
 
     program = staticmethod(receiver_source)
-    TOLD = "written"
+    TOLD = "written at {pace}/s"
     _stream: AgentStream  # of which it can be told whether something has come in
 
     def _on_hello(self, payload: bytes) -> None:
@@ -5110,7 +5194,7 @@ class Comparison(Work):
 class ReadBack(Conversation[Comparison]):
     """Compares what the agent announces with what must be there."""
 
-    TOLD = "read"
+    TOLD = "read at {pace}/s"
 
     def _on_digest(self, index: int, digest: bytes) -> None:
         self._work.digests.seek(index * DIGEST_SIZE)
