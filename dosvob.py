@@ -300,7 +300,7 @@ def age(moment: str) -> float:
 def human_size(size: float) -> str:
     """Bytes in the unit that suits them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
+        if size < (1024 if unit == "B" else 1023.95):  # which would read as 1024.0
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
@@ -459,7 +459,6 @@ class Reporter:
         self.current = self.clean(text)
         self.detail(text)
 
-
     def progress(self, text: str) -> None:
         """How far something has got: replaces the live line on a terminal, and is a line now and then in a log."""
         interval = self.LIVE_INTERVAL if self._output.is_terminal else self.LOG_INTERVAL
@@ -468,7 +467,8 @@ class Reporter:
         self._lined_at = time.monotonic()
         if self._output.is_terminal:
             with self._lock:
-                self._live = self.clean(text)[: shutil.get_terminal_size().columns - 1]
+                columns = shutil.get_terminal_size().columns - len("^C") - 1  # which a terminal puts behind it
+                self._live = fitted(self.clean(text), columns)
                 self._output.put(f"\r\x1b[2K{self._live}")
         else:
             self._write(self._output, text)
@@ -483,7 +483,8 @@ class Reporter:
 
     def interject(self, text: str) -> None:
         """Tell something from a signal handler, which may have interrupted whoever holds the lock."""
-        self._errors.put(self._lines(self._errors, text))
+        over_live_line = "\r\x1b[2K" if self._errors.is_terminal else ""  # which has a ^C behind it
+        self._errors.put(over_live_line + self._lines(self._errors, text))
 
     def _lines(self, writer: Writer, text: str) -> str:
         stamp = "" if writer.is_terminal else f"{utc_now().isoformat()} "
@@ -502,22 +503,64 @@ class Reporter:
         return "\n".join(line[: self.LINE_LIMIT] for line in text.split("\n"))
 
 
-GIVEN: list[str] = []  # the options of this call that say where all is, which a command that is to be pasted needs too
-
-
 def command_line(*words: str) -> str:
-    """A command of ours that can be pasted where this one was: words for a shell."""
+    """A command of ours that can be pasted where this one was given, for the same places: words for a shell."""
     script = os.path.abspath(sys.argv[0])
+    places = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    for option in ("--config", "--backups"):
+        places.add_argument(option)
+    given = [
+        word for item in vars(places.parse_known_args(sys.argv[1:])[0]).items() for word in (f"--{item[0]}", item[1])
+    ]
     is_in_path = shutil.which(Path(sys.executable).name) == sys.executable
     python = Path(sys.executable).name if is_in_path else near_path(sys.executable)
     outside = os.environ.get("DOSVOB_COMMAND")  # the container's
-    return " ".join([outside or shlex.join([python, near_path(script)]), shlex.join([*GIVEN, *words])])
+    return " ".join([outside or shlex.join([python, near_path(script)]), shlex.join([*given, *words])])
 
 
 def near_path(path: str) -> str:
     """A path as it is shortest from here: relative only to what is below."""
     here = os.getcwd()
     return os.path.relpath(path) if Path(path).is_relative_to(here) else path
+
+
+def fitted(text: str, columns: int) -> str:
+    """A line of progress, `NAME: this, that`, in so many columns: without its end, the name cut in its middle."""
+    name, colon, rest = text.partition(": ")
+    parts, least = rest.split(", "), min(len(name), 10)
+    while len(parts) > 1 and least + len(colon + ", ".join(parts)) > columns:
+        parts.pop()
+    told = colon + ", ".join(parts)
+    room = max(columns - len(told), least)
+    if len(name) > room:
+        name = f"{name[: room // 2]}…{name[len(name) - (room - 1) // 2 :]}"
+    return f"{name}{told}"[:columns]
+
+
+class Rate:
+    """How much a count grows in a second, of late."""
+
+    SPAN = 15  # seconds that are looked back
+    STEP = 0.5  # seconds between the counts that are kept
+
+    def __init__(self) -> None:
+        self._seen: collections.deque[tuple[float, float]] = collections.deque()  # times and counts
+
+    def __call__(self, count: float) -> float:
+        """With what it is now; 0 if it has not grown, or not been watched for a second."""
+        now = time.monotonic()
+        if not self._seen or now - self._seen[-1][0] >= self.STEP:
+            self._seen.append((now, count))
+        while len(self._seen) > 2 and self._seen[1][0] < now - self.SPAN:
+            self._seen.popleft()
+        since, before = self._seen[0]
+        return max(count - before, 0) / (now - since) if now - since >= 1 else 0
+
+    @property
+    def fastest(self) -> float:
+        """The most that it grew in a second between two of the counts that are kept."""
+        pairs = itertools.pairwise(self._seen)
+        return max(((after - before) / (then - since) for (since, before), (then, after) in pairs), default=0)
 
 
 class Meter:
@@ -530,18 +573,64 @@ class Meter:
         self._stop = stop
         self._what = what
         self._total = total
-        self._start = time.monotonic()
+        self._rate = Rate()
 
-    def __call__(self, size: int, more: str = "") -> None:
-        """So many bytes more; `more` is told behind the total, if there is one. Raises Interrupted."""
+    def __call__(self, size: int) -> None:
+        """So many bytes more. Raises Interrupted."""
         self._stop.check()
         if not self.done and self._is_told:
             self._report.say(f"{self._what}; when it is stopped, it goes on next time")
         self.done += size
-        rate = self.done / max(time.monotonic() - self._start, 0.001)
-        of = f" of {human_size(self._total)}{more}, {human_size(rate)}/s" if self._total else ""
-        left = f", {human_time((self._total - self.done) / rate)} left" if self._total and rate else ""
-        self._report.progress(f"{self._what}: {human_size(self.done)}{of}{left}")
+        rate, (name, _, doing) = self._rate(self.done), self._what.partition(": ")
+        of = f" of {human_size(self._total)}" if self._total else ""
+        left = f"{human_time((self._total - self.done) / rate)} left, " if of and rate else ""
+        pace = f", {human_size(rate)}/s" if of and rate else ""
+        self._report.progress(f"{name}: {left}{doing} {human_size(self.done)}{of}{pace}")
+
+
+class Course:
+    """How far a conversation is, and when it may be over; ends it when a stop was requested.
+
+    That follows from how fast it scanned of late, and fetched what is announced and still to come. Of a first backup
+    nobody knows what is to come: after much data it may take less, after zeros more.
+    """
+
+    def __init__(self, report: Reporter, stop: Stop, name: str, number: str, conversation: Conversation) -> None:
+        self._report = report
+        self._stop = stop
+        self._name = name
+        self._number = number  # "2 of 5", if there are several
+        self._conversation = conversation
+        self._position = 0
+        self._scan, self._fetch, self._link = Rate(), Rate(), Rate()  # chunks, chunks, and bytes
+
+    def __call__(self, received: int) -> None:
+        """So many bytes were received by now. Raises Interrupted."""
+        self._stop.check()
+        reached, size = self._conversation.position, self._conversation.chunks * CHUNK
+        if reached < self._position:  # what was sent is compared now
+            self._scan, self._fetch = Rate(), Rate()
+        self._position = reached
+        link, pace = self._link(received), self._scan(reached) * CHUNK
+        told = self._conversation.verb.format(
+            fetched=human_size(received), link=human_size(link), pace=human_size(pace)
+        )
+        told = told if link and pace else told.partition(" at ")[0]
+        told = f"{human_size(reached * CHUNK)} of {human_size(size)} {told}"
+        self._report.progress(f"{self._name}: {', '.join(filter(None, (self._left(reached), self._number, told)))}")
+
+    def _left(self, reached: int) -> str:
+        """The time left, if it can be told."""
+        conversation = self._conversation
+        scan, fetch = self._scan(reached), self._fetch(conversation.fetched)
+        unscanned, outstanding = conversation.chunks - reached, conversation.outstanding
+        if (unscanned and not scan) or (outstanding and not fetch):
+            return ""
+        word = "" if not (conversation.is_first and unscanned) else "under " if fetch > 0.3 * scan else "over "
+        if word == "over ":
+            scan = max(scan, self._scan.fastest)
+        seconds = (unscanned / scan if unscanned else 0) + (outstanding / fetch if outstanding else 0)
+        return "" if word and seconds < 1 else f"{word}{human_time(seconds)} left"
 
 
 def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> None:
@@ -4035,16 +4124,19 @@ class FrameParser:
 class Conversation:
     """What is to be done about all `chunks` of a device by talking with agents, over as many connections as it takes.
 
-    `position` is how many of them are finished, as the user sees it, with the words `verb`, in which {} stands for the
-    bytes received. `steps` grows with each one, in whatever order: while it grows, a connection is worth another one.
+    `position` is how many of them it has come to, as the user sees it, in the words `verb`, which `Course` completes;
+    of these, `outstanding` still wait for pages, and `fetched` had pages that came. In a first backup (`is_first`) the
+    agent is never far ahead. `steps` grows with each chunk that is finished: while it grows, a connection is worth
+    another one.
     """
 
     verb = ""
     writes = False  # whether the agent is to
+    is_first = False
 
     def __init__(self, chunks: int, window: int) -> None:
         self.chunks = chunks
-        self.position = self.steps = 0
+        self.position = self.steps = self.outstanding = self.fetched = 0
         self.is_done = False
         self._window = window  # how many chunks the agent may be ahead
         self._stream: Stream
@@ -4059,7 +4151,7 @@ class Conversation:
 
     def _parts(self) -> tuple[tuple[int, int], ...]:
         """The ranges of chunks that it announces."""
-        return ((self.position, self.chunks),)
+        return ((0, self.chunks),)
 
     def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
         """Get done what can be over one connection; `progress` is called now and then, and may raise `Interrupted`."""
@@ -4166,28 +4258,35 @@ class Pending:
 class Pull(Conversation):
     """Compares what the agent announces with the local image, and asks for what differs."""
 
-    verb = "scanned, {} fetched"
+    verb = "scanned, {fetched} fetched at {link}/s"
     # The agent keeps to MOST_AHEAD, not counting chunks that are asked for a second time, which are few and seldom.
     BOUND = 4
 
     def __init__(self, update: Update) -> None:
         super().__init__(update.chunks, update.window)
+        self.is_first = update.is_first
         self._update = update
         self._pending: dict[int, Pending] = {}
         self._digests_here: Iterator[bytes] = iter(())
+        self._announced_to = 0
         self._flush()
+
+    def _parts(self) -> tuple[tuple[int, int], ...]:
+        return ((self._update.frontier, self.chunks),)
 
     def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
         """Go on until all chunks are finished."""
         self._pending.clear()
-        self._digests_here = self._update.image_digests.digests(self.position)
+        self._digests_here = self._update.image_digests.digests(self._update.frontier)
         with contextlib.closing(self._digests_here):  # type: ignore[type-var] # a generator
             super().talk(stream, progress)
 
     def _flush(self) -> None:
         super()._flush()
-        self.position, self.steps = self._update.frontier, self._update.count_finished()
-        self.is_done = self._is_over = self.position == self.chunks
+        self.steps = self._update.count_finished()
+        self.position = self.steps if self.is_first else max(self._announced_to, self._update.frontier)
+        self.outstanding = max(self.position - self.steps, 0)
+        self.is_done = self._is_over = self._update.frontier == self.chunks
 
     def _on_digests(self, index: int, count: int, digest: bytes) -> None:
         """So many chunks are announced, with the same digest."""
@@ -4196,6 +4295,7 @@ class Pull(Conversation):
         if len(self._pending) > 2 * WINDOW or is_far_ahead:
             raise BadAgent(f"the droplet announced {count} chunks more, and does not send what it announced before")
         super()._on_digests(index, count, digest)
+        self._announced_to = index + count
 
     def _on_answer(self, kind: int, index: int, payload: bytes) -> None:
         if kind == SHORT:
@@ -4253,6 +4353,7 @@ class Pull(Conversation):
             del self._pending[index]
             changed = ALL_PAGES if pending.is_unknown else changed
             filled = included & changed
+            self.fetched += 1
             self._update.store(Patch(index, changed, filled, Patch.select(data, filled, included), pending.digest))
         elif pending.wanted != ALL_PAGES:  # two pages alike in their short digests, or changed here just now
             pending.is_unknown = True
@@ -4345,7 +4446,7 @@ class Push(Conversation):
     def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
         """Send what is not sent yet; or else compare what is not known to be right, and send what differs."""
         self._begin()
-        self.verb = "written" if self._passed < self.chunks else "compared"
+        self.verb = f"{'written' if self._passed < self.chunks else 'compared'} at {{pace}}/s"
         was_all_taken, self._is_all_taken = self._is_all_taken, False
         super().talk(stream, progress)
         self._is_all_taken = True
@@ -4909,27 +5010,18 @@ class DropletKeeper:
                 self._context.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
                 return droplet, link
 
-    def converse(self, volume: Volume, conversation: Conversation, what: str) -> int:
+    def converse(self, volume: Volume, conversation: Conversation, what: str, number: str = "") -> int:
         """As `converse`, with the volume attached to the droplet, or to another one if that is lost.
 
-        `what` names it in the progress.
+        `what` names it in the progress, `number` says which of several it is.
         """
-        self.get()  # before the meter measures the time
-        new_meter = functools.partial(
-            Meter, self._context.report, self._context.stop, what, conversation.chunks * CHUNK
-        )
-        meter = new_meter()
+        self.get()  # before anything is measured
+        progress = Course(self._context.report, self._context.stop, what, number, conversation)
 
         def start_agent() -> AgentStream:
             droplet, link = self.get()
             self._ephemeral.attach(volume, droplet)
             return link.start_agent(conversation.program(Link.device(volume.name)))
-
-        def progress(received: int) -> None:
-            nonlocal meter
-            if conversation.position * CHUNK < meter.done:  # what was sent is compared now
-                meter = new_meter()
-            meter(conversation.position * CHUNK - meter.done, f" {conversation.verb.format(human_size(received))}")
 
         return converse(start_agent, conversation, self._context.report.warn, progress, self._replace_lost)
 
@@ -5163,7 +5255,9 @@ class Backup:
                 try:
                     # before: the disk may be full, and "keep" ask for fewer by now
                     is_thinned = self._thin(paths, dropped)
-                    received = keeper.converse(clone, Pull(update), name)
+                    begun = sum(result.outcome != "not begun" for result in self._results.values())
+                    number = f"{begun} of {len(self._results)}" if len(self._results) > 1 else ""
+                    received = keeper.converse(clone, Pull(update), name, number)
                     update.finish()
                 except OSError as problem:
                     if is_disk_full(problem):
@@ -6245,9 +6339,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_program(parsed: argparse.Namespace) -> int:
     """Run a command with what it reports by and is stopped by; returns the program's exit code."""
-    for option in ("config", "backups"):
-        if (value := vars(parsed)[option]) != DEFAULTS[option]:
-            GIVEN.extend((f"--{option}", str(value)))
+
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # what it logs also reaches us as exceptions
     report = Reporter(quiet=parsed.quiet, verbose=parsed.verbose)
     stop = Stop()
