@@ -6339,7 +6339,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_program(parsed: argparse.Namespace) -> int:
     """Run a command with what it reports by and is stopped by; returns the program's exit code."""
-
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # what it logs also reaches us as exceptions
     report = Reporter(quiet=parsed.quiet, verbose=parsed.verbose)
     stop = Stop()
