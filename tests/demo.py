@@ -133,9 +133,10 @@ def demonstrate(directory: Path, simulator: Simulator) -> None:
     tell("Again each image is its volume")
     compare(home, volumes)
 
-    tell("Restoring a file: the image is mounted read-only, and here are the files")
-    print("$ mount -o ro,loop backups/files /mnt")
-    with mounted(home / "backups" / "files", restored, "ro", "noload") as root:
+    tell("Restoring a file: a copy of the image is mounted, and here are the files")
+    dosvob(home, simulator, "restore", "files", "files.img")
+    print("$ mount -o loop files.img /mnt")
+    with mounted(home / "files.img", restored) as root:
         print(list_files(root))
         if not (root / "letters/to-ada.txt").read_text().endswith("Bernoulli numbers.\n"):
             sys.exit("The restored letter is not the latest one.")
@@ -147,8 +148,8 @@ def demonstrate(directory: Path, simulator: Simulator) -> None:
     tell("Each backup that was is kept as what differs: the version before brings the letter back")
     time = version_before(home)
     dosvob(home, simulator, "restore", "files", "files-before.img", "--at", time)
-    print("$ mount -o ro,loop files-before.img /mnt")
-    with mounted(home / "files-before.img", restored, "ro", "noload") as root:
+    print("$ mount -o loop files-before.img /mnt")
+    with mounted(home / "files-before.img", restored) as root:
         print(list_files(root))
         if not (root / "letters/to-ada.txt").read_text().endswith("Bernoulli numbers.\n"):
             sys.exit("The letter did not come back.")
