@@ -8,7 +8,6 @@ import random
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -763,9 +762,9 @@ def test_base_that_changes_in_the_middle(home: Home, sim: Simulator, tmp_path: P
 
 @pytest.mark.parametrize("says_when", [True, False])
 def test_snapshot_of_the_base_is_waited_for(home: Home, sim: Simulator, there: There, says_when: bool) -> None:
-    there.volume.snapshotted = time.monotonic()
-    sim.limit_snapshots(15, retry_after=says_when)
-    done = restore(home, "data", constants={"SNAPSHOT_INTERVAL": 20})
+    refused = Fault("rate-limit", method="POST", path="/snapshots$", text="1" if says_when else "soon", times=3)
+    sim.faults.add(refused)
+    done = restore(home, "data", constants={"SNAPSHOT_INTERVAL": 60})
     rule = "data: DigitalOcean takes one snapshot of a volume per 10 minutes, the next one "
     assert done.stdout.count(rule + ("at" if says_when else "by")) == 1
     assert "--from-scratch begins at once" in done.stdout
