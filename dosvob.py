@@ -425,6 +425,11 @@ class Reporter:
         closed = [writer.close() for writer in {self._output, self._errors}]
         return all(closed)
 
+    def flush(self, stop: Stop) -> None:
+        """Wait until all that was said is written, or cannot be, however long that takes; raises Interrupted."""
+        for writer in (self._output, self._errors):
+            writer.flush(stop)
+
     def say(self, text: str, *, is_result: bool = False) -> None:
         """Something happened, or came of the run."""
         if is_result:
@@ -6011,15 +6016,20 @@ class Commands:
         except DosvobError as problem:
             found["problem"] = found["problem"] or str(problem)
         versions = Versions(paths).all()
-        tick = Meter(self._report, self._stop, f"{paths.name}: reading what its versions hold")
         for version, older in itertools.zip_longest(versions, versions[1:]):
             try:
-                add(version.moment, version, Versions.freed_by(version, older, tick), damaged=not version.is_whole)
+                add(
+                    version.moment, version, Versions.freed_by(version, older, self._tick), damaged=not version.is_whole
+                )
             except Damaged:
                 add(version.moment, version, version.occupied, damaged=True)
             except FileNotFoundError:  # a run that goes on has thinned them meanwhile
                 return self._described(paths)
         return found
+
+    def _tick(self, _size: int) -> None:
+        """Raise Interrupted if the command is to stop."""
+        self._stop.check()
 
     @staticmethod
     def _description(volume: Json) -> str:
@@ -6220,6 +6230,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Commands], None], set[str]]] = {
     "list": (Commands.list, {*PLACES, "json"}),
     "restore": (Commands.restore, {*PLACES, "at", *TO_VOLUME}),
 }
+ANSWERS = {"list", "health", "verify"}  # what these say is what was asked for, and waits for whoever reads it
 DEFAULTS: Json = {
     "config": Path("conf.json"),
     "backups": Path("backups"),
@@ -6344,6 +6355,9 @@ def run_program(parsed: argparse.Namespace) -> int:
     stop = Stop()
     signals = Signals(stop, report)
     code = run_command(parsed, report, stop)
+    if parsed.command in ANSWERS or parsed.dry_run:
+        with contextlib.suppress(Interrupted):
+            report.flush(stop)
     if signals.number:
         code = 128 + signals.number
     if report.left:
