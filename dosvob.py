@@ -16,7 +16,7 @@ The words:
 - Spool: the patches that a sync has fetched and will write to the image. Undo: what the image has in those places.
 - Version: an undo that is kept: an older snapshot, as the patches that lead back to it from the next newer one.
 - State: which snapshot an image is, and the digest of each chunk.
-- Home: one backups directory. Leftover: something that was created for a run, and that run has ended.
+- Home: one backups directory. Leftover: a resource of a run that has ended.
 
 A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and where to read of it:
 
@@ -42,8 +42,7 @@ What it promises:
 - All that a run creates is named `dosvob-ephemeral-HOME-RUN-…` and removed however the run ends. What could not be
   removed is named loudly. A new volume, which is to stay, is whole from its birth.
 
-What it does not promise: more consistency than a disk has whose power was cut. That is what a snapshot of a volume in
-use is.
+What it does not promise: a snapshot of a volume in use is as consistent as a disk after a power cut, not more.
 
 The threads. Here: the main thread decides, talks with the agent and changes images. One thread prepares the next clone,
 one releases the last one, one (of `DropletKeeper`) makes the droplet. paramiko has one for each connection, each stream
@@ -53,7 +52,7 @@ The chapters, each of which uses those before it alone: errors and waiting, repo
 API, ephemeral resources, the agent, image files, versions, the home, the update of an image, the conversations, the
 connection, the backup, the way back, commands, main.
 """
-# ruff: noqa: E402, UP031, UP036 - what the user lacks is told before it is imported, and in words of older Pythons
+# ruff: noqa: E402, UP031, UP036 - we report what the user lacks before we import it, in syntax that old Pythons know
 
 from __future__ import annotations
 
@@ -81,7 +80,7 @@ import signal
 
 
 def end_while_loading(number: int, _frame: object) -> None:
-    """End at ^C with one line, as long as `Signals` does not yet see to it: nothing is begun."""
+    """End at ^C with one line, until `Signals` takes over: nothing has begun."""
     os.write(2, b"SIGINT: stopped before anything was begun\n")
     os._exit(128 + number)
 
@@ -167,7 +166,7 @@ class Busy(UsageError):
 
 
 class Package:
-    """A package that is imported when something of it is first used: what works offline needs Python alone."""
+    """Imports a package at its first use, so that offline commands need Python alone."""
 
     INSTALL = "python3 -m venv .venv && .venv/bin/pip install 'requests>=2.32,<3' 'paramiko>=5,<6'"
 
@@ -196,20 +195,20 @@ if not TYPE_CHECKING:
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop: as KeyboardInterrupt it is no error, so only who ends a run, or a part, catches it."""
+    """The run was asked to stop. Like KeyboardInterrupt it is no error: only what ends a run, or a part, catches it."""
 
 
 class Stop:
-    """Carries the wish to stop to every thread, which look for it wherever they wait.
+    """Tells every thread to stop; each looks wherever it waits.
 
     A signal handler must not raise (the exception could hit the teardown) nor take a lock (the interrupted code may
-    hold it; an Event has one), so `request` only sets an attribute, and waiting is done in short naps.
+    hold it; an Event has one), so `request` only sets an attribute, and `sleep` takes short naps.
     """
 
     NAP = 0.1  # seconds; how late a wish to stop may be noticed
 
     def __init__(self, parent: Stop | None = None) -> None:
-        self._parent = parent  # whose wish is this one's too
+        self._parent = parent  # a request there counts here too
         self.requested = False
 
     def request(self) -> None:
@@ -249,10 +248,10 @@ def pauses(first: float, most: float, growth: float = 1.3) -> Iterator[float]:
 
 
 def within(limit: float, work: Callable[[], T]) -> T:
-    """What the work returns, or raises; TimeoutError after `limit` seconds, and then nobody waits for it any more.
+    """Return or raise what the work does; after `limit` seconds abandon it and raise TimeoutError.
 
-    For network calls. Their own limits are between two bytes, so a name that is looked up, or an answer that trickles
-    in, would take any time.
+    For network calls: their own limits hold between two bytes, and bound neither a name's lookup nor an answer that
+    trickles in.
     """
     outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
 
@@ -317,12 +316,12 @@ def human_time(seconds: float) -> str:
 
 
 def local_time(moment: datetime.datetime) -> str:
-    """A time as people here write it, with its offset."""
+    """A time in the local time zone, with its offset from UTC."""
     return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
 
 
 def explained(problem: DosvobError | OSError, where: Path) -> str:
-    """What an error says to the user; of what the local disk refused, `where` unless it names the file itself."""
+    """An error's text for the user; an OSError that names no file gets `where`."""
     if isinstance(problem, DosvobError):
         return str(problem)
     advice = {
@@ -347,10 +346,10 @@ def is_disk_full(problem: BaseException) -> bool:
 
 
 class Writer:
-    """Writes to one file descriptor, in a thread of its own. `has_failed` tells whether something could not be."""
+    """Writes to one file descriptor, in a thread of its own. `has_failed` tells whether a write failed."""
 
     MOST_QUEUED = 10_000  # lines that wait for a terminal or a pipe that takes nothing more; later ones are lost
-    STUCK_LIMIT = 5  # seconds for which it is waited for at the end
+    STUCK_LIMIT = 5  # seconds that `close` waits for it
 
     def __init__(self, fd: int, encoding: str) -> None:
         self.is_terminal = os.isatty(fd)
@@ -362,18 +361,18 @@ class Writer:
         self._thread.start()
 
     def put(self, text: str) -> None:
-        """Write this when what was put before has been written; never waits."""
+        """Queue a text to be written; never waits."""
         if self._queue.qsize() < self.MOST_QUEUED:
             self._queue.put(text)
 
     def close(self) -> bool:
-        """Let what is queued be written; returns whether it could be."""
+        """Write what is queued, and wait for it; returns whether that ended in time."""
         self._queue.put(None)
         self._thread.join(self.STUCK_LIMIT)
         return not self._thread.is_alive()
 
     def flush(self, stop: Stop) -> None:
-        """Wait until all that was put is written, or cannot be, however long that takes; raises Interrupted."""
+        """Wait, without a limit, until each text is written or has failed; raises Interrupted."""
         self._queue.put(None)
         while self._thread.is_alive():
             stop.sleep(Stop.NAP)
@@ -381,13 +380,13 @@ class Writer:
         self._thread.start()
 
     def _write(self) -> None:
-        # To the descriptor: what cannot be written must not be tried again by Python at its exit, with the code 120.
+        # To the descriptor: at its exit Python would try again what sys.stdout could not write, and exit with 120.
         while (text := self._queue.get()) is not None:
             view = memoryview(text.encode(self._encoding, "replace"))
             while view:
                 try:
                     view = view[os.write(self._fd, view) :]
-                except BlockingIOError:  # somebody else who has it too has set it so
+                except BlockingIOError:  # another process that shares it made it non-blocking
                     time.sleep(Stop.NAP)
                 except OSError:  # a terminal that was closed is no reason to end
                     self.has_failed = True
@@ -397,8 +396,8 @@ class Writer:
 class Reporter:
     """Writes to the user, from any thread. `secret` never gets out, and nothing that could steer a terminal does.
 
-    Threads of their own do the writing: a terminal that was stopped with ^S, or a pipe that nobody reads, must not
-    keep a run, and its teardown least of all, from its work.
+    It leaves the writing to threads: a terminal that was stopped with ^S, or a pipe that nobody reads, must not block
+    a run, least of all its teardown.
     """
 
     LOG_INTERVAL = 60  # seconds between a log's lines about the same sync
@@ -421,12 +420,12 @@ class Reporter:
         self._lined_at = 0.0 if self._output.is_terminal else time.monotonic()
 
     def close(self) -> bool:
-        """Let what is queued be written; returns whether it could be."""
+        """Write what is queued, and wait for it; returns whether that ended in time."""
         closed = [writer.close() for writer in {self._output, self._errors}]
         return all(closed)
 
     def flush(self, stop: Stop) -> None:
-        """Wait until all that was said is written, or cannot be, however long that takes; raises Interrupted."""
+        """Wait, without a limit, until each text is written or has failed; raises Interrupted."""
         for writer in (self._output, self._errors):
             writer.flush(stop)
 
@@ -453,7 +452,7 @@ class Reporter:
         self.warn(text, "error")
 
     def answer(self, text: str, stop: Stop) -> None:
-        """What was asked for: as it is, also with --quiet, and without the time. All of it, or it is a failure."""
+        """Print what the user asked for, also with --quiet, without the time; an error if not all could be written."""
         self._output.put(self.clean(text) + "\n")
         self._output.flush(stop)
         if self._output.has_failed:
@@ -487,7 +486,7 @@ class Reporter:
                 self._output.put("\r\x1b[2K")
 
     def interject(self, text: str) -> None:
-        """Tell something from a signal handler, which may have interrupted whoever holds the lock."""
+        """Report from a signal handler, without the lock: the code that it interrupted may hold it."""
         over_live_line = "\r\x1b[2K" if self._errors.is_terminal else ""  # which has a ^C behind it
         self._errors.put(over_live_line + self._lines(self._errors, text))
 
@@ -509,7 +508,7 @@ class Reporter:
 
 
 def command_line(*words: str) -> str:
-    """A command of ours that can be pasted where this one was given, for the same places: words for a shell."""
+    """A command of ours, quoted for a shell, with the --config and --backups that this one was given."""
     script = os.path.abspath(sys.argv[0])
     places = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     for option in ("--config", "--backups"):
@@ -524,13 +523,13 @@ def command_line(*words: str) -> str:
 
 
 def near_path(path: str) -> str:
-    """A path as it is shortest from here: relative only to what is below."""
+    """A path, made relative if it is below the current directory."""
     here = os.getcwd()
     return os.path.relpath(path) if Path(path).is_relative_to(here) else path
 
 
 def fitted(text: str, columns: int) -> str:
-    """A line of progress, `NAME: this, that`, in so many columns: without its end, the name cut in its middle."""
+    """Cut a line of progress, `NAME: this, that`, to so many columns: its last parts go, then the name's middle."""
     name, colon, rest = text.partition(": ")
     parts, least = rest.split(", "), min(len(name), 10)
     while len(parts) > 1 and least + len(colon + ", ".join(parts)) > columns:
@@ -552,7 +551,7 @@ class Rate:
         self._seen: collections.deque[tuple[float, float]] = collections.deque()  # times and counts
 
     def __call__(self, count: float) -> float:
-        """With what it is now; 0 if it has not grown, or not been watched for a second."""
+        """The rate, given the count now; 0 if it has not grown, or in the first second."""
         now = time.monotonic()
         if not self._seen or now - self._seen[-1][0] >= self.STEP:
             self._seen.append((now, count))
@@ -563,13 +562,13 @@ class Rate:
 
     @property
     def fastest(self) -> float:
-        """The most that it grew in a second between two of the counts that are kept."""
+        """The highest rate between neighbours of the counts that are kept."""
         pairs = itertools.pairwise(self._seen)
         return max(((after - before) / (then - since) for (since, before), (then, after) in pairs), default=0)
 
 
 class Meter:
-    """Counts the bytes that something has come to, shows how far that is, and ends it when a stop was requested."""
+    """Counts the bytes that some work has done, shows its progress, and ends it when a stop was requested."""
 
     def __init__(self, report: Reporter, stop: Stop, what: str, total: int = 0, *, is_announced: bool = False) -> None:
         self.done = 0
@@ -594,10 +593,10 @@ class Meter:
 
 
 class Course:
-    """How far a conversation is, and when it may be over; ends it when a stop was requested.
+    """Shows how far a conversation is, and the time left; ends it when a stop was requested.
 
-    That follows from how fast it scanned of late, and fetched what is announced and still to come. Of a first backup
-    nobody knows what is to come: after much data it may take less, after zeros more.
+    The time left follows from how fast it scanned and fetched of late. In a first backup nobody knows how much of the
+    rest is data: after much data it may take less, after zeros more.
     """
 
     def __init__(self, report: Reporter, stop: Stop, name: str, number: str, conversation: Conversation) -> None:
@@ -610,7 +609,7 @@ class Course:
         self._scan, self._fetch, self._link = Rate(), Rate(), Rate()  # chunks, chunks, and bytes
 
     def __call__(self, received: int) -> None:
-        """So many bytes were received by now. Raises Interrupted."""
+        """Show the progress, given the bytes received so far. Raises Interrupted."""
         self._stop.check()
         reached, size = self._conversation.position, self._conversation.chunks * CHUNK
         if reached < self._position:  # what was sent is compared now
@@ -625,7 +624,7 @@ class Course:
         self._report.progress(f"{self._name}: {', '.join(filter(None, (self._left(reached), self._number, told)))}")
 
     def _left(self, reached: int) -> str:
-        """The time left, if it can be told."""
+        """The time left; empty while it is unknown."""
         conversation = self._conversation
         scan, fetch = self._scan(reached), self._fetch(conversation.fetched)
         unscanned, outstanding = conversation.chunks - reached, conversation.outstanding
@@ -641,8 +640,8 @@ class Course:
 def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> None:
     """Tell a service in the manner of healthchecks.io how a run goes: https://healthchecks.io/docs/http_api/
 
-    `event` is "/start", "" for success or "/fail". That is done at once or not at all: a ping that fails is worth a
-    warning, without the address (who knows that can send pings too), and nothing else comes of it.
+    `event` is "/start", "" for success or "/fail". It tries once. A failure is only a warning, and that hides the
+    address: whoever knows it can send pings too.
     """
     if url is None:
         return
@@ -666,7 +665,7 @@ def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> No
 
 
 def counted_versions(moments: Collection[datetime.datetime]) -> str:
-    """How many versions of these times there are, to be followed by what becomes of them: `8 versions`."""
+    """The number of these versions, with the noun: `8 versions`."""
     return f"{len(moments)} version{'s' * (len(moments) > 1)}"
 
 
@@ -688,15 +687,15 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
 
 
 # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────────
-# Reads conf.json and the environment. Whatever is wrong there is told in terms of the file, before anything is begun.
+# Reads conf.json and the environment, and reports what is wrong there in terms of the file, before anything begins.
 
 
 @dataclass(frozen=True)
 class Keep:
-    """How many versions are kept: all numbers 0 for none, as before there were versions.
+    """How many versions to keep; with all numbers 0 none.
 
-    `last` beside the image; and the newest of each of the last `daily` days, `weekly` weeks and `monthly` months that
-    have one, in UTC, the image counting: what `restic forget` means by it. The default is that of conf.json.example.
+    `last` newest ones beside the image; and the newest of each of the last `daily` days, `weekly` weeks and `monthly`
+    months (UTC) that have one, the image counting, as `restic forget` does. conf.json.example has the defaults.
     """
 
     last: int = 6
@@ -705,7 +704,7 @@ class Keep:
     monthly: int = 6
 
     def wanted(self, moments: Sequence[datetime.datetime]) -> list[bool]:
-        """Which versions to keep, given when they were taken, the newest first; the first of them is the image."""
+        """Which snapshots to keep, given their times, the newest first; the first is the image's."""
         wanted = [number <= self.last for number in range(len(moments))]
         rules: list[tuple[int, Callable[[datetime.datetime], tuple[int, ...]]]] = [
             (self.daily, lambda moment: (moment.year, moment.month, moment.day)),
@@ -725,10 +724,10 @@ class Keep:
 class Config:
     """What conf.json and the environment say.
 
-    `regions` are slugs, none for all that have volumes of the account; with `by_region` each has a directory for its
-    images. `include` and `exclude` are shell patterns of volume names; an empty `include` means all. `droplet_size`
+    `regions` are slugs; empty means all in which the account has volumes; with `by_region` each has a directory for
+    its images. `include` and `exclude` are shell patterns of volume names; an empty `include` means all. `droplet_size`
     and `droplet_image` are slugs, or None for the cheapest and the newest that will do. `healthchecks` is the address
-    of a monitoring service that is told how each run goes; whoever knows it can do so too.
+    of a monitoring service that we ping about each run; whoever knows it can ping too.
     """
 
     token: str = field(repr=False)
@@ -806,7 +805,7 @@ class Config:
     def _check(
         cls, path: Path, content: Json, known: Mapping[str, tuple[tuple[type, ...], str]], where: str = ""
     ) -> None:
-        """Every key is a known one, and its value is what that must be; raises UsageError."""
+        """Check that each key is known, and the type of its value; raises UsageError."""
         for key, value in content.items():
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
@@ -832,7 +831,7 @@ class Config:
             ) from None
         except json.JSONDecodeError as problem:
             what, at = problem.msg, problem.pos
-            for comma in re.finditer(r",\s*[]}]", text):  # of which Python says something else, each version its own
+            for comma in re.finditer(r",\s*[]}]", text):  # Python reports it as something else, each version its own
                 if comma.start() <= at <= comma.end():
                     what, at = f"a comma too many, before the {comma[0][-1]}", comma.start()
             line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
@@ -845,7 +844,7 @@ class Config:
 
     @staticmethod
     def _is_open_to_others(path: Path) -> bool:
-        """Whether others can read a file, where a mode can keep them from that: storages without modes show some."""
+        """Whether a file's mode lets others read it; False where the file system has no modes, and shows fixed ones."""
         if not path.stat().st_mode & 0o077:
             return False
         with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=path.absolute().parent) as private:
@@ -927,7 +926,7 @@ class ApiError(DosvobError):
 
 
 class Api:
-    """The calls, each with the patience that suits it: `patience` is for how many seconds a failing one is repeated.
+    """The calls. It repeats a failing one for `patience` seconds, if that is safe and may help.
 
     `say` gets a line for every wait, `detail` for every call. A stop ends the waiting with `Interrupted`,
     never a call that is under way.
@@ -954,11 +953,11 @@ class Api:
         self._detail = detail
         self._patience = patience
         self._is_token_known = False  # whether a call was let through
-        self.limited_since: float | None = None  # the first of the 429s that no other answer has come after
+        self.limited_since: float | None = None  # the first 429 of an unbroken row; None after any other answer
         self._sessions = threading.local()  # requests does not promise that a session can be shared by threads
 
     def with_stop(self, stop: Stop, patience: float | None = None) -> Api:
-        """The same API, whose waiting another stop ends; with a patience of its own."""
+        """A copy with another stop, and another patience if one is given."""
         api = Api(self._config, stop, self._say, self._detail, self._patience if patience is None else patience)
         api._is_token_known = self._is_token_known
         return api
@@ -999,9 +998,9 @@ class Api:
         raise DosvobError(f"DigitalOcean's answers to GET {path} have no end: try again later")
 
     def post(self, path: str, body: Json) -> Json:
-        """POST, as soon as the account's limits allow it. The caller waits for the limit of a volume's snapshots.
+        """POST, repeated after a 429 only, and not even then for a snapshot: the caller waits for that limit.
 
-        If it fails so that it may have taken effect, it is the caller's to find out whether it did.
+        If it fails with `may_exist`, the caller must find out whether it took effect.
         """
         return self._repeated("POST", path, body=body)
 
@@ -1021,9 +1020,9 @@ class Api:
         return pauses(self.FIRST_BACKOFF, self.MAX_BACKOFF, 2)
 
     def pause(self, problem: ApiError, pause: float, start: float) -> None:
-        """Wait before a repetition, visibly; raise the problem if that has gone on for too long since `start`."""
+        """Say so and wait before a repetition; raise the problem instead if the patience since `start` would end."""
         limit, what = start + self._patience, str(problem)
-        if problem.status == 429:  # of an account, so all calls share the patience
+        if problem.status == 429:  # the limit is the account's, so all calls share the patience
             limit = min(start, self.limited_since or start) + self.RATE_LIMIT_PATIENCE
             pause = self.RATE_LIMIT_WAIT if problem.wait is None else problem.wait
             what = "DigitalOcean's rate limit is reached"
@@ -1041,7 +1040,7 @@ class Api:
         try:  # the token is for this host alone
             response = within(limit, lambda: request(timeout=self.CALL_TIMEOUT, allow_redirects=False))
         except TimeoutError:
-            del self._sessions.session  # the call that goes on has it
+            del self._sessions.session  # the abandoned call still uses it
             raise ApiError(None, f"{call}: no complete answer from {url} within {limit:.0f} s") from None
         except requests.RequestException as problem:
             cause = root_cause(problem)
@@ -1092,7 +1091,7 @@ class Api:
         session: requests.Session | None = getattr(self._sessions, "session", None)
         if session is None:
             session = self._sessions.session = requests.Session()
-            session.auth = self._authorize  # what is set as a header a ~/.netrc would replace
+            session.auth = self._authorize  # a ~/.netrc would replace a plain header
             session.headers["User-Agent"] = f"dosvob/{VERSION}"
         return session
 
@@ -1128,8 +1127,8 @@ class Volume:
 
 
 # ── Ephemeral resources ──────────────────────────────────────────────────────────────────────────────────────────────
-# What a run creates and must remove: key, droplet, snapshots, clones. Whose they are is in the name, which is
-# `dosvob-ephemeral-HOME-RUN-…`; so what an earlier run left behind, or an answer that was lost, is found as well.
+# What a run creates and must remove: key, droplet, snapshots, clones. The name, `dosvob-ephemeral-HOME-RUN-…`, tells
+# whose they are: so we also find what an earlier run left behind, and what was created though the answer was lost.
 
 TAG = "dosvob-ephemeral"
 LIST_LAG = 6  # seconds after which a list is taken to show what was created: lists have been seen to lag behind
@@ -1204,7 +1203,7 @@ class Resource:
 
     @staticmethod
     def is_ephemeral(item: Json) -> bool:
-        """Whether dosvob made it: tags on volumes have been seen not to stick, so the name's prefix will do as well."""
+        """Whether dosvob made it, by its tag or its name: tags on volumes have been seen not to stick."""
         return str(item.get("name")).startswith(TAG + "-") or TAG in (item.get("tags") or ())
 
     @classmethod
@@ -1221,7 +1220,7 @@ class Resource:
 
     @property
     def path(self) -> str:
-        """Where the API has it."""
+        """Its path in the API."""
         return f"{KINDS[self.kind].path}/{urllib.parse.quote(self.id, safe='')}"
 
     def cost(self, seconds: float) -> float:
@@ -1236,14 +1235,14 @@ class Resource:
 
 
 class Removal:
-    """Deletes what is known to have been created, then what is listed, until nothing of ours is listed any more.
+    """Deletes the resources that are known, then those that are listed, until the lists show none of ours.
 
-    `is_ours` tells what is. Kind by kind, a list is believed that was asked for after `not_before` (time.monotonic):
-    the time of the last creation and that by which lists lag behind. A volume cannot be deleted for some seconds after
-    its droplet's deletion was accepted: what fails is tried again with growing pauses.
+    `is_ours` selects them. An empty list counts if it was asked for after `not_before` (time.monotonic): the last
+    creation plus LIST_LAG. What fails is tried again with growing pauses, for a volume cannot be deleted for some
+    seconds after its droplet's deletion was accepted.
     """
 
-    LIMIT = 600  # seconds after which it is given up, if nothing more goes
+    LIMIT = 600  # seconds without progress after which it gives up
 
     def __init__(
         self,
@@ -1264,8 +1263,8 @@ class Removal:
     def run(self, known: Iterable[Resource] = (), asked: Mapping[str, str] | None = None) -> dict[Resource, str]:
         """Remove; returns what stays, with the reason.
 
-        `known` was created, with certainty. `asked` has kinds by name of what was asked for without an answer: if its
-        kind cannot be listed, it is returned too, with the id UNKNOWN.
+        `known` certainly was created. `asked` maps the names of what may have been, for no answer came, to its kinds:
+        if its kind cannot be listed, it is returned too, with the id UNKNOWN.
         """
         self._known = sorted(known, key=lambda resource: list(KINDS).index(resource.kind))
         self._delete(self._known)
@@ -1283,9 +1282,9 @@ class Removal:
         return {}
 
     def _round(self) -> dict[Resource, Exception | None]:
-        """List and delete what is there of each kind; what is left, and what went wrong with it, None for nothing.
+        """List each kind and delete what is there; returns what is left, with what went wrong, None for nothing.
 
-        What is known, and would not be deleted, is there whatever a list says.
+        A known resource is there until its deletion is accepted, whatever a list says.
         """
         left: dict[Resource, Exception | None] = {}
         for kind, was_empty in list(self._kinds.items()):
@@ -1295,7 +1294,7 @@ class Removal:
             found = [resource for resource in self._known if resource.kind == kind and resource not in self._gone]
             try:
                 found += filter(self._is_ours, Resource.list(self._api, kind))
-            except Exception as problem:  # noqa: BLE001 - no answer is so odd that the rest must stay for it
+            except Exception as problem:  # noqa: BLE001 - however odd an answer is, the rest must go
                 left[Resource(kind, UNKNOWN, f"{TAG}-*")] = problem
             else:
                 self._kinds[kind] = not found
@@ -1318,7 +1317,7 @@ class Removal:
 
     @staticmethod
     def _is_hopeless(left: Mapping[Resource, Exception | None]) -> bool:
-        """Whether it is of no use to try again: the token may not do it, or it is in use by what must stay."""
+        """Whether to try again is useless: the token may not do it, or what it may not delete uses the rest."""
         refused = [resource.kind for resource, problem in left.items() if isinstance(problem, ApiError)
                    and problem.status in (401, 403)]  # fmt: skip
         return len(refused) == len(left) or (
@@ -1327,7 +1326,7 @@ class Removal:
 
     @staticmethod
     def _named(left: Mapping[Resource, Exception | None], asked: Mapping[str, str]) -> dict[Resource, str]:
-        """What is left, with reasons; of a kind that could not be listed, each thing by name that may be there."""
+        """What is left, with reasons; for a kind that could not be listed, the names of what may be there."""
         named: dict[Resource, str] = {}
         for resource, problem in left.items():
             reason = str(problem or "it is still listed")
@@ -1414,14 +1413,14 @@ class Droplet:
 class Ephemeral:
     """All that one run creates. As a context manager it removes it at the end, whatever happens, by `Removal`.
 
-    Since a home has one run at a time, the end also removes what an earlier run of this home left, and lists showed
-    too late for the sweep at the beginning. What could not be removed before is not waited for once more.
+    A home has one run at a time, so the end also removes what an earlier run of this home left, and lists showed too
+    late for the sweep at the beginning. It does not wait again for what could not be removed before.
     """
 
     ACTION_LIMIT = 600  # seconds that an action, such as an attach, may take
     ADDRESS_LIMIT = 600  # seconds until a new droplet must have an address
     FRESH_LIMIT = 60  # seconds for which something freshly created may answer 404
-    NEW_PATIENCE = 1800  # seconds for which the creation of what is to stay is repeated: it may have taken hours so far
+    NEW_PATIENCE = 1800  # seconds for which it repeats the creation of what will stay: hours of work precede it
 
     def __init__(self, api: Api, home: str, report: Reporter) -> None:
         self.prefix = f"{TAG}-{home}-{secrets.token_hex(4)}-"
@@ -1538,13 +1537,13 @@ class Ephemeral:
             raise DropletLost(f"the droplet {droplet.name} {GONE}") from problem
 
     def remove_droplets(self) -> None:
-        """Remove the droplet, which is to be replaced, if it is still there; nothing is attached to it any more."""
+        """Remove the run's droplets that are still there; nothing is attached to them any more."""
         for resource in list(self._created):
             if resource.kind == DROPLET and resource not in self._removed:
                 self._remove_now(resource)
 
     def make_clone(self, volume: Volume, number: int, size: int = 0) -> tuple[Volume, str]:
-        """A volume with the content that this one has now, and the time of that; the snapshot between is gone again.
+        """Clone the volume as it is now; returns the clone and the time of the snapshot between, which is removed.
 
         It has at least `size` bytes. Raises ApiError with the status 429 if the volume's last snapshot is less than ten
         minutes old.
@@ -1562,13 +1561,13 @@ class Ephemeral:
         return Volume.parse(self._create(VOLUME, body))
 
     def make_new(self, name: str, description: str, volume: Volume) -> Volume:
-        """A volume that is to stay, and no matter of the teardown's, with all that a throwaway one has.
+        """Create a volume with the content of a throwaway one; it stays, for the teardown does not know of it.
 
-        That one makes room for it if the quota asks for it.
+        If DigitalOcean refuses, which may be for a quota, the throwaway one goes first: its snapshot has all.
         """
         snapshot = self._take_snapshot(volume, f"{self.prefix}new")
         body = {"name": name, "region": volume.region, "size_gigabytes": volume.size // GIB}
-        body["description"] = description  # by which it is told from somebody else's if the answer is lost
+        body["description"] = description  # tells it from somebody else's if the answer is lost
         patient = self._api.with_stop(self._api.stop, self.NEW_PATIENCE)
         start, intervals, may_scan_on = time.monotonic(), self._api.backoff(), False
         try:
@@ -1617,7 +1616,7 @@ class Ephemeral:
             self._attached[volume.id] = droplet.id
 
     def detach(self, volume: Volume, droplet: Droplet) -> None:
-        """Detach it from the droplet; the clone, and what it has, stays."""
+        """Detach the volume from the droplet; it keeps its content."""
         self._volume_event("detach", volume, droplet)
 
     def release(self, clone: Volume, droplet: Droplet) -> None:
@@ -1631,10 +1630,10 @@ class Ephemeral:
     def _create(
         self, kind: str, body: Json, post_path: str | None = None, *, api: Api | None = None, stays: bool = False
     ) -> Json:
-        """Create a resource and enter it in the books, unless it `stays`; its links in the answer are put into it.
+        """Create a resource, and note it for the teardown unless it `stays`; returns it with the answer's links.
 
-        When no answer came, or a 5xx did, it may exist: it is looked for by its unique name, until a list can be
-        trusted to show it, before it is asked for again. `_asked` has its name while it may exist without our knowing.
+        After no answer, or a 5xx, it may exist: then we look for its unique name, until a list must show it, before we
+        ask for it again. `_asked` has its name while it may exist without our knowing.
         """
         where, name, api = KINDS[kind], body["name"], api or self._api
         start, intervals, is_doubtful = time.monotonic(), api.backoff(), name in self._asked
@@ -1730,10 +1729,10 @@ class Ephemeral:
 
 
 # ── The agent ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The part that runs on the droplet: it reads the volume once (what must be sent of a large change: twice), sends a
-# digest for each chunk, sends the pages that it is asked for, and writes those that it is given. Its source, which is
-# what stands between the marks "agent: begin" and "agent: end" in this file, is sent over SSH and run by the droplet's
-# own python3: so it uses the standard library alone, as Python 3.8 had it.
+# The part that runs on the droplet: it reads the volume once (what it must send of a large change: twice), sends a
+# digest for each chunk, sends the pages that it is asked for, and writes those that it is given. Its source stands
+# between the marks "agent: begin" and "agent: end" in this file. We send it over SSH, and the droplet's own python3
+# runs it: so it uses the standard library of Python 3.8 alone.
 #
 # Frames (agent to here) are FRAME (kind, index, length of the payload), then the payload:
 #   HELLO    AGENT_MAGIC, the device's size in bytes (8 bytes),      the first frame
@@ -1746,21 +1745,20 @@ class Ephemeral:
 #   ZSTD     the same, the pages compressed with zstd
 #   ALIVE    nothing                                                 when there has been nothing to say for a while
 #   FAILED   a message                                               the agent cannot go on
-# Digests come in the order of the chunks that were asked for when it was started, without gaps, and before data that
-# was queued earlier; answers in any order.
+# Digests (and ZEROS) come in the order of `parts`, without gaps, and overtake queued answers. Those come in any order.
 # Commands (from here to the agent) are COMMAND (kind, index, count, bitmap), all of one length:
 #   DROP     forget `count` chunks from the index on                 COMPARE   send the chunk's SHORT
 #   SEND     send the pages in the bitmap, forget the chunk
 #   WRITE    write the pages in the bitmap, forget the chunk: they are in the frame that follows, as in answer to SEND
-# A command that follows a WRITE is obeyed after it. The agent ends when no more commands can come.
+# The agent obeys a command that follows a WRITE after it. It ends when its input does.
 #
-# An agent that may write first waits for the end of the one before it, which may not know yet that nobody hears it.
-# Then it makes durable what that wrote, and has the kernel forget it: its digests are of what the device has.
+# An agent that writes first waits for the end of the one before it, which may not have noticed that its connection is
+# gone. Then it flushes what that one wrote, and drops the kernel's cache: so its digests are of what the device has.
 #
-# Why nothing can stand still: a thread of the agent's own takes the commands as they come, and writes what is to be
-# written. It waits for the device alone: answers are the work of other threads, and its own failure has a place that is
-# never full. So whoever sends a command or a WRITE waits for the link and the device, also while nobody reads what the
-# agent says, and then goes on to read; so the agent's writing to the link always goes on.
+# Why nothing deadlocks: one thread takes the commands as they come, and writes to the device. It waits for the device
+# alone: other threads answer, and announcements, its own failure among them, have a queue without a limit. So whoever
+# sends a command or a WRITE waits for the link and the device only, even while nobody reads what the agent says, and
+# then goes on to read. So the agent's writing to the link always goes on.
 
 # agent: begin
 CHUNK = 1 << 20  # bytes
@@ -1771,19 +1769,19 @@ ZERO_PAGE_DIGEST = hashlib.sha256(ZERO_PAGE).digest()
 DIGEST_SIZE = 32  # bytes
 SHORT_SIZE = 4  # bytes; enough to tell pages apart, since the chunk's digest is checked in the end
 WINDOW = 1024  # chunks that are announced and not forgotten: the scan goes on while a large change crosses the link
-HELD = 64  # chunks that the agent keeps of these, others are read again; a droplet has 512 MiB
-MOST_AHEAD = 1 << 16  # chunks, of zeros too, that the scan may be beyond the first one that is not forgotten
+HELD = 64  # chunks of these that the agent keeps in memory; it reads others again; a droplet has 512 MiB
+MOST_AHEAD = 1 << 16  # chunks, zeros included, that the scan may be ahead of the first one that is not forgotten
 READ_AHEAD = 8  # chunks; a volume is latency-bound, one read at a time does not reach its speed
 READERS = 4
-FEW_READS = 4  # pieces of a chunk that are read one by one; of more, reading all of it takes no longer
+FEW_READS = 4  # runs of a chunk's pages to read one by one; with more, reading the whole chunk takes no longer
 BATCH = 16  # digests to a write: fewer packets
 BATCH_SECONDS = 0.05  # after which a smaller batch will do
 QUEUED_FRAMES = 8
 HEARTBEAT = 5.0  # seconds
 KEPT_MEMORY = 32 << 20  # bytes; the most that glibc takes as M_MMAP_THRESHOLD
 DEVICE_LIMIT = 60.0  # seconds for the device to appear after its attach action completed
-EXCLUSIVE_LIMIT = 5.0  # seconds for which something, such as udev's probing, may have it for itself
-ENDING_LIMIT = 60.0  # seconds for which an agent whose connection is gone may not have noticed
+EXCLUSIVE_LIMIT = 5.0  # seconds for which something, such as udev's probing, may hold it exclusively
+ENDING_LIMIT = 60.0  # seconds that an agent may take to notice that its connection is gone
 SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ of fcntl(2), which Python has had a name for since 3.10
 AGENT_MAGIC = b"dosvob agent 3\n"
 FRAME = ">BII"
@@ -1840,11 +1838,11 @@ def pages_in(bitmap: int) -> Iterator[int]:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, up to some MiB, for buffers of a chunk come and go all the time.
+    """Have the C library keep freed memory, up to some MiB: buffers of a chunk come and go all the time.
 
-    To give each back to the kernel, and to get others as zeros, costs half of all the CPU time of a first sync. One
-    arena, and not one for each thread, each of which would keep as much. The numbers are those of mallopt(3):
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX, which other C libraries may not have.
+    To give each back to the kernel, and get another one zeroed, costs half of the CPU time of a first sync. All threads
+    share one arena, for each of their own would keep as much. The numbers are those of mallopt(3): M_TRIM_THRESHOLD,
+    M_MMAP_THRESHOLD and M_ARENA_MAX, which other C libraries may not have.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -1854,9 +1852,9 @@ def keep_freed_memory() -> None:
 
 
 class Zstd:
-    """zstd, as the system's C library has it: far faster than zlib, and it leaves less. Any thread may use it."""
+    """zstd, from the system's libzstd: far faster than zlib, and its output is smaller. Any thread may use it."""
 
-    MAGIC = b"\x28\xb5\x2f\xfd"  # of a frame; older formats and frames that are to be skipped have others
+    MAGIC = b"\x28\xb5\x2f\xfd"  # of a frame; older formats and skippable frames have others
 
     def __init__(self) -> None:
         """Raises OSError or AttributeError where there is no such library."""
@@ -1870,15 +1868,15 @@ class Zstd:
         self._frame_size.argtypes, self._frame_size.restype = [data, size], size
 
     def compress(self, data: bytes, level: int) -> bytes:
-        """The data compressed, as one frame; as it is if it does not become shorter by that."""
+        """The data compressed to one frame; or the data itself if that is not shorter."""
         buffer = ctypes.create_string_buffer(len(data))
         size = self._compress(buffer, len(data), data, len(data), level)
         return ctypes.string_at(buffer, size) if size < len(data) else data  # errors are numbers beyond all sizes
 
     def decompress(self, data: bytes, size: int) -> bytes:
-        """What was compressed, which must be one frame of `size` bytes; else ValueError. Takes no more than these.
+        """Decompress one frame of exactly `size` bytes, else ValueError; allocates no more than these.
 
-        In one step, so that the frame's own window, which may be huge, is not made.
+        It does so in one step, for then zstd does not allocate the frame's window, which may be huge.
         """
         if not data.startswith(self.MAGIC) or self._frame_size(data, len(data)) != len(data):
             raise ValueError("not one frame of zstd")
@@ -1895,9 +1893,9 @@ except (OSError, AttributeError):
 
 
 class Packer:
-    """Makes data ready for the link: as it is, or compressed so hard that the link still is what takes longest.
+    """Prepares data for the link: raw, or compressed as hard as it can be while the link stays the bottleneck.
 
-    That is decided for each piece, by what compressing and sending of late took. Any thread may use it.
+    It decides for each piece, by what compressing and sending took of late. Any thread may use it.
     """
 
     SHARE = 0.6  # of the time that the link takes for the data; the cores have reading, hashing and SSH to do as well
@@ -1975,7 +1973,7 @@ class Packer:
 
 
 def done_ahead(work: Callable[[S], T], items: Iterable[S], threads: int, most: int) -> Iterator[T]:
-    """What the work makes of each item, in order: done ahead, for so many items at most, by so many threads."""
+    """The results of `work` in the order of the items; so many threads do it, up to `most` items ahead."""
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     coming: collections.deque[concurrent.futures.Future[T]] = collections.deque()
     try:
@@ -1986,19 +1984,19 @@ def done_ahead(work: Callable[[S], T], items: Iterable[S], threads: int, most: i
         while coming:
             yield coming.popleft().result()
     finally:
-        # Left unfinished, this is ended by the garbage collector, maybe while a thread is being started: to wait for
-        # the pool's threads then would be to wait for the lock which that start holds.
+        # The garbage collector may end this generator while a thread is being started, which holds a lock: to wait
+        # for the pool's threads then would be to wait for that lock.
         for future in coming:
             future.cancel()
         pool.shutdown(wait=False)
 
 
 class Agent:
-    """Serves one device to one reader: the ranges of chunks in `parts`, at most `window` ahead of what is done with.
+    """Serves one device to one peer: the ranges of chunks in `parts`, at most `window` chunks ahead of those forgotten.
 
-    The device is set read-only unless it `writes`. Five sorts of threads: readers that read ahead, a scanner that
-    hashes, one that takes commands and writes to the device, some that answer, as many as there are cores to compress
-    on but at least two, and the main thread, which writes to the link.
+    The device is set read-only unless the agent `writes`. Five sorts of threads: readers that read ahead; a scanner
+    that hashes; one that takes commands and writes to the device; some that answer and compress, one for each core, at
+    least two; and the main thread, which writes to the link.
     """
 
     writes = False
@@ -2020,7 +2018,7 @@ class Agent:
         self.output = output
         self.fd = -1
         self.announced: dict[int, bytes] = {}  # page digests, by index, of chunks that are not forgotten yet
-        self.held: dict[int, bytes] = {}  # those of these chunks that need not be read again
+        self.held: dict[int, bytes] = {}  # the contents of some of them, which need not be read again
         self.window_moved = threading.Condition()
         self.requests: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()  # kind, index and bitmap
         self.frames: queue.Queue[bytes] = queue.Queue(QUEUED_FRAMES)
@@ -2048,7 +2046,7 @@ class Agent:
         self.frames.put(framed(kind, index, *payload))
 
     def announce(self, frames: bytes) -> None:
-        """Have frames written before all that is queued: a scan that waited for data to be sent would last longer."""
+        """Send frames before all that is queued: a scan that waited behind data would last longer."""
         self.announcements.append(frames)
         with contextlib.suppress(queue.Full):
             self.frames.put_nowait(b"")  # the main thread may be waiting
@@ -2065,7 +2063,7 @@ class Agent:
             if frame:
                 self.write(frame)
                 kind, index, _ = struct.unpack_from(FRAME, frame)
-                if kind in (RAW, ZLIB, ZSTD):  # not before: else there is no bound to what may overtake it
+                if kind in (RAW, ZLIB, ZSTD):  # only now: before, any number of digests could overtake it
                     self.forget(index, 1)
 
     def write(self, data: bytes) -> None:
@@ -2146,7 +2144,7 @@ class Agent:
         self.announce(framed(HELLO, 0, AGENT_MAGIC, struct.pack(">Q?", size, LIBZSTD is not None)))
 
     def wait_for_the_one_before(self) -> None:
-        """Wait for the end of another agent that writes, until it is clear that it hangs, and writes no more."""
+        """Wait for the end of another writing agent; one that outlasts ENDING_LIMIT hangs, and writes no more."""
         end = time.monotonic() + ENDING_LIMIT
         while time.monotonic() < end:
             with contextlib.suppress(BlockingIOError):
@@ -2157,7 +2155,7 @@ class Agent:
     def refuse_if_in_use(self) -> None:
         """Raise OSError if the device, or a part of it, is mounted or otherwise claimed: it would change meanwhile.
 
-        A mount, also one that still replays its journal and is listed nowhere yet, has it exclusively: open(2), O_EXCL.
+        A mount holds it exclusively, even while it replays its journal and is not listed yet: open(2), O_EXCL.
         """
         end = time.monotonic() + EXCLUSIVE_LIMIT
         while True:
@@ -2173,14 +2171,14 @@ class Agent:
             time.sleep(0.1)
 
     def take_commands(self) -> None:
-        """Take commands until there is nobody to give them; the process ends with that."""
+        """Take commands until the input ends; the process ends with that."""
         self.guarded(self.obey)
-        while self.commands.read(CHUNK):  # after a failure: whoever is sending hears of it when all is off their hands
+        while self.commands.read(CHUNK):  # after a failure: a peer that is sending reads of it only when it has sent
             pass
         os._exit(0)
 
     def obey(self) -> None:
-        """Do at once what the scan may be waiting for, and what is to be written; let others answer the rest."""
+        """Do DROP, for which the scan may be waiting, and WRITE at once; let other threads answer the rest."""
         size = struct.calcsize(COMMAND)
         while len(command := self.commands.read(size)) == size:
             kind, index, count, bitmap = struct.unpack(COMMAND, command)
@@ -2194,7 +2192,7 @@ class Agent:
                 self.requests.put((kind, index, pages))
 
     def write_pages(self, index: int, wanted: int) -> None:
-        """Write the wanted pages of a chunk, as the frame that comes has them: those that it leaves out are zeros."""
+        """Write the wanted pages of a chunk from the frame that follows; those that it leaves out are zeros."""
         header = self.commands.read(struct.calcsize(FRAME))
         kind, _, length = struct.unpack(FRAME, header)
         payload = self.commands.read(length)
@@ -2261,12 +2259,12 @@ class Agent:
 
 
 # agent: end
-# Taken as this file is loaded: by the time an agent is started, an update may have changed the file.
+# Read while this file is loaded: an update may have changed it by the time an agent starts.
 AGENT = "".join(re.findall(r"(?ms)^# agent: begin$(.*?)^# agent: end$", Path(__file__).read_text(encoding="utf-8")))
 
 
 def agent_source(device: str, parts: Sequence[tuple[int, int]], window: int, *, writes: bool = False) -> bytes:
-    """The agent's program; it says in the agent's frames if the droplet's Python is too old for it."""
+    """The agent's program; if the droplet's Python is too old for it, it says so in a FAILED frame."""
     packer = f"Packer({LIBZSTD is not None})"
     start = f"Agent({device!r}, {parts!r}, {window}, {packer}, sys.stdin.buffer, 1).run(writes={writes})\n"
     source = f"from __future__ import annotations\nimport sys\n{AGENT}"
@@ -2285,8 +2283,8 @@ exec({source + start!r})
 #   backups/NAME                         the image: sparse, byte for byte the volume
 #   backups/NAME.partial                 a first sync that is not complete yet
 #   backups/.dosvob/NAME.state           the state: a sealed block, then the digest of each chunk
-#   backups/.dosvob/NAME.state.new       the same of the sync that goes on
-#   backups/.dosvob/NAME.spool           the patches that the sync that goes on has fetched
+#   backups/.dosvob/NAME.state.new       the next state, of the sync in progress
+#   backups/.dosvob/NAME.spool           the patches that the sync in progress has fetched
 #   backups/.dosvob/NAME.undo            what the image had in those places
 #   backups/.dosvob/NAME.versions/TIME   a version: an undo that was kept, named by its snapshot's time (UTC)
 #   NAME.set-aside-…, .versions.of-…     what did not belong together: for the user
@@ -2294,8 +2292,8 @@ exec({source + start!r})
 #
 # With several regions all of these are in backups/REGION.
 #
-# What is to be overwritten is first written elsewhere, and until the state says otherwise that is put back. So a sync
-# of an existing image goes through these steps. Beside each stands what a crash in it leaves:
+# A sync saves what it will overwrite. After a crash that is put back, unless the state is the new one already. So a
+# sync of an existing image has these steps. Beside each stands what a crash in it leaves:
 #   1. patches go to the spool, digests to state.new      the old image; the next sync uses what the spool has
 #   2. the undo is written, with a footer when it is      the same; an undo without a footer is deleted
 #      whole
@@ -2316,11 +2314,11 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Damaged(DosvobError):
-    """A file of ours is not what was written."""
+    """A file of ours is not what we wrote."""
 
 
 def seal(kind: str, content: Json) -> bytes:
-    """A block that tells by itself whether it is whole: a line with its kind, JSON, and the SHA-256 of all before."""
+    """A block that checks itself: a line with its kind, JSON, and the SHA-256 of all before."""
     body = f"dosvob {kind} 1\n{json.dumps({'version': 1, **content})}\n".encode()
     if len(body) > BLOCK - DIGEST_SIZE:
         raise DosvobError(f"what DigitalOcean says of the volume is longer than is possible: {str(content)[:200]}")
@@ -2357,7 +2355,7 @@ def create_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
 
 
 def identity_of(path_or_fd: Path | int) -> dict[str, int]:
-    """What tells that a file was not touched since: size in bytes, inode, modification time in ns."""
+    """What shows whether somebody touched a file: size in bytes, inode, modification time in ns."""
     status = os.stat(path_or_fd)
     return {"size": status.st_size, "inode": status.st_ino, "mtime_ns": status.st_mtime_ns}
 
@@ -2373,7 +2371,7 @@ class Snapshot:
     taken_at: str
 
     def moment(self, known_at: datetime.datetime) -> datetime.datetime:
-        """When it was taken; if what DigitalOcean says of that cannot be, when it was known here.
+        """When it was taken; `known_at` if the time that DigitalOcean gives is impossible.
 
         Versions are named and thinned by it, so a time that is far in the future would spoil all that come after.
         """
@@ -2412,7 +2410,7 @@ class State:
 
     @classmethod
     def load(cls, path: Path, *, whole: bool = True) -> State | None:
-        """Read and verify a state file, with its table unless not the `whole` is wanted; None if there is none."""
+        """Read and verify a state file, its table only if `whole`; None if there is none."""
         try:
             with path.open("rb") as file:
                 state = cls.unpack(file.read(BLOCK), path)
@@ -2422,7 +2420,7 @@ class State:
         return state if is_sound else cls.unpack(b"", path)
 
     def write(self, path: Path) -> None:
-        """Put it before the digests that are in a file, and make it all durable."""
+        """Write the block before the digests that are in a file, and make the whole file durable."""
         with contextlib.closing(SparseFile(path, os.O_WRONLY)) as file:
             file.write(seal("state", dataclasses.asdict(self)), 0)
             os.fsync(file.fd)
@@ -2436,7 +2434,7 @@ class State:
 class ImagePaths:
     """The files of one volume's backup, or of one that was set aside.
 
-    Its name is the volume's; where several regions are backed up REGION/NAME, and it is all in a directory REGION.
+    The name is the volume's. With several regions it is REGION/NAME, and all files are in a directory REGION.
     """
 
     VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")  # what DigitalOcean allows; as a file name it is harmless
@@ -2459,17 +2457,17 @@ class ImagePaths:
         self.versions = self.metadata / f"{base}.versions"
 
     def check_link(self) -> None:
-        """Raise DosvobError if the image is a directory or a link that leads nowhere: what it led to will come back."""
+        """Raise DosvobError if the image is a directory, or a link that leads nowhere: its target may be unmounted."""
         if self.image.is_dir():
             raise DosvobError(f"{self.image} is a directory, and its name is that of an image: move it elsewhere")
         if self.image.is_symlink() and not self.image.exists():
             raise DosvobError(f"{self.image} leads to {self.image.readlink()}, which is not there: is it mounted?")
 
     def set_aside(self, moment: datetime.datetime) -> ImagePaths:
-        """Rename the image, its versions and its state so that they are out of the way, but not lost.
+        """Rename the image, its versions and its state out of the way.
 
-        `moment` is when the image's snapshot was taken, as the state or else the versions tell: so what a crash left of
-        this is completed under the same name. The image goes first, for without it the others are set aside too.
+        `moment` is when the image's snapshot was taken, by the state or else the versions: so after a crash the next
+        call completes it under the same name. The image goes first, for without it the others are set aside too.
         """
         stamp = f"{self.image.name}.set-aside-{moment.strftime('%Y%m%dT%H%M%SZ')}"
         for number in itertools.count():
@@ -2539,7 +2537,7 @@ class SparseFile:
             return end
 
     def chunk_holes(self, first: int, end: int) -> Iterator[bool]:
-        """For each of these chunks, in order, whether it is a hole: one look for all that a hole is made of."""
+        """For each of these chunks, in order, whether it is a hole; a hole of many chunks takes one look."""
         data = 0
         for index in range(first, end):
             if index * CHUNK >= data:
@@ -2547,15 +2545,15 @@ class SparseFile:
             yield (index + 1) * CHUNK <= data
 
     def free_space(self) -> int:
-        """The bytes that are free where it is, for everybody: of the rest root cannot write all either."""
+        """The bytes that are free where it is, without root's reserve: even root cannot write all of that."""
         status = os.fstatvfs(self.fd)
         return status.f_bavail * status.f_frsize
 
     def forget_cached(self, offset: int = 0, length: int = 0) -> None:
         """Have the next reads of it, or of a part of it, come from the disk.
 
-        It may have decayed there; and after a write error, which may have been told to a process that has ended, the
-        kernel goes on showing what never got there: https://wiki.postgresql.org/wiki/Fsync_Errors
+        It may have decayed there. And after a write error, which perhaps only a process saw that has ended, the kernel
+        goes on showing what never got there: https://wiki.postgresql.org/wiki/Fsync_Errors
         """
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # what is not on the disk yet would not be forgotten
@@ -2571,10 +2569,9 @@ class SparseFile:
 class Patch:
     """New contents for some pages of a chunk, and the digest that the whole chunk has then.
 
-    `pages` is the bitmap of the pages that it is about; `data` has those of them that are in
-    the bitmap `filled`, in order; the others become zeros. In a file a header goes before the data. Its checksum binds
-    it to the file's id, so that no old data on the disk can pass for it: the first half of the SHA-256 of the id, the
-    other fields, and the data.
+    `pages` is the bitmap of the pages that it changes; `data` has those in the bitmap `filled`, in order; the others
+    become zeros. In a file a header goes before the data. Its checksum is the first half of the SHA-256 of the file's
+    id, the other fields and the data; with the id, no old data on the disk can pass for a patch.
     """
 
     index: int
@@ -2600,7 +2597,7 @@ class Patch:
         return self.HEADER.size + self.filled.bit_count() * PAGE
 
     def runs(self) -> Iterator[tuple[int, int, memoryview | None]]:
-        """The runs of pages that are alike: (offset and length in the chunk in bytes, data; None for zeros)."""
+        """The runs of filled pages and of zero pages, in order: offset in the chunk, length in bytes, data or None."""
         data, position = memoryview(self.data), 0
         filled = [(*run, True) for run in runs(self.filled)]
         zeros = [(*run, False) for run in runs(self.pages & ~self.filled)]
@@ -2627,7 +2624,7 @@ class Patch:
 
     @staticmethod
     def select(data: bytes, wanted: int, among: int = ALL_PAGES) -> bytes:
-        """The wanted ones of the pages in the data, which has those of the bitmap `among`."""
+        """The wanted pages out of the data, which has those of the bitmap `among`."""
         if wanted == among:
             return data
         places = enumerate(pages_in(among))
@@ -2635,14 +2632,14 @@ class Patch:
 
     @classmethod
     def of(cls, index: int, pages: int, data: bytes, digest: bytes) -> Patch:
-        """The patch that puts these pages of a chunk, which the data has, there."""
+        """The patch that makes these pages of a chunk what the data has."""
         places = enumerate(pages_in(pages))
         filled = sum(1 << page for place, page in places if not data.startswith(ZERO_PAGE, place * PAGE))
         return cls(index, pages, filled, cls.select(data, filled, pages), digest)
 
     @classmethod
     def of_image(cls, file: SparseFile, index: int, pages: int, digest: bytes) -> Patch:
-        """What these pages of an image have now; zeros for what the disk cannot read, which the digest will tell."""
+        """The patch that restores these pages of an image; for unreadable ones zeros, which the digest reveals."""
         pieces = []
         for first, count in runs(pages):
             start, length = index * CHUNK + first * PAGE, count * PAGE
@@ -2656,10 +2653,9 @@ class Patch:
 class PatchFile:
     """A file of patches, as a spool, an undo and a version are: a sealed head, patches, a sealed footer. To be closed.
 
-    The footer is the last block of a file that is whole; a spool has none. `head` and `footer` are the contents of
-    these: {} for a head that is damaged, None for a footer that is not there. Several threads may read it, also what
-    one of them has just appended. Raises DosvobError for a newer dosvob's, FileNotFoundError. `from_disk`: as
-    SparseFile.forget_cached.
+    The footer is the last block of a file that is whole; a spool has none. `head` and `footer` are their contents: {}
+    for a damaged head, None for a missing footer. Several threads may read it, even what one of them has just appended.
+    `from_disk`: see SparseFile.forget_cached. Raises DosvobError for a newer dosvob's, FileNotFoundError.
     """
 
     def __init__(self, path: Path, kind: str, flags: int = os.O_RDONLY, *, from_disk: bool = False) -> None:
@@ -2696,7 +2692,7 @@ class PatchFile:
         return position
 
     def cut(self, position: int) -> None:
-        """Go on there, behind the good part of what a crash left."""
+        """Cut the file there, behind the good part of what a crash left, and append there from now on."""
         os.ftruncate(self._file.fd, position)
         self.limit = position
 
@@ -2733,7 +2729,7 @@ class PatchFile:
                 with contextlib.suppress(Damaged):
                     self.patch_at(position + found)
                     return position + found
-            # what cannot be read is passed over by its pages
+            # what cannot be read, it passes over page by page
             position += found + 1 if found >= 0 else PAGE if block is None else max(len(block) - 3, 1)
         return self.limit
 
@@ -2793,9 +2789,10 @@ class Version:
         return cls(path, moment, is_whole, snapshot, newer, changed, path.stat().st_size)
 
     def lacks_newer(self, newer: Sequence[Snapshot | None]) -> bool:
-        """Whether it leads back from none of the newer snapshots, so that what is between is missing.
+        """Whether one between is missing: this version leads back from none of the newer snapshots.
 
-        None stands for one that is not known, being damaged: then that one tells, and this one leads back from it.
+        None stands for the unknown snapshot of a damaged version. This one may lead back from that one, which is
+        reported as damaged itself.
         """
         return self.newer is not None and None not in newer and self.newer not in newer
 
@@ -2807,7 +2804,7 @@ class Versions:
         self._paths = paths
 
     def all(self) -> list[Version]:
-        """All of them, the newest first; also an undo that counts, and did not get its name yet."""
+        """All of them, the newest first; also an undo that is committed, but not renamed to a version yet."""
         versions = []
         with Undo.left(self._paths) as undo:
             if undo is not None and undo.is_committed and undo.is_version:
@@ -2819,18 +2816,18 @@ class Versions:
         return versions
 
     def unwanted(self, keep: Keep, upcoming: datetime.datetime | None = None) -> list[datetime.datetime]:
-        """The times of those that `keep` does not ask for, as it is now, or once there is an image of that time."""
+        """The times of those that `keep` does not ask for: now, or once there is an image of the time `upcoming`."""
         versions = self.all()
         image = Versions.moment_of_image(State.load(self._paths.state, whole=False), versions) or utc_now()
         moments = [*([upcoming] if upcoming else []), image, *(version.moment for version in versions)]
         return [moment for moment, stays in zip(moments, keep.wanted(moments), strict=True) if not stays]
 
     def thin(self, keep: Keep, tick: Callable[[int], None] = lambda _: None) -> None:
-        """Drop those that `keep` does not ask for; raises OSError, Damaged, and has dropped none wrongly then.
+        """Drop those that `keep` does not ask for. If it raises OSError or Damaged, no other one is lost.
 
-        What a version has that is to be dropped goes into the next older one that stays: that one's new file, which
-        leads back over both, takes its place, and then the other is removed. Until then the chain leads to the same
-        contents, since what an older patch says of a page covers what a newer one says.
+        It merges the patches of a version that goes into the next older one that stays: first the merged file replaces
+        that one, then the other is removed. In between the chain leads to the same contents, since for each page an
+        older patch overrides a newer one.
         """
         for unfinished in self._paths.versions.glob("*.new"):
             unfinished.unlink()
@@ -2853,13 +2850,13 @@ class Versions:
             raise damaged
 
     def _remove(self, versions: Sequence[Version]) -> None:
-        """Remove versions, the oldest first: what is left leads back to what it did. They come the newest first."""
+        """Remove versions, given the newest first, from the oldest on: the others still lead back to the same."""
         for version in reversed(versions):
             version.path.unlink()
             sync_directory(self._paths.versions)
 
     def _merge(self, versions: Sequence[Version], tick: Callable[[int], None]) -> None:
-        """Let the last of the versions, the oldest, lead back over all of them, which come the newest first."""
+        """Merge versions, given the newest first, into the oldest: its new file leads back over all of them."""
         oldest, known = versions[-1], [versions[0].newer]
         for version in versions:
             if not version.is_whole:
@@ -2925,9 +2922,9 @@ class Versions:
 
 
 class PatchStream:
-    """The whole patches of a version, in the order of the chunks, whatever is damaged between them.
+    """The patches of a version that are whole, in the order of the chunks; it skips damaged ones.
 
-    `doubtful` are the chunks that the damaged ones may have been of, as far as was read: ranges, neither end included.
+    `doubtful` are the chunks that those may have been of, as far as it has read: ranges, neither end included.
     """
 
     def __init__(self, file: PatchFile, *, lacks_newer: bool = False) -> None:
@@ -2965,9 +2962,9 @@ class PatchStream:
 class Undo:
     """What an image had in the places that a sync changes: old contents of pages, the length and the time of the file.
 
-    All recovery is to put that back, unless the state is the one that the undo leads back from (`is_committed`). Then
-    it is the newest version, or of no use if none is to be kept (`is_version`). If the state is neither that one nor
-    the one before, somebody put other files there, and the undo is of no use either (`is_stray`).
+    Recovery puts that back, unless the state is the new one already (`is_committed`). Then the undo is the newest
+    version; or it goes, if none is kept (not `is_version`). If the state is neither the new one nor the old one,
+    somebody put other files there, and the undo goes too (`is_stray`).
     """
 
     def __init__(self, paths: ImagePaths, file: PatchFile) -> None:
@@ -3023,7 +3020,7 @@ class Undo:
 
     @classmethod
     def recover(cls, paths: ImagePaths, tick: Callable[[int], None]) -> bool:
-        """Finish what a sync left that a crash ended, with no network; returns whether an undo was put back.
+        """Mend what a sync left that a crash ended, without the network; returns whether it put an undo back.
 
         `tick` gets the bytes that were written, and may raise `Interrupted`: the next call begins from the start.
         """
@@ -3044,12 +3041,12 @@ class Undo:
     def put_back(self, tick: Callable[[int], None]) -> None:
         """Make the image what it was.
 
-        It also gets its old time, so that its state and the spool still fit it; unless a part of the undo decayed, for
-        then the next sync must compare all of the image.
+        It also gets its old time, so that its state and the spool still fit it. If a part of the undo decayed it does
+        not, for then the next sync must compare all of the image.
         """
         base, patches = self.file.head["base"], PatchStream(self.file)
         with contextlib.closing(SparseFile(self.paths.image, os.O_RDWR)) as image:
-            image.forget_cached()  # what a write error left in there, ext4 does not write when it is written again
+            image.forget_cached()  # ext4 does not write pages again that a write error left in the cache
             for patch in patches:
                 patch.write_to(image)
                 tick(patch.length)
@@ -3061,7 +3058,7 @@ class Undo:
         self.drop()
 
     def settle(self) -> None:
-        """Step 6 of a sync."""
+        """Step 6 of a sync: the undo becomes a version, or goes if none is kept; the spool goes."""
         if self.is_version:
             if not self.paths.versions.exists():
                 self.paths.versions.mkdir(mode=0o700)
@@ -3085,9 +3082,9 @@ class Undo:
 
 
 def drop_journal(paths: ImagePaths) -> None:
-    """Drop what dosvob before it had an undo left in the middle of a sync: a journal, and a version that was to be.
+    """Drop the unfinished journal and version that an older dosvob, which had no undo, left in the middle of a sync.
 
-    Raises DosvobError if the journal counts, or may count: only the dosvob that wrote it can finish that.
+    Raises DosvobError if the journal is whole, or may be: only the dosvob that wrote it can finish that sync.
     """
     journal = paths.metadata / f"{paths.image.name}.journal"
     with contextlib.suppress(FileNotFoundError), PatchFile(journal, "journal") as file:
@@ -3126,10 +3123,10 @@ class Ranges:
 class Chain:
     """An image and all that leads back from it: what each snapshot was, chunk by chunk. To be closed.
 
-    An undo that is to be put back is laid over what is read, so nothing is changed. `versions` are the newest first;
-    `problem` is what is wrong with the state, without which versions can be restored all the same; `moment` is when the
-    image's snapshot was taken, None if unknown; `size` is that of the snapshot in bytes, `length` what there is of it.
-    Raises FileNotFoundError without an image.
+    If an undo must be put back, it lays that over what it reads, and changes no file. `versions` are the newest first;
+    `problem` is what is wrong with the state: versions can be restored without one; `moment` is when the image's
+    snapshot was taken, None if unknown; `size` is that of the snapshot in bytes, `length` what there is of it. Raises
+    FileNotFoundError without an image.
     """
 
     def __init__(self, paths: ImagePaths, *, from_disk: bool = False) -> None:
@@ -3163,7 +3160,7 @@ class Chain:
             self._files = files.pop_all()
 
     def depth_at(self, moment: datetime.datetime | None) -> int:
-        """How many steps back the newest snapshot is that is not later than a time; 0, the image's, without a time.
+        """How many steps back the newest snapshot at or before `moment` is; without one 0, the image's.
 
         Raises UsageError if there is none as old as that.
         """
@@ -3181,10 +3178,10 @@ class Chain:
         )
 
     def chunks(self, depth: int) -> Iterator[tuple[int, list[bytes], list[bool]]]:
-        """For each chunk its index, its contents and whether they are sound: as the image has it, and `depth` versions.
+        """For each chunk its index, its contents and whether they are sound: the image's first, then `depth` versions'.
 
-        Contents that are the same are the same object; those of a hole are ZERO_CHUNK. A chunk is sound if it has the
-        digest that was recorded for it; of an image without a state, where none is, if it is there and can be read.
+        Unchanged contents are the same object; those of a hole are ZERO_CHUNK. A chunk is sound if it has the digest
+        that was recorded for it; in an image without a state, which has none, if it is there and can be read.
         """
         known = [self._snapshot]
         streams = [PatchStream(self._undo)] if self._undo else []
@@ -3241,11 +3238,11 @@ class Chain:
         return damaged
 
     def restore(self, depth: int, target: Path, tick: Callable[[int], None]) -> tuple[Path, Ranges]:
-        """Write what the image or, `depth` steps back, a version was into a new, sparse file.
+        """Write the image, or the version `depth` steps back, to a new, sparse file.
 
-        Returns the file, and what of it is damaged: then it is not `target`, but `target.damaged`. Until it is whole it
-        is `target.partial`, which is removed if it does not come to that. Raises DosvobError if one of them exists
-        already, or there is not enough free space, OSError.
+        Returns the file, and what of it is damaged: if anything is, the file is `target.damaged`. Until it is complete
+        it is `target.partial`, which a failure removes. Raises DosvobError if one of the three exists already, or there
+        is not enough free space, OSError.
         """
         snapshot = self.versions[depth - 1].snapshot if depth else None
         size = snapshot.size if snapshot else self.size
@@ -3311,11 +3308,11 @@ def rename_new(old: Path, new: Path) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """What a volume is made of; `size` in bytes.
+    """The content for a new volume; `size` in bytes.
 
-    `region`, `volume_id` and `volume_name` are those of the volume that it was, as far as they are known; `snapshot_at`
-    is when the last snapshot of that was taken here. Each call of `chunks` begins at the beginning; what it yields of a
-    hole is ZERO_CHUNK. It raises Damaged.
+    `region`, `volume_id` and `volume_name` are those of the original volume, as far as they are known; `snapshot_at` is
+    when its last snapshot was taken here. Each call of `chunks` starts from the beginning; for a hole it yields
+    ZERO_CHUNK. It raises Damaged.
     """
 
     name: str
@@ -3375,7 +3372,7 @@ class Source:
     @classmethod
     @contextlib.contextmanager
     def of_image(cls, paths: ImagePaths, moment: datetime.datetime | None) -> Iterator[Source]:
-        """An image, or the version that it had at that time; raises Damaged for what is seen to be, without reading it.
+        """An image, or its version of that time; raises Damaged for damage that shows without reading all of it.
 
         Raises UsageError if there is none, OSError.
         """
@@ -3420,7 +3417,7 @@ class Source:
 class Home:
     """One backups directory: its lock, its id, and what is in it.
 
-    `work` is what others are told who want the lock meanwhile: it stands in the lock's file, in a line for each holder.
+    `work` says what the holder does. Each holder writes it into a line of the lock's file, for those who must wait.
     """
 
     LINE = 200  # bytes
@@ -3432,7 +3429,7 @@ class Home:
 
     @contextlib.contextmanager
     def locked(self, *, with_id: bool = True) -> Iterator[None]:
-        """Hold its lock, making what is missing, with an id if one is needed; UsageError if held, or not to be had."""
+        """Hold its lock; creates what is missing, an id too if one is needed. UsageError if held, or not writable."""
         try:
             if not self.path.is_dir():
                 self.path.mkdir(mode=0o700)
@@ -3448,7 +3445,7 @@ class Home:
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Keep whoever would change it out, where it can be changed; several may read. Busy if somebody is at work."""
+        """Hold its lock for reading, as several may, where there is a lock to open. Busy if somebody is at work."""
         self.check()
         for flags in (os.O_RDWR, os.O_RDONLY):
             with contextlib.suppress(OSError):  # a copy, or not ours
@@ -3475,7 +3472,7 @@ class Home:
                 if self._work:
                     with contextlib.suppress(OSError):  # others have it too, or the file cannot be written to
                         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        os.ftruncate(fd, 0)  # what those have left who were killed
+                        os.ftruncate(fd, 0)  # the lines of killed holders
                 fcntl.flock(fd, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 holders = ", ".join(self._holders(fd))
@@ -3488,13 +3485,13 @@ class Home:
 
     @contextlib.contextmanager
     def _named(self, fd: int) -> Iterator[None]:
-        """Write into the lock's file what is at work, and since when, as far as it can be written to."""
+        """Write a line with the work and its start into the lock's file, if that is writable; blank it at the end."""
         place = -1
         if self._work:
             line = f"{utc_now().isoformat()} {self._work}".encode(errors="replace")[: self.LINE - 1]
             with contextlib.suppress(OSError):
                 end = os.open(self.metadata / "lock", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-                try:  # at once behind what others have
+                try:  # in one write, behind the lines of others
                     os.write(end, line.ljust(self.LINE - 1) + b"\n")
                     place = os.lseek(end, 0, os.SEEK_CUR) - self.LINE
                 finally:
@@ -3507,7 +3504,7 @@ class Home:
                     os.pwrite(fd, b" " * (self.LINE - 1), place)
 
     def _holders(self, fd: int) -> Iterator[str]:
-        """What is at work since when, as the holders of the lock have written it."""
+        """What the holders of the lock do, and since when, by its file."""
         with contextlib.suppress(OSError):
             for line in os.pread(fd, 100 * self.LINE, 0).decode(errors="replace").splitlines():
                 since, _, work = line.strip().partition(" ")
@@ -3538,7 +3535,7 @@ class Home:
         sync_directory(self.metadata)
 
     def make_directory(self, region: str) -> None:
-        """See that the directories for the images of a region, "" for those of no region, are there, durably."""
+        """Create, durably, the directories for the images of a region, "" for none, that do not exist."""
         directory = self.path / region
         if directory.is_file():
             quoted = shlex.quote(str(directory))
@@ -3558,12 +3555,12 @@ class Home:
             sync_directory(path)
 
     def directories(self) -> list[str]:
-        """Where images are: "", and the regions that have a directory; what has an id of its own is another home."""
+        """The directories with images: "" and those of regions. A directory with an id of its own is another home."""
         found = [path.parent for path in self.path.glob("*/.dosvob") if not (path / "home").exists()]
         return ["", *sorted(path.name for path in found if ImagePaths.VOLUME_NAME.fullmatch(path.name))]
 
     def names(self, *, with_aside: bool = True) -> set[str]:
-        """What has an image, a state or versions here: the volumes, and what of them was set aside."""
+        """The names of all that has an image, a state or versions here: volumes, and what was set aside."""
         patterns = (ImagePaths.VOLUME_NAME, *([ImagePaths.ASIDE] if with_aside else []))
         names = set()
         for region in self.directories():
@@ -3575,7 +3572,7 @@ class Home:
         return names
 
     def select(self, names: list[str], *, with_aside: bool = True) -> list[str]:
-        """The names, which must all be of something here, or all that are; raises UsageError."""
+        """What these names or patterns fit, or all without names; raises UsageError for one that fits nothing."""
         there = self.names()
         chosen: list[str] = []
         for name in names:
@@ -3587,17 +3584,17 @@ class Home:
         return list(dict.fromkeys(chosen)) or sorted(self.names(with_aside=with_aside))
 
     def one_named(self, name: str) -> str:
-        """The name of the image that somebody means who says this; raises UsageError if there is none, or several."""
+        """The image of this name, or the only one that it fits; raises UsageError if it fits none, or several."""
         found = self.select([name])
         if len(found) > 1 and name not in found:
             raise UsageError(f"{name} may be {' or '.join(found)}: say which")
         return name if name in found else found[0]
 
     def move(self, old: ImagePaths, new: ImagePaths) -> None:
-        """Rename all that belongs to an image, for it to lie in another directory; raises DosvobError, OSError.
+        """Move all files of an image to another directory; raises DosvobError, OSError.
 
-        What a crash leaves of that the next call completes: the state, which tells that there is something left to be
-        moved, and where to, goes last.
+        After a crash the next call completes it: the state moves last, and tells until then that something is left to
+        move, and where to.
         """
         rest = [path for path in old.metadata.glob(f"{old.image.name}.*")
                 if path != old.state and not path.name.startswith(f"{old.image.name}.set-aside-")
@@ -3610,7 +3607,7 @@ class Home:
         for path in paths:
             if path == old.state:
                 self._sync(old, new)
-            if path.is_symlink():  # it may lead from where it is
+            if path.is_symlink():  # a relative one would lead elsewhere from there
                 link = path.with_name(f"{path.name}.link")
                 link.unlink(missing_ok=True)
                 link.symlink_to(os.path.realpath(path))
@@ -3625,7 +3622,7 @@ class Home:
             sync_directory(paths.metadata)
 
     def wanted(self) -> set[str]:
-        """What the last run was to back up."""
+        """The names that the last run without names on its command line had to back up."""
         try:
             names = json.loads((self.metadata / "wanted.json").read_text())
         except (OSError, ValueError):
@@ -3634,13 +3631,13 @@ class Home:
 
     @staticmethod
     def matching(name: str, names: Iterable[str]) -> list[str]:
-        """Those of the names of images that a name or pattern fits: with a slash of a region and a name."""
+        """The names that a name or pattern fits: REGION/NAME if it has a slash, else NAME in whatever region."""
         return sorted(
             each for each in names if fnmatch.fnmatchcase(each if "/" in name else each.rpartition("/")[2], name)
         )
 
     def recover(self, report: Reporter, stop: Stop) -> set[str]:
-        """Take back what crashes left of a backup in the middle, with no network; returns the names that failed."""
+        """Take back interrupted backups, without network; returns the names for which that failed."""
         failed = set()
         for name in sorted(self._with_file("undo") | self._with_file("journal")):
             meter = Meter(report, stop, f"{name}: taking back an interrupted backup", is_announced=True)
@@ -3667,10 +3664,10 @@ class Home:
 
 
 class Spool:
-    """The patches that a sync has fetched: of each chunk the last one counts. 8 bytes are kept for each of the volume.
+    """The patches that a sync has fetched: of each chunk the last one counts. It takes 8 bytes of memory per chunk.
 
-    Each is made for the image as it is, without those before it. The spool promises nothing: the next sync uses what is
-    whole of it, if the image is still what it was begun for.
+    A patch applies to the image as it is, not to the result of an earlier patch. The spool promises nothing: the next
+    sync uses its whole patches, if the image is still the one that it was begun for.
     """
 
     def __init__(self, file: PatchFile, chunks: int) -> None:
@@ -3679,7 +3676,7 @@ class Spool:
 
     @classmethod
     def open(cls, paths: ImagePaths, volume_id: str, chunks: int, tick: Callable[[int], None]) -> Spool:
-        """The spool of the sync that begins: what another one left, if it fits, or a new one."""
+        """The spool for a new sync: the one that an interrupted sync left, if it fits the image, or an empty one."""
         base, fits = identity_of(paths.image), False
         with contextlib.suppress(FileNotFoundError), PatchFile(paths.spool, "spool") as file:
             fits = (file.head.get("volume_id"), file.head.get("base")) == (volume_id, base)
@@ -3693,7 +3690,7 @@ class Spool:
     def _find_patches(self, tick: Callable[[int], None]) -> int:
         """Read all of it; returns where its good part ends."""
         good = BLOCK
-        with contextlib.suppress(Damaged):  # which is what a crash leaves
+        with contextlib.suppress(Damaged):  # where a crash cut a patch off
             for position, patch in self.file.patches():
                 if patch.index >= len(self.positions):
                     break
@@ -3703,7 +3700,7 @@ class Spool:
         return good
 
     def append(self, patch: Patch) -> None:
-        """From now on this is the chunk's patch."""
+        """Append a patch, which replaces an earlier one of its chunk."""
         self.positions[patch.index] = self.file.append(patch)
 
     def header(self, index: int) -> Patch | None:
@@ -3719,21 +3716,21 @@ class Spool:
         return (index for index, position in enumerate(self.positions) if position)
 
     def space_needed(self) -> int:
-        """The bytes that the image takes at most when the spool is written to it, and the file system for its own.
+        """The most bytes that writing the spool to the image takes, the file system's metadata included.
 
-        As if it copied what is overwritten, as Btrfs and ZFS do, and XFS of what is shared.
+        It assumes that the file system copies what is overwritten, as Btrfs and ZFS do, and XFS if it is shared.
         """
         filled = sum(self.file.header_at(self.positions[index]).filled.bit_count() * PAGE for index in self.chunks())
         return filled + filled // 64 + (256 << 10) * bool(filled)
 
 
 class ImageDigests:
-    """What the local image has, as its spool stands. Only reads.
+    """The digests of the local image with its spool applied. Only reads.
 
-    `suspects` are chunks that are not what the state says, or cannot be read, until they are mended.
+    `suspects` are chunks that differ from the state's digests, or cannot be read, until they are mended.
     """
 
-    PARTS = 8  # every sync reads so great a part of the image again, in turn, to find what decayed on disk
+    PARTS = 8  # every sync reads the next eighth of the image again, to find what decayed on disk
     READ_AHEAD = 8  # chunks
 
     def __init__(
@@ -3768,7 +3765,7 @@ class ImageDigests:
             yield from done_ahead(self._digest, zip(indices, recorded, holes, strict=True), 1, self.READ_AHEAD)
 
     def _digest(self, chunk_at: tuple[int, bytes, bool]) -> bytes:
-        """That of a chunk by its index, digest that the state has, if any, and whether it is a hole."""
+        """The digest of a chunk, given its index, its digest in the state (b"" for none) and whether it is a hole."""
         index, recorded, is_hole = chunk_at
         is_spooled = self._spool is not None and bool(self._spool.positions[index])
         if is_hole and not is_spooled:
@@ -3795,13 +3792,12 @@ class ImageDigests:
 
 
 class Update:
-    """What one sync makes of one image: patches that may come in any order within a window, and the end of it.
+    """One sync's changes to one image: patches that may come in any order within a window, and their commit.
 
-    Of a first sync everything goes straight into NAME.partial, of a later one into the spool. `changed` counts bytes;
-    `differing` are the chunks of the image that were not what was recorded. All chunks before the `frontier` are
-    finished; `early` has the digests of those that are finished behind it. `tick` gets the bytes that are read or
-    written at the beginning and the end, and may raise `Interrupted`. To be closed in any case; only `finish` makes it
-    count.
+    A first sync writes straight into NAME.partial, a later one into the spool. `changed` counts bytes; `differing` are
+    the chunks of the image that were not as recorded. All chunks before the `frontier` are finished; `early` has the
+    digests of finished chunks behind it. `tick` gets the bytes that the constructor and `finish` read or write, and may
+    raise `Interrupted`. To be closed in any case; nothing counts before `finish`.
     """
 
     SPACE_FOR_OTHERS = 1 << 30  # bytes that a first sync on a full disk leaves to the changes of other volumes
@@ -3845,7 +3841,7 @@ class Update:
         self.image_digests = ImageDigests(paths, self._image, self.chunks, self._state, self.spool, reread=reread)
 
     def _fitting_state(self) -> State | None:
-        """The state, if it is this volume's; what belongs to another volume, or to no image, is set aside."""
+        """The state, if it is this volume's; sets aside what is another volume's, and versions without an image."""
         paths, size = self._paths, self._snapshot.size
         state, versions = State.load(paths.state), Versions(paths).all()
         is_other = state is not None and state.snapshot.volume_id != self._snapshot.volume_id
@@ -3888,7 +3884,7 @@ class Update:
 
     @property
     def window(self) -> int:
-        """How many chunks the agent may be ahead; few in a first sync, of which it must read none a second time."""
+        """How many chunks the agent may be ahead; few in a first sync, so that it reads no chunk twice."""
         return HELD if self.is_first else WINDOW
 
     def count_finished(self) -> int:
@@ -3896,16 +3892,16 @@ class Update:
         return self.frontier + len(self.early)
 
     def leave_as_is(self, index: int, digest: bytes) -> None:
-        """The chunk is as it should be, as the spool stands."""
+        """Record that a chunk of the image, with its patch in the spool if there is one, is right."""
         if self.spool and (header := self.spool.header(index)):
             if header.digest == digest:
                 self.changed += header.pages.bit_count() * PAGE
-            else:  # it has become again what the image has: what was fetched for it is not to be written
+            else:  # the volume has again what the image has: the patch in the spool must not be written
                 self.spool.append(Patch(index, 0, 0, b"", digest))
         self._record(index, digest)
 
     def store(self, patch: Patch) -> None:
-        """Change a chunk of the image, when all of the sync counts."""
+        """Change a chunk: in a first sync now, in a later one when `finish` writes the spool."""
         self.changed += patch.pages.bit_count() * PAGE
         if self.spool:
             self.spool.append(patch)
@@ -3926,10 +3922,10 @@ class Update:
     # The end of it
 
     def finish(self) -> None:
-        """Make it the image: steps 2 to 6. All chunks must be finished.
+        """Steps 2 to 6 of a sync. All chunks must be finished.
 
-        What goes wrong before the commit is taken back at once, and then raised. A signal is not waited for so long:
-        the next command takes that back.
+        An error before the commit is raised after the undo was put back. A signal does not wait for that: the next
+        command puts it back.
         """
         assert self.frontier == self.chunks
         self._new_state.flush()
@@ -3948,7 +3944,7 @@ class Update:
                 self._complete_state(digests, identity)
                 paths.new_state.rename(paths.state)
             except Exception as problem:
-                if is_disk_full(problem):  # what overwriting takes on some file systems, also to put back
+                if is_disk_full(problem):  # on some file systems putting back takes space too
                     paths.spool.unlink(missing_ok=True)
                 undo.put_back(self._tick)
                 raise
@@ -3956,18 +3952,18 @@ class Update:
             undo.settle()
 
     def _head_of_undo(self, digests: str) -> Json:
-        """What the undo says of itself: which snapshots it leads between, by what state it counts, what the image is.
+        """The head of the undo: its two snapshots, the digests of the state that commits it, the image's identity.
 
-        Without a state the image is what the newest version leads back from.
+        Without a state the image's snapshot is the one that the newest version leads back from.
         """
         newer, state, image = self._snapshot, self._state, identity_of(self._image.fd)
         older = Versions(self._paths).all()
         snapshot = state.snapshot if state else older[0].newer if older else None
-        if snapshot is None:  # nobody knows more than that it is later than that version
+        if snapshot is None:  # known is only that it is later than the newest version, if there is one
             taken_at = older[0].moment.isoformat() if older else ""
             snapshot = dataclasses.replace(newer, size=image["size"] // CHUNK * CHUNK, taken_at=taken_at)
         moment = state.moment if state else snapshot.moment(utc_now())
-        if older:  # the order of their names is that of the chain
+        if older:  # versions are in the order of their names
             moment = max(moment, older[0].moment + datetime.timedelta(seconds=1))
         return {
             "time": moment.strftime(Version.TIME) if self._makes_version else "",
@@ -3980,9 +3976,9 @@ class Update:
     def _differing(self, spool: Spool) -> Iterator[tuple[int, int, bytes]]:
         """The chunks that differ between the image's snapshot and the new one, as `Undo.write` wants them.
 
-        The tables of digests tell whether a chunk differs, for it is the snapshots that a version leads between: an
-        image that decayed here, or was written to, is mended by a sync and has no part in that. What is lost of an
-        older snapshot by that is told by its digest.
+        A chunk differs if the old and the new table of digests say so, for a version leads from snapshot to snapshot.
+        What decayed here, or was written to the image, a sync mends; a version does not have it. If an older snapshot
+        has lost a chunk by that, its digest tells.
         """
         if self._state is None:
             for index in spool.chunks():
@@ -4001,7 +3997,7 @@ class Update:
                     yield index, header.pages if header else 0, digest
 
     def _write_image(self, spool: Spool) -> dict[str, int] | None:
-        """Step 4: returns what the image is then; None if somebody wrote to it since this sync began."""
+        """Step 4: returns the image's new identity; None if somebody wrote to it since this sync began."""
         image, before = self._image, identity_of(self._image.fd)
         if before["size"] != self._snapshot.size:
             os.ftruncate(image.fd, self._snapshot.size)
@@ -4031,9 +4027,9 @@ class Update:
         State(self._snapshot, now, self.image_digests.part, digests, identity).write(self._paths.new_state)
 
     def free_space(self) -> None:
-        """Give up so much of a sync that met a full disk that the other volumes can go on.
+        """Free space for the other volumes, after this sync met a full disk.
 
-        That is the spool, or the end of a first sync: each run that fails fetches only that again.
+        It drops the spool, or cuts the end off a first sync's file: the next run fetches only that again.
         """
         if self.spool is None:
             goal = os.fstat(self._image.fd).st_blocks * 512 - self.SPACE_FOR_OTHERS
@@ -4127,16 +4123,15 @@ class FrameParser:
 
 
 class Conversation:
-    """What is to be done about all `chunks` of a device by talking with agents, over as many connections as it takes.
+    """One job over all `chunks` of a device, done by talking with agents, over as many connections as it takes.
 
-    `position` is how many of them it has come to, as the user sees it, in the words `verb`, which `Course` completes;
-    of these, `outstanding` still wait for pages, and `fetched` had pages that came. In a first backup (`is_first`) the
-    agent is never far ahead. `steps` grows with each chunk that is finished: while it grows, a connection is worth
-    another one.
+    `position` is the number of chunks that the progress shows, with the words `verb`, which `Course` completes. Of
+    these, `outstanding` still wait for pages, and `fetched` got some. In a first backup (`is_first`) the agent is never
+    far ahead. `steps` grows with each finished chunk: while it grows, a broken connection is worth another one.
     """
 
     verb = ""
-    writes = False  # whether the agent is to
+    writes = False  # whether the agent writes to the device
     is_first = False
 
     def __init__(self, chunks: int, window: int) -> None:
@@ -4146,12 +4141,12 @@ class Conversation:
         self._window = window  # how many chunks the agent may be ahead
         self._stream: Stream
         self._progress: Callable[[], None]
-        self._commands: list[tuple[int, int, int, int]] = []  # that are to be sent: kind, index, count, bitmap
-        self._due: collections.deque[tuple[int, int]] = collections.deque()  # ranges of chunks that are to be announced
+        self._commands: list[tuple[int, int, int, int]] = []  # not sent yet: kind, index, count, bitmap
+        self._due: collections.deque[tuple[int, int]] = collections.deque()  # ranges of chunks not announced yet
         self._greeted = self._is_over = False
 
     def program(self, device: str) -> bytes:
-        """The program of the agent that the next connection is to have."""
+        """The agent's program for the next connection."""
         return agent_source(device, self._parts(), self._window, writes=self.writes)
 
     def _parts(self) -> tuple[tuple[int, int], ...]:
@@ -4159,7 +4154,7 @@ class Conversation:
         return ((0, self.chunks),)
 
     def talk(self, stream: Stream, progress: Callable[[], None]) -> None:
-        """Get done what can be over one connection; `progress` is called now and then, and may raise `Interrupted`."""
+        """Do what one connection can do; calls `progress` now and then, which may raise `Interrupted`."""
         keep_freed_memory()
         self._stream, self._progress = stream, progress
         self._commands.clear()
@@ -4197,7 +4192,7 @@ class Conversation:
         self._greeted = True
 
     def _on_digests(self, index: int, count: int, digest: bytes) -> None:
-        """So many chunks are announced, with the same digest."""
+        """The agent announces `count` chunks from `index` on, all with this digest."""
         due, end = self._due.popleft() if self._due else (self.chunks, self.chunks)
         if index != due or not 0 < count <= end - due or len(digest) != DIGEST_SIZE:
             raise BadAgent(f"the droplet announced {count} chunks from {index} on, and {due} of {self.chunks} was due")
@@ -4211,11 +4206,11 @@ class Conversation:
         raise NotImplementedError
 
     def _on_answer(self, kind: int, index: int, payload: bytes) -> None:
-        """Anything else came."""
+        """The agent sent any other frame."""
         raise BadAgent(f"the droplet sent a frame of the kind {kind} with {len(payload)} bytes of chunk {index}")
 
     def _drop(self, index: int) -> None:
-        """Tell the agent to forget a chunk, together with those before it that it is told to forget just now."""
+        """Have the agent forget a chunk; joins it to the last unsent DROP if that ends just before it."""
         first, count = index, 0
         if self._commands and self._commands[-1][0] == DROP and sum(self._commands[-1][1:3]) == index:
             _, first, count, _ = self._commands.pop()
@@ -4250,8 +4245,8 @@ def differing_pages(ours: bytes, theirs: bytes) -> int:
 class Pending:
     """A chunk that was announced and is not finished.
 
-    Its digest, and when they are known the digests of the image's pages and a bitmap of the pages that are asked for;
-    `is_unknown` if nobody knows what the image's pages have, so that all of them are to be written.
+    `pages` are the digests of the image's pages, `wanted` is a bitmap of the pages that were asked for, both empty
+    until then. `is_unknown` if nobody knows what the image's pages have, so all of them must be written.
     """
 
     digest: bytes
@@ -4294,8 +4289,9 @@ class Pull(Conversation):
         self.is_done = self._is_over = self._update.frontier == self.chunks
 
     def _on_digests(self, index: int, count: int, digest: bytes) -> None:
-        """So many chunks are announced, with the same digest."""
-        # It may have forgotten so many that are asked for once more. Digests behind one that is to come are kept.
+        """Refuse an agent that is too far ahead; then as any conversation does."""
+        # Twice the window: the agent forgets a chunk that it sends, and it may be asked for that again. The distance
+        # has a bound because `early` keeps the digest of each chunk behind a pending one.
         is_far_ahead = bool(self._pending) and index + count - self._update.frontier > self.BOUND * MOST_AHEAD
         if len(self._pending) > 2 * WINDOW or is_far_ahead:
             raise BadAgent(f"the droplet announced {count} chunks more, and does not send what it announced before")
@@ -4311,15 +4307,15 @@ class Pull(Conversation):
             super()._on_answer(kind, index, payload)
 
     def _on_digest(self, index: int, digest: bytes) -> None:
-        """Decide what is to be done about a chunk."""
+        """Decide what to do about a chunk."""
         ours = next(self._digests_here)
-        if index in self._update.early:  # by an attempt before this one
+        if index in self._update.early:  # finished over an earlier connection
             self._drop(index)
         elif ours == digest:
             self._update.leave_as_is(index, digest)
             self._drop(index)
         elif digest == ZERO_DIGEST:
-            # all of them, if there is nothing that can be read
+            # all pages, if the image cannot be read there
             zeroed = self._merged(self._update.image_digests.pages(index), ALL_PAGES, 0, b"")[1]
             self._update.store(Patch(index, zeroed, 0, b"", digest))
         elif self._update.has_nothing_at(index, ours):
@@ -4335,8 +4331,8 @@ class Pull(Conversation):
             raise BadAgent(f"the droplet sent page digests of chunk {index} that nobody asked for")
         ours = self._update.image_digests.pages(index)
         pending.pages, pending.is_unknown = ours or ZERO_PAGES, not ours
-        differing = differing_pages(ours, theirs)  # all of them, if there is nothing that can be read
-        if not differing and chunk_digest(ours) == pending.digest:  # the spool alone had something else
+        differing = differing_pages(ours, theirs)  # all pages, if the image cannot be read there
+        if not differing and chunk_digest(ours) == pending.digest:  # only the patch in the spool differed
             del self._pending[index]
             self._update.store(Patch(index, 0, 0, b"", pending.digest))
             self._drop(index)
@@ -4360,7 +4356,7 @@ class Pull(Conversation):
             filled = included & changed
             self.fetched += 1
             self._update.store(Patch(index, changed, filled, Patch.select(data, filled, included), pending.digest))
-        elif pending.wanted != ALL_PAGES:  # two pages alike in their short digests, or changed here just now
+        elif pending.wanted != ALL_PAGES:  # two pages with the same short digest, or the image changed just now
             pending.is_unknown = True
             pending.wanted = ALL_PAGES
             self._command(SEND, index, 1, ALL_PAGES)
@@ -4369,9 +4365,9 @@ class Pull(Conversation):
 
     @staticmethod
     def _merged(ours: bytes, wanted: int, included: int, data: bytes) -> tuple[bytearray, int]:
-        """The page digests of a chunk whose wanted pages become the data (the included ones) and zeros (the others).
+        """The page digests of a chunk after its wanted pages became the data (the included ones) or zeros (the others).
 
-        And the bitmap of the pages that differ by that.
+        Also returns a bitmap of the pages that this changes.
         """
         digests, fetched = bytearray(ours), page_digests(data)
         changed = position = 0
@@ -4389,7 +4385,7 @@ class Pull(Conversation):
 
 @dataclass(frozen=True)
 class Piece:
-    """A chunk of a push's source, the digests of its pages if they were not known yet, the WRITE of it over zeros."""
+    """A chunk of a push's source; its page digests, if not known before; its WRITE over zeros, if still needed."""
 
     index: int
     chunk: bytes = b""
@@ -4400,22 +4396,22 @@ class Piece:
 class Push(Conversation):
     """Makes a device what a source is.
 
-    A device that was created empty is first taken for zeros: all that is not zeros is sent, and nothing compared. Then,
-    over each connection, all that is not known to be right is compared, and sent if it differs: of a chunk the pages
-    whose short digests differ, or all if none does. So what a broken connection or a lost droplet has not written, and
-    what was written wrong, is sent once more; at the end all was read from the device itself.
+    A device that was created empty first gets all chunks that are not zeros, without comparing. Then each connection
+    compares all chunks that are not known to be right, and sends what differs: the pages whose short digests differ, or
+    all pages of the chunk if none does. So what a broken connection or a lost droplet did not write, or wrote wrong, is
+    sent again; at the end all was read back from the device itself.
 
-    `contents` begins a pass over all chunks of the source, in order; their digests go into a file. `warn` is told of
-    what differs though all was taken; talking raises DosvobError if that does not end.
+    `contents` begins a pass over all chunks of the source, in order; their digests go into a file. `warn` gets a
+    message if chunks differ though the agent took all; if that does not end, `talk` raises DosvobError.
     """
 
     MOST_PENDING = 64  # chunks in memory until the agent has told which of their pages differ
-    MOST_MENDS = 3  # times that what was taken is sent once more; short digests that collide take one
-    MOST_PARTS = 1000  # ranges that an agent is told to announce
+    MOST_MENDS = 3  # times that chunks may differ though the agent took all; colliding short digests take one
+    MOST_PARTS = 1000  # ranges of chunks in an agent's program
     PACKERS = 2
     READ_AHEAD = 8  # chunks
     writes = True
-    _stream: AgentStream  # of which it can be told whether something has come in
+    _stream: AgentStream  # for its `has_received`
 
     def __init__(
         self,
@@ -4431,20 +4427,20 @@ class Push(Conversation):
         self._contents = contents
         self._digests = digests.fileno()
         self._warn = warn
-        self._noted = 0  # so many digests are in the file
-        self._passed = 0 if is_empty else chunks  # so many chunks need not be taken for zeros any more
+        self._noted = 0  # how many digests are in the file
+        self._passed = 0 if is_empty else chunks  # how many chunks were sent without comparing, or need not be
         self._right, self._count_right = bytearray(chunks), 0  # 1 for each chunk that is known to be right
         self._pieces: Iterator[Piece] = iter(())
-        self._piece = Piece(chunks)  # the last one that was taken from these
+        self._piece = Piece(chunks)  # the last one taken from `_pieces`; none yet
         self._packer: Packer
         self._mends = 0
-        self._is_all_taken = False  # what was sent over the connection before
+        self._is_all_taken = False  # whether the agent took all that the last connection sent
         self._begin()
 
     def _begin(self) -> None:
-        """Another connection."""
-        self._announced: collections.deque[tuple[int, bytes]] = collections.deque()  # digests that are to be compared
-        self._pending: dict[int, Piece] = {}  # what differs, and it is to be told where
+        """Forget what belongs to the last connection."""
+        self._announced: collections.deque[tuple[int, bytes]] = collections.deque()  # digests not compared yet
+        self._pending: dict[int, Piece] = {}  # chunks that differ: the agent was asked in which pages
         self._differing: list[int] = []  # the first chunk that was not right, and how many there are
         self._last = self._asked = -1  # the chunk that was sent last; the one whose answer tells that all is taken
 
@@ -4464,7 +4460,7 @@ class Push(Conversation):
             self._warn(f"{told}; they are written once more")
 
     def _parts(self) -> tuple[tuple[int, int], ...]:
-        """What is not known to be right, and the gaps if it is in many places; nothing while something is not sent."""
+        """The ranges not known to be right, joined over small gaps if there are too many; none before all is sent."""
         pattern, gap = rb"\x00+", 1
         while self._passed == self.chunks:
             parts = tuple(match.span() for match in re.finditer(pattern, self._right))
@@ -4493,7 +4489,7 @@ class Push(Conversation):
             self._is_over = True
 
     def _flush(self) -> None:
-        """Compare, or send, until something has come in or must come in first."""
+        """Compare, or send, until something has come in, or nothing goes on without it."""
         super()._flush()
         if not self._greeted:
             return
@@ -4511,7 +4507,7 @@ class Push(Conversation):
         if self._passed < self.chunks or self._due or self._announced or self._pending or self._asked >= 0:
             return
         self._asked, self._is_over = self._last, self._last < 0
-        if not self._is_over:  # it answers when it has taken all that was sent before
+        if not self._is_over:  # the agent answers after it has written all that was sent before
             self._command(COMPARE, self._asked)
             super()._flush()
 
@@ -4541,16 +4537,16 @@ class Push(Conversation):
         self.sent += len(write)
         self._last = index
 
-    # What is to be there
+    # The source
 
     def _expected(self, index: int) -> bytes:
-        """The digest that a chunk is to have."""
+        """The digest of a chunk of the source."""
         if index >= self._noted:
             self._piece_at(index)
         return os.pread(self._digests, DIGEST_SIZE, index * DIGEST_SIZE)
 
     def _piece_at(self, index: int) -> Piece:
-        """What the source has there: by reading on, or from its beginning if that is behind."""
+        """A chunk of the source: reads on to it, or from the beginning if the last one taken is behind it."""
         if self._piece.index > index:
             self._pieces = done_ahead(self._prepared, self._contents(), self.PACKERS, self.READ_AHEAD)
             self._piece = Piece(-1)
@@ -4563,7 +4559,7 @@ class Push(Conversation):
         return self._piece
 
     def _prepared(self, chunk_at: tuple[int, bytes]) -> Piece:
-        """A chunk of the source with what is needed of it, in a thread of its own."""
+        """The piece for a chunk of the source; runs in a thread of its own."""
         index, chunk = chunk_at
         if chunk == ZERO_CHUNK:
             return Piece(index, ZERO_CHUNK, ZERO_PAGES)
@@ -4572,7 +4568,7 @@ class Push(Conversation):
         return Piece(index, chunk, pages, write)
 
     def _write(self, index: int, chunk: bytes, wanted: int, *, over_zeros: bool = False) -> bytes:
-        """The WRITE of these pages of a chunk; of those that are not zeros if zeros are there."""
+        """The WRITE of these pages of a chunk; with `over_zeros` without the pages that are zeros."""
         patch = Patch.of(index, wanted, Patch.select(chunk, wanted), b"")
         kind, data = self._packer.pack(bytes(patch.data))
         frame = framed(kind, index, patch.filled.to_bytes(PAGES // 8, "little"), data)
@@ -4594,13 +4590,13 @@ LEAST_WINDOW, MOST_WINDOW = 4 << 20, 32 << 20  # bytes under way: enough for 1 G
 SEND_SIZE = 32 << 10  # bytes given to paramiko at once: the most that OpenSSH takes in a packet
 RECEIVE_SIZE = 4 << 20  # bytes taken at once: paramiko moves all the rest of what has come, each time
 PACKET_SIZE = 256 << 10  # bytes; fewer packets, each of which costs paramiko some Python
-# Bytes after which keys are renewed, and not 512 MiB. Each time the stream stands still for three round trips, which is
+# Bytes after which keys are renewed. Each time the stream stops for three round trips: with paramiko's 512 MiB that is
 # 10 % of the time over 200 ms. 64 GiB are safe: https://www.rfc-editor.org/rfc/rfc4344#section-3.2
 REKEY_BYTES = 32 << 30
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr")  # GCM is three times as fast
 ATTEMPTS = 5  # connections in a row that break before one more chunk is finished
 
-FIRST_PACKETS = 100  # that the droplet sends before it hears of the first one's arrival; Linux sends 10
+FIRST_PACKETS = 100  # packets that the droplet sends before the first acknowledgement; Linux's default is 10
 DISARM = (
     # DigitalOcean's images mount a volume that appears, which writes to it.
     "rm -f /etc/udev/rules.d/99-digitalocean-automount.rules",
@@ -4629,9 +4625,9 @@ class HostKeyMismatch(DosvobError):
 
 
 class Incompatible(DosvobError):
-    """The droplet's sshd offers nothing that we use of a kind, and will not."""
+    """The droplet's sshd and we share no algorithm of some kind, and trying again does not help."""
 
-    KINDS: ClassVar[Mapping[str, tuple[str, str]]] = {  # by paramiko's word: ours, and what is ours in its options
+    KINDS: ClassVar[Mapping[str, tuple[str, str]]] = {  # by paramiko's word: our word, and the name in its options
         "kex": ("key exchange", "kex"),
         "host key": ("host key of the kind", "key_types"),
         "cipher": ("cipher", "ciphers"),
@@ -4727,10 +4723,10 @@ class AgentStream:
         return self._channel.recv_ready()
 
     def _widen(self) -> None:
-        """Let twice as much be under way as arrives in a round trip, as it takes to keep a long link full.
+        """Grow the window to twice what arrives in a round trip, which keeps a long link full.
 
-        Not more from the start: sshd keeps what the link does not take yet in a buffer that it copies again and again
-        while that grows, which for 32 MiB takes seconds.
+        It starts small, for sshd buffers what the link does not take yet, and copies that buffer again and again while
+        it grows: for 32 MiB that takes seconds.
         """
         received, since = self._measured
         seconds = time.monotonic() - since
@@ -4739,7 +4735,7 @@ class AgentStream:
         self._measured = (self.received, time.monotonic())
         wanted = min(int(2 * (self.received - received) / seconds * self._round_trip), MOST_WINDOW)
         if wanted > self._window and hasattr(self._channel, "in_window_sofar"):
-            # What paramiko announces with the next bytes that are taken; it has no call for a window that grows.
+            # paramiko announces this with the next bytes that we take; it has no call to grow a window.
             self._channel.in_window_sofar += wanted - self._window
             self._window = wanted
 
@@ -4758,9 +4754,9 @@ class AgentStream:
                 raise self._lost(f"the connection to the droplet broke: {reason(problem)}") from problem
 
     def _lost(self, what: str) -> ConnectionLost:
-        """The error for a connection that is not to be used any more.
+        """Close the connection; returns the error for that.
 
-        Nor is one whose agent alone may have ended: paramiko tells of the connection's end after that of its channels.
+        Also if only the agent may have ended: paramiko reports the end of a connection after that of its channels.
         """
         self._transport.close()
         return ConnectionLost(what)
@@ -4842,7 +4838,7 @@ class Link:
     def _connect_when_up(self, limit: float) -> paramiko.Transport:
         """Connect to a droplet that may still be starting; raises the last ConnectionLost after `limit` seconds.
 
-        Raises HostKeyMismatch for a stranger who stays there: nothing is sent to one.
+        Raises HostKeyMismatch if another host key stays for STRANGER_LIMIT; who shows one is sent nothing.
         """
         start, stranger_since = time.monotonic(), float("inf")
         waiting = pauses(0.25, 1.0)
@@ -4912,10 +4908,10 @@ def converse(
     progress: Callable[[int], None],
     replace_lost: Callable[[DosvobError], bool],
 ) -> int:
-    """Go on with a conversation over as many connections as it takes until it is done; returns the bytes received.
+    """Hold a conversation to its end, over as many connections as it takes; returns the bytes received.
 
-    `start_agent` starts an agent with its program. If the problem is that the droplet is lost, `replace_lost` has
-    another one made, and returns True, or raises what is to end it all.
+    `start_agent` starts an agent with the conversation's program. `replace_lost` gets what ended a connection: if the
+    droplet is lost, it has another one made and returns True, or raises to end it all.
     """
     received = failures = 0
     while not conversation.is_done:
@@ -4963,7 +4959,7 @@ Host = tuple[Droplet, Link]
 
 
 class DropletKeeper:
-    """Makes the run's droplet, and the way to its agents, in the background; another one, once, if it is lost.
+    """Makes the run's droplet, and the `Link` to it, in the background; replaces a lost one, once.
 
     To be closed.
     """
@@ -4983,7 +4979,7 @@ class DropletKeeper:
         return self._future.result()
 
     def check(self) -> None:
-        """Raise NoDroplet if it is known by now that there will be none."""
+        """Raise NoDroplet if making one has failed by now; does not wait."""
         if self._future.done():
             self._future.result()
 
@@ -5031,7 +5027,7 @@ class DropletKeeper:
         return converse(start_agent, conversation, self._context.report.warn, progress, self._replace_lost)
 
     def _replace_lost(self, problem: DosvobError) -> bool:
-        """If the problem is that the droplet is lost, have another one made; returns whether. Raises NoDroplet."""
+        """Have another droplet made if this one is lost; returns whether it is. Raises NoDroplet."""
         if not isinstance(problem, DropletLost):
             if not self._ephemeral.is_gone(self.get()[0]):
                 return False
@@ -5041,7 +5037,7 @@ class DropletKeeper:
         return True
 
     def _disarm(self, link: Link, droplet: Droplet) -> None:
-        """Once more, in case something wrote the rule after bootcmd."""
+        """Run DISARM again, in case something wrote the rule after bootcmd."""
         for attempt in itertools.count(1):
             try:
                 link.run("; ".join(DISARM), RECONNECT_LIMIT)
@@ -5075,9 +5071,10 @@ class Result:
 
 @dataclass
 class Queued:
-    """A volume whose turn it is; times are time.monotonic.
+    """A volume that waits for its turn; times are time.monotonic.
 
-    Not before `not_before`; the user was told of `until` (0: of nothing); after `give_up` it fails.
+    Its snapshot is not asked for before `not_before`, nor after `give_up`: then it fails. `until` is the time that the
+    user has read of, 0 for none.
     """
 
     volume: Volume
@@ -5092,11 +5089,11 @@ Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, an
 
 
 class Backup:
-    """One run over the volumes of one region. `results` are by the names of the images, those of other regions too."""
+    """One run over the volumes of one region. `results`, by the images' names, has those of other regions too."""
 
     SNAPSHOT_INTERVAL = 600  # seconds; DigitalOcean takes one snapshot of a volume per 10 minutes
-    SNAPSHOT_RETRY = 20  # seconds between attempts when a snapshot came too soon and nobody says how much
-    RELEASE_DELAY = 60  # seconds at most for which a clone that was synced stays so that another one is attached first
+    SNAPSHOT_RETRY = 20  # seconds between attempts when it is too soon for a snapshot and nobody says by how much
+    RELEASE_DELAY = 60  # seconds at most that a synced clone stays, so that the next one is attached first
 
     def __init__(
         self,
@@ -5156,7 +5153,7 @@ class Backup:
                 self._context.stop.request()  # what goes on in the background is of no use any more
 
     def _await(self, queued: Queued, future: Prepared) -> tuple[Volume, str] | None:
-        """What was prepared for the turn; None if it failed, or is to be taken later."""
+        """Wait for a volume's clone; None if that failed, or the volume's turn was put off."""
         start = time.monotonic()
         while not future.done():
             left = max(queued.until, queued.not_before) - time.monotonic()
@@ -5174,10 +5171,10 @@ class Backup:
         return None
 
     def _put_off(self, queued: Queued, wait: float | None) -> None:
-        """Take a turn later, when DigitalOcean takes the volume's next snapshot.
+        """Put a volume's turn off until DigitalOcean takes its next snapshot.
 
-        DigitalOcean says seldom in how many seconds that is (`wait`); the state knows when the last one was taken, if
-        that was ours.
+        `wait` is in how many seconds that is, which DigitalOcean seldom says; else the state tells, if the last
+        snapshot was ours.
         """
         now, path = time.monotonic(), ImagePaths(self._context.home.path, queued.name).state
         with contextlib.suppress(OSError, DosvobError), path.open("rb") as file:
@@ -5200,7 +5197,7 @@ class Backup:
             self._queue.append(queued)
 
     def _fail(self, queued: Queued, problem: DosvobError | OSError) -> None:
-        """Report what a volume, or for want of a droplet each that is left, failed for."""
+        """Report why a volume failed; without a droplet all that are left fail with it."""
         self._report.end_progress()
         failed = [queued]
         if isinstance(problem, NoDroplet):
@@ -5231,7 +5228,7 @@ class Backup:
         return clone, taken_at
 
     def _release(self, clone: Volume, keeper: DropletKeeper, upcoming: Prepared) -> None:
-        """Detach the clone and delete it, after the next one's attachment: that one is waited for first."""
+        """Detach a synced clone and delete it, after the next one's attachment, for which the run waits sooner."""
         concurrent.futures.wait([upcoming], timeout=self.RELEASE_DELAY)
         try:
             self._ephemeral.release(clone, keeper.get()[0])
@@ -5258,7 +5255,7 @@ class Backup:
             update = Update(paths, snapshot, self._context.config.keep, warn, meter, reread=self._reread)
             with contextlib.closing(update):
                 try:
-                    # before: the disk may be full, and "keep" ask for fewer by now
+                    # already before the sync: the disk may be full, and "keep" may ask for fewer now
                     is_thinned = self._thin(paths, dropped)
                     begun = sum(result.outcome != "not begun" for result in self._results.values())
                     number = f"{begun} of {len(self._results)}" if len(self._results) > 1 else ""
@@ -5274,7 +5271,7 @@ class Backup:
                     f"cannot be read: {update.differing}. Either it was mounted or opened for writing, or the "
                     "disk is failing; the volume's content was put back"
                 )
-            if is_thinned:  # or it was told why not
+            if is_thinned:  # else the reason was reported
                 self._thin(paths, dropped)
         except (DosvobError, OSError) as problem:
             self._fail(queued, problem)
@@ -5293,14 +5290,14 @@ class Backup:
                 self._report.say(f"{name}: {told}")
 
     def _thin(self, paths: ImagePaths, dropped: set[datetime.datetime]) -> bool:
-        """Drop the versions that are not to be kept; False if not all could be: the next run tries again."""
+        """Drop the versions that `keep` does not ask for; False if that failed: the next run tries again."""
         before: set[datetime.datetime] = set()
         try:
             meter = Meter(self._report, self._context.stop, f"{paths.name}: thinning its versions")
             before = {version.moment for version in Versions(paths).all()}
             Versions(paths).thin(self._context.config.keep, meter)
         except Interrupted:
-            pass  # whoever waits next ends the run
+            pass  # the next wait raises it again
         except (OSError, DosvobError) as problem:
             held = human_size(sum(version.occupied for version in Versions(paths).all()))
             self._report.warn(
@@ -5317,14 +5314,14 @@ class Backup:
 
 
 # ── The way back ─────────────────────────────────────────────────────────────────────────────────────────────────────
-# A new volume is made of an image, of an older version or of any file: a throwaway volume, which begins with what the
-# image's own volume has now if that is still there, is made what the source is over a droplet; then the new volume is
-# made from a snapshot of it. So the new one is whole from its birth, and all else goes by the one rule.
+# Makes a new volume of an image, an older version or any file. First comes a throwaway volume: a clone of the image's
+# own volume if that is still there, else an empty one. A droplet makes it what the source is, and the new volume is
+# made from its snapshot. So the new one is whole from its birth, and the teardown removes all else.
 
 
 @dataclass(frozen=True)
 class NewVolume:
-    """A volume that is to be made; `size` in bytes."""
+    """The volume to make; `size` in bytes."""
 
     name: str
     region: str
@@ -5419,7 +5416,7 @@ class Restoration:
         return self._when_allowed(make_new, new.name)
 
     def _throwaway(self) -> tuple[Volume, bool]:
-        """The volume that becomes what the source is, and whether it is empty."""
+        """A throwaway volume, and whether it is empty."""
         new, base, report = self._new, self._base, self._context.report
         if base is not None:
             make_clone = functools.partial(self._ephemeral.make_clone, base, 0, new.size)
@@ -5433,7 +5430,7 @@ class Restoration:
         return self._ephemeral.make_empty(new.region, new.size), True
 
     def _when_allowed(self, work: Callable[[], T], name: str, last: str = "", hint: str = "") -> T:
-        """Do what takes a snapshot when DigitalOcean does so: once in ten minutes of a volume; `last` was its last."""
+        """Do work that takes a snapshot, as soon as DigitalOcean allows one; `last` is the time of the last one."""
         interval, retry, report, until = Backup.SNAPSHOT_INTERVAL, Backup.SNAPSHOT_RETRY, self._context.report, 0.0
         while True:
             try:
@@ -5479,7 +5476,7 @@ class Selection:
     """Which of the account's volumes are backed up: of those in the regions of conf.json, the ones that it names."""
 
     def __init__(self, context: Context) -> None:
-        """Tells of regions that have none; raises UsageError if there is none in any."""
+        """Reports regions without volumes; raises UsageError if no region has any."""
         self._context = context
         config = context.config
         items = context.api.list("/v2/volumes", "volumes")
@@ -5505,7 +5502,7 @@ class Selection:
         self._here, self._elsewhere = here, elsewhere
 
     def select(self, names: Sequence[str]) -> list[Volume]:
-        """Those to back up; raises UsageError for a name that fits none, tells of one that no volume can have."""
+        """The volumes to back up; raises UsageError for a name that fits none, reports a volume whose name is unfit."""
         context, here, config = self._context, self._here, self._context.config
         where = ", ".join(sorted({volume.region for volume in here}))
         there_are = f"there are {', '.join(context.name(volume) for volume in here)}"
@@ -5524,7 +5521,7 @@ class Selection:
                 if not self._matching(here, [pattern]):
                     context.report.warn(f'"{key}" in conf.json: no volume in {where} matches "{pattern}"; {there_are}')
         chosen = self._matching(here, names or config.include or ("*",))
-        meant = self._matching(here, [name for name in names if not set(name) & set("*?[")])  # whatever is excluded
+        meant = self._matching(here, [name for name in names if not set(name) & set("*?[")])  # even if excluded
         excluded = [volume for volume in self._matching(here, config.exclude) if volume not in meant]
         chosen = [volume for volume in chosen if volume not in excluded]
         if not chosen:
@@ -5536,7 +5533,7 @@ class Selection:
 
     @staticmethod
     def _matching(volumes: Iterable[Volume], patterns: Sequence[str]) -> list[Volume]:
-        """Those that one of the shell patterns fits: of names, or with a slash of a region and a name."""
+        """The volumes that one of the shell patterns fits: REGION/NAME if it has a slash, else NAME."""
 
         def fits(volume: Volume, pattern: str) -> bool:
             return fnmatch.fnmatchcase(f"{volume.region}/{volume.name}" if "/" in pattern else volume.name, pattern)
@@ -5553,9 +5550,9 @@ def sweep(
 ) -> list[Resource]:
     """Remove this home's leftovers and those of no home, and report what stays; name those of other homes.
 
-    What another home has may be in use: `everything` removes it too. With `not_before` (time.monotonic) it is gone on
-    until a list shows nothing that was asked for after that. Returns what was found to be removed; a `dry_run` only
-    names it.
+    `everything` removes those of other homes too, which may be in use. With `not_before` it ends only after a list
+    that was asked for later than that (time.monotonic) shows nothing. Returns the leftovers that it found; a `dry_run`
+    only names them.
     """
     report, ours = context.report, ("", context.home.id)
     found: list[Resource] = []
@@ -5590,17 +5587,17 @@ def sweep(
 
 
 class Misplaced:
-    """The images that lie where another "region" in conf.json had them, as far as they may be these volumes'."""
+    """The images that lie where an earlier "region" in conf.json put them, and that may be these volumes'."""
 
     def __init__(self, context: Context, volumes: Sequence[Volume]) -> None:
         self._context = context
         self._volumes = volumes
 
     def images(self) -> Iterator[tuple[ImagePaths, str]]:
-        """Each, and the name of where it belongs, "" if nobody knows.
+        """Each, and the name that it should have now, "" if nobody knows.
 
-        That is told by a region's directory, or else by the state. Of what has none only what may be one of these
-        volumes' is named.
+        A region's directory tells the region, or else the state. An image without a state counts only if it may be one
+        of these volumes'.
         """
         config, home = self._context.config, self._context.home
         elsewhere = {volume.name if config.by_region else f"{volume.region}/{volume.name}" for volume in self._volumes}
@@ -5620,16 +5617,16 @@ class Misplaced:
                     yield old, f"{region}/{base}" if region else ""
 
     def move(self, damaged: Container[str]) -> set[str]:
-        """Move them to where "region" has them now; returns the names of what is not to be backed up.
+        """Move them to where "region" wants them now; returns the names that must not be backed up.
 
-        Those are what could not be moved, for it would be fetched again; also if its recovery failed (`damaged`).
+        These could not be moved, perhaps because their recovery failed (`damaged`): a backup would fetch all of them.
         """
         context, volumes = self._context, self._volumes
         failed: set[str] = set()
         for old, name in self.images():
             names = [name] if name else [context.name(volume) for volume in volumes if volume.name == old.name]
             try:
-                if old.name in damaged:  # which was told
+                if old.name in damaged:  # which was reported
                     failed.update(names)
                     continue
                 if not name:
@@ -5661,8 +5658,8 @@ class Misplaced:
 
 
 def tell_thinning(context: Context, paths: ImagePaths, *, dry_run: bool = False) -> None:
-    """Say loudly that `keep` drops most of the older versions that there are; in a dry run all that it drops."""
-    with contextlib.suppress(OSError, DosvobError):  # the thinning itself tells
+    """Warn if `keep` drops more than half of the older versions; in a dry run also say what the run would drop."""
+    with contextlib.suppress(OSError, DosvobError):  # the thinning itself reports these
         versions = Versions(paths)
         count, unwanted = len(versions.all()), versions.unwanted(context.config.keep)
         if 2 * len(unwanted) > count:
@@ -5687,7 +5684,7 @@ class Run:
         self._results: dict[str, Result] = {}  # by the name of the image
 
     def run(self) -> None:
-        """From the leftovers of an earlier run to what this one cost."""
+        """Do all of it, from an earlier run's leftovers to the table and the cost."""
         context, home, report = self._context, self._context.home, self._context.report
         try:
             sweep(context)  # first: what is left costs money while a large backup is taken back
@@ -5729,7 +5726,7 @@ class Run:
             report.say("nothing of this home's is left in the account")
 
     def _can_write(self, name: str) -> bool:
-        """Whether an image can be written to, as it must be once all is fetched; tells if it cannot."""
+        """Whether an image can be written to, as its sync must in the end; reports it if not."""
         image = ImagePaths(self._context.home.path, name).image
         try:
             os.close(os.open(image, os.O_WRONLY | os.O_CLOEXEC))
@@ -5749,7 +5746,7 @@ class Run:
         return True
 
     def _plan_droplets(self, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
-        """What droplets to create, by region; one of several regions that cannot have one fails for itself."""
+        """What droplets to create, by region; with several regions, one that cannot have one fails alone."""
         context, plans = self._context, {}
         for region in dict.fromkeys(volume.region for volume in volumes):
             try:
@@ -5761,7 +5758,7 @@ class Run:
         return plans
 
     def _back_up_region(self, plans: Mapping[str, DropletPlan], volumes: Sequence[Volume]) -> float:
-        """Back up volumes of one region; returns what it cost. If it fails, that is no matter of other regions."""
+        """Back up the volumes of one region; returns what it cost. Reports a failure: other regions go on."""
         context, results, region = self._context, self._results, volumes[0].region
         try:
             if context.config.by_region:
@@ -5807,7 +5804,7 @@ class Commands:
         self._home = Home(arguments.backups, f"a {arguments.command or 'backup'}{of}")
 
     def _context(self) -> Context:
-        """What a command that needs the account is given; raises UsageError."""
+        """The context for a command that needs the account; raises UsageError."""
         report, stop = self._report, self._stop
         for package in PACKAGES.values():
             package.check()
@@ -5820,7 +5817,7 @@ class Commands:
         return Context(config, Api(config, stop, report.say, report.detail, patience), self._home, report, stop)
 
     def back_up(self) -> None:
-        """The main job."""
+        """Back up volumes, and ping how it goes."""
         context, report = self._context(), self._report
         if self._arguments.dry_run:
             self._dry_run(context)
@@ -5831,7 +5828,7 @@ class Commands:
                 ping(url, "/start", report)
                 Run(context, self._arguments.names, reread=self._arguments.reread).run()
         except Busy:
-            raise  # nothing is wrong; of what takes too long the pings tell that do not come
+            raise  # nothing is wrong; if the other run takes too long, its ping is missed
         except (Exception, Interrupted) as problem:
             ping(url, "/fail", report, str(problem))
             raise
@@ -5963,7 +5960,7 @@ class Commands:
         return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
 
     def _unfinished(self, paths: ImagePaths) -> str:
-        """What to say of an image that a crash left between two snapshots; nothing of another one."""
+        """What to say of an image that a crash left between two snapshots; "" for any other."""
         with Undo.left(paths) as undo:
             if undo is not None and not undo.is_committed and not self._home.is_busy():
                 return f"an interrupted backup must still be taken back: {command_line('verify', paths.name)}"
@@ -5982,7 +5979,7 @@ class Commands:
             report.answer("\n\n".join(self._description(volume) for volume in found), self._stop)
 
     def _described(self, paths: ImagePaths) -> Json:
-        """What there is of a volume, in the form of `list --json`: README has it."""
+        """A volume's entry in `list --json`; README describes its form."""
         found: Json = {
             "name": paths.name,
             "region": None,
@@ -6033,7 +6030,7 @@ class Commands:
 
     @staticmethod
     def _description(volume: Json) -> str:
-        """The same, for people."""
+        """The entry as text, for people."""
         size = human_size(volume["size"]) if volume["size"] else "of unknown size"
         older = sum(version["occupied"] for version in volume["versions"] if not version["image"])
         here = human_size(volume["occupied"]) + " here" + f" and {human_size(older)} for older versions" * bool(older)
@@ -6095,7 +6092,7 @@ class Commands:
         )
 
     def _wish(self, context: Context, source: Source) -> NewVolume:
-        """The volume that is to be made of a source; raises UsageError."""
+        """The volume to make of a source; raises UsageError."""
         arguments, least = self._arguments, -(-source.size // GIB)
         size = least if arguments.size is None else arguments.size
         if not least:
@@ -6230,7 +6227,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Commands], None], set[str]]] = {
     "list": (Commands.list, {*PLACES, "json"}),
     "restore": (Commands.restore, {*PLACES, "at", *TO_VOLUME}),
 }
-ANSWERS = {"list", "health", "verify"}  # what these say is what was asked for, and waits for whoever reads it
+ANSWERS = {"list", "health", "verify"}  # the program ends only after all that these say is written
 DEFAULTS: Json = {
     "config": Path("conf.json"),
     "backups": Path("backups"),
@@ -6240,7 +6237,7 @@ DEFAULTS: Json = {
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """One whose help and errors nobody needs to read: argparse's own ends with a traceback then in Python 3.11.2."""
+    """One that needs no reader of its help and errors: without one, Python 3.11.2's own ends with a traceback."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         with contextlib.suppress(OSError):
@@ -6318,7 +6315,7 @@ class Signals:
 
 
 def open_standard_streams() -> None:
-    """Let closed standard streams lead nowhere: an image that got their number when opened would get their messages."""
+    """Open closed standard streams on /dev/null: else an image gets their number when opened, and then our messages."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
@@ -6349,7 +6346,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_program(parsed: argparse.Namespace) -> int:
-    """Run a command with what it reports by and is stopped by; returns the program's exit code."""
+    """Run a command with a reporter and the signals' stop; returns the program's exit code."""
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # what it logs also reaches us as exceptions
     report = Reporter(quiet=parsed.quiet, verbose=parsed.verbose)
     stop = Stop()
