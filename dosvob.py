@@ -5432,11 +5432,12 @@ class Restoration:
     def _when_allowed(self, work: Callable[[], T], name: str, last: str = "", hint: str = "") -> T:
         """Do work that takes a snapshot, as soon as DigitalOcean allows one; `last` is the time of the last one."""
         interval, retry, report, until = Backup.SNAPSHOT_INTERVAL, Backup.SNAPSHOT_RETRY, self._context.report, 0.0
+        give_up = time.monotonic() + interval + 3 * retry
         while True:
             try:
                 return work()
             except ApiError as problem:
-                if problem.status != 429 or (until and time.monotonic() > until + 3 * retry):
+                if problem.status != 429 or time.monotonic() > max(give_up, until):
                     raise
                 since = age(last)
                 wait = problem.wait or (interval - since if 0 <= since < interval else None)

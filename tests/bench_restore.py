@@ -153,20 +153,18 @@ def measure(arguments: argparse.Namespace, keys: Path, here: bench.Link) -> str:
                 elif name != "L2":  # which takes a quarter of an hour
                     others.append(reference(link, data["base"], target))
                 print(f"{name}, all of it, by others: {others[-1:]}", file=sys.stderr)
-        lines += [line(name, cell, measured, others, packed_size(data["base"])) for cell, measured in runs.items()]
+        if not others:  # the goal stands for them
+            others.append(L2_GOAL * packed_size(data["base"]) / (bench.LINKS[name][2] * 125_000) + 5)
+        lines += [line(name, cell, measured, statistics.median(others)) for cell, measured in runs.items()]
     target.unlink()
     return "\n".join(lines)
 
 
-def line(link: str, cell: str, runs: list[Measurement], others: list[float], packed: int) -> str:
-    """A line of the table; where nobody else was measured the goal stands for them."""
-    limit = L2_GOAL * packed / (bench.LINKS["L2"][2] * 125_000) + 5
-    seconds, beside = statistics.median(run.seconds for run in runs), statistics.median(others or [limit])
-    return (
-        f"| {link} | {cell} | {seconds:.1f} | {statistics.median(run.sent for run in runs) / 1e6:.0f} "
-        f"| {max(run.memory for run in runs) / 1e6:.0f}, {max(run.agent_memory for run in runs) / 1e6:.0f} "
-        f"| {beside:.1f} | {seconds / beside:.3f} |"
-    )
+def line(link: str, cell: str, runs: list[Measurement], beside: float) -> str:
+    """A line of the table."""
+    seconds, sent = (statistics.median(getattr(run, what) for run in runs) for what in ("seconds", "sent"))
+    memory = f"{max(run.memory for run in runs) / 1e6:.0f}, {max(run.agent_memory for run in runs) / 1e6:.0f}"
+    return f"| {link} | {cell} | {seconds:.1f} | {sent / 1e6:.0f} | {memory} | {beside:.1f} | {seconds / beside:.3f} |"
 
 
 if __name__ == "__main__":

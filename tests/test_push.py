@@ -8,7 +8,6 @@ import random
 import struct
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,16 +210,23 @@ def test_a_push_makes_a_device_what_a_source_is(seeds: tuple[int, int], cuts: li
         Pushed(source, device, is_empty=empty, cuts=cuts[:20])
 
 
-def test_an_agent_waits_for_the_end_of_the_one_before_it(device: Path) -> None:
+def test_an_agent_waits_for_the_end_of_the_one_before_it(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What that still writes would not be on the device when it is compared."""
+    set_constants(monkeypatch, HEARTBEAT=0.2)
     first = AgentProcess(device, 0, dosvob.WINDOW, parts=())
-    assert first.receive()
-    second = AgentProcess(device, 0, dosvob.WINDOW, parts=())
-    with contextlib.closing(first), contextlib.closing(second):
-        time.sleep(0.5)
-        assert not second.has_received()
-        first.kill()
-        assert dosvob.AGENT_MAGIC in second.receive()
+    with contextlib.closing(first):
+        said = b""
+        while dosvob.AGENT_MAGIC not in said:
+            said += first.receive()
+        second = AgentProcess(device, 0, dosvob.WINDOW, parts=())
+        with contextlib.closing(second):
+            said = b""
+            while said.count(dosvob.framed(dosvob.ALIVE, 0)) < 10:
+                said += second.receive()
+            assert dosvob.AGENT_MAGIC not in said
+            first.kill()
+            while dosvob.AGENT_MAGIC not in said:
+                said += second.receive()
 
 
 # -- nothing stands still
