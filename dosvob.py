@@ -740,7 +740,7 @@ LIST_LAG = 6  # seconds after which a list is taken to show what was created: li
 BUSY_LIMIT = 120  # seconds for which a droplet may be busy with another event, or a volume with its droplet
 HOURS_PER_MONTH = 730
 UNKNOWN = "unknown"  # the id of what may be there, and cannot be listed
-GONE = "is gone: unless you removed it, another run with the same backups directory may have, on another machine"
+GONE = "is gone, or off: another run with the same backups directory may have removed it, from another machine"
 
 
 class NoDroplet(DosvobError):
