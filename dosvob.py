@@ -5616,10 +5616,13 @@ class Run:
                     f"{explained(problem, home.path)}; `health` will not miss a volume that was never backed up"
                 )
         damaged |= Misplaced(job, volumes).move(damaged)
-        fit = [volume for volume in volumes if job.name(volume) not in damaged and self._can_write(job.name(volume))]
-        for volume in fit:
-            tell_thinning(job, ImagePaths(home.path, job.name(volume)))
+        fit = [volume for volume in volumes if job.name(volume) not in damaged]
         self._results = {job.name(volume): Result(job.name(volume), volume.size, "not begun") for volume in fit}
+        for name, result in self._results.items():
+            tell_thinning(job, ImagePaths(home.path, name))
+            if not self._can_write(name):
+                self._results[name] = dataclasses.replace(result, outcome="FAILED")
+        fit = [volume for volume in fit if self._results[job.name(volume)].outcome == "not begun"]
         cost = 0.0
         try:
             for _, volumes_there in itertools.groupby(fit, lambda volume: volume.region):
@@ -5642,8 +5645,6 @@ class Run:
         image = ImagePaths(self._job.home.path, name).image
         try:
             os.close(os.open(image, os.O_WRONLY | os.O_CLOEXEC))
-        except FileNotFoundError:
-            pass
         except PermissionError as problem:
             status, path = image.stat(), shlex.quote(str(image))
             mend = f"chmod u+w {path}" if status.st_uid == os.geteuid() else f"it belongs to the user {status.st_uid}"
@@ -5652,9 +5653,8 @@ class Run:
             mode = f"its mode is {stat.filemode(status.st_mode)[1:]}"
             self._job.report.error(f"{name}: {image} cannot be written to, {mode}: {mend}; it is not backed up")
             return False
-        except OSError as problem:
-            self._job.report.error(f"{name}: {explained(problem, image)}")
-            return False
+        except OSError:
+            pass  # the sync tells
         return True
 
     def _plan_droplets(self, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
