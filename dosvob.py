@@ -4929,9 +4929,7 @@ class Backup:
                     is_thinned = self._thin(
                         paths, dropped
                     )  # before: the disk may be full, and "keep" ask for fewer by now
-                    begun = sum(result.outcome != "not begun" for result in self._results.values())
-                    number = f"{begun} of {len(self._results)}" if len(self._results) > 1 else ""
-                    received = hosts.converse(clone, Sync, update, name, number)
+                    received = hosts.converse(clone, Sync, update, name, self._number())
                     update.finish()
                 except OSError as problem:
                     if problem.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -4958,8 +4956,12 @@ class Backup:
         finally:
             if dropped:
                 are = "are" if len(dropped) > 1 else "is"
-                told = f"{counted_versions(dropped)} {are} not kept any more, {oldest_of(dropped)}"
-                self._report.say(f"{name}: {told}")
+                self._report.say(f"{name}: {counted_versions(dropped)} {are} not kept any more, {oldest_of(dropped)}")
+
+    def _number(self) -> str:
+        """Which of the run's volumes it is at, such as `2 of 5`; nothing if there is one."""
+        begun = sum(result.outcome != "not begun" for result in self._results.values())
+        return f"{begun} of {len(self._results)}" if len(self._results) > 1 else ""
 
     def _thin(self, paths: ImagePaths, dropped: set[datetime.datetime]) -> bool:
         """Drop the versions that are not to be kept; False if not all could be: the next run tries again."""
