@@ -1135,7 +1135,7 @@ LIST_LAG = 6  # seconds after which a list is taken to show what was created: li
 BUSY_LIMIT = 120  # seconds for which a droplet may be busy with another event, or a volume with its droplet
 HOURS_PER_MONTH = 730
 UNKNOWN = "unknown"  # the id of what may be there, and cannot be listed
-GONE = "is gone: unless you removed it, another run with the same backups directory may have, on another machine"
+GONE = "is gone, or off: another run with the same backups directory may have removed it, from another machine"
 
 
 class NoDroplet(DosvobError):
@@ -5701,14 +5701,13 @@ class Run:
                     f"{explained(problem, home.path)}; `health` will not miss a volume that was never backed up"
                 )
         damaged |= Misplaced(context, volumes).move(damaged)
-        fit = [
-            volume
-            for volume in volumes
-            if context.name(volume) not in damaged and self._can_write(context.name(volume))
-        ]
-        for volume in fit:
-            tell_thinning(context, ImagePaths(home.path, context.name(volume)))
+        fit = [volume for volume in volumes if context.name(volume) not in damaged]
         self._results = {context.name(volume): Result(context.name(volume), volume.size, "not begun") for volume in fit}
+        for name, result in self._results.items():
+            tell_thinning(context, ImagePaths(home.path, name))
+            if not self._can_write(name):
+                self._results[name] = dataclasses.replace(result, outcome="FAILED")
+        fit = [volume for volume in fit if self._results[context.name(volume)].outcome == "not begun"]
         cost = 0.0
         try:
             for _, volumes_there in itertools.groupby(fit, lambda volume: volume.region):
@@ -5731,8 +5730,6 @@ class Run:
         image = ImagePaths(self._context.home.path, name).image
         try:
             os.close(os.open(image, os.O_WRONLY | os.O_CLOEXEC))
-        except FileNotFoundError:
-            pass
         except PermissionError as problem:
             status, path = image.stat(), shlex.quote(str(image))
             mend = f"chmod u+w {path}" if status.st_uid == os.geteuid() else f"it belongs to the user {status.st_uid}"
@@ -5741,9 +5738,8 @@ class Run:
             mode = f"its mode is {stat.filemode(status.st_mode)[1:]}"
             self._context.report.error(f"{name}: {image} cannot be written to, {mode}: {mend}; it is not backed up")
             return False
-        except OSError as problem:
-            self._context.report.error(f"{name}: {explained(problem, image)}")
-            return False
+        except OSError:
+            pass  # the sync tells
         return True
 
     def _plan_droplets(self, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:

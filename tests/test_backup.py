@@ -320,7 +320,7 @@ def test_a_dry_run_changes_nothing(sim: Simulator, home: Home) -> None:
     for arguments in (("--dry-run",), ("sweep", "--dry-run")):
         done = home.run(*arguments)
         assert re.search(r"would remove .*dosvob-ephemeral-0123abcd-droplet", done.stdout)
-    assert "would back up data, 1 GiB" in home.run("--dry-run").stdout
+    assert "would back up data, 1.0 GiB" in home.run("--dry-run").stdout
     assert {request.method for request in sim.requests} == {"GET"}
     assert [path.name for path in home.directory.rglob("*")] == ["conf.json"]
 

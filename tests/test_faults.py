@@ -493,6 +493,7 @@ def test_droplet_dies_during_the_sync(home: Home, sim: Simulator, tmp_path: Path
     if kills == 1:
         assert running.end() == 0, running.output
         assert running.output.count("making another one") == 1
+        assert "another run with the same backups directory may have removed it" in running.output
         assert_backed_up(home, volume)
         assert_nothing_left(sim)
         (fetched,) = re.findall(r"([\d.]+) MiB were fetched", running.output)
