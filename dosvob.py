@@ -1943,6 +1943,78 @@ def identity_of(path_or_fd: Path | int) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
+class Mount:
+    """A mount, as /proc/self/mountinfo has it: the device by its numbers, where it is, its type, what it is made of."""
+
+    device: str
+    place: str
+    kind: str
+    source: str
+
+    @classmethod
+    def all(cls) -> list[Mount]:
+        """All that this process sees, in their order; none where Linux does not tell."""
+        mounts = []
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+                before, _, after = line.partition(" - ")
+                _, _, device, _, place, *_ = before.split()
+                kind, source, *_ = after.split()
+                place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), place)
+                mounts.append(cls(device, place, kind, source))
+        return mounts
+
+
+class LoopDevices:
+    """The loop devices of this machine, by which an image is looked into."""
+
+    GET_STATUS = 0x4C05  # LOOP_GET_STATUS64 of loop(4)
+    STATUS = struct.Struct("=QQ216x")  # struct loop_info64: device and inode of the file
+
+    @classmethod
+    def over(cls, path: Path) -> list[str]:
+        """Those that are over a file, each with where it is mounted."""
+        status = path.stat()
+        file, name = (status.st_dev, status.st_ino), os.path.realpath(path)
+        return [
+            cls._described(device)
+            for device in sorted(Path("/sys/block").glob("loop*"))
+            if cls._told(device / "loop" / "backing_file") == name or cls._file(device.name) == file
+        ]
+
+    @staticmethod
+    def _told(path: Path) -> str:
+        """What a file of /sys tells; nothing if it is not there, as that of a device that is over no file."""
+        with contextlib.suppress(OSError):
+            return path.read_text(errors="surrogateescape").removesuffix("\n")
+        return ""
+
+    @classmethod
+    def _file(cls, name: str) -> tuple[int, int] | None:
+        """Device and inode of what it is over, if we may ask for that: the path may be another one here."""
+        with contextlib.suppress(OSError):
+            fd = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                device, inode = cls.STATUS.unpack(fcntl.ioctl(fd, cls.GET_STATUS, bytes(cls.STATUS.size)))
+                return device, inode
+            finally:
+                os.close(fd)
+        return None
+
+    @classmethod
+    def _described(cls, device: Path) -> str:
+        """A device, and where it, a partition of it, or what is made of these is mounted."""
+        numbers, names, parts = set(), set(), [device]
+        while parts:
+            part = parts.pop()
+            numbers.add(cls._told(part / "dev"))
+            names.add(f"/dev/{part.name}")
+            parts += [*part.glob(f"{part.name}p*"), *part.glob("holders/*")]
+        places = [each.place for each in Mount.all() if each.device in numbers or each.source in names]
+        return f"/dev/{device.name}" + f", mounted on {' and '.join(places)}" * bool(places)
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """What an image is a copy of: the volume, its size in bytes, and when its snapshot was taken (RFC 3339)."""
 
@@ -2044,6 +2116,15 @@ class ImagePaths:
             raise DosvobError(f"{self.image} is a directory, and its name is that of an image: move it elsewhere")
         if self.image.is_symlink() and not self.image.exists():
             raise DosvobError(f"{self.image} leads to {self.image.readlink()}, which is not there: is it mounted?")
+
+    def check_unread(self) -> None:
+        """Raise DosvobError if a loop device is over the image: whoever reads by that would read what is written."""
+        with contextlib.suppress(OSError):  # which whoever opens it meets, and tells
+            if devices := LoopDevices.over(self.image):
+                raise DosvobError(
+                    f"{self.image} is in use by {'; '.join(devices)}, and what is read there must not change: it was "
+                    "left as it is. Unmount it, or detach it with losetup --detach, and run again"
+                )
 
     def set_aside(self, moment: datetime.datetime) -> ImagePaths:
         """Rename the image, its versions and its state so that they are out of the way, but not lost.
@@ -2611,6 +2692,7 @@ class Undo:
             elif not paths.image.exists():
                 undo.drop()
             else:
+                paths.check_unread()
                 undo.put_back(heed)
                 return True
         return False
@@ -3048,6 +3130,7 @@ class Update:
         described = dataclasses.asdict(snapshot)
         seal("version", {"snapshot": described, "newer": described, "more": "." * 400})  # must be possible
         paths.check_link()
+        paths.check_unread()
         self._state = self._fitting_state()
         self.is_first = not paths.image.exists()  # whether there is no image yet
         self._makes_version = bool(Versions(paths).all()) or (
@@ -3157,6 +3240,7 @@ class Update:
             self._finish_first()
             return
         paths, digests = self._paths, self._table.hexdigest()
+        paths.check_unread()  # a sync may take hours
         differing = self._differing(self.spool)
         undo = Undo.write(paths, self._image, self._head_of_undo(digests), differing, self._heed)
         with contextlib.closing(undo):
@@ -4850,6 +4934,7 @@ class Backup:
 
     def _prepare(self, turn: Turn, hosts: Hosts) -> tuple[Volume, str]:
         """Make the volume's clone and attach it."""
+        ImagePaths(self._job.home.path, turn.name).check_unread()  # before that costs anything
         self._job.stop.sleep(turn.not_before - time.monotonic())
         hosts.check()  # a clone would be of no use without a droplet
         clone, taken_at = self._ephemeral.make_clone(turn.volume, turn.number)

@@ -1,0 +1,110 @@
+"""Storage as people have it at home: what it does not keep, cannot do, or says wrongly. The image survives.
+
+Real file systems where Debian has them; the answers of others are put into the mouth of this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MIB, Home, same, write_at
+from crash_support import PAGE, leave_written, recover_all, run_driver, strace, verify
+from simulator.storage import LoopDevice, mounted
+from test_disk import NAME, Disk, disk, one_clear_error  # noqa: F401 - a fixture
+
+import dosvob
+
+
+@pytest.fixture
+def unmounting() -> Iterator[Callable[[Path], Path]]:
+    """Registers what is to be unmounted at the end."""
+    places: list[Path] = []
+
+    def register(path: Path) -> Path:
+        places.append(path)
+        return path
+
+    yield register
+    for path in reversed(places):
+        subprocess.run(["umount", "--lazy", path], check=False)
+
+
+def creations(home: Home) -> list[str]:
+    """The paths of the calls that created something in the account."""
+    return [request.path for request in home.simulator.requests if request.method == "POST"]
+
+
+# -- an image that somebody reads
+
+
+def test_an_image_that_is_mounted_is_left_for_later(home: Home, tmp_path: Path) -> None:
+    volume, other = home.simulator.add_volume(NAME), home.simulator.add_volume("other")
+    subprocess.run(["mkfs.ext4", "-q", volume.path], check=True)
+    with mounted(volume.path, tmp_path / "volume") as directory:
+        (directory / "file").write_bytes(b"old" * MIB)
+    home.run()
+    with mounted(home.image(NAME), tmp_path / "look", "ro") as look:
+        with mounted(volume.path, tmp_path / "volume") as directory:
+            (directory / "file").write_bytes(b"new" * MIB)
+        write_at(other.path, 0, b"new")
+        before = home.image(NAME).stat()
+        posted = len(creations(home))
+        error = one_clear_error(home.run(expect=1))
+        assert f"{NAME}: " in error
+        assert f"mounted on {look}" in error
+        assert "/dev/loop" in error
+        assert home.image(NAME).stat() == before
+        assert same(home.image("other"), other.path)
+        made = creations(home)[posted:]
+        assert sum("snapshots" in path for path in made) == 1, made  # the other's
+        os.posix_fadvise((fd := os.open(look / "file", os.O_RDONLY)), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.pread(fd, MIB, 0) == (b"old" * MIB)[:MIB]
+        os.close(fd)
+    home.run()
+    assert same(home.image(NAME), volume.path)
+
+
+def test_an_image_that_comes_to_be_read_during_a_sync_is_left_for_later(disk: Disk) -> None:  # noqa: F811
+    """What was fetched is not fetched again."""
+    with contextlib.ExitStack() as devices, pytest.MonkeyPatch.context() as patches:
+        converse = dosvob.converse
+
+        def mount_meanwhile(*arguments: Any) -> int:
+            received = converse(*arguments)
+            devices.enter_context(contextlib.closing(LoopDevice(disk.paths.image)))
+            return received
+
+        patches.setattr("dosvob.converse", mount_meanwhile)
+        with pytest.raises(dosvob.DosvobError, match=r"is in use by /dev/loop\d+"):
+            disk.back_up()
+        assert disk.image() == disk.old
+        assert not disk.paths.undo.exists()
+        assert disk.paths.spool.exists()
+    disk.check_settled()
+
+
+@pytest.mark.parametrize("can_be_asked", [True, False])
+def test_an_image_that_is_read_is_not_put_back(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, can_be_asked: bool  # noqa: F811
+) -> None:
+    """Also if it is read by another name, where the loop device tells which file it has."""
+    leave_written(disk.backups, NAME, disk.device)
+    before, path = disk.image(), disk.paths.image
+    if can_be_asked:
+        os.link(path, path := tmp_path / "another name")
+    else:  # as for a user who is not in the group `disk`
+        monkeypatch.setattr(dosvob.LoopDevices, "GET_STATUS", 0)
+    with contextlib.closing(LoopDevice(path)):
+        assert recover_all(disk.backups) == {NAME}
+        assert disk.image() == before
+        assert disk.paths.undo.exists()
+    assert recover_all(disk.backups) == set()
+    assert disk.image() == disk.old
