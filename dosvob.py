@@ -1890,6 +1890,11 @@ ZERO_DIGEST = chunk_digest(ZERO_PAGES)
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
+def digest_of(chunk: bytes) -> bytes:
+    """The digest of a chunk, without work for ZERO_CHUNK."""
+    return ZERO_DIGEST if chunk is ZERO_CHUNK else chunk_digest(page_digests(chunk))
+
+
 class Damaged(DosvobError):
     """A file of ours is not what was written."""
 
@@ -2166,8 +2171,9 @@ class SparseFile:
         return data if len(data) == length else data.ljust(length, b"\0")
 
     def chunk(self, index: int) -> bytes | None:
-        """A chunk of it, likewise."""
-        return self.read(index * CHUNK, CHUNK)
+        """A chunk of it, likewise; of zeros ZERO_CHUNK itself."""
+        data = self.read(index * CHUNK, CHUNK)
+        return ZERO_CHUNK if data == ZERO_CHUNK else data
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write at an offset, all of it."""
@@ -2191,16 +2197,20 @@ class SparseFile:
             self.write(bytes(min(CHUNK, offset + length - start)), start)
 
     def end_of_hole(self, offset: int, end: int) -> int:
-        """Where the first data at or after an offset is; `end` if there is none before."""
+        """Where the first data at or after an offset is; `end` if there is none before.
+
+        A hint: file systems have told a hole over data. Those that do not know say that all is data, or refuse.
+        """
         try:
             return min(os.lseek(self.fd, offset, os.SEEK_DATA), end)
         except OSError as problem:
-            if problem.errno != errno.ENXIO:
-                raise
-            return end
+            return end if problem.errno == errno.ENXIO else offset
 
     def chunk_holes(self, first: int, end: int) -> Iterator[bool]:
-        """For each of these chunks, in order, whether it is a hole: one look for all that a hole is made of."""
+        """For each of these chunks, in order, whether it is said to be a hole: one look for all that a hole is made of.
+
+        That is believed where zeros are recorded, and nowhere else.
+        """
         data = 0
         for index in range(first, end):
             if index * CHUNK >= data:
@@ -2839,7 +2849,7 @@ class Chain:
     def chunks(self, depth: int) -> Iterator[tuple[int, list[bytes], list[bool]]]:
         """For each chunk its index, its contents and whether they are sound: as the image has it, and `depth` versions.
 
-        Contents that are the same are the same object; those of a hole are ZERO_CHUNK. A chunk is sound if it has the
+        Contents that are the same are the same object; zeros are ZERO_CHUNK. A chunk is sound if it has the
         digest that was recorded for it; of an image without a state, where none is, if it is there and can be read.
         """
         known = [self._snapshot]
@@ -2876,13 +2886,12 @@ class Chain:
         if self._table is not None:
             self._table.seek(BLOCK + index * DIGEST_SIZE)
             recorded = self._table.read(DIGEST_SIZE)
-        stored = ZERO_CHUNK if is_hole else self.image.chunk(index)
+        stored = ZERO_CHUNK if is_hole and recorded == ZERO_DIGEST and not undone else self.image.chunk(index)
         chunk = undone.over(stored or ZERO_CHUNK) if undone else stored or ZERO_CHUNK
         is_cut = recorded is None and (index + 1) * CHUNK > self.length
         if is_cut or (stored is None and undone is None):
             return chunk, False
-        digest = ZERO_DIGEST if chunk is ZERO_CHUNK or recorded is None else chunk_digest(page_digests(chunk))
-        return chunk, recorded in (None, digest)
+        return chunk, recorded is None or recorded == digest_of(chunk)
 
     def verify(self, heed: Callable[[int], None]) -> list[Ranges]:
         """Compare the image and all versions with their digests; what is damaged of each, the image first."""
@@ -3048,7 +3057,10 @@ class LocalImage:
         spool: Spool | None,
         *,
         reread: bool,
+        is_new: bool = False,
     ) -> None:
+        """`is_new`: the image was just made of nothing but zeros; what is stored since is not asked for."""
+        self._is_new = is_new
         self.part = (state.reread + 1) % self.PARTS if state else 0
         self.suspects: set[int] = set()
         self._image = image
@@ -3074,14 +3086,12 @@ class LocalImage:
         """That of a chunk by its index, digest that the state has, if any, and whether it is a hole."""
         index, recorded, is_hole = chunk_at
         is_spooled = self._spool is not None and bool(self._spool.positions[index])
-        if is_hole and not is_spooled:
-            if recorded not in (b"", ZERO_DIGEST):
-                self.suspects.add(index)
+        if self._is_new or (is_hole and recorded == ZERO_DIGEST and not is_spooled):
             return ZERO_DIGEST
-        if recorded and not is_spooled and index not in self._reread:
+        if recorded and not (is_hole or is_spooled or index in self._reread):
             return recorded
         chunk = self._image.chunk(index)
-        digest = b"" if chunk is None else chunk_digest(page_digests(chunk))
+        digest = b"" if chunk is None else digest_of(chunk)
         if chunk is None or (recorded and digest != recorded):
             self.suspects.add(index)
         patch = self._spool.patch(index) if self._spool is not None else None
@@ -3137,6 +3147,7 @@ class Update:
             any(dataclasses.astuple(keep)) and self._state is not None
         )
         flags = os.O_RDWR | (os.O_CREAT if self.is_first else 0)
+        is_new = self.is_first and not paths.partial.exists()
         self._image = SparseFile(paths.partial if self.is_first else paths.image, flags)
         self.spool = None if self.is_first else Spool.open(paths, snapshot.volume_id, self.chunks, heed)
         if self.is_first:
@@ -3145,7 +3156,8 @@ class Update:
         self._new_state = os.fdopen(new_state, "wb", buffering=128 << 10)
         self._new_state.write(bytes(BLOCK))
         self._table = hashlib.sha256()
-        self.local = LocalImage(paths, self._image, self.chunks, self._state, self.spool, reread=reread)
+        image, state = self._image, self._state
+        self.local = LocalImage(paths, image, self.chunks, state, self.spool, reread=reread, is_new=is_new)
 
     def _fitting_state(self) -> State | None:
         """The state, if it is this volume's; what belongs to another volume, or to no image, is set aside."""
@@ -5048,9 +5060,8 @@ class Source:
             size = os.fstat(file.fd).st_size
 
             def chunks() -> Iterator[tuple[int, bytes]]:
-                for index, is_hole in enumerate(file.chunk_holes(0, -(-size // CHUNK))):
-                    chunk = ZERO_CHUNK if is_hole else file.chunk(index)
-                    if chunk is None:
+                for index in range(-(-size // CHUNK)):
+                    if (chunk := file.chunk(index)) is None:
                         raise Damaged(f"{path} cannot be read at byte {index * CHUNK}: the disk may be failing")
                     yield index, chunk
 

@@ -18,9 +18,17 @@ import pytest
 from conftest import MIB, Home, same, write_at
 from crash_support import PAGE, leave_written, recover_all, run_driver, strace, verify
 from simulator.storage import LoopDevice, mounted
-from test_disk import NAME, Disk, disk, one_clear_error  # noqa: F401 - a fixture
+from test_disk import NAME, Disk, one_clear_error
 
 import dosvob
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    """A backup of an older state of the volume."""
+    made = Disk(tmp_path)
+    made.begin()
+    return made
 
 
 @pytest.fixture
@@ -72,7 +80,7 @@ def test_an_image_that_is_mounted_is_left_for_later(home: Home, tmp_path: Path) 
     assert same(home.image(NAME), volume.path)
 
 
-def test_an_image_that_comes_to_be_read_during_a_sync_is_left_for_later(disk: Disk) -> None:  # noqa: F811
+def test_an_image_that_comes_to_be_read_during_a_sync_is_left_for_later(disk: Disk) -> None:
     """What was fetched is not fetched again."""
     with contextlib.ExitStack() as devices, pytest.MonkeyPatch.context() as patches:
         converse = dosvob.converse
@@ -93,7 +101,7 @@ def test_an_image_that_comes_to_be_read_during_a_sync_is_left_for_later(disk: Di
 
 @pytest.mark.parametrize("can_be_asked", [True, False])
 def test_an_image_that_is_read_is_not_put_back(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, can_be_asked: bool  # noqa: F811
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, can_be_asked: bool
 ) -> None:
     """Also if it is read by another name, where the loop device tells which file it has."""
     leave_written(disk.backups, NAME, disk.device)
@@ -108,3 +116,80 @@ def test_an_image_that_is_read_is_not_put_back(
         assert disk.paths.undo.exists()
     assert recover_all(disk.backups) == set()
     assert disk.image() == disk.old
+
+
+# -- holes
+
+
+def telling_a_hole(patches: pytest.MonkeyPatch, path: Path, start: int, end: int) -> None:
+    """Have SEEK_DATA tell a hole over data of a file, as some FUSE file systems and ZFS have done."""
+    lseek, inode = os.lseek, path.stat().st_ino
+
+    def lie(fd: int, offset: int, whence: int) -> int:
+        found = lseek(fd, offset, whence)
+        if whence == os.SEEK_DATA and os.fstat(fd).st_ino == inode and start <= found < end:
+            return lseek(fd, end, whence)
+        return found
+
+    patches.setattr(os, "lseek", lie)
+
+
+def test_a_hole_over_data_that_is_not_there_is_no_damage(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    disk.device.write_bytes(os.urandom(10 * MIB))
+    disk.back_up()
+    telling_a_hole(monkeypatch, disk.paths.image, 2 * MIB, 4 * MIB)
+    assert verify(disk.paths)[0] == []
+    with contextlib.closing(dosvob.Chain(disk.paths)) as chain:
+        final, damaged = chain.restore(0, tmp_path / "restored", lambda count: None)
+    assert (final.name, damaged.ranges) == ("restored", [])
+    assert final.read_bytes() == disk.device.read_bytes()
+    write_at(disk.device, 2 * MIB, bytes(2 * MIB))
+    update, warnings = disk.back_up()
+    assert (update.differing.ranges, warnings) == ([], [])
+    monkeypatch.undo()
+    assert disk.image() == disk.device.read_bytes()
+
+
+@pytest.mark.parametrize("what", ["no state", "partial"])
+def test_a_hole_over_data_of_which_nothing_is_recorded_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    disk = Disk(tmp_path)
+    with dosvob.Home(disk.backups).locked():
+        image = disk.paths.image if what == "no state" else disk.paths.partial
+        image.write_bytes(os.urandom(8 * MIB))
+    disk.device.write_bytes(bytes(8 * MIB))
+    telling_a_hole(monkeypatch, image, 2 * MIB, 4 * MIB)
+    disk.back_up()
+    monkeypatch.undo()
+    assert disk.image() == bytes(8 * MIB)
+
+
+def test_a_first_backup_does_not_read_what_it_has_just_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where SEEK_DATA says that all is data."""
+    disk, pread, read = Disk(tmp_path), os.pread, []
+
+    def watched(fd: int, length: int, offset: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(disk.paths.partial):
+            read.append(offset)
+        return pread(fd, length, offset)
+
+    monkeypatch.setattr(os, "lseek", lambda fd, offset, whence: offset)
+    monkeypatch.setattr(os, "pread", watched)
+    disk.back_up()
+    assert disk.image() == disk.old
+    assert read == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM])
+def test_where_holes_cannot_be_asked_for_all_is_data(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "lseek", refuse)
+    disk.back_up()
+    assert disk.image() == disk.new
