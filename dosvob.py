@@ -2183,18 +2183,18 @@ class SparseFile:
             view, offset = view[written:], offset + written
 
     def write_zeros(self, offset: int, length: int) -> None:
-        """Make a range zeros, as a hole where the file system and the C library have them."""
+        """Make a range zeros, as a hole where that can be."""
+        if not self.punch(offset, length):
+            for start in range(offset, offset + length, CHUNK):
+                self.write(bytes(min(CHUNK, offset + length - start)), start)
+
+    def punch(self, offset: int, length: int) -> bool:
+        """Make a hole; False if the file system or the C library has none, whatever it says of that."""
         # Python has only posix_fallocate
         fallocate = getattr(LIBC, "fallocate64", None) or getattr(LIBC, "fallocate", None)
-        if fallocate is not None:
-            keep_size_and_punch = 1 | 2  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE of fallocate(2)
-            if fallocate(self.fd, keep_size_and_punch, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
-                return
-            number = ctypes.get_errno()
-            if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
-                raise OSError(number, os.strerror(number))
-        for start in range(offset, offset + length, CHUNK):
-            self.write(bytes(min(CHUNK, offset + length - start)), start)
+        keep_size_and_punch = 1 | 2  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE of fallocate(2)
+        arguments = (self.fd, keep_size_and_punch, ctypes.c_int64(offset), ctypes.c_int64(length))
+        return fallocate is not None and fallocate(*arguments) == 0
 
     def end_of_hole(self, offset: int, end: int) -> int:
         """Where the first data at or after an offset is; `end` if there is none before.

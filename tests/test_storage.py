@@ -193,3 +193,34 @@ def test_where_holes_cannot_be_asked_for_all_is_data(
     monkeypatch.setattr(os, "lseek", refuse)
     disk.back_up()
     assert disk.image() == disk.new
+
+
+# -- what a file system cannot do
+
+
+@pytest.mark.parametrize("name", ["EOPNOTSUPP", "EINVAL", "EPERM", "ENODEV", "EIO"])
+def test_zeros_are_written_whatever_punching_a_hole_answers(disk: Disk, name: str) -> None:
+    trace = strace(disk.backups, NAME, "-o", "/dev/null", f"--inject=fallocate:error={name}")
+    done = run_driver("sync", disk.backups, NAME, disk.device, wrapper=trace)
+    assert done.returncode == 0, done.stderr
+    assert disk.image() == disk.new
+
+
+@pytest.mark.parametrize("name", ["EINVAL", "EOPNOTSUPP", "EBADF"])
+def test_a_directory_that_refuses_fsync_is_no_reason_to_refuse_to_work(home: Home, name: str, tmp_path: Path) -> None:
+    volume = home.simulator.add_volume(NAME)
+    write_at(volume.path, 5 * MIB, b"first")
+    home.backups.mkdir()
+    metadata = home.backups / ".dosvob"
+    directories = (home.directory, home.backups, metadata, metadata / f"{NAME}.versions")
+    places = [word for path in directories for word in ("-P", str(path))]
+    refusing = ("strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-e", "trace=fsync", *places)
+    refusing += (f"--inject=fsync:error={name}",)
+    home.run(wrapper=refusing)
+    write_at(volume.path, 5 * MIB, b"later")
+    home.run(wrapper=refusing)
+    assert same(home.image(NAME), volume.path)
+    assert list((metadata / f"{NAME}.versions").iterdir())
+    home.run("restore", NAME, "copy.img", wrapper=refusing)
+    assert same(home.directory / "copy.img", volume.path)
+    assert "INJECTED" in (tmp_path / "trace").read_text()
