@@ -1928,10 +1928,13 @@ def is_disk_full(problem: BaseException) -> bool:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames, new and removed names in a directory durable."""
+    """Make renames, new and removed names in a directory durable; some file systems cannot be asked for that."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as problem:
+        if problem.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
+            raise
     finally:
         os.close(fd)
 
