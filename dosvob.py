@@ -1944,12 +1944,6 @@ def create_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
-def identity_of(path_or_fd: Path | int) -> dict[str, int]:
-    """What tells that a file was not touched since: size in bytes, inode, modification time in ns."""
-    status = os.stat(path_or_fd)
-    return {"size": status.st_size, "inode": status.st_ino, "mtime_ns": status.st_mtime_ns}
-
-
 @dataclass(frozen=True)
 class Mount:
     """A mount, as /proc/self/mountinfo has it: the device by its numbers, where it is, its type, what it is made of."""
@@ -1971,6 +1965,31 @@ class Mount:
                 place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), place)
                 mounts.append(cls(device, place, kind, source))
         return mounts
+
+    @classmethod
+    def of(cls, path_or_fd: Path | int) -> Mount:
+        """That of the file system that a file is on; one of no kind if nobody tells."""
+        device = os.stat(path_or_fd).st_dev
+        numbers = f"{os.major(device)}:{os.minor(device)}"
+        return next((mount for mount in cls.all() if mount.device == numbers), cls(numbers, "", "", ""))
+
+    @property
+    def keeps_inodes(self) -> bool:
+        """Whether a file has the same inode after a remount: FUSE makes them up, many of its file systems each time."""
+        return not self.kind.startswith("fuse")
+
+
+def identity_of(path_or_fd: Path | int) -> dict[str, int]:
+    """What tells that a file was not touched since: size in bytes, inode (0 if that tells nothing), mtime in ns."""
+    status, has_inode = os.stat(path_or_fd), Mount.of(path_or_fd).keeps_inodes
+    return {"size": status.st_size, "inode": status.st_ino * has_inode, "mtime_ns": status.st_mtime_ns}
+
+
+def stamp(fd: int, not_before: int = 0) -> None:
+    """Give a file the time of now in whole seconds, which every file system keeps, also at a rename; durably."""
+    seconds = max(int(time.time()), not_before)
+    os.utime(fd, ns=(seconds * 10**9, seconds * 10**9))
+    os.fsync(fd)
 
 
 class LoopDevices:
@@ -3045,7 +3064,8 @@ class Spool:
 class LocalImage:
     """What the local image has, as its spool stands. Only reads.
 
-    `suspects` are chunks that are not what the state says, or cannot be read, and are not done with.
+    `suspects` are chunks that are not what the state says, or cannot be read, and are not done with. `is_new`: this
+    sync made the file, of nothing but zeros, and what it has stored there is not asked for.
     """
 
     PARTS = 8  # every sync reads so great a part of the image again, in turn, to find what decayed on disk
@@ -3060,10 +3080,8 @@ class LocalImage:
         spool: Spool | None,
         *,
         reread: bool,
-        is_new: bool = False,
     ) -> None:
-        """`is_new`: the image was just made of nothing but zeros; what is stored since is not asked for."""
-        self._is_new = is_new
+        self.is_new = False
         self.part = (state.reread + 1) % self.PARTS if state else 0
         self.suspects: set[int] = set()
         self._image = image
@@ -3089,7 +3107,7 @@ class LocalImage:
         """That of a chunk by its index, digest that the state has, if any, and whether it is a hole."""
         index, recorded, is_hole = chunk_at
         is_spooled = self._spool is not None and bool(self._spool.positions[index])
-        if self._is_new or (is_hole and recorded == ZERO_DIGEST and not is_spooled):
+        if self.is_new or (is_hole and recorded == ZERO_DIGEST and not is_spooled):
             return ZERO_DIGEST
         if recorded and not (is_hole or is_spooled or index in self._reread):
             return recorded
@@ -3159,8 +3177,8 @@ class Update:
         self._new_state = os.fdopen(new_state, "wb", buffering=128 << 10)
         self._new_state.write(bytes(BLOCK))
         self._table = hashlib.sha256()
-        image, state = self._image, self._state
-        self.local = LocalImage(paths, image, self.chunks, state, self.spool, reread=reread, is_new=is_new)
+        self.local = LocalImage(paths, self._image, self.chunks, self._state, self.spool, reread=reread)
+        self.local.is_new = is_new
 
     def _fitting_state(self) -> State | None:
         """The state, if it is this volume's; what belongs to another volume, or to no image, is set aside."""
@@ -3329,19 +3347,19 @@ class Update:
                 patch.write_to(image)
                 self._heed(patch.length)
         if identity_of(image.fd) != before or any(spool.positions):
-            # Whole seconds, which every file system keeps; later than before, which tells the new image from the old.
-            seconds = max(int(time.time()), before["mtime_ns"] // 10**9 + 2)
-            os.utime(image.fd, ns=(seconds * 10**9, seconds * 10**9))
-        os.fsync(image.fd)
+            stamp(image.fd, before["mtime_ns"] // 10**9 + 2)  # later, which tells the new image from the old
+        else:
+            os.fsync(image.fd)
         return identity_of(image.fd) if before == spool.file.head["base"] else None
 
     def _finish_first(self) -> None:
         os.fsync(self._image.fd)
-        self._complete_state(self._table.hexdigest(), identity_of(self._image.fd))
         try:
             rename_new(self._paths.partial, self._paths.image)
         except DosvobError as problem:
             raise DosvobError(f"{problem}; {self._paths.partial} is kept") from None
+        stamp(self._image.fd)  # only now, for a rename may change what tells one file from another
+        self._complete_state(self._table.hexdigest(), identity_of(self._paths.image))
         self._paths.new_state.rename(self._paths.state)
         sync_directory(self._paths.metadata)
 
@@ -3354,13 +3372,13 @@ class Update:
 
         That is the spool, or the end of a first sync: each run that fails fetches only that again.
         """
-        if self.spool is None:
+        if self.spool is None and self._paths.partial.exists():
             goal = os.fstat(self._image.fd).st_blocks * 512 - self.SPACE_FOR_OTHERS
             for index in reversed(range(self.chunks)):
                 if os.fstat(self._image.fd).st_blocks * 512 <= goal:
                     break
                 os.ftruncate(self._image.fd, index * CHUNK)
-        else:
+        elif self.spool:
             self._paths.spool.unlink(missing_ok=True)
 
     def close(self) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 from conftest import MIB, Home, same, write_at
-from crash_support import PAGE, leave_written, recover_all, run_driver, strace, verify
+from crash_support import leave_spool, leave_written, recover_all, run_driver, strace, verify
 from simulator.storage import LoopDevice, mounted
+from storage_support import Storage
 from test_disk import NAME, Disk, one_clear_error
 
 import dosvob
@@ -224,3 +225,60 @@ def test_a_directory_that_refuses_fsync_is_no_reason_to_refuse_to_work(home: Hom
     home.run("restore", NAME, "copy.img", wrapper=refusing)
     assert same(home.directory / "copy.img", volume.path)
     assert "INJECTED" in (tmp_path / "trace").read_text()
+
+
+# -- whether an image was touched
+
+
+@pytest.mark.parametrize("storage", ["sshfs", "mergerfs", "exfat-fuse", "ntfs-3g", "gocryptfs"], indirect=True)
+def test_a_remount_does_not_make_another_file_of_an_image(
+    tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a first backup and after a later one; nor is a spool dropped."""
+    disk = Disk(tmp_path, storage.path / "backups")
+    disk.device.write_bytes(os.urandom(8 * MIB))
+    for content in (os.urandom(8 * MIB), os.urandom(8 * MIB), os.urandom(8 * MIB)):
+        disk.back_up()
+        touched_elsewhere(storage)
+        state = dosvob.State.load(disk.paths.state)
+        assert state is not None
+        assert state.identity == dosvob.identity_of(disk.paths.image)
+        disk.device.write_bytes(content)
+    leave_spool(disk.backups, NAME, disk.device)
+    touched_elsewhere(storage)
+    found: list[int] = []
+    opened = dosvob.Spool.open
+
+    def watched(*arguments: Any) -> dosvob.Spool:
+        spool = opened(*arguments)
+        found.extend(spool.chunks())
+        return spool
+
+    monkeypatch.setattr(dosvob.Spool, "open", watched)
+    disk.back_up()
+    assert len(found) == 8
+
+
+def touched_elsewhere(storage: Storage) -> None:
+    """Mount it again, and ask for its files in another order than they were made."""
+    storage.unmount()
+    storage.mount()
+    for path in sorted(storage.path.rglob("*"), reverse=True):
+        path.stat()
+
+
+def test_the_first_image_has_a_time_that_every_file_system_keeps(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    disk.back_up()
+    assert disk.paths.image.stat().st_mtime_ns % 10**9 == 0
+
+
+def test_an_inode_tells_one_image_from_another_where_it_stays(disk: Disk, tmp_path: Path) -> None:
+    """Another file of the same length and time is read as a whole."""
+    shutil.copy2(disk.paths.image, tmp_path / "copy")
+    write_at(tmp_path / "copy", 5 * MIB, b"another")
+    status = disk.paths.image.stat()
+    os.utime(tmp_path / "copy", ns=(status.st_mtime_ns, status.st_mtime_ns))
+    (tmp_path / "copy").rename(disk.paths.image)
+    disk.device.write_bytes(disk.old)
+    assert disk.back_up()[0].differing.ranges == [(5 * MIB, 6 * MIB)]
