@@ -29,7 +29,7 @@ A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and 
     chunks whose digest is the image's are kept, of the others the pages that differ are fetched, as patches.
  5. `Update.finish` writes the undo, then the spool to the image; the state that follows is the commit, and the undo
     becomes a version.
- 6. `Versions.thin` drops the versions that `keep` does not ask for.
+ 6. `thin` drops the versions that `keep` does not ask for; of all volumes before the first is fetched, too.
  7. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
 
 The way back: `Chain.restore` writes a version to a file; `Restoration` makes a new volume of it, by a `Push` to an
@@ -2256,8 +2256,10 @@ class SparseFile:
             os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Close it."""
-        os.close(self.fd)
+        """Close it; once more does no harm."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
 
 @dataclass(frozen=True)
@@ -3285,12 +3287,18 @@ class Update:
                 self._complete_state(digests, identity)
                 paths.new_state.rename(paths.state)
             except Exception as problem:
-                if is_disk_full(problem):  # what overwriting takes on some file systems, also to put back
-                    paths.spool.unlink(missing_ok=True)
+                if is_disk_full(problem):
+                    self._drop_spool(self.spool)
                 undo.put_back(self._heed)
                 raise
             sync_directory(paths.metadata)
             undo.settle()
+
+    def _drop_spool(self, spool: Spool) -> None:
+        """Free what it takes, for the undo to be put back there: some file systems need space to overwrite."""
+        self._paths.spool.unlink(missing_ok=True)
+        spool.file.close()  # of an open file nothing is freed
+        os.sync()  # nor by Btrfs before
 
     def _head_of_undo(self, digests: str) -> Json:
         """What the undo says of itself: which snapshots it leads between, by what state it counts, what the image is.
@@ -4810,7 +4818,10 @@ class Hosts:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up."""
+    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up.
+
+    `is_thinned`: whether its versions could be thinned before; if not, that was told.
+    """
 
     name: str
     size: int
@@ -4818,6 +4829,7 @@ class Result:
     changed: int = 0
     fetched: int = 0
     seconds: float = 0.0
+    is_thinned: bool = True
 
     def row(self) -> tuple[str, ...]:
         """Its line in the table at the end of a run."""
@@ -4841,6 +4853,25 @@ class Turn:
 
 
 Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
+
+
+def thin(job: Job, paths: ImagePaths) -> bool:
+    """Drop the versions that are not to be kept; False if not all could be: the next run tries again."""
+    try:
+        meter = Meter(job.report, job.stop, f"{paths.name}: thinning its versions")
+        Versions(paths).thin(job.config.keep, meter)
+    except Interrupted:
+        pass  # whoever waits next ends the run
+    except (OSError, DosvobError) as problem:
+        held = human_size(sum(version.occupied for version in Versions(paths).all()))
+        job.report.warn(
+            f"{paths.name}: its older versions could not all be thinned, and none is lost by that: "
+            f"{explained(problem, paths.versions)}. They "
+            f'hold {held}; to keep fewer change "keep" in conf.json; to see which are damaged: '
+            + command_line("verify", paths.name)
+        )
+        return False
+    return True
 
 
 class Backup:
@@ -4990,7 +5021,7 @@ class Backup:
         start, volume, name = time.monotonic(), turn.volume, turn.name
         self._report.current = f"backing up {name}"
         self._report.detail(f"{name}: syncing its snapshot of {taken_at}")
-        self._results[name] = Result(name, volume.size, "begun")
+        self._results[name] = dataclasses.replace(self._results[name], outcome="begun")
         paths = ImagePaths(self._job.home.path, name)
         snapshot = Snapshot(volume.id, name, volume.region, clone.size, taken_at)
 
@@ -5002,7 +5033,6 @@ class Backup:
             update = Update(paths, snapshot, self._job.config.keep, warn, meter, reread=self._reread)
             with contextlib.closing(update):
                 try:
-                    is_thinned = self._thin(paths)  # before: the disk may be full, and "keep" ask for fewer by now
                     received = hosts.converse(clone, Pull(update), name)
                     update.finish()
                 except OSError as problem:
@@ -5015,8 +5045,8 @@ class Backup:
                     f"cannot be read: {update.differing}. Either it was mounted or opened for writing, or the "
                     "disk is failing; the volume's content was put back"
                 )
-            if is_thinned:  # or it was told why not
-                self._thin(paths)
+            if self._results[name].is_thinned:
+                thin(self._job, paths)
         except (DosvobError, OSError) as problem:
             self._fail(turn, problem)
         else:
@@ -5027,24 +5057,6 @@ class Backup:
                 f"{name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
-
-    def _thin(self, paths: ImagePaths) -> bool:
-        """Drop the versions that are not to be kept; False if not all could be: the next run tries again."""
-        try:
-            meter = Meter(self._report, self._job.stop, f"{paths.name}: thinning its versions")
-            Versions(paths).thin(self._job.config.keep, meter)
-        except Interrupted:
-            pass  # whoever waits next ends the run
-        except (OSError, DosvobError) as problem:
-            held = human_size(sum(version.occupied for version in Versions(paths).all()))
-            self._report.warn(
-                f"{paths.name}: its older versions could not all be thinned, and none is lost by that: "
-                f"{explained(problem, paths.versions)}. They "
-                f'hold {held}; to keep fewer change "keep" in conf.json; to see which are damaged: '
-                + command_line("verify", paths.name)
-            )
-            return False
-        return True
 
 
 # ── The way back ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5281,7 +5293,10 @@ class Restoration:
 
 
 class Selection:
-    """Which of the account's volumes are backed up: of those in the regions of conf.json, the ones that it names."""
+    """Which of the account's volumes are backed up: of those in the regions of conf.json, the ones that it names.
+
+    `account` are all that there are.
+    """
 
     def __init__(self, job: Job) -> None:
         """Tells of regions that have none; raises UsageError if there is none in any."""
@@ -5308,6 +5323,7 @@ class Selection:
         if elsewhere:
             job.report.say(f"not backed up, because in another region than {', '.join(sorted(regions))}: {others}")
         self._here, self._elsewhere = here, elsewhere
+        self.account = volumes
 
     def chosen(self, names: Sequence[str]) -> list[Volume]:
         """Those to back up; raises UsageError for a name that fits none, tells of one that no volume can have."""
@@ -5476,7 +5492,8 @@ class Run:
             sweep(job)  # first: what is left costs money while a large backup is taken back
         finally:
             damaged = home.recover(report, job.stop)
-        volumes = Selection(job).chosen(self._names)
+        selection = Selection(job)
+        volumes = selection.chosen(self._names)
         plans = self._plan_droplets(volumes)
         if not self._names:
             try:
@@ -5488,6 +5505,7 @@ class Run:
         damaged |= Misplaced(job, volumes).move(damaged)
         fit = [volume for volume in volumes if job.name(volume) not in damaged]
         self._results = {job.name(volume): Result(job.name(volume), volume.size, "not begun") for volume in fit}
+        self._thin_all(selection.account, damaged)
         cost = 0.0
         try:
             for _, volumes_there in itertools.groupby(fit, lambda volume: volume.region):
@@ -5504,6 +5522,21 @@ class Run:
             report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included", is_result=True)
         if not report.left:
             report.say("nothing of this home's is left in the account")
+
+    def _thin_all(self, volumes: Iterable[Volume], damaged: Container[str]) -> None:
+        """Thin the versions of all volumes: the disk may be full, "keep" ask for fewer, and the first need the space.
+
+        What is not of the volume that has its name is set aside by the volume's turn, as it is.
+        """
+        job, results = self._job, self._results
+        for volume in volumes:
+            name = job.name(volume)
+            with contextlib.suppress(OSError, DosvobError):  # which its turn meets, and tells
+                paths = ImagePaths(job.home.path, name)
+                state = State.load(paths.state, whole=False)
+                is_fit = state is not None and state.snapshot.volume_id == volume.id and name not in damaged
+                if is_fit and paths.image.exists() and not thin(job, paths) and name in results:
+                    results[name] = dataclasses.replace(results[name], is_thinned=False)
 
     def _plan_droplets(self, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
         """What droplets to create, by region; one of several regions that cannot have one fails for itself."""

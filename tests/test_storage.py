@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MIB, Home, same, write_at
+from conftest import MIB, Home, Tmpfs, same, write_at
 from crash_support import leave_spool, leave_written, recover_all, run_driver, strace, verify
 from simulator.storage import LoopDevice, mounted
-from storage_support import Storage
+from storage_support import Storage, run
 from test_disk import NAME, Disk, one_clear_error
 
 import dosvob
@@ -282,3 +282,92 @@ def test_an_inode_tells_one_image_from_another_where_it_stays(disk: Disk, tmp_pa
     (tmp_path / "copy").rename(disk.paths.image)
     disk.device.write_bytes(disk.old)
     assert disk.back_up()[0].differing.ranges == [(5 * MIB, 6 * MIB)]
+
+
+# -- a disk that is full when it does not say so
+
+
+@pytest.fixture
+def limited(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[[int], Path]]:
+    """A file system that says it has free space and has none: by a quota of Btrfs, or by what ext4 holds back."""
+    made = Storage(request.param, tmp_path / "storage", size=512 * MIB)
+    backups = made.path / "home"
+    if request.param == "btrfs":
+        run("btrfs", "subvolume", "create", backups)
+        run("btrfs", "quota", "enable", made.path)
+    else:
+        backups.mkdir()
+
+    def leave_free(size: int) -> Path:
+        """Only so much can be written from now on."""
+        os.sync()
+        if request.param == "btrfs":
+            run("btrfs", "qgroup", "limit", used_in(backups) + size, backups)
+        else:
+            filling = made.path / "filling"
+            filling.touch()
+            os.truncate(filling, 0)
+            status = os.statvfs(made.path)
+            run("fallocate", "-l", status.f_bfree * status.f_frsize - size - 24 * MIB, filling)
+            with filling.open("ab") as file, contextlib.suppress(OSError):
+                while file.write(bytes(MIB)):
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.truncate(filling, filling.stat().st_size - size)
+        return backups
+
+    yield leave_free
+    made.close()
+
+
+def used_in(path: Path) -> int:
+    """The bytes that a Btrfs subvolume refers to."""
+    told = subprocess.run(["btrfs", "qgroup", "show", "--raw", "-F", path], capture_output=True, text=True, check=True)
+    return int(told.stdout.splitlines()[-1].split()[1])
+
+
+@pytest.mark.parametrize("limited", ["btrfs", "ext4"], indirect=True)
+def test_a_disk_that_turns_out_to_be_full_while_the_image_is_written_is_taken_back(
+    tmp_path: Path, limited: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With root's eyes too, who sees blocks free that nobody can write."""
+    disk = Disk(tmp_path, limited(256 * MIB) / "backups")
+    disk.device.write_bytes(os.urandom(MIB) + bytes(39 * MIB))
+    disk.back_up()
+    old = disk.image()
+    disk.device.write_bytes(os.urandom(40 * MIB))
+    write_image, reached = dosvob.Update._write_image, []
+
+    def without_space(*arguments: Any) -> Any:
+        reached.append(limited(8 * MIB))
+        return write_image(*arguments)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(dosvob.SparseFile, "free_space", lambda _: 1 << 40)
+        patches.setattr(dosvob.Update, "_write_image", without_space)
+        with pytest.raises(OSError, match=r"No space left|Disk quota exceeded") as full:
+            disk.back_up()
+    assert reached
+    assert dosvob.is_disk_full(full.value)
+    assert disk.image() == old
+    assert not disk.paths.undo.exists()
+    assert not disk.paths.spool.exists()
+    limited(256 * MIB)
+    disk.check_settled()
+
+
+def test_what_is_over_in_keep_goes_before_a_run_fetches(home: Home, tmpfs: Tmpfs) -> None:
+    """Of all volumes, also those that come later or are not backed up any more: the first one may need that space."""
+    first, last = home.simulator.add_volume("a-first"), home.simulator.add_volume("z-last")
+    backups = ("--backups", str(tmpfs.path))
+    home.configure(keep={"last": 3})
+    home.run(*backups)
+    for _ in range(3):
+        write_at(last.path, 0, os.urandom(10 * MIB))
+        home.run(*backups, "z-last")
+    write_at(first.path, 0, os.urandom(8 * MIB))
+    home.configure(keep={}, include=["a-first"])
+    tmpfs.leave_free(2 * MIB)
+    home.run(*backups)
+    assert same(tmpfs.path / "a-first", first.path)
+    assert not list((tmpfs.path / ".dosvob").glob("*.versions/*"))
