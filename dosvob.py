@@ -1922,6 +1922,11 @@ def unseal(kind: str, block: bytes, path: Path) -> Json | None:
     return content
 
 
+def is_unreadable(problem: OSError) -> bool:
+    """Whether it tells that the disk does not have any more what was written, or has it damaged."""
+    return problem.errno in (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
+
+
 def is_disk_full(problem: BaseException) -> bool:
     """Whether it tells of a full disk, or of a quota."""
     return isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -2098,6 +2103,10 @@ class State:
                 is_sound = not whole or hashlib.file_digest(file, "sha256").hexdigest() == state.digests
         except FileNotFoundError:
             return None
+        except OSError as problem:
+            if not is_unreadable(problem):
+                raise
+            is_sound = False
         return state if is_sound else cls.unpack(b"", path)
 
     def write(self, path: Path) -> None:
@@ -2187,7 +2196,7 @@ class SparseFile:
             while len(data) < length and (part := os.pread(self.fd, length - len(data), offset + len(data))):
                 data += part
         except OSError as problem:
-            if problem.errno != errno.EIO:
+            if not is_unreadable(problem):
                 raise
             return None
         return data if len(data) == length else data.ljust(length, b"\0")
@@ -2822,12 +2831,14 @@ class Chain:
     Raises FileNotFoundError without an image.
     """
 
+    READ_BACK = 64  # chunks that a restore writes before it reads them from the disk
+
     def __init__(self, paths: ImagePaths, *, from_disk: bool = False) -> None:
         self.paths = paths
         self.state: State | None = None
         self.problem: Damaged | None = None
         self._from_disk = from_disk
-        self._table: BinaryIO | None = None
+        self._table: SparseFile | None = None
         paths.check_link()
         with contextlib.ExitStack() as files:
             self.image = files.enter_context(contextlib.closing(SparseFile(paths.image)))
@@ -2841,7 +2852,7 @@ class Chain:
             try:
                 if (state := State.load(paths.state)) is not None:
                     self.state, self.size = state, state.snapshot.size
-                    self._table = files.enter_context(paths.state.open("rb", buffering=128 << 10))
+                    self._table = files.enter_context(contextlib.closing(SparseFile(paths.state)))
             except Damaged as problem:
                 self.problem = problem
             newer = self.versions[0].newer if self.versions else None
@@ -2908,8 +2919,7 @@ class Chain:
         """A chunk of the image, with what the undo has of it, and whether it is sound."""
         recorded = undone.digest if undone else None
         if self._table is not None:
-            self._table.seek(BLOCK + index * DIGEST_SIZE)
-            recorded = self._table.read(DIGEST_SIZE)
+            recorded = self._table.read(BLOCK + index * DIGEST_SIZE, DIGEST_SIZE) or b""
         stored = ZERO_CHUNK if is_hole and recorded == ZERO_DIGEST and not undone else self.image.chunk(index)
         chunk = undone.over(stored or ZERO_CHUNK) if undone else stored or ZERO_CHUNK
         is_cut = recorded is None and (index + 1) * CHUNK > self.length
@@ -2945,6 +2955,7 @@ class Chain:
                     f"{path} is there, and nothing is restored over it: move it away, or name another file"
                 )
         damaged = Ranges()
+        written: list[tuple[int, bytes, bool]] = []  # what is to be read back
         with contextlib.closing(SparseFile(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL)) as file:
             try:
                 is_cloned = self._clone_to(file, depth)
@@ -2959,15 +2970,35 @@ class Chain:
                         if is_cloned and base is ZERO_CHUNK:  # it may stand for what the disk cannot read
                             differing = ALL_PAGES
                         Patch.of(index, differing, Patch.select(content, differing), b"").write_to(file)
-                    if not soundness[depth]:
-                        damaged.add(index)
+                    written.append((index, content, soundness[depth]))
+                    if len(written) == self.READ_BACK:
+                        self._read_back(file, written, damaged)
                     heed(CHUNK)
+                self._read_back(file, written, damaged)
                 os.fsync(file.fd)
                 rename_new(partial, final := damaged_target if damaged.ranges else target)
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
         return final, damaged
+
+    @staticmethod
+    def _read_back(file: SparseFile, written: list[tuple[int, bytes, bool]], damaged: Ranges) -> None:
+        """Compare what a restored file has on the disk with what it is to have, and write again what it has not.
+
+        `written` are chunks that follow each other: index, content, whether that is sound. A file system has shared with
+        a clone what was there before.
+        """
+        for attempt in (1, 2):
+            if written:
+                file.forget_cached(written[0][0] * CHUNK, len(written) * CHUNK)
+            wrong = {index: content for index, content, _ in written if file.chunk(index) != content}
+            for index, content in wrong.items() if attempt == 1 else ():
+                file.write(content, index * CHUNK)
+        for index, _, is_sound in written:
+            if index in wrong or not is_sound:
+                damaged.add(index)
+        written.clear()
 
     def _clone_to(self, file: SparseFile, depth: int) -> bool:
         """Make a file share the image's content; if its file system cannot, make sure that there is room for a copy."""
@@ -4519,6 +4550,10 @@ class Home:
         with self._held(fd, fcntl.LOCK_SH):
             yield
 
+    def is_read_only(self) -> bool:
+        """Whether nothing can be changed in it, as in a copy on a read-only disk, or in somebody else's."""
+        return self.metadata.is_dir() and not os.access(self.metadata, os.W_OK)
+
     def is_busy(self) -> bool:
         """Whether somebody is at work in it."""
         try:
@@ -4534,6 +4569,12 @@ class Home:
                 fcntl.flock(fd, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Busy(f"another dosvob is at work in {self.path}: wait until it ends") from None
+            except OSError as problem:
+                if kind == fcntl.LOCK_EX:
+                    raise UsageError(
+                        f"{self.path} cannot be locked ({problem.strerror}), so that two runs could meet there: mount "
+                        "it with locks, as NFS has by -o local_lock=flock"
+                    ) from problem
             yield
         finally:
             os.close(fd)
@@ -4955,8 +4996,9 @@ class Backup:
         that was ours.
         """
         now, path = time.monotonic(), ImagePaths(self._job.home.path, turn.name).state
-        with contextlib.suppress(OSError, DosvobError), path.open("rb") as file:
-            since = age(State.unpack(file.read(BLOCK), path).snapshot.taken_at)
+        with contextlib.suppress(OSError, DosvobError):
+            state = State.load(path, whole=False)
+            since = age(state.snapshot.taken_at) if state else -1.0
             if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
                 wait = self.SNAPSHOT_INTERVAL - since
         rule = "DigitalOcean takes one snapshot of a volume per 10 minutes"
@@ -5666,8 +5708,11 @@ class Commands:
         """Compare images and versions with their recorded digests, without network or account."""
         home, report = self._home, self._report
         self._home.check()
-        with home.locked(with_id=False):  # an id would make a home of a region's directory
-            home.recover(report, self._stop)
+        is_copy = home.is_read_only()
+        # an id would make a home of a region's directory
+        with home.unchanged() if is_copy else home.locked(with_id=False):
+            if not is_copy:
+                home.recover(report, self._stop)
             names = home.chosen(self._arguments.names, with_aside=False)
             if not names:
                 raise DosvobError(f"there is no backup in {home.path} yet, so nothing was verified")
@@ -5719,8 +5764,8 @@ class Commands:
         for name in names:
             try:
                 report.say(f"{name}: {self._health_of(name, is_wanted=name in wanted)}")
-            except DosvobError as problem:
-                report.error(f"{name}: {problem}")
+            except (OSError, DosvobError) as problem:
+                report.error(f"{name}: {explained(problem, home.path)}")
 
     def _health_of(self, name: str, *, is_wanted: bool) -> str:
         """What to say of a backup; raises DosvobError if it is missing, not complete, or older than may be."""
@@ -5793,15 +5838,15 @@ class Commands:
             found["problem"] = self._unfinished(paths) or None
             status = paths.image.stat()
             found |= {"size": status.st_size, "occupied": status.st_blocks * 512}
-            with paths.state.open("rb") as file:
-                state = State.unpack(file.read(BLOCK), paths.state)
+            if (state := State.load(paths.state, whole=False)) is None:
+                raise FileNotFoundError
             found |= {"region": state.snapshot.region, "size": state.snapshot.size}
             add(state.moment)
         except FileNotFoundError:
             missing = "no snapshot is recorded" if found["size"] else "the image is missing"
             found["problem"] = found["problem"] or missing
-        except DosvobError as problem:
-            found["problem"] = found["problem"] or str(problem)
+        except (OSError, DosvobError) as problem:
+            found["problem"] = found["problem"] or explained(problem, paths.image)
         versions = Versions(paths).all()
         for version, older in itertools.zip_longest(versions, versions[1:]):
             try:

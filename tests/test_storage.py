@@ -16,7 +16,17 @@ from typing import Any
 
 import pytest
 from conftest import MIB, Home, Tmpfs, same, write_at
-from crash_support import leave_spool, leave_written, recover_all, run_driver, strace, verify
+from crash_support import (
+    AgentProcess,
+    leave_spool,
+    leave_written,
+    power_cut_at,
+    recover_all,
+    run_driver,
+    strace,
+    sync_device,
+    verify,
+)
 from simulator.storage import LoopDevice, mounted
 from storage_support import Storage, run
 from test_disk import NAME, Disk, one_clear_error
@@ -371,3 +381,118 @@ def test_what_is_over_in_keep_goes_before_a_run_fetches(home: Home, tmpfs: Tmpfs
     home.run(*backups)
     assert same(tmpfs.path / "a-first", first.path)
     assert not list((tmpfs.path / ".dosvob").glob("*.versions/*"))
+
+
+# -- a restore
+
+
+@pytest.mark.parametrize("is_stubborn", [False, True])
+def test_a_restored_file_is_what_is_checked_and_not_its_source(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stubborn: bool
+) -> None:
+    """A clone with stale bytes has been seen with ZFS; what cannot be mended is named."""
+    disk.device.write_bytes(os.urandom(10 * MIB))
+    disk.back_up()
+
+    def clone(fd: int, request: int, source: int) -> int:
+        assert request == 0x40049409
+        content = bytearray(os.pread(source, 10 * MIB, 0))
+        content[5 * MIB : 5 * MIB + 4096] = b"S" * 4096
+        return os.pwrite(fd, content, 0)
+
+    def write(file: dosvob.SparseFile, data: bytes | memoryview, offset: int) -> None:
+        if not is_stubborn:
+            os.pwrite(file.fd, data, offset)
+
+    monkeypatch.setattr(dosvob.fcntl, "ioctl", clone)
+    monkeypatch.setattr(dosvob.SparseFile, "write", write)
+    with contextlib.closing(dosvob.Chain(disk.paths)) as chain:
+        final, damaged = chain.restore(0, tmp_path / "restored", lambda count: None)
+    assert (final.name, damaged.ranges) == (
+        ("restored.damaged", [(5 * MIB, 6 * MIB)]) if is_stubborn else ("restored", [])
+    )
+    assert (final.read_bytes() == disk.device.read_bytes()) is not is_stubborn
+
+
+# -- what cannot be changed, or read
+
+
+@contextlib.contextmanager
+def squashed(home: Home, tmp_path: Path) -> Iterator[Path]:
+    """A read-only copy of backups/."""
+    if shutil.which("mksquashfs") is None:
+        pytest.skip("there is no mksquashfs, which is in the package squashfs-tools")
+    run("mksquashfs", home.backups, tmp_path / "copy.squashfs", "-quiet", "-no-progress")
+    (place := tmp_path / "copy").mkdir()
+    run("mount", "-o", "loop,ro", tmp_path / "copy.squashfs", place)
+    try:
+        yield place
+    finally:
+        run("umount", place)
+
+
+def test_a_read_only_copy_is_verified_and_a_damaged_undo_costs_its_own_chunk(home: Home, tmp_path: Path) -> None:
+    volume, other = home.simulator.add_volume(NAME), home.simulator.add_volume("other")
+    write_at(volume.path, 0, os.urandom(6 * MIB))
+    write_at(other.path, 0, os.urandom(MIB))
+    home.run()
+    old = volume.path.read_bytes()[: 6 * MIB]
+    with squashed(home, tmp_path) as copy:
+        assert f"{NAME}: sound" in home.run("verify", "--backups", str(copy)).stdout
+    (tmp_path / "copy.squashfs").unlink()
+    (tmp_path / "copy").rmdir()
+    paths, device = dosvob.ImagePaths(home.backups, NAME), tmp_path / "device"
+    shutil.copyfile(volume.path, device)
+    write_at(device, 0, os.urandom(6 * MIB))
+    leave_written_by(paths, device)
+    write_at(paths.undo, paths.undo.stat().st_size // 2, b"decayed")
+    with squashed(home, tmp_path) as copy:
+        done = home.run("verify", "--backups", str(copy), expect=1)
+        (damage,) = [line for line in done.stderr.splitlines() if "error: " in line]
+        assert f"{NAME}: differs from its snapshot in bytes" in damage
+        start, end = map(int, damage.split("bytes ")[1].split(":")[0].split(" to "))
+        assert end - start == MIB - 1
+        assert "other: sound" in done.stdout
+        home.run("restore", NAME, "copy.img", "--backups", str(copy), expect=1)
+        brought = (home.directory / "copy.img.damaged").read_bytes()[: 6 * MIB]
+        assert brought[:start] + brought[end + 1 :] == old[:start] + old[end + 1 :]
+
+
+def leave_written_by(paths: dosvob.ImagePaths, device: Path) -> None:
+    """Have the image written to, as if the power went before the commit."""
+    state = dosvob.State.load(paths.state)
+    assert state is not None
+    snapshot = dosvob.Snapshot(state.snapshot.volume_id, NAME, "fra1", device.stat().st_size, "2030-01-01T00:00:00Z")
+    with contextlib.closing(dosvob.Update(paths, snapshot, dosvob.Keep(), print)) as update:
+        connect: Any = lambda first, window: AgentProcess(device, first, window)  # noqa: E731
+        sync_device(connect, update, print)
+        with power_cut_at(dosvob.Update, "_complete_state"):
+            update.finish()
+    assert paths.undo.exists()
+
+
+@pytest.mark.parametrize("name", ["EIO", "EBADMSG", "EUCLEAN"])
+def test_a_state_that_the_disk_cannot_read_is_no_matter_of_other_volumes(
+    home: Home, tmp_path: Path, name: str
+) -> None:
+    volumes = [home.simulator.add_volume(each) for each in (NAME, "other")]
+    for _ in range(2):
+        for volume in volumes:
+            write_at(volume.path, 0, os.urandom(MIB))
+        home.run()
+    state = dosvob.ImagePaths(home.backups, NAME).state
+    relative = state.relative_to(home.directory)
+    failing = ("strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-e", "trace=read,pread64", "-P", str(state))
+    failing += ("-P", str(relative), f"--inject=read,pread64:error={name}")
+    for command in ("list", "health", "verify"):
+        done = home.run(command, wrapper=failing, expect=0 if command == "list" else 1)
+        told = done.stdout + done.stderr
+        assert f"{relative} is damaged" in told, command
+        assert "other" in told
+        assert "Traceback" not in told
+    home.run("restore", NAME, "copy.img", wrapper=failing)
+    assert same(home.directory / "copy.img", volumes[0].path)
+    home.run("restore", "other", "other.img", wrapper=failing)
+    write_at(volumes[1].path, 5 * MIB, b"new")
+    assert str(relative) in one_clear_error(home.run(wrapper=failing, expect=1))
+    assert same(home.image("other"), volumes[1].path)
