@@ -29,7 +29,7 @@ A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and 
     whose digest is the image's stay as they are; of the others the pages that differ are fetched, as patches.
  5. `Update.finish` writes the undo, then the spool to the image. The new state is the commit, and makes the undo a
     version.
- 6. `Versions.thin` drops the versions that `keep` does not ask for.
+ 6. `thin` drops the versions that `keep` does not ask for; it also does so for all volumes before the first is fetched.
  7. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
 
 The way back: `Chain.restore` writes a version to a file. `Restoration` makes a new volume of it: a `Push` sends what
@@ -2313,6 +2313,11 @@ ZERO_DIGEST = chunk_digest(ZERO_PAGES)
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
+def digest_of(chunk: bytes) -> bytes:
+    """The digest of a chunk, without work for ZERO_CHUNK."""
+    return ZERO_DIGEST if chunk is ZERO_CHUNK else chunk_digest(page_digests(chunk))
+
+
 class Damaged(DosvobError):
     """A file of ours is not what we wrote."""
 
@@ -2340,11 +2345,19 @@ def unseal(kind: str, block: bytes, path: Path) -> Json | None:
     return content
 
 
+def is_unreadable(problem: OSError) -> bool:
+    """Whether it tells that the disk does not have any more what was written, or has it damaged."""
+    return problem.errno in (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
+
+
 def sync_directory(path: Path) -> None:
-    """Make renames, new and removed names in a directory durable."""
+    """Make renames, new and removed names in a directory durable; some file systems cannot be asked for that."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as problem:
+        if problem.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
+            raise
     finally:
         os.close(fd)
 
@@ -2354,10 +2367,101 @@ def create_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
+@dataclass(frozen=True)
+class Mount:
+    """A mount, as /proc/self/mountinfo has it: the device by its numbers, where it is, its type, what it is made of."""
+
+    device: str
+    place: str
+    kind: str
+    source: str
+
+    @classmethod
+    def all(cls) -> list[Mount]:
+        """All that this process sees, in their order; none where Linux does not tell."""
+        mounts = []
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+                before, _, after = line.partition(" - ")
+                _, _, device, _, place, *_ = before.split()
+                kind, source, *_ = after.split()
+                place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), place)
+                mounts.append(cls(device, place, kind, source))
+        return mounts
+
+    @classmethod
+    def of(cls, path_or_fd: Path | int) -> Mount:
+        """That of the file system that a file is on; one of no kind if nobody tells."""
+        device = os.stat(path_or_fd).st_dev
+        numbers = f"{os.major(device)}:{os.minor(device)}"
+        return next((mount for mount in cls.all() if mount.device == numbers), cls(numbers, "", "", ""))
+
+    @property
+    def keeps_inodes(self) -> bool:
+        """Whether a file has the same inode after a remount: FUSE makes them up, many of its file systems each time."""
+        return not self.kind.startswith("fuse")
+
+
 def identity_of(path_or_fd: Path | int) -> dict[str, int]:
-    """What shows whether somebody touched a file: size in bytes, inode, modification time in ns."""
-    status = os.stat(path_or_fd)
-    return {"size": status.st_size, "inode": status.st_ino, "mtime_ns": status.st_mtime_ns}
+    """What tells that a file was not touched since: size in bytes, inode (0 if that tells nothing), mtime in ns."""
+    status, has_inode = os.stat(path_or_fd), Mount.of(path_or_fd).keeps_inodes
+    return {"size": status.st_size, "inode": status.st_ino * has_inode, "mtime_ns": status.st_mtime_ns}
+
+
+def stamp(fd: int, not_before: int = 0) -> None:
+    """Give a file the time of now in whole seconds, which every file system keeps, also at a rename; durably."""
+    seconds = max(int(time.time()), not_before)
+    os.utime(fd, ns=(seconds * 10**9, seconds * 10**9))
+    os.fsync(fd)
+
+
+class LoopDevices:
+    """The loop devices of this machine, by which an image is looked into."""
+
+    GET_STATUS = 0x4C05  # LOOP_GET_STATUS64 of loop(4)
+    STATUS = struct.Struct("=QQ216x")  # struct loop_info64: device and inode of the file
+
+    @classmethod
+    def over(cls, path: Path) -> list[str]:
+        """Those that are over a file, each with where it is mounted."""
+        status = path.stat()
+        file, name = (status.st_dev, status.st_ino), os.path.realpath(path)
+        return [
+            cls._described(device)
+            for device in sorted(Path("/sys/block").glob("loop*"))
+            if cls._told(device / "loop" / "backing_file") == name or cls._file(device.name) == file
+        ]
+
+    @staticmethod
+    def _told(path: Path) -> str:
+        """What a file of /sys tells; nothing if it is not there, as that of a device that is over no file."""
+        with contextlib.suppress(OSError):
+            return path.read_text(errors="surrogateescape").removesuffix("\n")
+        return ""
+
+    @classmethod
+    def _file(cls, name: str) -> tuple[int, int] | None:
+        """Device and inode of what it is over, if we may ask for that: the path may be another one here."""
+        with contextlib.suppress(OSError):
+            fd = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                device, inode = cls.STATUS.unpack(fcntl.ioctl(fd, cls.GET_STATUS, bytes(cls.STATUS.size)))
+                return device, inode
+            finally:
+                os.close(fd)
+        return None
+
+    @classmethod
+    def _described(cls, device: Path) -> str:
+        """A device, and where it, a partition of it, or what is made of these is mounted."""
+        numbers, names, parts = set(), set(), [device]
+        while parts:
+            part = parts.pop()
+            numbers.add(cls._told(part / "dev"))
+            names.add(f"/dev/{part.name}")
+            parts += [*part.glob(f"{part.name}p*"), *part.glob("holders/*")]
+        places = [each.place for each in Mount.all() if each.device in numbers or each.source in names]
+        return f"/dev/{device.name}" + f", mounted on {' and '.join(places)}" * bool(places)
 
 
 @dataclass(frozen=True)
@@ -2417,6 +2521,10 @@ class State:
                 is_sound = not whole or hashlib.file_digest(file, "sha256").hexdigest() == state.digests
         except FileNotFoundError:
             return None
+        except OSError as problem:
+            if not is_unreadable(problem):
+                raise
+            is_sound = False
         return state if is_sound else cls.unpack(b"", path)
 
     def write(self, path: Path) -> None:
@@ -2463,6 +2571,15 @@ class ImagePaths:
         if self.image.is_symlink() and not self.image.exists():
             raise DosvobError(f"{self.image} leads to {self.image.readlink()}, which is not there: is it mounted?")
 
+    def check_unread(self) -> None:
+        """Raise DosvobError if a loop device is over the image: whoever reads by that would read what is written."""
+        with contextlib.suppress(OSError):  # which whoever opens it meets, and tells
+            if devices := LoopDevices.over(self.image):
+                raise DosvobError(
+                    f"{self.image} is in use by {'; '.join(devices)}, and what is read there must not change: it was "
+                    "left as it is. Unmount it, or detach it with losetup --detach, and run again"
+                )
+
     def set_aside(self, moment: datetime.datetime) -> ImagePaths:
         """Rename the image, its versions and its state out of the way.
 
@@ -2497,14 +2614,15 @@ class SparseFile:
             while len(data) < length and (part := os.pread(self.fd, length - len(data), offset + len(data))):
                 data += part
         except OSError as problem:
-            if problem.errno != errno.EIO:
+            if not is_unreadable(problem):
                 raise
             return None
         return data if len(data) == length else data.ljust(length, b"\0")
 
     def chunk(self, index: int) -> bytes | None:
-        """A chunk of it, likewise."""
-        return self.read(index * CHUNK, CHUNK)
+        """A chunk of it, likewise; of zeros ZERO_CHUNK itself."""
+        data = self.read(index * CHUNK, CHUNK)
+        return ZERO_CHUNK if data == ZERO_CHUNK else data
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write at an offset, all of it."""
@@ -2514,30 +2632,34 @@ class SparseFile:
             view, offset = view[written:], offset + written
 
     def write_zeros(self, offset: int, length: int) -> None:
-        """Make a range zeros, as a hole where the file system and the C library have them."""
+        """Make a range zeros, as a hole where that can be."""
+        if not self.punch(offset, length):
+            for start in range(offset, offset + length, CHUNK):
+                self.write(bytes(min(CHUNK, offset + length - start)), start)
+
+    def punch(self, offset: int, length: int) -> bool:
+        """Make a hole; False if the file system or the C library has none, whatever it says of that."""
         # Python has only posix_fallocate
         fallocate = getattr(LIBC, "fallocate64", None) or getattr(LIBC, "fallocate", None)
-        if fallocate is not None:
-            keep_size_and_punch = 1 | 2  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE of fallocate(2)
-            if fallocate(self.fd, keep_size_and_punch, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
-                return
-            number = ctypes.get_errno()
-            if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
-                raise OSError(number, os.strerror(number))
-        for start in range(offset, offset + length, CHUNK):
-            self.write(bytes(min(CHUNK, offset + length - start)), start)
+        keep_size_and_punch = 1 | 2  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE of fallocate(2)
+        arguments = (self.fd, keep_size_and_punch, ctypes.c_int64(offset), ctypes.c_int64(length))
+        return fallocate is not None and fallocate(*arguments) == 0
 
     def end_of_hole(self, offset: int, end: int) -> int:
-        """Where the first data at or after an offset is; `end` if there is none before."""
+        """Where the first data at or after an offset is; `end` if there is none before.
+
+        A hint: file systems have told a hole over data. Those that do not know say that all is data, or refuse.
+        """
         try:
             return min(os.lseek(self.fd, offset, os.SEEK_DATA), end)
         except OSError as problem:
-            if problem.errno != errno.ENXIO:
-                raise
-            return end
+            return end if problem.errno == errno.ENXIO else offset
 
     def chunk_holes(self, first: int, end: int) -> Iterator[bool]:
-        """For each of these chunks, in order, whether it is a hole; a hole of many chunks takes one look."""
+        """For each of these chunks, in order, whether it is said to be a hole; a hole of many chunks takes one look.
+
+        That is believed where zeros are recorded, and nowhere else.
+        """
         data = 0
         for index in range(first, end):
             if index * CHUNK >= data:
@@ -2561,8 +2683,10 @@ class SparseFile:
             os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Close it."""
-        os.close(self.fd)
+        """Close it; once more does no harm."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
 
 @dataclass(frozen=True)
@@ -3034,6 +3158,7 @@ class Undo:
             elif not paths.image.exists():
                 undo.drop()
             else:
+                paths.check_unread()
                 undo.put_back(tick)
                 return True
         return False
@@ -3129,12 +3254,14 @@ class Chain:
     FileNotFoundError without an image.
     """
 
+    READ_BACK = 64  # chunks that a restore writes before it reads them from the disk
+
     def __init__(self, paths: ImagePaths, *, from_disk: bool = False) -> None:
         self.paths = paths
         self.state: State | None = None
         self.problem: Damaged | None = None
         self._from_disk = from_disk
-        self._table: BinaryIO | None = None
+        self._table: SparseFile | None = None
         paths.check_link()
         with contextlib.ExitStack() as files:
             self.image = files.enter_context(contextlib.closing(SparseFile(paths.image)))
@@ -3148,7 +3275,7 @@ class Chain:
             try:
                 if (state := State.load(paths.state)) is not None:
                     self.state, self.size = state, state.snapshot.size
-                    self._table = files.enter_context(paths.state.open("rb", buffering=128 << 10))
+                    self._table = files.enter_context(contextlib.closing(SparseFile(paths.state)))
             except Damaged as problem:
                 self.problem = problem
             newer = self.versions[0].newer if self.versions else None
@@ -3180,8 +3307,8 @@ class Chain:
     def chunks(self, depth: int) -> Iterator[tuple[int, list[bytes], list[bool]]]:
         """For each chunk its index, its contents and whether they are sound: the image's first, then `depth` versions'.
 
-        Unchanged contents are the same object; those of a hole are ZERO_CHUNK. A chunk is sound if it has the digest
-        that was recorded for it; in an image without a state, which has none, if it is there and can be read.
+        Unchanged contents are the same object; zeros are ZERO_CHUNK. A chunk is sound if it has the digest that was
+        recorded for it; in an image without a state, which has none, if it is there and can be read.
         """
         known = [self._snapshot]
         streams = [PatchStream(self._undo)] if self._undo else []
@@ -3215,15 +3342,13 @@ class Chain:
         """A chunk of the image, with what the undo has of it, and whether it is sound."""
         recorded = undone.digest if undone else None
         if self._table is not None:
-            self._table.seek(BLOCK + index * DIGEST_SIZE)
-            recorded = self._table.read(DIGEST_SIZE)
-        stored = ZERO_CHUNK if is_hole else self.image.chunk(index)
+            recorded = self._table.read(BLOCK + index * DIGEST_SIZE, DIGEST_SIZE) or b""
+        stored = ZERO_CHUNK if is_hole and recorded == ZERO_DIGEST and not undone else self.image.chunk(index)
         chunk = undone.over(stored or ZERO_CHUNK) if undone else stored or ZERO_CHUNK
         is_cut = recorded is None and (index + 1) * CHUNK > self.length
         if is_cut or (stored is None and undone is None):
             return chunk, False
-        digest = ZERO_DIGEST if chunk is ZERO_CHUNK or recorded is None else chunk_digest(page_digests(chunk))
-        return chunk, recorded in (None, digest)
+        return chunk, recorded is None or recorded == digest_of(chunk)
 
     def verify(self, tick: Callable[[int], None]) -> list[Ranges]:
         """Compare the image and all versions with their digests; what is damaged of each, the image first."""
@@ -3253,6 +3378,7 @@ class Chain:
                     f"{path} is there, and nothing is restored over it: move it away, or name another file"
                 )
         damaged = Ranges()
+        written: list[tuple[int, bytes, bool]] = []  # what is to be read back
         with contextlib.closing(SparseFile(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL)) as file:
             try:
                 is_cloned = self._clone_to(file, depth)
@@ -3267,15 +3393,35 @@ class Chain:
                         if is_cloned and base is ZERO_CHUNK:  # it may stand for what the disk cannot read
                             differing = ALL_PAGES
                         Patch.of(index, differing, Patch.select(content, differing), b"").write_to(file)
-                    if not soundness[depth]:
-                        damaged.add(index)
+                    written.append((index, content, soundness[depth]))
+                    if len(written) == self.READ_BACK:
+                        self._read_back(file, written, damaged)
                     tick(CHUNK)
+                self._read_back(file, written, damaged)
                 os.fsync(file.fd)
                 rename_new(partial, final := damaged_target if damaged.ranges else target)
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
         return final, damaged
+
+    @staticmethod
+    def _read_back(file: SparseFile, written: list[tuple[int, bytes, bool]], damaged: Ranges) -> None:
+        """Compare what a restored file has on the disk with what it is to have, and write again what it has not.
+
+        `written` are neighbouring chunks: index, content, whether that is sound. A file system has shared with
+        a clone what was there before.
+        """
+        for attempt in (1, 2):
+            if written:
+                file.forget_cached(written[0][0] * CHUNK, len(written) * CHUNK)
+            wrong = {index: content for index, content, _ in written if file.chunk(index) != content}
+            for index, content in wrong.items() if attempt == 1 else ():
+                file.write(content, index * CHUNK)
+        for index, _, is_sound in written:
+            if index in wrong or not is_sound:
+                damaged.add(index)
+        written.clear()
 
     def _clone_to(self, file: SparseFile, depth: int) -> bool:
         """Make a file share the image's content; where its file system cannot, check that there is space for a copy."""
@@ -3361,9 +3507,8 @@ class Source:
             cls._refuse_format(path, os.pread(file.fd, 512, 0))
 
             def chunks() -> Iterator[tuple[int, bytes]]:
-                for index, is_hole in enumerate(file.chunk_holes(0, -(-size // CHUNK))):
-                    chunk = ZERO_CHUNK if is_hole else file.chunk(index)
-                    if chunk is None:
+                for index in range(-(-size // CHUNK)):
+                    if (chunk := file.chunk(index)) is None:
                         raise Damaged(f"{path} cannot be read at byte {index * CHUNK}: the disk may be failing")
                     yield index, chunk
 
@@ -3457,6 +3602,10 @@ class Home:
         with self._held(fd, fcntl.LOCK_SH):
             yield
 
+    def is_read_only(self) -> bool:
+        """Whether nothing can be changed in it, as in a copy on a read-only disk, or in somebody else's."""
+        return self.metadata.is_dir() and not os.access(self.metadata, os.W_OK)
+
     def is_busy(self) -> bool:
         """Whether somebody is at work in it."""
         try:
@@ -3478,6 +3627,12 @@ class Home:
                 holders = ", ".join(self._holders(fd))
                 of = f", {holders}" if holders else ""
                 raise Busy(f"another dosvob is at work in {self.path}{of}: wait until it ends") from None
+            except OSError as problem:
+                if kind == fcntl.LOCK_EX:
+                    raise UsageError(
+                        f"{self.path} cannot be locked ({problem.strerror}), so that two runs could meet there: mount "
+                        "it with locks, as NFS has by -o local_lock=flock"
+                    ) from problem
             with self._named(fd):
                 yield
         finally:
@@ -3727,7 +3882,8 @@ class Spool:
 class ImageDigests:
     """The digests of the local image with its spool applied. Only reads.
 
-    `suspects` are chunks that differ from the state's digests, or cannot be read, until they are mended.
+    `suspects` are chunks that differ from the state's digests, or cannot be read, until they are mended. `is_new`: this
+    sync made the file, of nothing but zeros, and does not ask for what it has stored there.
     """
 
     PARTS = 8  # every sync reads the next eighth of the image again, to find what decayed on disk
@@ -3743,6 +3899,7 @@ class ImageDigests:
         *,
         reread: bool,
     ) -> None:
+        self.is_new = False
         self.part = (state.reread + 1) % self.PARTS if state else 0
         self.suspects: set[int] = set()
         self._image = image
@@ -3768,14 +3925,12 @@ class ImageDigests:
         """The digest of a chunk, given its index, its digest in the state (b"" for none) and whether it is a hole."""
         index, recorded, is_hole = chunk_at
         is_spooled = self._spool is not None and bool(self._spool.positions[index])
-        if is_hole and not is_spooled:
-            if recorded not in (b"", ZERO_DIGEST):
-                self.suspects.add(index)
+        if self.is_new or (is_hole and recorded == ZERO_DIGEST and not is_spooled):
             return ZERO_DIGEST
-        if recorded and not is_spooled and index not in self._reread:
+        if recorded and not (is_hole or is_spooled or index in self._reread):
             return recorded
         chunk = self._image.chunk(index)
-        digest = b"" if chunk is None else chunk_digest(page_digests(chunk))
+        digest = b"" if chunk is None else digest_of(chunk)
         if chunk is None or (recorded and digest != recorded):
             self.suspects.add(index)
         patch = self._spool.patch(index) if self._spool is not None else None
@@ -3824,12 +3979,14 @@ class Update:
         described = dataclasses.asdict(snapshot)
         seal("version", {"snapshot": described, "newer": described, "more": "." * 400})  # must be possible
         paths.check_link()
+        paths.check_unread()
         self._state = self._fitting_state()
         self.is_first = not paths.image.exists()  # whether there is no image yet
         self._makes_version = bool(Versions(paths).all()) or (
             any(dataclasses.astuple(keep)) and self._state is not None
         )
         flags = os.O_RDWR | (os.O_CREAT if self.is_first else 0)
+        is_new = self.is_first and not paths.partial.exists()
         self._image = SparseFile(paths.partial if self.is_first else paths.image, flags)
         self.spool = None if self.is_first else Spool.open(paths, snapshot.volume_id, self.chunks, tick)
         if self.is_first:
@@ -3839,6 +3996,7 @@ class Update:
         self._new_state.write(bytes(BLOCK))
         self._table = hashlib.sha256()
         self.image_digests = ImageDigests(paths, self._image, self.chunks, self._state, self.spool, reread=reread)
+        self.image_digests.is_new = is_new
 
     def _fitting_state(self) -> State | None:
         """The state, if it is this volume's; sets aside what is another volume's, and versions without an image."""
@@ -3933,6 +4091,7 @@ class Update:
             self._finish_first()
             return
         paths, digests = self._paths, self._table.hexdigest()
+        paths.check_unread()  # a sync may take hours
         differing = self._differing(self.spool)
         undo = Undo.write(paths, self._image, self._head_of_undo(digests), differing, self._tick)
         with contextlib.closing(undo):
@@ -3944,12 +4103,18 @@ class Update:
                 self._complete_state(digests, identity)
                 paths.new_state.rename(paths.state)
             except Exception as problem:
-                if is_disk_full(problem):  # on some file systems putting back takes space too
-                    paths.spool.unlink(missing_ok=True)
+                if is_disk_full(problem):
+                    self._drop_spool(self.spool)
                 undo.put_back(self._tick)
                 raise
             sync_directory(paths.metadata)
             undo.settle()
+
+    def _drop_spool(self, spool: Spool) -> None:
+        """Free what it takes, for the undo to be put back there: some file systems need space to overwrite."""
+        self._paths.spool.unlink(missing_ok=True)
+        spool.file.close()  # of an open file nothing is freed
+        os.sync()  # nor by Btrfs before
 
     def _head_of_undo(self, digests: str) -> Json:
         """The head of the undo: its two snapshots, the digests of the state that commits it, the image's identity.
@@ -4006,19 +4171,19 @@ class Update:
                 patch.write_to(image)
                 self._tick(patch.length)
         if identity_of(image.fd) != before or any(spool.positions):
-            # Whole seconds, which every file system keeps; later than before, which tells the new image from the old.
-            seconds = max(int(time.time()), before["mtime_ns"] // 10**9 + 2)
-            os.utime(image.fd, ns=(seconds * 10**9, seconds * 10**9))
-        os.fsync(image.fd)
+            stamp(image.fd, before["mtime_ns"] // 10**9 + 2)  # later, which tells the new image from the old
+        else:
+            os.fsync(image.fd)
         return identity_of(image.fd) if before == spool.file.head["base"] else None
 
     def _finish_first(self) -> None:
         os.fsync(self._image.fd)
-        self._complete_state(self._table.hexdigest(), identity_of(self._image.fd))
         try:
             rename_new(self._paths.partial, self._paths.image)
         except DosvobError as problem:
             raise DosvobError(f"{problem}; {self._paths.partial} is kept") from None
+        stamp(self._image.fd)  # only now, for a rename may change what tells one file from another
+        self._complete_state(self._table.hexdigest(), identity_of(self._paths.image))
         self._paths.new_state.rename(self._paths.state)
         sync_directory(self._paths.metadata)
 
@@ -4031,13 +4196,13 @@ class Update:
 
         It drops the spool, or cuts the end off a first sync's file: the next run fetches only that again.
         """
-        if self.spool is None:
+        if self.spool is None and self._paths.partial.exists():
             goal = os.fstat(self._image.fd).st_blocks * 512 - self.SPACE_FOR_OTHERS
             for index in reversed(range(self.chunks)):
                 if os.fstat(self._image.fd).st_blocks * 512 <= goal:
                     break
                 os.ftruncate(self._image.fd, index * CHUNK)
-        else:
+        elif self.spool:
             self._paths.spool.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -5054,7 +5219,10 @@ class DropletKeeper:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up."""
+    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up.
+
+    `is_thinned`: whether its versions could be thinned before; if not, that was told.
+    """
 
     name: str
     size: int
@@ -5062,6 +5230,7 @@ class Result:
     changed: int = 0
     fetched: int = 0
     seconds: float = 0.0
+    is_thinned: bool = True
 
     def row(self) -> tuple[str, ...]:
         """Its line in the table at the end of a run."""
@@ -5086,6 +5255,32 @@ class Queued:
 
 
 Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
+
+
+def thin(context: Context, paths: ImagePaths) -> bool:
+    """Drop the versions that `keep` does not ask for, and say which; False if that failed: the next run tries again."""
+    before: set[datetime.datetime] = set()
+    try:
+        meter = Meter(context.report, context.stop, f"{paths.name}: thinning its versions")
+        before = {version.moment for version in Versions(paths).all()}
+        Versions(paths).thin(context.config.keep, meter)
+    except Interrupted:
+        pass  # the next wait raises it again
+    except (OSError, DosvobError) as problem:
+        held = human_size(sum(version.occupied for version in Versions(paths).all()))
+        context.report.warn(
+            f"{paths.name}: its older versions could not all be thinned, and none is lost by that: "
+            f"{explained(problem, paths.versions)}. They "
+            f'hold {held}; to keep fewer change "keep" in conf.json; to see which are damaged: '
+            + command_line("verify", paths.name)
+        )
+        return False
+    finally:
+        with contextlib.suppress(OSError, DosvobError):
+            if dropped := before - {version.moment for version in Versions(paths).all()}:
+                told = f"{counted_versions(dropped)} {'are' if len(dropped) > 1 else 'is'} not kept any more"
+                context.report.say(f"{paths.name}: {told}, {oldest_of(dropped)}")
+    return True
 
 
 class Backup:
@@ -5177,8 +5372,9 @@ class Backup:
         snapshot was ours.
         """
         now, path = time.monotonic(), ImagePaths(self._context.home.path, queued.name).state
-        with contextlib.suppress(OSError, DosvobError), path.open("rb") as file:
-            since = age(State.unpack(file.read(BLOCK), path).snapshot.taken_at)
+        with contextlib.suppress(OSError, DosvobError):
+            state = State.load(path, whole=False)
+            since = age(state.snapshot.taken_at) if state else -1.0
             if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
                 wait = self.SNAPSHOT_INTERVAL - since
         rule = "DigitalOcean takes one snapshot of a volume per 10 minutes"
@@ -5220,6 +5416,7 @@ class Backup:
 
     def _prepare(self, queued: Queued, keeper: DropletKeeper) -> tuple[Volume, str]:
         """Make the volume's clone and attach it."""
+        ImagePaths(self._context.home.path, queued.name).check_unread()  # before that costs anything
         self._context.stop.sleep(queued.not_before - time.monotonic())
         keeper.check()  # a clone would be of no use without a droplet
         clone, taken_at = self._ephemeral.make_clone(queued.volume, queued.number)
@@ -5242,7 +5439,7 @@ class Backup:
         start, volume, name = time.monotonic(), queued.volume, queued.name
         self._report.current = f"backing up {name}"
         self._report.detail(f"{name}: syncing its snapshot of {taken_at}")
-        self._results[name] = Result(name, volume.size, "begun")
+        self._results[name] = dataclasses.replace(self._results[name], outcome="begun")
         paths = ImagePaths(self._context.home.path, name)
         snapshot = Snapshot(volume.id, name, volume.region, clone.size, taken_at)
 
@@ -5250,13 +5447,10 @@ class Backup:
             self._report.warn(f"{name}: {text}")
 
         meter = Meter(self._report, self._context.stop, f"{name}: reading and writing here")
-        dropped: set[datetime.datetime] = set()
         try:
             update = Update(paths, snapshot, self._context.config.keep, warn, meter, reread=self._reread)
             with contextlib.closing(update):
                 try:
-                    # already before the sync: the disk may be full, and "keep" may ask for fewer now
-                    is_thinned = self._thin(paths, dropped)
                     begun = sum(result.outcome != "not begun" for result in self._results.values())
                     number = f"{begun} of {len(self._results)}" if len(self._results) > 1 else ""
                     received = keeper.converse(clone, Pull(update), name, number)
@@ -5271,8 +5465,8 @@ class Backup:
                     f"cannot be read: {update.differing}. Either it was mounted or opened for writing, or the "
                     "disk is failing; the volume's content was put back"
                 )
-            if is_thinned:  # else the reason was reported
-                self._thin(paths, dropped)
+            if self._results[name].is_thinned:
+                thin(self._context, paths)
         except (DosvobError, OSError) as problem:
             self._fail(queued, problem)
         else:
@@ -5283,34 +5477,6 @@ class Backup:
                 f"{name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
-        finally:
-            if dropped:
-                are = "are" if len(dropped) > 1 else "is"
-                told = f"{counted_versions(dropped)} {are} not kept any more, {oldest_of(dropped)}"
-                self._report.say(f"{name}: {told}")
-
-    def _thin(self, paths: ImagePaths, dropped: set[datetime.datetime]) -> bool:
-        """Drop the versions that `keep` does not ask for; False if that failed: the next run tries again."""
-        before: set[datetime.datetime] = set()
-        try:
-            meter = Meter(self._report, self._context.stop, f"{paths.name}: thinning its versions")
-            before = {version.moment for version in Versions(paths).all()}
-            Versions(paths).thin(self._context.config.keep, meter)
-        except Interrupted:
-            pass  # the next wait raises it again
-        except (OSError, DosvobError) as problem:
-            held = human_size(sum(version.occupied for version in Versions(paths).all()))
-            self._report.warn(
-                f"{paths.name}: its older versions could not all be thinned, and none is lost by that: "
-                f"{explained(problem, paths.versions)}. They "
-                f'hold {held}; to keep fewer change "keep" in conf.json; to see which are damaged: '
-                + command_line("verify", paths.name)
-            )
-            return False
-        finally:
-            with contextlib.suppress(OSError, DosvobError):
-                dropped |= before - {version.moment for version in Versions(paths).all()}
-        return True
 
 
 # ── The way back ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5474,7 +5640,10 @@ class Restoration:
 
 
 class Selection:
-    """Which of the account's volumes are backed up: of those in the regions of conf.json, the ones that it names."""
+    """Which of the account's volumes are backed up: of those in the regions of conf.json, the ones that it names.
+
+    `account` are all that there are.
+    """
 
     def __init__(self, context: Context) -> None:
         """Reports regions without volumes; raises UsageError if no region has any."""
@@ -5501,6 +5670,7 @@ class Selection:
         if elsewhere:
             context.report.say(f"not backed up, because in another region than {', '.join(sorted(regions))}: {others}")
         self._here, self._elsewhere = here, elsewhere
+        self.account = volumes
 
     def select(self, names: Sequence[str]) -> list[Volume]:
         """The volumes to back up; raises UsageError for a name that fits none, reports a volume whose name is unfit."""
@@ -5691,7 +5861,8 @@ class Run:
             sweep(context)  # first: what is left costs money while a large backup is taken back
         finally:
             damaged = home.recover(report, context.stop)
-        volumes = Selection(context).select(self._names)
+        selection = Selection(context)
+        volumes = selection.select(self._names)
         plans = self._plan_droplets(volumes)
         if not self._names:
             try:
@@ -5708,6 +5879,7 @@ class Run:
             if not self._can_write(name):
                 self._results[name] = dataclasses.replace(result, outcome="FAILED")
         fit = [volume for volume in fit if self._results[context.name(volume)].outcome == "not begun"]
+        self._thin_all(selection.account, damaged)
         cost = 0.0
         try:
             for _, volumes_there in itertools.groupby(fit, lambda volume: volume.region):
@@ -5741,6 +5913,21 @@ class Run:
         except OSError:
             pass  # the sync tells
         return True
+
+    def _thin_all(self, volumes: Iterable[Volume], damaged: Container[str]) -> None:
+        """Thin the versions of all volumes: the disk may be full, "keep" ask for fewer, and the first need the space.
+
+        What is not of the volume that has its name is set aside by the volume's turn, as it is.
+        """
+        context, results = self._context, self._results
+        for volume in volumes:
+            name = context.name(volume)
+            with contextlib.suppress(OSError, DosvobError):  # which its turn meets, and tells
+                paths = ImagePaths(context.home.path, name)
+                state = State.load(paths.state, whole=False)
+                is_fit = state is not None and state.snapshot.volume_id == volume.id and name not in damaged
+                if is_fit and paths.image.exists() and not thin(context, paths) and name in results:
+                    results[name] = dataclasses.replace(results[name], is_thinned=False)
 
     def _plan_droplets(self, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
         """What droplets to create, by region; with several regions, one that cannot have one fails alone."""
@@ -5873,8 +6060,11 @@ class Commands:
         """Compare images and versions with their recorded digests, without network or account."""
         home, report = self._home, self._report
         self._home.check()
-        with home.locked(with_id=False):  # an id would make a home of a region's directory
-            home.recover(report, self._stop)
+        is_copy = home.is_read_only()
+        # an id would make a home of a region's directory
+        with home.unchanged() if is_copy else home.locked(with_id=False):
+            if not is_copy:
+                home.recover(report, self._stop)
             names = home.select(self._arguments.names, with_aside=False)
             if not names:
                 raise DosvobError(f"there is no backup in {home.path} yet, so nothing was verified")
@@ -5926,8 +6116,8 @@ class Commands:
         for name in names:
             try:
                 report.say(f"{name}: {self._health_of(name, is_wanted=name in wanted)}")
-            except DosvobError as problem:
-                report.error(f"{name}: {problem}")
+            except (OSError, DosvobError) as problem:
+                report.error(f"{name}: {explained(problem, home.path)}")
 
     def _health_of(self, name: str, *, is_wanted: bool) -> str:
         """What to say of a backup; raises DosvobError if it is missing, not complete, or older than may be."""
@@ -6000,15 +6190,15 @@ class Commands:
             found["problem"] = self._unfinished(paths) or None
             status = paths.image.stat()
             found |= {"size": status.st_size, "occupied": status.st_blocks * 512}
-            with paths.state.open("rb") as file:
-                state = State.unpack(file.read(BLOCK), paths.state)
+            if (state := State.load(paths.state, whole=False)) is None:
+                raise FileNotFoundError
             found |= {"region": state.snapshot.region, "size": state.snapshot.size}
             add(state.moment)
         except FileNotFoundError:
             missing = "no snapshot is recorded" if found["size"] else "the image is missing"
             found["problem"] = found["problem"] or missing
-        except DosvobError as problem:
-            found["problem"] = found["problem"] or str(problem)
+        except (OSError, DosvobError) as problem:
+            found["problem"] = found["problem"] or explained(problem, paths.image)
         versions = Versions(paths).all()
         for version, older in itertools.zip_longest(versions, versions[1:]):
             try:

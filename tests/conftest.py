@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "dosvob.py"
 WITH_CONSTANTS = Path(__file__).resolve().parent / "with_constants.py"
 OPENAPI = os.environ.get("DIGITALOCEAN_OPENAPI")
 MIB = 1 << 20
-pytest_plugins = ["trouble_support"]
+pytest_plugins = ["storage_support", "trouble_support"]
 T = TypeVar("T")
 
 ignore_for_ourselves_only()

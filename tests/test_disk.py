@@ -466,8 +466,8 @@ def test_an_io_error_at_any_call_leaves_the_old_or_the_new_image(tmp_path: Path,
     cases = []
     for call in calls_in(Path(str(whole.device) + ".trace")):
         seen[call.name] = seen.get(call.name, 0) + 1
-        # A directory may be there already, and what is to be read need not be written first.
-        is_needed = call.succeeded if call.name == "mkdir" else call.name != "fdatasync"
+        # A directory may be there already, what is to be read need not be written first, and a hole may be zeros.
+        is_needed = call.succeeded if call.name == "mkdir" else call.name not in ("fdatasync", "fallocate")
         cases.append((call.name, seen[call.name], is_needed))
     # In how many writes the state gets to the disk depends a little on what comes first.
     cases = [case for case in cases if case[0] != "write" or case[1] < seen["write"] - 1]
@@ -481,13 +481,6 @@ def test_an_io_error_at_any_call_leaves_the_old_or_the_new_image(tmp_path: Path,
         assert disk.image() in (disk.old, disk.new), (name, occurrence)
         assert disk.versions() == [disk.old] * (disk.image() == disk.new), (name, occurrence)
         disk.check_settled()
-
-
-def test_a_file_system_without_holes_gets_zeros(disk: Disk) -> None:
-    trace = strace(disk.backups, NAME, "-o", "/dev/null", "--inject=fallocate:error=EOPNOTSUPP")
-    done = run_driver("sync", disk.backups, NAME, disk.device, wrapper=trace)
-    assert done.returncode == 0, done.stderr
-    assert disk.image() == disk.new
 
 
 class BadPages:

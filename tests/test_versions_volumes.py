@@ -10,7 +10,7 @@ import random
 import shutil
 import types
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from conftest import Home, Tmpfs, write_at
@@ -357,12 +357,10 @@ def test_a_disk_that_is_full_while_versions_are_thinned(tmp_path: Path, tmpfs: T
     assert state is not None
     keep = dosvob.Keep(last=0, daily=0, weekly=3, monthly=0)
     config = types.SimpleNamespace(keep=keep)
-    backup: Any = types.SimpleNamespace(
-        _job=types.SimpleNamespace(config=config, stop=dosvob.Stop()),
-        _report=types.SimpleNamespace(warn=warnings.append, progress=lambda text: None),
-    )
+    report = types.SimpleNamespace(warn=warnings.append, progress=lambda text: None)
+    job: Any = types.SimpleNamespace(config=config, stop=dosvob.Stop(), report=report)
     tmpfs.leave_free(PAGE)
-    dosvob.Backup._thin(cast("dosvob.Backup", backup), lineage.paths, set())
+    dosvob.thin(job, lineage.paths)
     tmpfs.leave_free(60 * MIB)
     assert lineage.check() == before
     assert len(warnings) == 1

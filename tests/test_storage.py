@@ -1,0 +1,498 @@
+"""Storage as people have it at home: what it does not keep, cannot do, or says wrongly. The image survives.
+
+Real file systems where Debian has them; the answers of others are put into the mouth of this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MIB, Home, Tmpfs, same, write_at
+from crash_support import (
+    AgentProcess,
+    leave_spool,
+    leave_written,
+    power_cut_at,
+    recover_all,
+    run_driver,
+    strace,
+    sync_device,
+    verify,
+)
+from simulator.storage import LoopDevice, mounted
+from storage_support import Storage, run
+from test_disk import NAME, Disk, one_clear_error
+
+import dosvob
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    """A backup of an older state of the volume."""
+    made = Disk(tmp_path)
+    made.begin()
+    return made
+
+
+@pytest.fixture
+def unmounting() -> Iterator[Callable[[Path], Path]]:
+    """Registers what is to be unmounted at the end."""
+    places: list[Path] = []
+
+    def register(path: Path) -> Path:
+        places.append(path)
+        return path
+
+    yield register
+    for path in reversed(places):
+        subprocess.run(["umount", "--lazy", path], check=False)
+
+
+def creations(home: Home) -> list[str]:
+    """The paths of the calls that created something in the account."""
+    return [request.path for request in home.simulator.requests if request.method == "POST"]
+
+
+# -- an image that somebody reads
+
+
+def test_an_image_that_is_mounted_is_left_for_later(home: Home, tmp_path: Path) -> None:
+    volume, other = home.simulator.add_volume(NAME), home.simulator.add_volume("other")
+    subprocess.run(["mkfs.ext4", "-q", volume.path], check=True)
+    with mounted(volume.path, tmp_path / "volume") as directory:
+        (directory / "file").write_bytes(b"old" * MIB)
+    home.run()
+    with mounted(home.image(NAME), tmp_path / "look", "ro") as look:
+        with mounted(volume.path, tmp_path / "volume") as directory:
+            (directory / "file").write_bytes(b"new" * MIB)
+        write_at(other.path, 0, b"new")
+        before = home.image(NAME).stat()
+        posted = len(creations(home))
+        error = one_clear_error(home.run(expect=1))
+        assert f"{NAME}: " in error
+        assert f"mounted on {look}" in error
+        assert "/dev/loop" in error
+        assert home.image(NAME).stat() == before
+        assert same(home.image("other"), other.path)
+        made = creations(home)[posted:]
+        assert sum("snapshots" in path for path in made) == 1, made  # the other's
+        os.posix_fadvise((fd := os.open(look / "file", os.O_RDONLY)), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.pread(fd, MIB, 0) == (b"old" * MIB)[:MIB]
+        os.close(fd)
+    home.run()
+    assert same(home.image(NAME), volume.path)
+
+
+def test_an_image_that_comes_to_be_read_during_a_sync_is_left_for_later(disk: Disk) -> None:
+    """What was fetched is not fetched again."""
+    with contextlib.ExitStack() as devices, pytest.MonkeyPatch.context() as patches:
+        converse = dosvob.converse
+
+        def mount_meanwhile(*arguments: Any) -> int:
+            received = converse(*arguments)
+            devices.enter_context(contextlib.closing(LoopDevice(disk.paths.image)))
+            return received
+
+        patches.setattr("dosvob.converse", mount_meanwhile)
+        with pytest.raises(dosvob.DosvobError, match=r"is in use by /dev/loop\d+"):
+            disk.back_up()
+        assert disk.image() == disk.old
+        assert not disk.paths.undo.exists()
+        assert disk.paths.spool.exists()
+    disk.check_settled()
+
+
+@pytest.mark.parametrize("can_be_asked", [True, False])
+def test_an_image_that_is_read_is_not_put_back(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, can_be_asked: bool
+) -> None:
+    """Also if it is read by another name, where the loop device tells which file it has."""
+    leave_written(disk.backups, NAME, disk.device)
+    before, path = disk.image(), disk.paths.image
+    if can_be_asked:
+        os.link(path, path := tmp_path / "another name")
+    else:  # as for a user who is not in the group `disk`
+        monkeypatch.setattr(dosvob.LoopDevices, "GET_STATUS", 0)
+    with contextlib.closing(LoopDevice(path)):
+        assert recover_all(disk.backups) == {NAME}
+        assert disk.image() == before
+        assert disk.paths.undo.exists()
+    assert recover_all(disk.backups) == set()
+    assert disk.image() == disk.old
+
+
+# -- holes
+
+
+def telling_a_hole(patches: pytest.MonkeyPatch, path: Path, start: int, end: int) -> None:
+    """Have SEEK_DATA tell a hole over data of a file, as some FUSE file systems and ZFS have done."""
+    lseek, inode = os.lseek, path.stat().st_ino
+
+    def lie(fd: int, offset: int, whence: int) -> int:
+        found = lseek(fd, offset, whence)
+        if whence == os.SEEK_DATA and os.fstat(fd).st_ino == inode and start <= found < end:
+            return lseek(fd, end, whence)
+        return found
+
+    patches.setattr(os, "lseek", lie)
+
+
+def test_a_hole_over_data_that_is_not_there_is_no_damage(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    disk.device.write_bytes(os.urandom(10 * MIB))
+    disk.back_up()
+    telling_a_hole(monkeypatch, disk.paths.image, 2 * MIB, 4 * MIB)
+    assert verify(disk.paths)[0] == []
+    with contextlib.closing(dosvob.Chain(disk.paths)) as chain:
+        final, damaged = chain.restore(0, tmp_path / "restored", lambda count: None)
+    assert (final.name, damaged.ranges) == ("restored", [])
+    assert final.read_bytes() == disk.device.read_bytes()
+    write_at(disk.device, 2 * MIB, bytes(2 * MIB))
+    update, warnings = disk.back_up()
+    assert (update.differing.ranges, warnings) == ([], [])
+    monkeypatch.undo()
+    assert disk.image() == disk.device.read_bytes()
+
+
+@pytest.mark.parametrize("what", ["no state", "partial"])
+def test_a_hole_over_data_of_which_nothing_is_recorded_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    disk = Disk(tmp_path)
+    with dosvob.Home(disk.backups).locked():
+        image = disk.paths.image if what == "no state" else disk.paths.partial
+        image.write_bytes(os.urandom(8 * MIB))
+    disk.device.write_bytes(bytes(8 * MIB))
+    telling_a_hole(monkeypatch, image, 2 * MIB, 4 * MIB)
+    disk.back_up()
+    monkeypatch.undo()
+    assert disk.image() == bytes(8 * MIB)
+
+
+def test_a_first_backup_does_not_read_what_it_has_just_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where SEEK_DATA says that all is data."""
+    disk, pread, read = Disk(tmp_path), os.pread, []
+
+    def watched(fd: int, length: int, offset: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(disk.paths.partial):
+            read.append(offset)
+        return pread(fd, length, offset)
+
+    monkeypatch.setattr(os, "lseek", lambda fd, offset, whence: offset)
+    monkeypatch.setattr(os, "pread", watched)
+    disk.back_up()
+    assert disk.image() == disk.old
+    assert read == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM])
+def test_where_holes_cannot_be_asked_for_all_is_data(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "lseek", refuse)
+    disk.back_up()
+    assert disk.image() == disk.new
+
+
+# -- what a file system cannot do
+
+
+@pytest.mark.parametrize("name", ["EOPNOTSUPP", "EINVAL", "EPERM", "ENODEV", "EIO"])
+def test_zeros_are_written_whatever_punching_a_hole_answers(disk: Disk, name: str) -> None:
+    trace = strace(disk.backups, NAME, "-o", "/dev/null", f"--inject=fallocate:error={name}")
+    done = run_driver("sync", disk.backups, NAME, disk.device, wrapper=trace)
+    assert done.returncode == 0, done.stderr
+    assert disk.image() == disk.new
+
+
+@pytest.mark.parametrize("name", ["EINVAL", "EOPNOTSUPP", "EBADF"])
+def test_a_directory_that_refuses_fsync_is_no_reason_to_refuse_to_work(home: Home, name: str, tmp_path: Path) -> None:
+    volume = home.simulator.add_volume(NAME)
+    write_at(volume.path, 5 * MIB, b"first")
+    home.backups.mkdir()
+    metadata = home.backups / ".dosvob"
+    directories = (home.directory, home.backups, metadata, metadata / f"{NAME}.versions")
+    places = [word for path in directories for word in ("-P", str(path))]
+    refusing = ("strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-e", "trace=fsync", *places)
+    refusing += (f"--inject=fsync:error={name}",)
+    home.run(wrapper=refusing)
+    write_at(volume.path, 5 * MIB, b"later")
+    home.run(wrapper=refusing)
+    assert same(home.image(NAME), volume.path)
+    assert list((metadata / f"{NAME}.versions").iterdir())
+    home.run("restore", NAME, "copy.img", wrapper=refusing)
+    assert same(home.directory / "copy.img", volume.path)
+    assert "INJECTED" in (tmp_path / "trace").read_text()
+
+
+# -- whether an image was touched
+
+
+@pytest.mark.parametrize("storage", ["sshfs", "mergerfs", "exfat-fuse", "ntfs-3g", "gocryptfs"], indirect=True)
+def test_a_remount_does_not_make_another_file_of_an_image(
+    tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a first backup and after a later one; nor is a spool dropped."""
+    disk = Disk(tmp_path, storage.path / "backups")
+    disk.device.write_bytes(os.urandom(8 * MIB))
+    for content in (os.urandom(8 * MIB), os.urandom(8 * MIB), os.urandom(8 * MIB)):
+        disk.back_up()
+        touched_elsewhere(storage)
+        state = dosvob.State.load(disk.paths.state)
+        assert state is not None
+        assert state.identity == dosvob.identity_of(disk.paths.image)
+        disk.device.write_bytes(content)
+    leave_spool(disk.backups, NAME, disk.device)
+    touched_elsewhere(storage)
+    found: list[int] = []
+    opened = dosvob.Spool.open
+
+    def watched(*arguments: Any) -> dosvob.Spool:
+        spool = opened(*arguments)
+        found.extend(spool.chunks())
+        return spool
+
+    monkeypatch.setattr(dosvob.Spool, "open", watched)
+    disk.back_up()
+    assert len(found) == 8
+
+
+def touched_elsewhere(storage: Storage) -> None:
+    """Mount it again, and ask for its files in another order than they were made."""
+    storage.unmount()
+    storage.mount()
+    for path in sorted(storage.path.rglob("*"), reverse=True):
+        path.stat()
+
+
+def test_the_first_image_has_a_time_that_every_file_system_keeps(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    disk.back_up()
+    assert disk.paths.image.stat().st_mtime_ns % 10**9 == 0
+
+
+def test_an_inode_tells_one_image_from_another_where_it_stays(disk: Disk, tmp_path: Path) -> None:
+    """Another file of the same length and time is read as a whole."""
+    shutil.copy2(disk.paths.image, tmp_path / "copy")
+    write_at(tmp_path / "copy", 5 * MIB, b"another")
+    status = disk.paths.image.stat()
+    os.utime(tmp_path / "copy", ns=(status.st_mtime_ns, status.st_mtime_ns))
+    (tmp_path / "copy").rename(disk.paths.image)
+    disk.device.write_bytes(disk.old)
+    assert disk.back_up()[0].differing.ranges == [(5 * MIB, 6 * MIB)]
+
+
+# -- a disk that is full when it does not say so
+
+
+@pytest.fixture
+def limited(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[[int], Path]]:
+    """A file system that says it has free space and has none: by a quota of Btrfs, or by what ext4 holds back."""
+    made = Storage(request.param, tmp_path / "storage", size=512 * MIB)
+    backups = made.path / "home"
+    if request.param == "btrfs":
+        run("btrfs", "subvolume", "create", backups)
+        run("btrfs", "quota", "enable", made.path)
+    else:
+        backups.mkdir()
+
+    def leave_free(size: int) -> Path:
+        """Only so much can be written from now on."""
+        os.sync()
+        if request.param == "btrfs":
+            run("btrfs", "qgroup", "limit", used_in(backups) + size, backups)
+        else:
+            filling = made.path / "filling"
+            filling.touch()
+            os.truncate(filling, 0)
+            status = os.statvfs(made.path)
+            run("fallocate", "-l", status.f_bfree * status.f_frsize - size - 24 * MIB, filling)
+            with filling.open("ab") as file, contextlib.suppress(OSError):
+                while file.write(bytes(MIB)):
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.truncate(filling, filling.stat().st_size - size)
+        return backups
+
+    yield leave_free
+    made.close()
+
+
+def used_in(path: Path) -> int:
+    """The bytes that a Btrfs subvolume refers to."""
+    told = subprocess.run(["btrfs", "qgroup", "show", "--raw", "-F", path], capture_output=True, text=True, check=True)
+    return int(told.stdout.splitlines()[-1].split()[1])
+
+
+@pytest.mark.parametrize("limited", ["btrfs", "ext4"], indirect=True)
+def test_a_disk_that_turns_out_to_be_full_while_the_image_is_written_is_taken_back(
+    tmp_path: Path, limited: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With root's eyes too, who sees blocks free that nobody can write."""
+    disk = Disk(tmp_path, limited(256 * MIB) / "backups")
+    disk.device.write_bytes(os.urandom(MIB) + bytes(39 * MIB))
+    disk.back_up()
+    old = disk.image()
+    disk.device.write_bytes(os.urandom(40 * MIB))
+    write_image, reached = dosvob.Update._write_image, []
+
+    def without_space(*arguments: Any) -> Any:
+        reached.append(limited(8 * MIB))
+        return write_image(*arguments)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(dosvob.SparseFile, "free_space", lambda _: 1 << 40)
+        patches.setattr(dosvob.Update, "_write_image", without_space)
+        with pytest.raises(OSError, match=r"No space left|Disk quota exceeded") as full:
+            disk.back_up()
+    assert reached
+    assert dosvob.is_disk_full(full.value)
+    assert disk.image() == old
+    assert not disk.paths.undo.exists()
+    assert not disk.paths.spool.exists()
+    limited(256 * MIB)
+    disk.check_settled()
+
+
+def test_what_is_over_in_keep_goes_before_a_run_fetches(home: Home, tmpfs: Tmpfs) -> None:
+    """Of all volumes, also those that come later or are not backed up any more: the first one may need that space."""
+    first, last = home.simulator.add_volume("a-first"), home.simulator.add_volume("z-last")
+    backups = ("--backups", str(tmpfs.path))
+    home.configure(keep={"last": 3})
+    home.run(*backups)
+    for _ in range(3):
+        write_at(last.path, 0, os.urandom(10 * MIB))
+        home.run(*backups, "z-last")
+    write_at(first.path, 0, os.urandom(8 * MIB))
+    home.configure(keep={}, include=["a-first"])
+    tmpfs.leave_free(2 * MIB)
+    home.run(*backups)
+    assert same(tmpfs.path / "a-first", first.path)
+    assert not list((tmpfs.path / ".dosvob").glob("*.versions/*"))
+
+
+# -- a restore
+
+
+@pytest.mark.parametrize("is_stubborn", [False, True])
+def test_a_restored_file_is_what_is_checked_and_not_its_source(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stubborn: bool
+) -> None:
+    """A clone with stale bytes has been seen with ZFS; what cannot be mended is named."""
+    disk.device.write_bytes(os.urandom(10 * MIB))
+    disk.back_up()
+
+    def clone(fd: int, request: int, source: int) -> int:
+        assert request == 0x40049409
+        content = bytearray(os.pread(source, 10 * MIB, 0))
+        content[5 * MIB : 5 * MIB + 4096] = b"S" * 4096
+        return os.pwrite(fd, content, 0)
+
+    def write(file: dosvob.SparseFile, data: bytes | memoryview, offset: int) -> None:
+        if not is_stubborn:
+            os.pwrite(file.fd, data, offset)
+
+    monkeypatch.setattr("fcntl.ioctl", clone)
+    monkeypatch.setattr(dosvob.SparseFile, "write", write)
+    with contextlib.closing(dosvob.Chain(disk.paths)) as chain:
+        final, damaged = chain.restore(0, tmp_path / "restored", lambda count: None)
+    assert (final.name, damaged.ranges) == (
+        ("restored.damaged", [(5 * MIB, 6 * MIB)]) if is_stubborn else ("restored", [])
+    )
+    assert (final.read_bytes() == disk.device.read_bytes()) is not is_stubborn
+
+
+# -- what cannot be changed, or read
+
+
+@contextlib.contextmanager
+def squashed(home: Home, tmp_path: Path) -> Iterator[Path]:
+    """A read-only copy of backups/."""
+    if shutil.which("mksquashfs") is None:
+        pytest.skip("there is no mksquashfs, which is in the package squashfs-tools")
+    run("mksquashfs", home.backups, tmp_path / "copy.squashfs", "-quiet", "-no-progress")
+    (place := tmp_path / "copy").mkdir()
+    run("mount", "-o", "loop,ro", tmp_path / "copy.squashfs", place)
+    try:
+        yield place
+    finally:
+        run("umount", place)
+
+
+def test_a_read_only_copy_is_verified_and_a_damaged_undo_costs_its_own_chunk(home: Home, tmp_path: Path) -> None:
+    volume, other = home.simulator.add_volume(NAME), home.simulator.add_volume("other")
+    write_at(volume.path, 0, os.urandom(6 * MIB))
+    write_at(other.path, 0, os.urandom(MIB))
+    home.run()
+    old = volume.path.read_bytes()[: 6 * MIB]
+    with squashed(home, tmp_path) as copy:
+        assert f"{NAME}: sound" in home.run("verify", "--backups", str(copy)).stdout
+    (tmp_path / "copy.squashfs").unlink()
+    (tmp_path / "copy").rmdir()
+    paths, device = dosvob.ImagePaths(home.backups, NAME), tmp_path / "device"
+    shutil.copyfile(volume.path, device)
+    write_at(device, 0, os.urandom(6 * MIB))
+    leave_written_by(paths, device)
+    write_at(paths.undo, paths.undo.stat().st_size // 2, b"decayed")
+    with squashed(home, tmp_path) as copy:
+        done = home.run("verify", "--backups", str(copy), expect=1)
+        (damage,) = [line for line in done.stderr.splitlines() if "error: " in line]
+        assert f"{NAME}: differs from its snapshot in bytes" in damage
+        start, end = map(int, damage.split("bytes ")[1].split(":")[0].split(" to "))
+        assert end - start == MIB - 1
+        assert "other: sound" in done.stdout
+        home.run("restore", NAME, "copy.img", "--backups", str(copy), expect=1)
+        brought = (home.directory / "copy.img.damaged").read_bytes()[: 6 * MIB]
+        assert brought[:start] + brought[end + 1 :] == old[:start] + old[end + 1 :]
+
+
+def leave_written_by(paths: dosvob.ImagePaths, device: Path) -> None:
+    """Have the image written to, as if the power went before the commit."""
+    state = dosvob.State.load(paths.state)
+    assert state is not None
+    snapshot = dosvob.Snapshot(state.snapshot.volume_id, NAME, "fra1", device.stat().st_size, "2030-01-01T00:00:00Z")
+    with contextlib.closing(dosvob.Update(paths, snapshot, dosvob.Keep(), print)) as update:
+        connect: Any = lambda first, window: AgentProcess(device, first, window)  # noqa: E731
+        sync_device(connect, update, print)
+        with power_cut_at(dosvob.Update, "_complete_state"):
+            update.finish()
+    assert paths.undo.exists()
+
+
+@pytest.mark.parametrize("name", ["EIO", "EBADMSG", "EUCLEAN"])
+def test_a_state_that_the_disk_cannot_read_is_no_matter_of_other_volumes(
+    home: Home, tmp_path: Path, name: str
+) -> None:
+    volumes = [home.simulator.add_volume(each) for each in (NAME, "other")]
+    for _ in range(2):
+        for volume in volumes:
+            write_at(volume.path, 0, os.urandom(MIB))
+        home.run()
+    state = dosvob.ImagePaths(home.backups, NAME).state
+    relative = state.relative_to(home.directory)
+    failing: tuple[str, ...] = ("strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-P", str(state))
+    failing += ("-e", "trace=read,pread64", "-P", str(relative), f"--inject=read,pread64:error={name}")
+    for command in ("list", "health", "verify"):
+        done = home.run(command, wrapper=failing, expect=0 if command == "list" else 1)
+        told = done.stdout + done.stderr
+        assert f"{relative} is damaged" in told, command
+        assert "other" in told
+        assert "Traceback" not in told
+    home.run("restore", NAME, "copy.img", wrapper=failing)
+    assert same(home.directory / "copy.img", volumes[0].path)
+    home.run("restore", "other", "other.img", wrapper=failing)
+    write_at(volumes[1].path, 5 * MIB, b"new")
+    assert str(relative) in one_clear_error(home.run(wrapper=failing, expect=1))
+    assert same(home.image("other"), volumes[1].path)
