@@ -143,6 +143,8 @@ if TYPE_CHECKING:
     import requests
 
 VERSION = "1.0.0"
+LIMITS_PAGE = "https://cloud.digitalocean.com/account/team/limits"
+TOKENS_PAGE = "https://cloud.digitalocean.com/account/api/tokens"
 GIB = 1 << 30
 Json = dict[str, Any]
 S = TypeVar("S")
@@ -592,51 +594,6 @@ class Meter:
         self._report.progress(f"{name}: {left}{doing} {human_size(self.done)}{of}{pace}")
 
 
-class Course:
-    """Shows how far a conversation is, and the time left; ends it when a stop was requested.
-
-    The time left follows from how fast it scanned and fetched of late. In a first backup nobody knows how much of the
-    rest is data: after much data it may take less, after zeros more.
-    """
-
-    def __init__(self, report: Reporter, stop: Stop, name: str, number: str, conversation: Conversation) -> None:
-        self._report = report
-        self._stop = stop
-        self._name = name
-        self._number = number  # "2 of 5", if there are several
-        self._conversation = conversation
-        self._position = 0
-        self._scan, self._fetch, self._link = Rate(), Rate(), Rate()  # chunks, chunks, and bytes
-
-    def __call__(self, received: int) -> None:
-        """Show the progress, given the bytes received so far. Raises Interrupted."""
-        self._stop.check()
-        reached, size = self._conversation.position, self._conversation.chunks * CHUNK
-        if reached < self._position:  # what was sent is compared now
-            self._scan, self._fetch = Rate(), Rate()
-        self._position = reached
-        link, pace = self._link(received), self._scan(reached) * CHUNK
-        told = self._conversation.verb.format(
-            fetched=human_size(received), link=human_size(link), pace=human_size(pace)
-        )
-        told = told if link and pace else told.partition(" at ")[0]
-        told = f"{human_size(reached * CHUNK)} of {human_size(size)} {told}"
-        self._report.progress(f"{self._name}: {', '.join(filter(None, (self._left(reached), self._number, told)))}")
-
-    def _left(self, reached: int) -> str:
-        """The time left; empty while it is unknown."""
-        conversation = self._conversation
-        scan, fetch = self._scan(reached), self._fetch(conversation.fetched)
-        unscanned, outstanding = conversation.chunks - reached, conversation.outstanding
-        if (unscanned and not scan) or (outstanding and not fetch):
-            return ""
-        word = "" if not (conversation.is_first and unscanned) else "under " if fetch > 0.3 * scan else "over "
-        if word == "over ":
-            scan = max(scan, self._scan.fastest)
-        seconds = (unscanned / scan if unscanned else 0) + (outstanding / fetch if outstanding else 0)
-        return "" if word and seconds < 1 else f"{word}{human_time(seconds)} left"
-
-
 def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> None:
     """Tell a service in the manner of healthchecks.io how a run goes: https://healthchecks.io/docs/http_api/
 
@@ -867,9 +824,6 @@ class Config:
 # ── The DigitalOcean API ─────────────────────────────────────────────────────────────────────────────────────────────
 # Calls that come back with an answer or with an error that says what to do. Knows how to page, when to wait, and what
 # is safe to repeat; knows nothing of backups. The reference: https://docs.digitalocean.com/reference/api/
-
-LIMITS_PAGE = "https://cloud.digitalocean.com/account/team/limits"
-TOKENS_PAGE = "https://cloud.digitalocean.com/account/api/tokens"
 
 SCOPES = {
     # https://docs.digitalocean.com/reference/api/scopes/ ; a 403 does not name the missing scope, so we do.
@@ -1569,7 +1523,7 @@ class Ephemeral:
         body = {"name": name, "region": volume.region, "size_gigabytes": volume.size // GIB}
         body["description"] = description  # tells it from somebody else's if the answer is lost
         patient = self._api.with_stop(self._api.stop, self.NEW_PATIENCE)
-        start, intervals, may_scan_on = time.monotonic(), self._api.backoff(), False
+        start, intervals, has_freed_quota = time.monotonic(), self._api.backoff(), False
         try:
             while True:
                 try:
@@ -1577,13 +1531,13 @@ class Ephemeral:
                 except ApiError as problem:
                     if problem.status not in (403, 422):
                         raise
-                    if may_scan_on:
+                    if has_freed_quota:
                         patient.pause(problem, next(intervals), start)
                         continue
                     self._report.say(f"{problem}; removing {volume.name}, whose snapshot has all, to make room")
                 self.remove_droplets()
                 self._remove_volume(volume)
-                may_scan_on = True
+                has_freed_quota = True
         finally:
             if self._asked.pop(name, None):
                 self._report.warn(f"it is not known whether the volume {name} was made: if it is there, it is whole")
@@ -3111,7 +3065,9 @@ class Undo:
             undo = None
             with contextlib.suppress(FileNotFoundError):
                 file = files.enter_context(PatchFile(paths.undo, "version", from_disk=from_disk))
-                undo = cls(paths, file) if file.head and file.footer is not None else None
+                # An undo without a footer was being written when the crash came, or its footer decayed since.
+                is_needed = file.footer is not None or (file.head and file.head["base"] != identity_of(paths.image))
+                undo = cls(paths, file) if file.head and is_needed else None
             yield undo if undo is not None and not undo.is_stray else None
 
     @classmethod
@@ -4191,7 +4147,7 @@ class Update:
         now = utc_now().isoformat()
         State(self._snapshot, now, self.image_digests.part, digests, identity).write(self._paths.new_state)
 
-    def free_space(self) -> None:
+    def give_up_space(self) -> None:
         """Free space for the other volumes, after this sync met a full disk.
 
         It drops the spool, or cuts the end off a first sync's file: the next run fetches only that again.
@@ -5123,6 +5079,51 @@ class Context:
 Host = tuple[Droplet, Link]
 
 
+class Course:
+    """Shows how far a conversation is, and the time left; ends it when a stop was requested.
+
+    The time left follows from how fast it scanned and fetched of late. In a first backup nobody knows how much of the
+    rest is data: after much data it may take less, after zeros more.
+    """
+
+    def __init__(self, report: Reporter, stop: Stop, name: str, number: str, conversation: Conversation) -> None:
+        self._report = report
+        self._stop = stop
+        self._name = name
+        self._number = number  # "2 of 5", if there are several
+        self._conversation = conversation
+        self._position = 0
+        self._scan, self._fetch, self._link = Rate(), Rate(), Rate()  # chunks, chunks, and bytes
+
+    def __call__(self, received: int) -> None:
+        """Show the progress, given the bytes received so far. Raises Interrupted."""
+        self._stop.check()
+        reached, size = self._conversation.position, self._conversation.chunks * CHUNK
+        if reached < self._position:  # what was sent is compared now
+            self._scan, self._fetch = Rate(), Rate()
+        self._position = reached
+        link, pace = self._link(received), self._scan(reached) * CHUNK
+        told = self._conversation.verb.format(
+            fetched=human_size(received), link=human_size(link), pace=human_size(pace)
+        )
+        told = told if link and pace else told.partition(" at ")[0]
+        told = f"{human_size(reached * CHUNK)} of {human_size(size)} {told}"
+        self._report.progress(f"{self._name}: {', '.join(filter(None, (self._left(reached), self._number, told)))}")
+
+    def _left(self, reached: int) -> str:
+        """The time left; empty while it is unknown."""
+        conversation = self._conversation
+        scan, fetch = self._scan(reached), self._fetch(conversation.fetched)
+        unscanned, outstanding = conversation.chunks - reached, conversation.outstanding
+        if (unscanned and not scan) or (outstanding and not fetch):
+            return ""
+        word = "" if not (conversation.is_first and unscanned) else "under " if fetch > 0.3 * scan else "over "
+        if word == "over ":
+            scan = max(scan, self._scan.fastest)
+        seconds = (unscanned / scan if unscanned else 0) + (outstanding / fetch if outstanding else 0)
+        return "" if word and seconds < 1 else f"{word}{human_time(seconds)} left"
+
+
 class DropletKeeper:
     """Makes the run's droplet, and the `Link` to it, in the background; replaces a lost one, once.
 
@@ -5457,7 +5458,7 @@ class Backup:
                     update.finish()
                 except OSError as problem:
                     if is_disk_full(problem):
-                        update.free_space()
+                        update.give_up_space()
                     raise
             if update.differing.ranges:
                 warn(
@@ -6195,7 +6196,7 @@ class Commands:
             found |= {"region": state.snapshot.region, "size": state.snapshot.size}
             add(state.moment)
         except FileNotFoundError:
-            missing = "no snapshot is recorded" if found["size"] else "the image is missing"
+            missing = "the image is missing" if found["size"] is None else "no snapshot is recorded"
             found["problem"] = found["problem"] or missing
         except (OSError, DosvobError) as problem:
             found["problem"] = found["problem"] or explained(problem, paths.image)
@@ -6249,12 +6250,13 @@ class Commands:
                 + command_line("restore", "data", "--to-volume", "data-restored")
             )
         context = self._context()
+        if not file:
+            context.home.check()  # before a lock makes one
         with contextlib.nullcontext() if dry_run else context.home.locked():
             sweep(context, dry_run=dry_run)
             if file:
                 opened = Source.of_file(file)
             else:
-                context.home.check()
                 paths = ImagePaths(context.home.path, context.home.one_named(arguments.names[0]))
                 opened = Source.of_image(paths, self._wanted_time())
             with opened as source:
@@ -6275,7 +6277,7 @@ class Commands:
             f"{source.name} is now also the volume {made}: all of it was read back there and compared{unchecked}. "
             "To use it on a droplet of yours:\n"
             f"  doctl compute volume-action attach {new.id} DROPLET-ID\n"
-            f"  mount {Link.device(new.name)} /mnt    # on the droplet"
+            f"  mount {Link.device(new.name)} /mnt    # on the droplet; of XFS beside the original: mount -o nouuid"
         )
 
     def _wish(self, context: Context, source: Source) -> NewVolume:
@@ -6467,7 +6469,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"dosvob {VERSION}")
     given = vars(parser.parse_intermixed_args(arguments))
     names = given.setdefault("names", [])
-    command = names.pop(0) if names and names[0] in COMMANDS else ""
+    command = names.pop(0) if names and names[0] and names[0] in COMMANDS else ""  # "" is no name: it matches nothing
     for option in given.keys() - COMMANDS[command][1] - {"names", "verbose", "quiet"}:
         parser.error(f"{command or 'a backup'} does not use --{option.replace('_', '-')}")
     if command == "restore" and "to_volume" not in given:
