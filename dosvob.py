@@ -4692,8 +4692,9 @@ class Push(Conversation):
         """The WRITE of these pages of a chunk; with `over_zeros` without the pages that are zeros."""
         patch = Patch.of(index, wanted, Patch.select(chunk, wanted), b"")
         kind, data = self._packer.pack(bytes(patch.data))
-        frame = framed(kind, index, patch.filled.to_bytes(PAGES // 8, "little"), data)
-        return packed_command(WRITE, index, 1, patch.filled if over_zeros else wanted) + frame
+        command = packed_command(WRITE, index, 1, patch.filled if over_zeros else wanted)
+        header = struct.pack(FRAME, kind, index, PAGES // 8 + len(data))
+        return b"".join((command, header, patch.filled.to_bytes(PAGES // 8, "little"), data))
 
 
 # ── The connection ───────────────────────────────────────────────────────────────────────────────────────────────────
