@@ -388,7 +388,7 @@ class Config:
         region = content.get("region")
         if not region:
             raise UsageError(f'{path}: "region" is missing: the region of your volumes, such as "fra1"')
-        if not variable and path.stat().st_mode & 0o077:
+        if not variable and path.stat().st_mode & 0o077 and cls._keeps_modes(path.parent):
             warn(f"{path} holds your token and others can read it: chmod 600 {path}")
         url = environment.get(cls.URL_VARIABLE) or "https://api.digitalocean.com"
         if not cls._is_private(url):
@@ -447,6 +447,15 @@ class Config:
         if not isinstance(content, dict):
             raise UsageError(f"{path}: must hold an object, {{…}}, as conf.json.example does")
         return content
+
+    @staticmethod
+    def _keeps_modes(directory: Path) -> bool:
+        """Whether chmod has an effect on files there: FAT and some NAS know no modes, and nothing can be done there."""
+        try:
+            with tempfile.NamedTemporaryFile(dir=directory, prefix=".dosvob-") as file:
+                return os.fstat(file.fileno()).st_mode & 0o077 == 0
+        except OSError:  # as it may be read-only, nobody knows
+            return True
 
     @staticmethod
     def _is_private(url: str) -> bool:

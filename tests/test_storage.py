@@ -578,3 +578,26 @@ def test_a_dry_run_says_what_is_free_and_what_a_run_costs(home: Home) -> None:
     assert "are free in" in told
     assert "about $0.02 for a run" in told
     assert not list(home.directory.rglob(".trial*"))
+
+
+# -- what is said, and when
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_storage_that_keeps_no_modes_is_not_warned_about(home: Home, tmp_path: Path, keeps: bool) -> None:
+    home.simulator.add_volume(NAME)
+    with (tmp_path / "store").open("xb") as file:
+        file.truncate(64 * MIB)
+    run(*(("mkfs.ext4", "-q") if keeps else ("mkfs.exfat",)), tmp_path / "store")
+    device = LoopDevice(tmp_path / "store")
+    (place := tmp_path / "place").mkdir()
+    run(*(("mount",) if keeps else ("mount.exfat-fuse", "-o", "umask=0")), device.path, place)
+    try:
+        shutil.copyfile(home.directory / "conf.json", place / "conf.json")
+        (place / "conf.json").chmod(0o644)
+        done = home.run("--config", str(place / "conf.json"), "--dry-run")
+        assert ("chmod 600" in done.stderr) is keeps
+        assert [path.name for path in place.iterdir() if path.name != "lost+found"] == ["conf.json"]
+    finally:
+        run("umount", place)
+        device.close()
