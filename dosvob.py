@@ -4647,6 +4647,24 @@ class Home:
             names |= {f"{region}/{name}" if region else name for name in fit}
         return names
 
+    def remains(self) -> dict[Path, str]:
+        """What syncs left here, or put out of the way, besides images with their states and versions: whose it is."""
+        kinds = ("*.partial", ".dosvob/*.spool", ".dosvob/*.undo", ".dosvob/*.state.new", ".dosvob/*.versions.of-*",
+                 "*.set-aside-*")  # fmt: skip
+        found = {}
+        for region in self.directories():
+            for path in sorted(path for kind in kinds for path in (self.path / region).glob(kind)):
+                name = path.name.partition(".")[0]
+                if ImagePaths.VOLUME_NAME.fullmatch(name):
+                    found[path] = f"{region}/{name}" if region else name
+        return found
+
+    @staticmethod
+    def occupied(path: Path) -> int:
+        """The bytes that a file, or a directory with its files, takes."""
+        files = [path, *path.rglob("*")] if path.is_dir() else [path]
+        return sum(each.stat().st_blocks * 512 for each in files if each.exists())
+
     def chosen(self, names: list[str], *, with_aside: bool = True) -> list[str]:
         """The names, which must all be of something here, or all that are; raises UsageError."""
         there = self.names()
@@ -5691,6 +5709,7 @@ class Run:
         fit = [volume for volume in volumes if job.name(volume) not in damaged]
         self._results = {job.name(volume): Result(job.name(volume), volume.size, "not begun") for volume in fit}
         self._thin_all(selection.account, damaged)
+        self._tell_remains(selection.account)
         job.try_storage(fit)
         cost = 0.0
         try:
@@ -5708,6 +5727,15 @@ class Run:
             report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included", is_result=True)
         if not report.left:
             report.say("nothing of this home's is left in the account")
+
+    def _tell_remains(self, volumes: Iterable[Volume]) -> None:
+        """Say what syncs left of volumes that the account has no more."""
+        job, names = self._job, {self._job.name(volume) for volume in volumes}
+        for path, name in job.home.remains().items():
+            if name not in names:
+                size = human_size(job.home.occupied(path))
+                job.report.say(f"{path} takes {size}, and the account has no volume {name}: delete it if you do not "
+                               "need it")  # fmt: skip
 
     def _thin_all(self, volumes: Iterable[Volume], damaged: Container[str]) -> None:
         """Thin the versions of all volumes: the disk may be full, "keep" ask for fewer, and the first need the space.
@@ -5956,10 +5984,18 @@ class Commands:
         found = [self._described(ImagePaths(home.path, name)) for name in home.chosen(self._arguments.names)]
         if self._arguments.json:
             report.answer(json.dumps({"volumes": found}, indent=2))
-        elif not found:
+            return
+        if not found:
             report.say(f"there is no backup in {home.path} yet")
-        else:
-            report.answer("\n\n".join(self._description(volume) for volume in found))
+        rest = [
+            f"{path}: {human_size(home.occupied(path))}, of {name}"
+            for path, name in home.remains().items()
+            if "set-aside" not in path.name and (not self._arguments.names or name in self._arguments.names)
+        ]
+        told = [self._description(volume) for volume in found]
+        told += ["\n  ".join(["left by syncs that are not complete, or put out of the way:", *rest])] if rest else []
+        if told:
+            report.answer("\n\n".join(told))
 
     def _described(self, paths: ImagePaths) -> Json:
         """What there is of a volume, in the form of `list --json`: README has it."""

@@ -583,6 +583,26 @@ def test_a_dry_run_says_what_is_free_and_what_a_run_costs(home: Home) -> None:
 # -- what is said, and when
 
 
+def test_what_syncs_left_of_volumes_that_are_gone_is_named(home: Home) -> None:
+    home.simulator.add_volume(NAME)
+    home.run()
+    metadata = home.backups / ".dosvob"
+    (metadata / "gone.versions.of-20260101T000000Z-0123").mkdir()
+    left = (home.backups / "gone.partial", metadata / "gone.spool",
+            metadata / "gone.versions.of-20260101T000000Z-0123" / "20260101T000000Z")  # fmt: skip
+    for path in left:
+        path.write_bytes(os.urandom(2 * MIB))
+    (metadata / f"{NAME}.spool").write_bytes(os.urandom(MIB))
+    listed = home.run("list").stdout
+    for name in ("gone.partial: 2.0 MiB", "gone.spool: 2.0 MiB", "gone.versions.of-20260101T000000Z-0123: 2.0 MiB"):
+        assert name in listed
+    assert f"{NAME}.spool: 1.0 MiB" in listed
+    told = home.run().stdout
+    assert told.count("the account has no volume gone") == 3
+    assert "takes 2.0 MiB" in told
+    assert all(path.exists() for path in left)
+
+
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_storage_that_keeps_no_modes_is_not_warned_about(home: Home, tmp_path: Path, keeps: bool) -> None:
     home.simulator.add_volume(NAME)
