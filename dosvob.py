@@ -3365,8 +3365,8 @@ class Chain:
     def _read_back(file: SparseFile, written: list[tuple[int, bytes, bool]], damaged: Ranges) -> None:
         """Compare what a restored file has on the disk with what it is to have, and write again what it has not.
 
-        `written` are neighbouring chunks: index, content, whether that is sound. A file system has shared with
-        a clone what was there before.
+        `written` are neighbouring chunks: index, content, whether that is sound. ZFS has been seen to show in a clone
+        what was there before.
         """
         for attempt in (1, 2):
             if written:
@@ -3681,6 +3681,24 @@ class Home:
             fit = {name for name in found if any(pattern.fullmatch(name) for pattern in patterns)}
             names |= {f"{region}/{name}" if region else name for name in fit}
         return names
+
+    def remains(self) -> dict[Path, str]:
+        """What syncs left here, or put out of the way, besides images with their states and versions: whose it is."""
+        kinds = ("*.partial", ".dosvob/*.spool", ".dosvob/*.undo", ".dosvob/*.state.new", ".dosvob/*.versions.of-*",
+                 "*.set-aside-*")  # fmt: skip
+        found = {}
+        for region in self.directories():
+            for path in sorted(path for kind in kinds for path in (self.path / region).glob(kind)):
+                name = path.name.partition(".")[0]
+                if ImagePaths.VOLUME_NAME.fullmatch(name):
+                    found[path] = f"{region}/{name}" if region else name
+        return found
+
+    @staticmethod
+    def occupied(path: Path) -> int:
+        """The bytes that a file, or a directory with its files, takes."""
+        files = [path, *path.rglob("*")] if path.is_dir() else [path]
+        return sum(each.stat().st_blocks * 512 for each in files if each.exists())
 
     def select(self, names: list[str], *, with_aside: bool = True) -> list[str]:
         """What these names or patterns fit, or all without names; raises UsageError for one that fits nothing."""
@@ -5062,6 +5080,122 @@ def converse(
 # the chapters above together.
 
 
+class Trial:
+    """A try, in a directory, of all that a run needs of its file system, before anything that costs is created.
+
+    `largest` is the size in bytes of the largest volume that has no image there yet, `needed` that of all of them. What
+    is missing raises UsageError with what to do; what is merely dear is said.
+    """
+
+    SAMPLE = 16 * CHUNK  # large enough that it shows in the free space whether a length takes any
+
+    def __init__(self, directory: Path, sizes: Sequence[int], say: Callable[[str], None]) -> None:
+        self._directory = directory
+        self._largest, self._needed = max(sizes, default=0), sum(sizes)
+        self._say = say
+        self._kind = Mount.of(directory).kind or "its file system"
+        self._paths = (directory / ".trial", directory / ".trial.renamed", directory / ".trial.directory")
+
+    def run(self) -> None:
+        """Try it, and leave nothing there. A full disk is no reason to stop: some volumes may need no more."""
+        self._clear()
+        try:
+            for step, remedy in (
+                (self._write, "give dosvob the right to write there"),
+                (self._write_in_the_middle, "it must change files in place: rclone does with --vfs-cache-mode writes"),
+                (self._reopen, "it must open a file again to change it: mount an SMB share with mount.cifs"),
+                (self._lengthen, "use a file system with larger files, such as XFS or Btrfs"),
+                (self._rename, "it must rename between directories: mergerfs does with category.create=mfs"),
+                (self._lock, "it must lock files: NFS does with -o local_lock=flock"),
+            ):  # fmt: skip
+                if not self._try(step, remedy):
+                    break
+        finally:
+            with contextlib.suppress(OSError):
+                self._clear()
+
+    def _try(self, step: Callable[[], None], remedy: str) -> bool:
+        """Take a step; False if the disk is full."""
+        try:
+            step()
+        except OSError as problem:
+            if is_disk_full(problem):
+                return False
+            size = f" for an image of {human_size(self._largest)}" * (problem.errno == errno.EFBIG)
+            what = f"{self._directory} is on {self._kind}, which will not do{size} ({problem.strerror})"
+            raise UsageError(f"{what}: {remedy}") from problem
+        return True
+
+    def _clear(self) -> None:
+        file, renamed, directory = self._paths
+        for path in (file, renamed, directory / "renamed"):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path.unlink()
+        if directory.is_dir():
+            directory.rmdir()
+
+    @contextlib.contextmanager
+    def _opened(self, flags: int = os.O_RDWR) -> Iterator[SparseFile]:
+        with contextlib.closing(SparseFile(self._paths[0], flags)) as file:
+            yield file
+
+    def _write(self) -> None:
+        with self._opened(os.O_RDWR | os.O_CREAT) as file:
+            file.write(ZERO_CHUNK, 0)
+            os.fsync(file.fd)
+
+    def _write_in_the_middle(self) -> None:
+        with self._opened() as file:
+            file.write(b"x" * PAGE, CHUNK // 2)
+            os.fsync(file.fd)
+            if file.read(CHUNK // 2, PAGE) != b"x" * PAGE:
+                raise OSError(errno.EIO, "what was written there does not come back")
+
+    def _reopen(self) -> None:
+        with self._opened() as file:
+            file.write(b"y" * PAGE, 0)
+
+    def _lengthen(self) -> None:
+        """Set the length of the largest image; where that takes space, look only whether it could be."""
+        with self._opened() as file:
+            can_punch, free = file.punch(0, CHUNK), file.free_space()
+            os.ftruncate(file.fd, self.SAMPLE)
+            os.fsync(file.fd)
+            status = os.fstat(file.fd)
+            is_sparse = status.st_blocks * 512 < self.SAMPLE or free - file.free_space() < self.SAMPLE // 2
+            if is_sparse:
+                os.ftruncate(file.fd, max(self._largest, self.SAMPLE))
+            else:
+                self._look_for_space(file, free)
+        if is_sparse and not can_punch:
+            self._say(
+                f"{self._directory} is on {self._kind}, where no holes can be made in a file: what becomes zeros on a "
+                "volume goes on taking space here, up to the volume's size"
+            )
+
+    def _look_for_space(self, file: SparseFile, free: int) -> None:
+        figures = f"{human_size(self._needed)} are needed for first backups, {human_size(free)} are free"
+        told = f"{self._directory} is on {self._kind}, which has no sparse files: {figures}"
+        if self._largest > free:
+            raise UsageError(f"{told}: use another file system, such as ext4 or Btrfs, or a larger disk")
+        try:
+            os.lseek(file.fd, self._largest, os.SEEK_SET)  # refused beyond what a file can have
+        except OSError as problem:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG)) from problem
+        self._say(told)
+
+    def _rename(self) -> None:
+        file, renamed, directory = self._paths
+        file.rename(renamed)
+        directory.mkdir(mode=0o700)
+        renamed.rename(directory / "renamed")
+        (directory / "renamed").rename(file)
+
+    def _lock(self) -> None:
+        with self._opened() as file:
+            fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @dataclass(frozen=True)
 class Context:
     """What all that needs the account is given."""
@@ -5075,6 +5209,24 @@ class Context:
     def name(self, volume: Volume) -> str:
         """The name of a volume's image."""
         return f"{volume.region}/{volume.name}" if self.config.by_region else volume.name
+
+    def try_storage(self, volumes: Sequence[Volume], *, dry_run: bool = False) -> None:
+        """Try all that a backup of the volumes needs where their images go; raises UsageError with what to do.
+
+        What is not there yet is tried where it will be made. A dry run also says how much is free there.
+        """
+        sizes_in: dict[Path, list[int]] = {}  # of those that have no image yet
+        for volume in volumes:
+            paths = ImagePaths(self.home.path, self.name(volume))
+            sizes_in.setdefault(paths.metadata, []).extend([] if paths.image.exists() else [volume.size])
+        for directory, sizes in sizes_in.items():
+            place = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+            Trial(place, sizes, self.report.say).run()
+            if dry_run:
+                status = os.statvfs(place)
+                free = human_size(status.f_bavail * status.f_frsize)
+                first = f"; first backups take up to {human_size(sum(sizes))}, for {len(sizes)} volumes" * bool(sizes)
+                self.report.say(f"{free} are free in {place}{first}")
 
 
 Host = tuple[Droplet, Link]
@@ -5882,6 +6034,8 @@ class Run:
                 self._results[name] = dataclasses.replace(result, outcome="FAILED")
         fit = [volume for volume in fit if self._results[context.name(volume)].outcome == "not begun"]
         self._thin_all(selection.account, damaged)
+        self._tell_remains(selection.account)
+        context.try_storage(fit)
         cost = 0.0
         try:
             for _, volumes_there in itertools.groupby(fit, lambda volume: volume.region):
@@ -5915,6 +6069,16 @@ class Run:
         except OSError:
             pass  # the sync tells
         return True
+
+    def _tell_remains(self, volumes: Iterable[Volume]) -> None:
+        """Say what syncs left of volumes that the account has no more."""
+        context, names = self._context, {self._context.name(volume) for volume in volumes}
+        for path, name in context.home.remains().items():
+            if name not in names:
+                size = human_size(context.home.occupied(path))
+                context.report.say(
+                    f"{path} takes {size}, and the account has no volume {name}: delete it if you do not need it"
+                )
 
     def _thin_all(self, volumes: Iterable[Volume], damaged: Container[str]) -> None:
         """Thin the versions of all volumes: the disk may be full, "keep" ask for fewer, and the first need the space.
@@ -6036,9 +6200,13 @@ class Commands:
         for region in dict.fromkeys(volume.region for volume in volumes):
             plan = DropletPlan.make(context.api, context.config, region)
             size, price = plan.sizes[0]
+            gib = [volume.size / GIB for volume in volumes if volume.region == region]
+            least = KINDS[DROPLET].least + len(gib) * KINDS[SNAPSHOT].least + sum(gib) * KINDS[VOLUME].gib_hour
             self._report.say(
-                f"would do so over a droplet {size} with {plan.image} in {region}, at ${price:.5f} an hour"
+                f"would do so over a droplet {size} with {plan.image} in {region}, at ${price:.5f} an hour: about "
+                f"${least:.2f} for a run, if it takes less than an hour"
             )
+        context.try_storage(volumes, dry_run=True)
 
     def sweep(self) -> None:
         """Remove leftovers, and nothing else."""
@@ -6162,10 +6330,18 @@ class Commands:
         found = [self._described(ImagePaths(home.path, name)) for name in home.select(self._arguments.names)]
         if self._arguments.json:
             report.answer(json.dumps({"volumes": found}, indent=2), self._stop)
-        elif not found:
+            return
+        if not found:
             report.say(f"there is no backup in {home.path} yet")
-        else:
-            report.answer("\n\n".join(self._description(volume) for volume in found), self._stop)
+        rest = [
+            f"{path}: {human_size(home.occupied(path))}, of {name}"
+            for path, name in home.remains().items()
+            if "set-aside" not in path.name and (not self._arguments.names or name in self._arguments.names)
+        ]
+        told = [self._description(volume) for volume in found]
+        told += ["\n  ".join(["left by syncs that are not complete, or put out of the way:", *rest])] if rest else []
+        if told:
+            report.answer("\n\n".join(told), self._stop)
 
     def _described(self, paths: ImagePaths) -> Json:
         """A volume's entry in `list --json`; README describes its form."""

@@ -38,6 +38,8 @@ class Storage:
         tool, package = self.TOOLS[kind]
         if shutil.which(tool) is None or (kind == "exfat-fuse" and shutil.which("mkfs.exfat") is None):
             pytest.skip(f"{kind}: there is no {tool}, which is in the package {package}")
+        if kind not in ("btrfs", "ext4") and not Path("/dev/fuse").exists():
+            pytest.skip(f"{kind}: there is no /dev/fuse")
         self.path = directory / "storage"
         self.store = directory / "store"
         self._kind = kind

@@ -496,3 +496,128 @@ def test_a_state_that_the_disk_cannot_read_is_no_matter_of_other_volumes(
     write_at(volumes[1].path, 5 * MIB, b"new")
     assert str(relative) in one_clear_error(home.run(wrapper=failing, expect=1))
     assert same(home.image("other"), volumes[1].path)
+
+
+# -- what a run needs is tried before it costs anything
+
+
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",)])
+def test_a_volume_that_is_larger_than_a_file_may_be(home: Home, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    home.simulator.add_volume("big", size_gib=17)
+    home.simulator.add_volume("small")
+    with (tmp_path / "store").open("xb") as file:
+        file.truncate(400 * MIB)
+    run("mkfs.ext2", "-q", "-b", "1024", tmp_path / "store")
+    home.backups.mkdir()
+    with mounted(tmp_path / "store", home.backups):
+        error = one_clear_error(home.run(*arguments, expect=2))
+        assert "will not do for an image of 17.0 GiB (File too large): use a file system with larger files" in error
+        assert not creations(home)
+        assert not list(home.backups.rglob(".trial*"))
+
+
+@pytest.mark.parametrize(
+    ("injection", "path", "remedy"),
+    [
+        ("pwrite64:error=EPERM:when=2", ".trial", "rclone does with --vfs-cache-mode writes"),
+        ("openat:error=EOPNOTSUPP:when=3", ".trial", "mount an SMB share with mount.cifs"),
+        ("ftruncate:error=EFBIG:when=2", ".trial", "larger files, such as XFS"),
+        ("rename:error=EXDEV:when=1", ".trial.renamed", "mergerfs does with category.create=mfs"),
+        ("flock:error=ENOLCK:when=1", "lock", "-o local_lock=flock"),
+        ("fsync:error=EIO:when=1", ".trial", "will not do (Input/output error)"),
+    ],
+)
+def test_what_the_disk_will_not_do_is_told_with_its_remedy(
+    home: Home, tmp_path: Path, injection: str, path: str, remedy: str
+) -> None:
+    home.simulator.add_volume(NAME)
+    home.backups.mkdir()
+    (home.backups / ".dosvob").mkdir()
+    call = injection.partition(":")[0]
+    place = f"{home.backups.name}/.dosvob/{path}"
+    wrapper = ("strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-e", f"trace={call}",
+               *("-P", place, "-P", str(home.directory / place), f"--inject={injection}"))  # fmt: skip
+    done = home.run(wrapper=wrapper, expect=2)
+    told = [line for line in done.stderr.splitlines() if not line.startswith("strace: ")]
+    assert len(told) == 1, told
+    assert remedy in told[0]
+    assert not creations(home)
+    assert not list(home.backups.rglob(".trial*"))
+
+
+@pytest.mark.parametrize("storage", ["exfat-fuse"], indirect=True)
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",)])
+def test_without_sparse_files_all_of_a_volume_is_needed(
+    home: Home, storage: Storage, arguments: tuple[str, ...]
+) -> None:
+    home.simulator.add_volume(NAME)
+    error = one_clear_error(home.run("--backups", str(storage.path / "backups"), *arguments, expect=2))
+    assert "has no sparse files: 1.0 GiB are needed" in error
+    assert "MiB are free" in error
+    assert not creations(home)
+
+
+@pytest.mark.parametrize("storage", ["ntfs-3g", "gocryptfs", "sshfs"], indirect=True)
+def test_where_no_holes_can_be_made_that_is_said_once(home: Home, storage: Storage) -> None:
+    volume, _ = home.simulator.add_volume(NAME), home.simulator.add_volume("other")
+    write_at(volume.path, 0, os.urandom(2 * MIB))
+    backups = ("--backups", str(storage.path / "backups"))
+    done = home.run(*backups)
+    told = [line for line in done.stdout.splitlines() if "no holes can be made" in line]
+    assert len(told) == 1, done.stdout
+    write_at(volume.path, 0, bytes(2 * MIB))
+    home.run(*backups)
+    assert same(storage.path / "backups" / NAME, volume.path)
+    assert not list(storage.path.rglob(".trial*"))
+
+
+def test_a_dry_run_says_what_is_free_and_what_a_run_costs(home: Home) -> None:
+    home.simulator.add_volume(NAME)
+    told = home.run("--dry-run").stdout
+    assert "first backups take up to 1.0 GiB, for 1 volumes" in told
+    assert "are free in" in told
+    assert "about $0.02 for a run" in told
+    assert not list(home.directory.rglob(".trial*"))
+
+
+# -- what is said, and when
+
+
+def test_what_syncs_left_of_volumes_that_are_gone_is_named(home: Home) -> None:
+    home.simulator.add_volume(NAME)
+    home.run()
+    metadata = home.backups / ".dosvob"
+    (metadata / "gone.versions.of-20260101T000000Z-0123").mkdir()
+    left = (home.backups / "gone.partial", metadata / "gone.spool",
+            metadata / "gone.versions.of-20260101T000000Z-0123" / "20260101T000000Z")  # fmt: skip
+    for path in left:
+        path.write_bytes(os.urandom(2 * MIB))
+    (metadata / f"{NAME}.spool").write_bytes(os.urandom(MIB))
+    listed = home.run("list").stdout
+    for name in ("gone.partial: 2.0 MiB", "gone.spool: 2.0 MiB", "gone.versions.of-20260101T000000Z-0123: 2.0 MiB"):
+        assert name in listed
+    assert f"{NAME}.spool: 1.0 MiB" in listed
+    told = home.run().stdout
+    assert told.count("the account has no volume gone") == 3
+    assert "takes 2.0 MiB" in told
+    assert all(path.exists() for path in left)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_storage_that_keeps_no_modes_is_not_warned_about(home: Home, tmp_path: Path, keeps: bool) -> None:
+    home.simulator.add_volume(NAME)
+    with (tmp_path / "store").open("xb") as file:
+        file.truncate(64 * MIB)
+    run(*(("mkfs.ext4", "-q") if keeps else ("mkfs.exfat",)), tmp_path / "store")
+    device = LoopDevice(tmp_path / "store")
+    (place := tmp_path / "place").mkdir()
+    run(*(("mount",) if keeps else ("mount.exfat-fuse", "-o", "umask=0")), device.path, place)
+    try:
+        shutil.copyfile(home.directory / "conf.json", place / "conf.json")
+        (place / "conf.json").chmod(0o644)
+        done = home.run("--config", str(place / "conf.json"), "--dry-run")
+        assert ("chmod 600" in done.stderr) is keeps
+        assert [path.name for path in place.iterdir() if path.name != "lost+found"] == ["conf.json"]
+    finally:
+        run("umount", place)
+        device.close()
