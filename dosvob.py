@@ -3765,6 +3765,13 @@ class Home:
             each for each in names if fnmatch.fnmatchcase(each if "/" in name else each.rpartition("/")[2], name)
         )
 
+    def unfinished(self, paths: ImagePaths) -> str:
+        """What to say of an image that a crash left between two snapshots; "" for any other."""
+        with Undo.left(paths) as undo:
+            if undo is not None and not undo.is_committed and not self.is_busy():
+                return f"an interrupted backup must still be taken back: {command_line('verify', paths.name)}"
+        return ""
+
     def recover(self, report: Reporter, stop: Stop) -> set[str]:
         """Take back interrupted backups, without network; returns the names for which that failed."""
         failed = set()
@@ -6139,6 +6146,77 @@ class Run:
         self._context.report.say(f"interrupted; {'; '.join(told)}", is_result=True)
 
 
+class Listing:
+    """What `list` shows of a home: for each volume an entry, as JSON has it and as text."""
+
+    def __init__(self, home: Home, tick: Callable[[int], None]) -> None:
+        self._home = home
+        self._tick = tick
+
+    def of(self, paths: ImagePaths) -> Json:
+        """A volume's entry in `list --json`; README describes its form."""
+        found: Json = {
+            "name": paths.name,
+            "region": None,
+            "size": None,
+            "occupied": 0,
+            "problem": None,
+            "versions": [],
+        }
+
+        def add(
+            moment: datetime.datetime, version: Version | None = None, frees: int | None = None, **more: Any
+        ) -> None:
+            changed, occupied = (version.changed, version.occupied) if version else (None, found["occupied"])
+            found["versions"].append(
+                {"time": moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
+                 "frees": frees, "damaged": False, **more}
+            )  # fmt: skip
+
+        try:
+            paths.check_link()
+            found["problem"] = self._home.unfinished(paths) or None
+            status = paths.image.stat()
+            found |= {"size": status.st_size, "occupied": status.st_blocks * 512}
+            if (state := State.load(paths.state, whole=False)) is None:
+                raise FileNotFoundError
+            found |= {"region": state.snapshot.region, "size": state.snapshot.size}
+            add(state.moment)
+        except FileNotFoundError:
+            missing = "the image is missing" if found["size"] is None else "no snapshot is recorded"
+            found["problem"] = found["problem"] or missing
+        except (OSError, DosvobError) as problem:
+            found["problem"] = found["problem"] or explained(problem, paths.image)
+        versions = Versions(paths).all()
+        for version, older in itertools.zip_longest(versions, versions[1:]):
+            try:
+                add(
+                    version.moment, version, Versions.freed_by(version, older, self._tick), damaged=not version.is_whole
+                )
+            except Damaged:
+                add(version.moment, version, version.occupied, damaged=True)
+            except FileNotFoundError:  # a run that goes on has thinned them meanwhile
+                return self.of(paths)
+        return found
+
+    @staticmethod
+    def text(volume: Json) -> str:
+        """The entry as text, for people."""
+        size = human_size(volume["size"]) if volume["size"] else "of unknown size"
+        older = sum(version["occupied"] for version in volume["versions"] if not version["image"])
+        here = human_size(volume["occupied"]) + " here" + f" and {human_size(older)} for older versions" * bool(older)
+        lines = [f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {here}"]
+        if volume["problem"]:
+            lines.append(f"  {volume['problem']}")
+        rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "")]
+        for version in volume["versions"]:
+            moment = datetime.datetime.fromisoformat(version["time"])
+            figures = ("-", "-") if version["image"] else (human_size(version["changed"]), human_size(version["frees"]))
+            note = "damaged" if version["damaged"] else "the image" * version["image"]
+            rows.append((f"  {local_time(moment)}", human_time(max(age(version["time"]), 0)), *figures, note))
+        return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
+
+
 class Commands:
     """What the user can ask for, each a method. It has failed if it raises, or reports an error.
 
@@ -6293,7 +6371,7 @@ class Commands:
         """What to say of a backup; raises DosvobError if it is missing, not complete, or older than may be."""
         paths, max_age = ImagePaths(self._home.path, name), self._arguments.max_age  # hours
         paths.check_link()
-        if problem := self._unfinished(paths):
+        if problem := self._home.unfinished(paths):
             raise DosvobError(problem)
         state = State.load(paths.state, whole=False)
         if state is None:
@@ -6316,18 +6394,12 @@ class Commands:
                 )
         return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
 
-    def _unfinished(self, paths: ImagePaths) -> str:
-        """What to say of an image that a crash left between two snapshots; "" for any other."""
-        with Undo.left(paths) as undo:
-            if undo is not None and not undo.is_committed and not self._home.is_busy():
-                return f"an interrupted backup must still be taken back: {command_line('verify', paths.name)}"
-        return ""
-
     def list(self) -> None:
         """Say what is there to be restored, without network, account or lock."""
         home, report = self._home, self._report
         self._home.check()
-        found = [self._described(ImagePaths(home.path, name)) for name in home.select(self._arguments.names)]
+        listing = Listing(home, lambda _: self._stop.check())
+        found = [listing.of(ImagePaths(home.path, name)) for name in home.select(self._arguments.names)]
         if self._arguments.json:
             report.answer(json.dumps({"volumes": found}, indent=2), self._stop)
             return
@@ -6338,77 +6410,10 @@ class Commands:
             for path, name in home.remains().items()
             if "set-aside" not in path.name and (not self._arguments.names or name in self._arguments.names)
         ]
-        told = [self._description(volume) for volume in found]
+        told = [listing.text(volume) for volume in found]
         told += ["\n  ".join(["left by syncs that are not complete, or put out of the way:", *rest])] if rest else []
         if told:
             report.answer("\n\n".join(told), self._stop)
-
-    def _described(self, paths: ImagePaths) -> Json:
-        """A volume's entry in `list --json`; README describes its form."""
-        found: Json = {
-            "name": paths.name,
-            "region": None,
-            "size": None,
-            "occupied": 0,
-            "problem": None,
-            "versions": [],
-        }
-
-        def add(
-            moment: datetime.datetime, version: Version | None = None, frees: int | None = None, **more: Any
-        ) -> None:
-            changed, occupied = (version.changed, version.occupied) if version else (None, found["occupied"])
-            found["versions"].append(
-                {"time": moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
-                 "frees": frees, "damaged": False, **more}
-            )  # fmt: skip
-
-        try:
-            paths.check_link()
-            found["problem"] = self._unfinished(paths) or None
-            status = paths.image.stat()
-            found |= {"size": status.st_size, "occupied": status.st_blocks * 512}
-            if (state := State.load(paths.state, whole=False)) is None:
-                raise FileNotFoundError
-            found |= {"region": state.snapshot.region, "size": state.snapshot.size}
-            add(state.moment)
-        except FileNotFoundError:
-            missing = "the image is missing" if found["size"] is None else "no snapshot is recorded"
-            found["problem"] = found["problem"] or missing
-        except (OSError, DosvobError) as problem:
-            found["problem"] = found["problem"] or explained(problem, paths.image)
-        versions = Versions(paths).all()
-        for version, older in itertools.zip_longest(versions, versions[1:]):
-            try:
-                add(
-                    version.moment, version, Versions.freed_by(version, older, self._tick), damaged=not version.is_whole
-                )
-            except Damaged:
-                add(version.moment, version, version.occupied, damaged=True)
-            except FileNotFoundError:  # a run that goes on has thinned them meanwhile
-                return self._described(paths)
-        return found
-
-    def _tick(self, _size: int) -> None:
-        """Raise Interrupted if the command is to stop."""
-        self._stop.check()
-
-    @staticmethod
-    def _description(volume: Json) -> str:
-        """The entry as text, for people."""
-        size = human_size(volume["size"]) if volume["size"] else "of unknown size"
-        older = sum(version["occupied"] for version in volume["versions"] if not version["image"])
-        here = human_size(volume["occupied"]) + " here" + f" and {human_size(older)} for older versions" * bool(older)
-        lines = [f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {here}"]
-        if volume["problem"]:
-            lines.append(f"  {volume['problem']}")
-        rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "")]
-        for version in volume["versions"]:
-            moment = datetime.datetime.fromisoformat(version["time"])
-            figures = ("-", "-") if version["image"] else (human_size(version["changed"]), human_size(version["frees"]))
-            note = "damaged" if version["damaged"] else "the image" * version["image"]
-            rows.append((f"  {local_time(moment)}", human_time(max(age(version["time"]), 0)), *figures, note))
-        return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
 
     def restore(self) -> None:
         """Bring back an image or an older version."""

@@ -606,8 +606,7 @@ def test_a_list_is_of_what_is_left_when_versions_are_thinned_meanwhile(
     before = len(listed(user.backups))
     monkeypatch.setattr(dosvob.Versions, "freed_by", thin_first)
     monkeypatch.chdir(user.directory)
-    commands = dosvob.Commands(dosvob.parse_arguments(["list"]), dosvob.Reporter(), dosvob.Stop())
-    found = commands._described(user.paths)
+    found = dosvob.Listing(dosvob.Home(user.backups), lambda size: None).of(user.paths)
     assert [version["damaged"] for version in found["versions"]] == [False] * (before - 1)
 
 
