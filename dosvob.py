@@ -4158,12 +4158,12 @@ class Update:
         return identity_of(image.fd) if before == spool.file.head["base"] else None
 
     def _finish_first(self) -> None:
-        os.fsync(self._image.fd)
+        stamp(self._image.fd)
         try:
             rename_new(self._paths.partial, self._paths.image)
         except DosvobError as problem:
             raise DosvobError(f"{problem}; {self._paths.partial} is kept") from None
-        stamp(self._image.fd)  # only now, for a rename may change what tells one file from another
+        # only now, for a rename may change what tells one file from another
         self._complete_state(self._table.hexdigest(), identity_of(self._paths.image))
         self._paths.new_state.rename(self._paths.state)
         sync_directory(self._paths.metadata)

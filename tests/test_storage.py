@@ -42,20 +42,6 @@ def disk(tmp_path: Path) -> Disk:
     return made
 
 
-@pytest.fixture
-def unmounting() -> Iterator[Callable[[Path], Path]]:
-    """Registers what is to be unmounted at the end."""
-    places: list[Path] = []
-
-    def register(path: Path) -> Path:
-        places.append(path)
-        return path
-
-    yield register
-    for path in reversed(places):
-        subprocess.run(["umount", "--lazy", path], check=False)
-
-
 def creations(home: Home) -> list[str]:
     """The paths of the calls that created something in the account."""
     return [request.path for request in home.simulator.requests if request.method == "POST"]
