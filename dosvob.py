@@ -5418,8 +5418,11 @@ class Queued:
 Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
 
 
-def thin(context: Context, paths: ImagePaths) -> bool:
-    """Drop the versions that `keep` does not ask for, and say which; False if that failed: the next run tries again."""
+Dropped = collections.defaultdict[str, set[datetime.datetime]]  # the versions that a run dropped, by image
+
+
+def thin(context: Context, paths: ImagePaths, dropped: Dropped) -> bool:
+    """Drop the versions that `keep` does not ask for; False if that failed: the next run tries again."""
     before: set[datetime.datetime] = set()
     try:
         meter = Meter(context.report, context.stop, f"{paths.name}: thinning its versions")
@@ -5438,9 +5441,7 @@ def thin(context: Context, paths: ImagePaths) -> bool:
         return False
     finally:
         with contextlib.suppress(OSError, DosvobError):
-            if dropped := before - {version.moment for version in Versions(paths).all()}:
-                told = f"{counted_versions(dropped)} {'are' if len(dropped) > 1 else 'is'} not kept any more"
-                context.report.say(f"{paths.name}: {told}, {oldest_of(dropped)}")
+            dropped[paths.name] |= before - {version.moment for version in Versions(paths).all()}
     return True
 
 
@@ -5457,6 +5458,7 @@ class Backup:
         plan: DropletPlan,
         volumes: Sequence[Volume],
         results: dict[str, Result],
+        dropped: Dropped,
         *,
         reread: bool,
     ) -> None:
@@ -5466,6 +5468,7 @@ class Backup:
         self._reread = reread
         self._report = context.report
         self._results = results
+        self._dropped = dropped
         self._queue = collections.deque(
             Queued(volume, context.name(volume), number) for number, volume in enumerate(volumes)
         )
@@ -5627,7 +5630,7 @@ class Backup:
                     "disk is failing; the volume's content was put back"
                 )
             if self._results[name].is_thinned:
-                thin(self._context, paths)
+                thin(self._context, paths, self._dropped)
         except (DosvobError, OSError) as problem:
             self._fail(queued, problem)
         else:
@@ -6014,6 +6017,7 @@ class Run:
         self._names = names
         self._reread = reread
         self._results: dict[str, Result] = {}  # by the name of the image
+        self._dropped: Dropped = collections.defaultdict(set)
 
     def run(self) -> None:
         """Do all of it, from an earlier run's leftovers to the table and the cost."""
@@ -6040,16 +6044,18 @@ class Run:
             if not self._can_write(name):
                 self._results[name] = dataclasses.replace(result, outcome="FAILED")
         fit = [volume for volume in fit if self._results[context.name(volume)].outcome == "not begun"]
-        self._thin_all(selection.account, damaged)
-        self._tell_remains(selection.account)
-        context.try_storage(fit)
         cost = 0.0
         try:
+            self._thin_all(selection.account, damaged)
+            self._tell_remains(selection.account)
+            context.try_storage(fit)
             for _, volumes_there in itertools.groupby(fit, lambda volume: volume.region):
                 cost += self._back_up_region(plans, list(volumes_there))
         except Interrupted:
             self._tell_interrupted()
             raise
+        finally:
+            self._tell_dropped()
         if self._results:
             rows = [
                 ("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", ""),
@@ -6059,6 +6065,14 @@ class Run:
             report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included", is_result=True)
         if not report.left:
             report.say("nothing of this home's is left in the account")
+
+    def _tell_dropped(self) -> None:
+        """Say which versions are gone, in a line for each volume."""
+        for name, moments in sorted(self._dropped.items()):
+            if moments:
+                are = "are" if len(moments) > 1 else "is"
+                told = f"{counted_versions(moments)} {are} not kept any more, {oldest_of(moments)}"
+                self._context.report.say(f"{name}: {told}")
 
     def _can_write(self, name: str) -> bool:
         """Whether an image can be written to, as its sync must in the end; reports it if not."""
@@ -6099,7 +6113,7 @@ class Run:
                 paths = ImagePaths(context.home.path, name)
                 state = State.load(paths.state, whole=False)
                 is_fit = state is not None and state.snapshot.volume_id == volume.id and name not in damaged
-                if is_fit and paths.image.exists() and not thin(context, paths) and name in results:
+                if is_fit and paths.image.exists() and not thin(context, paths, self._dropped) and name in results:
                     results[name] = dataclasses.replace(results[name], is_thinned=False)
 
     def _plan_droplets(self, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
@@ -6121,7 +6135,7 @@ class Run:
             if context.config.by_region:
                 context.home.make_directory(region)
             if region in plans:
-                return Backup(context, plans[region], volumes, results, reread=self._reread).run()
+                return Backup(context, plans[region], volumes, results, self._dropped, reread=self._reread).run()
         except (DosvobError, OSError) as problem:
             context.report.error(f"{region}: {explained(problem, context.home.path)}")
         for volume in volumes:

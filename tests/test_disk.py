@@ -642,7 +642,8 @@ def test_a_patch_of_an_undo_that_decayed_costs_its_own_chunk(disk: Disk, is_lost
 
 def test_an_undo_of_any_length_is_put_back_as_a_whole_or_deleted(disk: Disk, pytestconfig: pytest.Config) -> None:
     """A crash while it is written leaves it so, and the image was not touched."""
-    leave_written(disk.backups, NAME, disk.device, patches=0)
+    with power_cut_at(dosvob.Update, "_write_image"):
+        disk.back_up()
     undo = disk.paths.undo.read_bytes()
     head = BLOCK + dosvob.Patch.HEADER.size
     lengths = [0, 1, 10, BLOCK - 1, BLOCK, head, len(undo) - 1, len(undo) - BLOCK - 1, len(undo) - BLOCK]

@@ -107,7 +107,7 @@ def test_every_command_takes_config(owner: Owner, command: str) -> None:
 @pytest.mark.parametrize(
     ("package", "version"), [("paramiko", "2.12.0"), ("paramiko", "3.5.1"), ("requests", "2.28.1")]
 )
-@pytest.mark.parametrize("arguments", [(), ("list",)], ids=str)
+@pytest.mark.parametrize("arguments", [(), ("sweep",)], ids=str)
 def test_an_old_package_is_refused_at_the_start(
     home: Home, package: str, version: str, arguments: tuple[str, ...]
 ) -> None:

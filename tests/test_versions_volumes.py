@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import errno
@@ -360,7 +361,7 @@ def test_a_disk_that_is_full_while_versions_are_thinned(tmp_path: Path, tmpfs: T
     report = types.SimpleNamespace(warn=warnings.append, progress=lambda text: None)
     job: Any = types.SimpleNamespace(config=config, stop=dosvob.Stop(), report=report)
     tmpfs.leave_free(PAGE)
-    dosvob.thin(job, lineage.paths)
+    dosvob.thin(job, lineage.paths, collections.defaultdict(set))
     tmpfs.leave_free(60 * MIB)
     assert lineage.check() == before
     assert len(warnings) == 1
