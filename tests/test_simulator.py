@@ -77,11 +77,18 @@ def machine_processes(owner: int) -> list[str]:
     return [command for command in found if "machine_init.py" in command and f"-{owner}-" in command]
 
 
+STATUSES: list[int] = []  # of the answers that the clients have got
+
+
 def client(simulator: Simulator, token: str = "") -> Any:
     """DigitalOcean's own client; it insists on TLS unless the header is put there by hand."""
     policy = AzureKeyCredentialPolicy(AzureKeyCredential(token or simulator.token), "Authorization", prefix="Bearer")
     return pydo.Client(
-        "unused", endpoint=simulator.url, authentication_policy=policy, retry_policy=RetryPolicy.no_retries()
+        "unused",
+        endpoint=simulator.url,
+        authentication_policy=policy,
+        retry_policy=RetryPolicy.no_retries(),
+        raw_response_hook=lambda response: STATUSES.append(response.http_response.status_code),
     )
 
 
@@ -95,15 +102,19 @@ def until(condition: Callable[[], Any]) -> Any:
 
 
 def refusal(call: Callable[[], Any]) -> tuple[int, str]:
-    """Status and message with which the API refuses a call; the client returns a 404 like any other answer."""
-    status, answer = 404, None
+    """Status and message with which the API refuses a call.
+
+    The client raises for some refusals, and returns the body of others as if all was well: a 404, and a 400 too.
+    """
+    STATUSES.clear()
     try:
         answer = call()
     except HttpResponseError as error:
         response: Any = error.response
-        status, answer = response.status_code, response.json()
+        answer = response.json()
+    assert STATUSES[-1] >= 400, answer
     assert answer["request_id"]
-    return status, answer["message"]
+    return STATUSES[-1], answer["message"]
 
 
 @dataclass(frozen=True)
