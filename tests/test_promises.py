@@ -238,11 +238,15 @@ def test_an_undo_that_decayed_is_put_back_as_far_as_it_is_whole_and_told(home: H
     """Then no command trusts the image, before the next backup has compared all of it."""
     volume, _ = kill_in_the_middle_of_the_changes(home)
     undo = undo_of(home)
-    flip(undo, undo.stat().st_size // 2)
+    flip(undo, 4096 + 200)  # behind the head, in what it has of the first chunk, which was written
     done = run(home, "verify", expect=1)
     assert any(NAME in line and "differs from its snapshot" in line for line in errors_of(done.stderr))
     assert "sound" not in done.stdout
-    check_mended(home, volume)
+    run(home)
+    assert_backed_up(home, volume)
+    run(home, "health")
+    told = errors_of(run(home, "verify", expect=1).stderr)  # of the older version, whose content it was
+    assert [line for line in told if "the version of" not in line] == []
 
 
 def test_changes_that_decay_while_they_are_being_made_are_taken_back_at_once(home: Home, tmp_path: Path) -> None:

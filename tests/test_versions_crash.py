@@ -101,6 +101,7 @@ def check_order(calls: list[str]) -> None:
         elif name in ("rename", "unlink"):
             old, _, new = rest.partition(" ")
             assert old not in written or name == "unlink", call
+            written.discard(old)
             if name == "unlink" and old.endswith("Z"):
                 assert not named, call
             if new:
