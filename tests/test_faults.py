@@ -487,6 +487,8 @@ def test_droplet_dies_during_the_sync(home: Home, sim: Simulator, tmp_path: Path
     sim.faults.add(pausing.fault)
     running = start(home, constants={"STALL_LIMIT": 8, "SSH_LIMIT": 8})
     pausing.wait()
+    partial = home.image("data.partial")
+    until(lambda: partial.exists() and partial.stat().st_blocks * 512 >= 5 << 20)  # what is on its way is lost
     if kills == 2:
         sim.faults.add(Fault("ssh-refused"))
     sim.droplets[0].kill()
