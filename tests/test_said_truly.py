@@ -432,7 +432,8 @@ def stopped(owner: Owner, *arguments: str) -> subprocess.Popen[bytes]:
     lock = owner.paths.metadata / "lock"
     process = owner.popen(*arguments)
     before = lock.read_bytes()
-    until(lambda: lock.read_bytes() != before or process.poll() is not None)
+    # with its line in there: before that it may take those of killed ones out
+    until(lambda: lock.read_bytes() not in (before, b"") or process.poll() is not None)
     process.send_signal(signal.SIGSTOP)
     assert process.poll() is None
     return process
