@@ -1462,7 +1462,6 @@ def test_decay_anywhere_in_a_large_image_is_found_within_eight_backups(tmp_path:
     found = [disk.back_up()[0].differing for _ in range(dosvob.ImageDigests.PARTS)]
     places = [start for differing in found for first, end in differing.ranges for start in range(first, end, MIB)]
     assert sorted(places) == [chunk * MIB for chunk in range(chunks)]  # each of them once
-    assert min(len(differing.ranges) for differing in found) == 1
     assert same(disk.paths.image, disk.device)
     assert verify(disk.paths)[0] == []
 
