@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 sys.modules["invoke"] = None  # type: ignore[assignment] # a quarter of what starting takes; paramiko does without it
 
-import dosvob
+import dosvob  # noqa: E402
 
 NO_SUCH_CONSTANT = 99  # as an exit code, which is none of dosvob's
 
