@@ -23,8 +23,8 @@ A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and 
  1. `Config.load` checks conf.json, `Home.locked` keeps other runs of this home out.
  2. `sweep` removes this home's leftovers; `Home.recover` takes back what a crash left half done; `Selection` chooses.
  3. `Misplaced.move` follows a change of "region"; then for each region `Backup.run` takes the volumes in turn. In the
-    background `DropletKeeper` makes a key and a droplet, and `Backup._prepare` makes a clone of the next volume
-    (`Ephemeral.make_clone`) and attaches it.
+    background `DropletKeeper` makes a key and a droplet, `Backup._make_clone` makes clones of the next volumes, and
+    `Backup._attach` attaches one after the other. They stay attached until the droplet goes.
  4. `Update` opens the volume's image. `converse` starts an `Agent` on the droplet and has a `Pull` talk with it: chunks
     whose digest is the image's stay as they are; of the others the pages that differ are fetched, as patches.
  5. `Update.finish` writes the undo, then the spool to the image. The new state is the commit, and makes the undo a
@@ -44,9 +44,10 @@ What it promises:
 
 What it does not promise: a snapshot of a volume in use is as consistent as a disk after a power cut, not more.
 
-The threads. Here: the main thread decides, talks with the agent and changes images. One thread prepares the next clone,
-one releases the last one, one (of `DropletKeeper`) makes the droplet. paramiko has one for each connection, each stream
-of output has one (`Writer`), and `done_ahead` and `within` start some for a moment. On the droplet: see `Agent`.
+The threads. Here: the main thread decides, talks with the agent and changes images. One thread makes clones, one attaches
+them, one releases those that would cost another hour, one (of `DropletKeeper`) makes the droplet. paramiko has one for
+each connection, each stream of output has one (`Writer`), and `done_ahead` and `within` start some for a moment. On the
+droplet: see `Agent`.
 
 The chapters, each of which uses those before it alone: errors and waiting, reporting, configuration, the DigitalOcean
 API, ephemeral resources, the agent, image files, versions, the home, the update of an image, the conversations, the
@@ -1375,6 +1376,7 @@ class Ephemeral:
     ADDRESS_LIMIT = 600  # seconds until a new droplet must have an address
     FRESH_LIMIT = 60  # seconds for which something freshly created may answer 404
     NEW_PATIENCE = 1800  # seconds for which it repeats the creation of what will stay: hours of work precede it
+    HOUR_ENDS = 3300  # seconds into an hour of a volume's life after which it is let go: its next hour costs as much
 
     def __init__(self, api: Api, home: str, report: Reporter) -> None:
         self.prefix = f"{TAG}-{home}-{secrets.token_hex(4)}-"
@@ -1387,7 +1389,7 @@ class Ephemeral:
         self._last_post = time.monotonic()
         self._key: int | None = None  # the id of the run's one-time key
         self._attached: dict[str, int] = {}  # droplets by clone
-        self._events = threading.Lock()  # a droplet takes one at a time, and one may last longer than BUSY_LIMIT
+        self._events = threading.RLock()  # a droplet takes one at a time, and one may last longer than BUSY_LIMIT
 
     def __enter__(self) -> Ephemeral:
         return self
@@ -1496,16 +1498,19 @@ class Ephemeral:
             if resource.kind == DROPLET and resource not in self._removed:
                 self._remove_now(resource)
 
-    def make_clone(self, volume: Volume, number: int, size: int = 0) -> tuple[Volume, str]:
+    def make_clone(
+        self, volume: Volume, number: int, size: int = 0, make_room: Callable[[], bool] = lambda: False
+    ) -> tuple[Volume, str]:
         """Clone the volume as it is now; returns the clone and the time of the snapshot between, which is removed.
 
-        It has at least `size` bytes. Raises ApiError with the status 429 if the volume's last snapshot is less than ten
+        It has at least `size` bytes. `make_room` frees some of the account's quota if that refuses the clone, and
+        returns whether it could. Raises ApiError with the status 429 if the volume's last snapshot is less than ten
         minutes old.
         """
         name = f"{self.prefix}{number}"  # the device is named by it: unique and short
         snapshot = self._take_snapshot(volume, name)
         body = {"name": name, "region": volume.region, "size_gigabytes": max(volume.size, size) // GIB, "tags": [TAG]}
-        clone = self._make_of(snapshot, body)
+        clone = self._make_of(snapshot, body, make_room=make_room)
         self._remove_now(Resource.parse(SNAPSHOT, snapshot))
         return Volume.parse(clone), str(snapshot.get("created_at", ""))
 
@@ -1545,7 +1550,15 @@ class Ephemeral:
     def _take_snapshot(self, volume: Volume, name: str) -> Json:
         return self._create(SNAPSHOT, {"name": name, "tags": [TAG]}, f"/v2/volumes/{volume.id}/snapshots")
 
-    def _make_of(self, snapshot: Json, body: Json, api: Api | None = None, *, stays: bool = False) -> Json:
+    def _make_of(
+        self,
+        snapshot: Json,
+        body: Json,
+        api: Api | None = None,
+        *,
+        stays: bool = False,
+        make_room: Callable[[], bool] = lambda: False,
+    ) -> Json:
         """The volume that a body describes, with the content of a snapshot."""
         least = max(body["size_gigabytes"], int(snapshot.get("min_disk_size") or 0))
         body = {**body, "snapshot_id": Api.required(snapshot, "id", str), "size_gigabytes": least}
@@ -1554,32 +1567,38 @@ class Ephemeral:
             try:
                 return self._create(VOLUME, body, api=api, stays=stays)
             except ApiError as problem:
-                if problem.status != 404:
+                if problem.status != 404 and not (problem.status == 403 and make_room()):
                     raise
-                return None  # the snapshot is so fresh that it is not known yet
+                return None  # the snapshot is so fresh that it is not known yet, or there is room now
 
         item = self._api.stop.wait_until(self.FRESH_LIMIT, create)
         if item is None:
             raise DosvobError("DigitalOcean lost the snapshot that it had just made: try again later")
         return item
 
-    def attach(self, volume: Volume, droplet: Droplet) -> None:
-        """Attach the volume to the droplet, unless it is."""
+    def attach(self, volume: Volume, droplet: Droplet, make_room: Callable[[], bool] = lambda: False) -> None:
+        """Attach the volume to the droplet, unless it is; `make_room` detaches another one if it may have too many."""
         if self._attached.get(volume.id) != droplet.id:
-            self._volume_event("attach", volume, droplet)
+            self._volume_event("attach", volume, droplet, make_room)
             self._attached[volume.id] = droplet.id
 
-    def detach(self, volume: Volume, droplet: Droplet) -> None:
-        """Detach the volume from the droplet; it keeps its content."""
-        self._volume_event("detach", volume, droplet)
-
     def release(self, clone: Volume, droplet: Droplet) -> None:
-        """Detach the clone and delete it."""
-        self.detach(clone, droplet)
+        """Detach the clone, unless the droplet that it was attached to is gone, and delete it."""
+        if self._attached.get(clone.id) == droplet.id:
+            self._volume_event("detach", clone, droplet)
+            del self._attached[clone.id]
         self._remove_volume(clone)
 
+    def has_cost_an_hour(self, clone: Volume) -> bool:
+        """Whether the started hour of a clone, which is paid for, is nearly over."""
+        return (time.monotonic() - self._created[self._resource(clone)]) % 3600 > self.HOUR_ENDS
+
     def _remove_volume(self, volume: Volume) -> None:
-        self._remove_now(next(r for r in list(self._created) if r.kind == VOLUME and r.id == volume.id))
+        self._remove_now(self._resource(volume))
+
+    @staticmethod
+    def _resource(volume: Volume) -> Resource:
+        return Resource(VOLUME, volume.id, volume.name)
 
     def _create(
         self, kind: str, body: Json, post_path: str | None = None, *, api: Api | None = None, stays: bool = False
@@ -1641,7 +1660,9 @@ class Ephemeral:
         if self._api.stop.wait_until(BUSY_LIMIT, delete):
             self._removed[resource] = time.monotonic()
 
-    def _volume_event(self, event: str, volume: Volume, droplet: Droplet) -> None:
+    def _volume_event(
+        self, event: str, volume: Volume, droplet: Droplet, make_room: Callable[[], bool] = lambda: False
+    ) -> None:
         """Attach or detach, however often it takes until the volume is as wished."""
         path = f"/v2/volumes/{volume.id}/actions"
         body = {"type": event, "droplet_id": droplet.id, "region": volume.region}
@@ -1658,7 +1679,11 @@ class Ephemeral:
                 self._refuse_lost(droplet, refused)
                 item = self._api.get_fresh(f"/v2/volumes/{volume.id}", "volume")
                 is_attached = None if item is None else droplet.id in Volume.parse(item).droplet_ids
-                return True if is_attached == (event == "attach") else None
+                if is_attached == (event == "attach"):
+                    return True
+                if refused.status == 422:  # it is busy, or has as many volumes as it can have
+                    make_room()
+                return None
             try:
                 self._await_action(f"{path}/{Api.required(action, 'id', int)}", f"the {event} of {volume.name}")
             except DosvobError as failed:
@@ -5450,7 +5475,7 @@ class Backup:
 
     SNAPSHOT_INTERVAL = 600  # seconds; DigitalOcean takes one snapshot of a volume per 10 minutes
     SNAPSHOT_RETRY = 20  # seconds between attempts when it is too soon for a snapshot and nobody says by how much
-    RELEASE_DELAY = 60  # seconds at most that a synced clone stays, so that the next one is attached first
+    AHEAD = 3  # volumes whose clones are made and attached while one syncs: a droplet takes one event at a time
 
     def __init__(
         self,
@@ -5474,6 +5499,8 @@ class Backup:
         )
         self._ephemeral = Ephemeral(self._context.api, context.home.id, context.report)
         self._has_no_droplet = False
+        self._needed: set[str] = set()  # the ids of clones that wait for their sync or are at it
+        self._spent: dict[str, Volume] = {}  # the clones that nothing needs any more, by id
 
     def run(self) -> float:
         """Back up all volumes and remove what was created for that; returns what it cost, in dollars."""
@@ -5487,27 +5514,28 @@ class Backup:
         return self._ephemeral.cost()
 
     def _back_up_all(self) -> None:
-        """One volume after the other; the next one is prepared, and the last one released, while one syncs."""
+        """One volume after the other; the next ones' clones are made and attached while one syncs."""
         pool = concurrent.futures.ThreadPoolExecutor
         keeper = DropletKeeper(self._context, self._ephemeral, self._plan)
-        with contextlib.closing(keeper), pool(1) as ahead, pool(1) as behind:
+        ahead: collections.deque[tuple[Queued, Prepared]] = collections.deque()
+        with contextlib.closing(keeper), pool(1) as maker, pool(1) as attacher, pool(1) as saver:
 
-            def start() -> tuple[Queued, Prepared] | None:
-                queued = self._queue.popleft() if self._queue else None
-                return (queued, ahead.submit(self._prepare, queued, keeper)) if queued else None
+            def prepare() -> bool:
+                while self._queue and len(ahead) < self.AHEAD:
+                    queued = self._queue.popleft()
+                    made = maker.submit(self._make_clone, queued, keeper)
+                    ahead.append((queued, attacher.submit(self._attach, made, keeper)))
+                return bool(ahead)
 
             try:
-                upcoming, last = start(), None
-                while upcoming is not None:
-                    queued, future = upcoming
+                saver.submit(self._save_hours, keeper)
+                while prepare():
+                    queued, future = ahead.popleft()
                     prepared = self._await(queued, future)
-                    upcoming = start()
-                    if prepared is None:
-                        continue
-                    if last is not None and upcoming is not None:  # the last clones go with the droplet
-                        behind.submit(self._release, last, keeper, upcoming[1])
-                    self._sync(queued, *prepared, keeper)
-                    last = prepared[0]
+                    if prepared is not None:
+                        prepare()
+                        self._sync(queued, *prepared, keeper)
+                        self._end_use(prepared[0])
             finally:
                 self._context.stop.request()  # what goes on in the background is of no use any more
 
@@ -5578,23 +5606,56 @@ class Backup:
 
     # In the background
 
-    def _prepare(self, queued: Queued, keeper: DropletKeeper) -> tuple[Volume, str]:
-        """Make the volume's clone and attach it."""
+    def _make_clone(self, queued: Queued, keeper: DropletKeeper) -> tuple[Volume, str]:
+        """Make the volume's clone, when its turn and the account's quota allow it."""
         ImagePaths(self._context.home.path, queued.name).check_unread()  # before that costs anything
         self._context.stop.sleep(queued.not_before - time.monotonic())
         keeper.check()  # a clone would be of no use without a droplet
-        clone, taken_at = self._ephemeral.make_clone(queued.volume, queued.number)
-        with contextlib.suppress(DropletLost):  # then it is attached to another one, before its sync
-            self._ephemeral.attach(clone, keeper.get()[0])
+        clone, taken_at = self._ephemeral.make_clone(
+            queued.volume, queued.number, make_room=lambda: self._let_one_go(keeper, patiently=True)
+        )
+        self._needed.add(clone.id)
         return clone, taken_at
 
-    def _release(self, clone: Volume, keeper: DropletKeeper, upcoming: Prepared) -> None:
-        """Detach a synced clone and delete it, after the next one's attachment, for which the run waits sooner."""
-        concurrent.futures.wait([upcoming], timeout=self.RELEASE_DELAY)
+    def _attach(self, made: Prepared, keeper: DropletKeeper) -> tuple[Volume, str]:
+        """Attach a volume's clone, once it is made."""
+        clone, taken_at = made.result()
         try:
-            self._ephemeral.release(clone, keeper.get()[0])
-        except (DosvobError, Interrupted) as problem:
-            self._report.detail(f"{problem}; {clone.name} is removed at the end of the run")
+            self._ephemeral.attach(clone, keeper.get()[0], lambda: self._let_one_go(keeper))
+        except DropletLost:
+            pass  # it is attached to another one, before its sync
+        except DosvobError:
+            self._end_use(clone)
+            raise
+        return clone, taken_at
+
+    def _end_use(self, clone: Volume) -> None:
+        """Nothing needs the clone any more: it may be let go, and is removed with the droplet at the latest."""
+        self._spent[clone.id] = clone
+        self._needed.discard(clone.id)
+
+    def _let_one_go(self, keeper: DropletKeeper, *, patiently: bool = False) -> bool:
+        """Release a spent clone; returns whether there was one. If it is `patient` it waits for those in use."""
+        while not self._spent:
+            if not (patiently and self._needed):
+                return False
+            self._context.stop.sleep(Stop.NAP)
+        return self._release(next(iter(self._spent.values())), keeper)
+
+    def _save_hours(self, keeper: DropletKeeper) -> None:
+        """Release each spent clone before it costs another hour."""
+        while True:
+            self._context.stop.sleep(1)
+            for clone in filter(self._ephemeral.has_cost_an_hour, list(self._spent.values())):
+                self._release(clone, keeper)
+
+    def _release(self, clone: Volume, keeper: DropletKeeper) -> bool:
+        if self._spent.pop(clone.id, None) is not None:
+            try:
+                self._ephemeral.release(clone, keeper.get()[0])
+            except DosvobError as problem:
+                self._report.detail(f"{problem}; {clone.name} is removed at the end of the run")
+        return True
 
     # In the foreground
 

@@ -431,8 +431,9 @@ def test_attach_is_refused_for_a_moment(home: Home, sim: Simulator) -> None:
 def test_detach_fails(home: Home, sim: Simulator, kind: ActionKind) -> None:
     """What has been backed up is; the teardown removes the clone."""
     volumes = [add_volume(sim, "data"), add_volume(sim, "more"), add_volume(sim, "other", size=12 << 20)]
-    sim.faults.add(Fault(kind, nth=4))  # the first three are attaches
-    run(home, constants={"ACTION_LIMIT": 3} if kind == "action-stuck" else {})
+    sim.faults.add(Fault("delay", method="POST", path="/snapshots$", nth=3, seconds=3))
+    sim.faults.add(Fault(kind, nth=3))  # the first two are attaches
+    run(home, constants={"ACTION_LIMIT": 3, "HOUR_ENDS": 0})
     assert sim.faults.fired
     assert_backed_up(home, *volumes)
     assert_nothing_left(sim)

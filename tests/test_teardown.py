@@ -255,18 +255,18 @@ def test_a_clone_that_is_busy_for_a_moment_is_gone_before_the_end(home: Home, si
     """A volume costs as long as it exists; the next ones may take hours."""
     volumes = [add_volume(sim, name) for name in ("data", "more", "other", "still")]
     sim.faults.add(Fault("error", method="DELETE", path="^/v2/volumes/", status=409))
-    sim.faults.add(Fault("delay", method="POST", path="/snapshots$", nth=4, seconds=5))
-    run(home)
+    sim.faults.add(Fault("delay", method="POST", path="/snapshots$", nth=4, seconds=8))
+    run(home, constants={"HOUR_ENDS": 0})
     gone = [record.path for record in sim.requests if (record.method, record.status) == ("DELETE", 204)]
     assert next(path.split("/")[2] for path in gone if "snapshots" not in path) == "volumes"
     assert_backed_up(home, *volumes)
 
 
 def test_one_attach_or_detach_waits_for_another_however_long_that_takes(tmp_path: Path) -> None:
-    """A clone is detached while the next one but one is attached."""
+    """A clone is to be detached while the next one is attached."""
     with account(tmp_path / "account", replace(FAST, action_seconds=3)) as (sim, home):
         volumes = [add_volume(sim, name) for name in ("data", "more", "other", "still")]
-        run(home, constants={"BUSY_LIMIT": 1})
+        run(home, constants={"BUSY_LIMIT": 1, "HOUR_ENDS": 0})
         assert_backed_up(home, *volumes)
 
 

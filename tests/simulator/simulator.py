@@ -120,8 +120,11 @@ class Simulator:
 
     def limit_snapshots(self, interval: float, *, retry_after: bool = False) -> None:
         """From now on a volume's next snapshot is refused until so many seconds after its last one."""
-        limited = replace(self.behaviour, snapshot_interval=interval, snapshot_retry_after=retry_after)
-        self.behaviour = self._cloud.behaviour = limited
+        self.behave(replace(self.behaviour, snapshot_interval=interval, snapshot_retry_after=retry_after))
+
+    def behave(self, behaviour: Behaviour) -> None:
+        """From now on the account's delays and limits are these; but for those of requests."""
+        self.behaviour = self._cloud.behaviour = behaviour
 
     # -- the token
 
