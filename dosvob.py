@@ -5499,6 +5499,7 @@ class Backup:
         )
         self._ephemeral = Ephemeral(self._context.api, context.home.id, context.report)
         self._has_no_droplet = False
+        self._refused = sys.maxsize  # bytes of the smallest clone that the account has no quota for
         self._needed: set[str] = set()  # the ids of clones that wait for their sync or are at it
         self._spent: dict[str, Volume] = {}  # the clones that nothing needs any more, by id
 
@@ -5609,11 +5610,22 @@ class Backup:
     def _make_clone(self, queued: Queued, keeper: DropletKeeper) -> tuple[Volume, str]:
         """Make the volume's clone, when its turn and the account's quota allow it."""
         ImagePaths(self._context.home.path, queued.name).check_unread()  # before that costs anything
+        size = queued.volume.size
+
+        def make_room() -> bool:
+            has_room = self._let_one_go(keeper, patiently=True)
+            if not has_room:
+                self._refused = min(self._refused, size)
+            return has_room
+
         self._context.stop.sleep(queued.not_before - time.monotonic())
         keeper.check()  # a clone would be of no use without a droplet
-        clone, taken_at = self._ephemeral.make_clone(
-            queued.volume, queued.number, make_room=lambda: self._let_one_go(keeper, patiently=True)
-        )
+        if size >= self._refused:
+            raise DosvobError(
+                f"DigitalOcean refused a clone of {human_size(self._refused)} before, so none of {human_size(size)} is "
+                f"asked for, and no snapshot: have the quota of volumes raised at {LIMITS_PAGE}"
+            )
+        clone, taken_at = self._ephemeral.make_clone(queued.volume, queued.number, make_room=make_room)
         self._needed.add(clone.id)
         return clone, taken_at
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Home, sampled
-from simulator import FOREVER, Droplet, Fault, RequestRecord, Simulator, Volume
+from simulator import FOREVER, Droplet, Fault, RequestRecord, Simulator, Snapshot, Volume
 from simulator.faults import ActionKind, CallKind, DropletKind
 from trouble_support import (
     FAST,
@@ -403,6 +403,33 @@ def test_snapshot_is_not_known_for_a_moment(home: Home, sim: Simulator) -> None:
     sim.faults.add(Fault("error", method="POST", path="^/v2/volumes$", status=404, times=2))
     run(home)
     assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+SCARCE = [{"volume_limit": 5}, {"capacity_gib": 5}]
+
+
+@pytest.mark.parametrize("behaviour", SCARCE, indirect=True, ids=["by-count", "by-size"])
+def test_quota_has_room_for_one_clone(home: Home, sim: Simulator) -> None:
+    """Each waits for the one before to be synced and let go, with its snapshot, of which none is bought twice."""
+    volumes = [add_volume(sim, name) for name in ("data", "more", "other", "still")]
+    run(home)
+    assert_backed_up(home, *volumes)
+    assert len([item for item in sim.ever if item.kind == "snapshot"]) == len(volumes)
+    assert_nothing_left(sim)
+
+
+@behaving(capacity_gib=12)
+def test_quota_has_no_room_for_the_large_ones(home: Home, sim: Simulator) -> None:
+    """They fail, and the second one costs no snapshot; what is smaller is backed up, before and after."""
+    large = [sim.add_volume(name, size_gib=4) for name in ("b-large", "c-large")]
+    small = [add_volume(sim, name) for name in ("a-small", "d-small")]
+    done = run(home, expect=1)
+    assert 'error: b-large: DigitalOcean refused POST /v2/volumes: "failed to create volume' in done.stderr
+    assert "error: c-large: DigitalOcean refused a clone of" in done.stderr
+    snapshots = [item.volume_id for item in sim.ever if isinstance(item, Snapshot)]
+    assert large[1].id not in snapshots
+    assert_backed_up(home, *small)
     assert_nothing_left(sim)
 
 
