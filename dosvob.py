@@ -1098,7 +1098,7 @@ class NoDroplet(DosvobError):
 
 
 class DropletLost(DosvobError):
-    """The droplet is gone, or did not come up: another one may do."""
+    """The droplet is gone, did not come up, or takes no more events: another one may do."""
 
 
 @dataclass(frozen=True)
@@ -1372,7 +1372,8 @@ class Ephemeral:
     late for the sweep at the beginning. It does not wait again for what could not be removed before.
     """
 
-    ACTION_LIMIT = 600  # seconds that an action, such as an attach, may take
+    ACTION_LIMIT = 150  # seconds after which an action, such as an attach, has no end: it takes some 7
+    LOOK_INTERVAL = 12  # polls of an action, some 9 s, between looks whether the droplet lives
     ADDRESS_LIMIT = 600  # seconds until a new droplet must have an address
     FRESH_LIMIT = 60  # seconds for which something freshly created may answer 404
     NEW_PATIENCE = 1800  # seconds for which it repeats the creation of what will stay: hours of work precede it
@@ -1390,6 +1391,7 @@ class Ephemeral:
         self._key: int | None = None  # the id of the run's one-time key
         self._attached: dict[str, int] = {}  # droplets by clone
         self._events = threading.RLock()  # a droplet takes one at a time, and one may last longer than BUSY_LIMIT
+        self._lost: dict[int, str] = {}  # why droplets, by id, are gone or take no more events
 
     def __enter__(self) -> Ephemeral:
         return self
@@ -1487,10 +1489,15 @@ class Ephemeral:
             return False
         return item is None or item.get("status") != "active"
 
-    def _refuse_lost(self, droplet: Droplet, problem: DosvobError) -> None:
-        """Raise DropletLost if that is what the problem comes from."""
+    def _refuse_lost(self, droplet: Droplet) -> None:
+        """Raise DropletLost if the droplet is gone."""
         if self.is_gone(droplet):
-            raise DropletLost(f"the droplet {droplet.name} {GONE}") from problem
+            self._give_up(droplet, f"the droplet {droplet.name} {GONE}")
+
+    def _give_up(self, droplet: Droplet, why: str) -> NoReturn:
+        """Raise DropletLost, and let nobody else try."""
+        self._lost[droplet.id] = why
+        raise DropletLost(why)
 
     def remove_droplets(self) -> None:
         """Remove the run's droplets that are still there; nothing is attached to them any more."""
@@ -1663,48 +1670,65 @@ class Ephemeral:
     def _volume_event(
         self, event: str, volume: Volume, droplet: Droplet, make_room: Callable[[], bool] = lambda: False
     ) -> None:
-        """Attach or detach, however often it takes until the volume is as wished."""
-        path = f"/v2/volumes/{volume.id}/actions"
+        """Attach or detach, however often it takes until the volume is as wished.
+
+        Raises DropletLost if the droplet is gone, or takes no more events: one has no end, or it stays busy.
+        """
+        path, what = f"/v2/volumes/{volume.id}/actions", f"the {event} of {volume.name}"
         body = {"type": event, "droplet_id": droplet.id, "region": volume.region}
-        problem: list[DosvobError] = []
+        failures: list[DosvobError] = []
+
+        def is_done() -> bool:
+            item = self._api.get_fresh(f"/v2/volumes/{volume.id}", "volume")
+            return item is not None and (droplet.id in Volume.parse(item).droplet_ids) == (event == "attach")
 
         def done() -> bool | None:
+            if droplet.id in self._lost:
+                raise DropletLost(self._lost[droplet.id])
             try:
                 action = Api.required(self._api.post(path, body), "action", dict)
             except ApiError as refused:
                 # busy with another event, attached or detached already, too fresh to be known, or an answer lost
                 if not (refused.may_exist or refused.status in (404, 409, 422, 429)):
                     raise
-                problem[:] = [refused]
-                self._refuse_lost(droplet, refused)
-                item = self._api.get_fresh(f"/v2/volumes/{volume.id}", "volume")
-                is_attached = None if item is None else droplet.id in Volume.parse(item).droplet_ids
-                if is_attached == (event == "attach"):
+                failures.append(refused)
+                self._refuse_lost(droplet)
+                if is_done():
                     return True
                 if refused.status == 422:  # it is busy, or has as many volumes as it can have
                     make_room()
                 return None
-            try:
-                self._await_action(f"{path}/{Api.required(action, 'id', int)}", f"the {event} of {volume.name}")
-            except DosvobError as failed:
-                self._refuse_lost(droplet, failed)
-                raise
-            return True
+            status = self._await_action(f"{path}/{Api.required(action, 'id', int)}", droplet)
+            if status == "completed" or is_done():
+                return True
+            self._refuse_lost(droplet)
+            if status is None:
+                self._give_up(droplet, f"{what} did not end within {self.ACTION_LIMIT} s")
+            has_failed_before = failures and not isinstance(failures[-1], ApiError)
+            failures.append(DosvobError(f"{what} failed on DigitalOcean's side ({status}): try again later"))
+            if has_failed_before:
+                raise failures[-1]
+            return None
 
         with self._events:
             if self._api.stop.wait_until(BUSY_LIMIT, done) is None:
-                raise problem[0]
+                if isinstance(failures[-1], ApiError) and failures[-1].status in (409, 422):
+                    self._give_up(droplet, f"{droplet.name} was busy for {BUSY_LIMIT} s: {failures[-1]}")
+                raise failures[-1]
 
-    def _await_action(self, path: str, what: str) -> None:
+    def _await_action(self, path: str, droplet: Droplet) -> str | None:
+        """What the status of an action of a droplet is when it has ended; None if that takes too long."""
+        looks = itertools.count(1)
+
         def status() -> str | None:
             action = self._api.get_fresh(path, "action") or {}
-            return None if action.get("status") in (None, "in-progress") else str(action.get("status"))
+            if action.get("status") not in (None, "in-progress"):
+                return str(action["status"])
+            if next(looks) % self.LOOK_INTERVAL == 0:
+                self._refuse_lost(droplet)
+            return None
 
-        result = self._api.stop.wait_until(self.ACTION_LIMIT, status)
-        if result is None:
-            raise DosvobError(f"{what} did not end within {self.ACTION_LIMIT} s: DigitalOcean's fault, try again later")
-        if result != "completed":
-            raise DosvobError(f"{what} failed on DigitalOcean's side ({result}): try again later")
+        return self._api.stop.wait_until(self.ACTION_LIMIT, status)
 
 
 # ── The agent ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5310,17 +5334,16 @@ class Course:
 
 
 class DropletKeeper:
-    """Makes the run's droplet, and the `Link` to it, in the background; replaces a lost one, once.
+    """Makes the run's droplet, and the `Link` to it, in the background; replaces a lost one. To be closed."""
 
-    To be closed.
-    """
+    MOST_LOST = 3  # droplets in one conversation, which fails then: the reason may be its volume's
 
     def __init__(self, context: Context, ephemeral: Ephemeral, plan: DropletPlan) -> None:
         self._context = context
         self._ephemeral = ephemeral
         self._plan = plan
         self._keys = RunKeys.generate()
-        self._is_replaced = False
+        self._lost = 0  # droplets since the last conversation that came to its end
         self._links = contextlib.ExitStack()
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._future = self._pool.submit(self._make)
@@ -5334,17 +5357,24 @@ class DropletKeeper:
         if self._future.done():
             self._future.result()
 
-    def _give_up_on(self, problem: DosvobError) -> None:
-        """Remove the droplet, for another one to be made; raises NoDroplet if this is not the first that was lost."""
-        if self._is_replaced:
-            raise NoDroplet(f"nothing can be done for want of a droplet, a second one too: {problem}")
-        self._is_replaced = True
+    def replace(self, problem: DosvobError) -> None:
+        """Remove the droplet and have another one made, unless too many were lost in a row."""
+        self._lost += 1
+        if self._lost > self.MOST_LOST:
+            problem = NoDroplet(f"nothing can be done for want of a droplet, {self._lost} were lost in a row: {problem}")
+            self._future = concurrent.futures.Future()
+            self._future.set_exception(problem)
+        else:
+            self._remove(problem)
+            self._future = self._pool.submit(self._make)
+
+    def _remove(self, problem: DosvobError) -> None:
         self._context.report.warn(f"{problem}; making another one")
         self._ephemeral.remove_droplets()
 
     def _make(self) -> Host:
-        """Create the droplet, and another one if it is lost meanwhile, and wait until it lets us in."""
-        while True:
+        """Create the droplet, and a second one if it is lost meanwhile, and wait until it lets us in."""
+        for is_second in itertools.count():
             try:
                 droplet = self._ephemeral.create_droplet(self._plan, self._keys.public, self._keys.user_data())
                 link = self._links.enter_context(
@@ -5355,12 +5385,17 @@ class DropletKeeper:
             except NoDroplet:
                 raise
             except (DropletLost, ConnectionLost) as problem:
-                self._give_up_on(problem)
+                if is_second:
+                    raise NoDroplet(
+                        f"nothing can be done for want of a droplet, a second one too: {problem}"
+                    ) from problem
+                self._remove(problem)
             except DosvobError as problem:
                 raise NoDroplet(f"nothing can be done for want of a droplet: {problem}") from problem
             else:
                 self._context.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
                 return droplet, link
+        raise AssertionError("never ends")
 
     def converse(self, volume: Volume, conversation: Conversation, what: str, number: str = "") -> int:
         """As `converse`, with the volume attached to the droplet, or to another one if that is lost.
@@ -5369,23 +5404,28 @@ class DropletKeeper:
         """
         self.get()  # before anything is measured
         progress = Course(self._context.report, self._context.stop, what, number, conversation)
+        lost = 0
 
         def start_agent() -> AgentStream:
             droplet, link = self.get()
             self._ephemeral.attach(volume, droplet)
             return link.start_agent(conversation.program(Link.device(volume.name)))
 
-        return converse(start_agent, conversation, self._context.report.warn, progress, self._replace_lost)
+        def replace_lost(problem: DosvobError) -> bool:
+            nonlocal lost
+            if not isinstance(problem, DropletLost):
+                if not self._ephemeral.is_gone(self.get()[0]):
+                    return False
+                problem = DropletLost(f"{problem}; the droplet {GONE}")
+            self.replace(problem)
+            lost += 1
+            if lost == self.MOST_LOST:
+                raise DosvobError(f"{problem}, and so were {lost - 1} droplets before it")
+            return True
 
-    def _replace_lost(self, problem: DosvobError) -> bool:
-        """Have another droplet made if this one is lost; returns whether it is. Raises NoDroplet."""
-        if not isinstance(problem, DropletLost):
-            if not self._ephemeral.is_gone(self.get()[0]):
-                return False
-            problem = DropletLost(f"{problem}; the droplet {GONE}")
-        self._give_up_on(problem)
-        self._future = self._pool.submit(self._make)
-        return True
+        received = converse(start_agent, conversation, self._context.report.warn, progress, replace_lost)
+        self._lost = 0
+        return received
 
     def _disarm(self, link: Link, droplet: Droplet) -> None:
         """Run DISARM again, in case something wrote the rule after bootcmd."""
@@ -5635,7 +5675,7 @@ class Backup:
         try:
             self._ephemeral.attach(clone, keeper.get()[0], lambda: self._let_one_go(keeper))
         except DropletLost:
-            pass  # it is attached to another one, before its sync
+            pass  # its sync has another one made
         except DosvobError:
             self._end_use(clone)
             raise
@@ -5652,22 +5692,36 @@ class Backup:
             if not (patiently and self._needed):
                 return False
             self._context.stop.sleep(Stop.NAP)
-        return self._release(next(iter(self._spent.values())), keeper)
+        try:
+            self._release(next(iter(self._spent.values())), keeper)
+        except DropletLost as problem:
+            if not patiently:
+                raise
+            if self._needed:  # which has another one made when its turn comes
+                self._context.stop.sleep(Stop.NAP)
+            else:
+                keeper.replace(problem)
+        return True
 
     def _save_hours(self, keeper: DropletKeeper) -> None:
         """Release each spent clone before it costs another hour."""
         while True:
             self._context.stop.sleep(1)
             for clone in filter(self._ephemeral.has_cost_an_hour, list(self._spent.values())):
-                self._release(clone, keeper)
+                with contextlib.suppress(DropletLost):
+                    self._release(clone, keeper)
 
-    def _release(self, clone: Volume, keeper: DropletKeeper) -> bool:
-        if self._spent.pop(clone.id, None) is not None:
-            try:
-                self._ephemeral.release(clone, keeper.get()[0])
-            except DosvobError as problem:
-                self._report.detail(f"{problem}; {clone.name} is removed at the end of the run")
-        return True
+    def _release(self, clone: Volume, keeper: DropletKeeper) -> None:
+        """Detach and delete a spent clone, unless somebody else does; raises DropletLost."""
+        if self._spent.pop(clone.id, None) is None:
+            return
+        try:
+            self._ephemeral.release(clone, keeper.get()[0])
+        except DropletLost:
+            self._spent[clone.id] = clone
+            raise
+        except DosvobError as problem:
+            self._report.detail(f"{problem}; {clone.name} is removed at the end of the run")
 
     # In the foreground
 

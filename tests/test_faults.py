@@ -368,33 +368,101 @@ def test_a_list_that_fails_does_not_keep_the_rest_from_being_removed(home: Home,
 # -- actions and droplets
 
 
-def test_attach_fails(home: Home, sim: Simulator) -> None:
-    """The volume fails, the other one is backed up."""
-    add_volume(sim, "data")
-    other = add_volume(sim, "other")
+def test_attach_fails_once(home: Home, sim: Simulator) -> None:
+    """It is tried once more."""
+    volumes = [add_volume(sim, "data"), add_volume(sim, "other")]
     sim.faults.add(Fault("action-errored"))
-    done = run(home, expect=1)
-    assert re.search(r"error: data: the attach of \S+ failed on DigitalOcean's side", done.stderr)
-    assert_backed_up(home, other)
-    assert not home.image("data").exists()
+    run(home)
+    assert sim.faults.fired
+    assert_backed_up(home, *volumes)
     assert_nothing_left(sim)
 
 
-def test_attach_fails_for_a_volume_whose_name_begins_the_message(home: Home, sim: Simulator) -> None:
-    """A message that begins with "the" is not about the volume called so, unless it is said."""
+def test_attach_fails_twice(home: Home, sim: Simulator) -> None:
+    """The volume fails, the other one is backed up. The message is not about a volume that is called "the"."""
     add_volume(sim, "the")
-    sim.faults.add(Fault("action-errored"))
-    assert re.search(r"error: the: the attach of \S+ failed", run(home, expect=1).stderr)
+    other = add_volume(sim, "zzz")
+    sim.faults.add(Fault("action-errored", times=2))
+    done = run(home, expect=1)
+    assert re.search(r"error: the: the attach of \S+ failed on DigitalOcean's side", done.stderr)
+    assert_backed_up(home, other)
+    assert not home.image("the").exists()
+    assert_nothing_left(sim)
 
 
-def test_attach_never_ends(home: Home, sim: Simulator) -> None:
-    """The droplet takes no other event then, so all volumes fail; deleting it works."""
+def droplets_ever(sim: Simulator) -> int:
+    return sum(item.kind == "droplet" for item in sim.ever)
+
+
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_attach_never_ends(home: Home, sim: Simulator, nth: int) -> None:
+    """The droplet takes no other event then; another one does."""
+    volumes = [add_volume(sim, name) for name in ("a", "b", "c", "d", "e")]
+    sim.faults.add(Fault("action-stuck", nth=nth))
+    done = run(home, constants={"ACTION_LIMIT": 0.5})
+    assert "did not end within 0.5 s; making another one" in done.stderr
+    assert droplets_ever(sim) == 2
+    assert_backed_up(home, *volumes)
+    assert_nothing_left(sim)
+
+
+def test_attach_that_never_ends_was_done_all_the_same(home: Home, sim: Simulator) -> None:
+    """Which the volume tells."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("odd", path=r"^/v2/volumes/[^/]+/actions/\d+$", times=FOREVER, text=IN_PROGRESS))
+    run(home, constants={"ACTION_LIMIT": 0.5})
+    assert droplets_ever(sim) == 1
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+IN_PROGRESS = json.dumps({"action": {"id": 1, "status": "in-progress"}})
+
+
+def test_attach_never_ends_on_any_droplet(home: Home, sim: Simulator) -> None:
+    """After three the volume fails, for it may be its own fault; the others have another one."""
     add_volume(sim, "data")
-    add_volume(sim, "other")
+    others = [add_volume(sim, name) for name in ("more", "other", "still")]
+    sim.faults.add(Fault("action-stuck", times=3))
+    done = run(home, expect=1, constants={"ACTION_LIMIT": 0.5})
+    assert re.search("error: data: .* did not end within .*, and so were 2 droplets before it", done.stderr)
+    assert droplets_ever(sim) == 4
+    assert_backed_up(home, *others)
+    assert_nothing_left(sim)
+
+
+def test_attach_never_ends_at_all(home: Home, sim: Simulator) -> None:
+    """It ends after four droplets, and no clones are made for the volumes that are not reached."""
+    volumes = [add_volume(sim, f"volume-{number}") for number in range(7)]
+    sim.faults.add(Fault("action-stuck", times=FOREVER))
+    done = run(home, expect=1, constants={"ACTION_LIMIT": 0.5})
+    assert "nothing can be done for want of a droplet, 4 were lost in a row" in done.stderr
+    assert droplets_ever(sim) == 4
+    assert sum(item.kind == "snapshot" for item in sim.ever) < len(volumes)
+    assert_nothing_left(sim)
+
+
+def test_droplet_dies_while_an_attach_is_pending(home: Home, sim: Simulator) -> None:
+    """Nobody waits until the attach would have had to end."""
+    volumes = [add_volume(sim, "data"), add_volume(sim, "other")]
     sim.faults.add(Fault("action-stuck"))
-    done = run(home, expect=1, constants={"ACTION_LIMIT": 0.5, "BUSY_LIMIT": 1})
-    assert "did not end within" in done.stderr
-    assert "error: other: " in done.stderr
+    running = start(home)
+    until(lambda: any(record.path.endswith("/actions") for record in sim.requests))
+    sim.droplets[0].kill()
+    assert running.end() == 0, running.output  # which waits for less long than an action may take
+    assert_backed_up(home, *volumes)
+    assert_nothing_left(sim)
+
+
+@behaving(volume_limit=5)
+def test_detach_for_the_quota_never_ends(home: Home, sim: Simulator) -> None:
+    """Another droplet frees what is attached to this one."""
+    volumes = [add_volume(sim, name) for name in ("data", "more", "other", "still")]
+    sim.faults.add(Fault("action-stuck", nth=2))
+    done = run(home, constants={"ACTION_LIMIT": 0.5})
+    assert "the detach of" in done.stderr
+    assert droplets_ever(sim) == 2
+    assert_backed_up(home, *volumes)
     assert_nothing_left(sim)
 
 
@@ -518,7 +586,7 @@ def test_droplet_dies_during_the_sync(home: Home, sim: Simulator, tmp_path: Path
     partial = home.image("data.partial")
     until(lambda: partial.exists() and partial.stat().st_blocks * 512 >= 5 << 20)  # what is on its way is lost
     if kills == 2:
-        sim.faults.add(Fault("ssh-refused"))
+        sim.faults.add(Fault("ssh-refused", times=FOREVER))
     sim.droplets[0].kill()
     if kills == 1:
         assert running.end() == 0, running.output

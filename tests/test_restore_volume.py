@@ -519,14 +519,14 @@ def test_droplet_that_is_lost_is_replaced_once(home: Home, sim: Simulator, tmp_p
 
 
 def test_droplets_that_are_lost(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
-    halt = Halt(tmp_path, times=2)
+    halt = Halt(tmp_path, times=3)
     sim.faults.add(halt.fault)
     running = start_restore(home)
-    for number in range(2):
+    for number in range(3):
         halt.wait(number)
         sim.droplets[-1].kill()
     assert running.end() == 1
-    assert "a second one too" in running.output
+    assert "and so were 2 droplets before it" in running.output
     assert_nothing_left(sim)
 
 
