@@ -898,6 +898,8 @@ class Api:
     FIRST_BACKOFF, MAX_BACKOFF = 0.5, 30  # seconds between repetitions, doubling
     PAGE_SIZE = 200  # the API's maximum
     MOST_PAGES = 1000  # of a list, which holds 25 droplets or 100 volumes for most accounts
+    MOST_READINGS = 10  # of a list that changes meanwhile
+    READING_PAUSE = 1  # seconds between them
 
     def __init__(
         self, config: Config, stop: Stop, say: Callable[[str], None], detail: Callable[[str], None], patience: float
@@ -939,17 +941,37 @@ class Api:
                 raise
 
     def list(self, path: str, key: str, **params: str | int) -> list[Json]:
-        """All items of a list, from all its pages."""
-        items: list[Json] = []
+        """All items of a list, from all its pages, none twice.
+
+        While pages are read others change the list, and what they delete on one page hides an item of the next. So
+        several pages count if they have as many items as each says that there are, or the same as at the last reading.
+        """
+        last: Collection[str] = ()
+        for _ in range(self.MOST_READINGS):
+            items, totals = self._pages(path, key, params)
+            if totals <= {str(len(items))} or items.keys() == last:
+                return [*items.values()]
+            last = items.keys()
+            self.stop.sleep(self.READING_PAUSE)
+        raise DosvobError(f"the list of GET {path} changed each time that it was read: try again later")
+
+    def _pages(self, path: str, key: str, params: Json) -> tuple[dict[str, Json], set[str]]:
+        """The items of all pages, by what identifies each, and how many there are, as each of several pages says."""
+        items: dict[str, Json] = {}
+        totals: set[str] = set()
         for page in range(1, self.MOST_PAGES + 1):
             answer = self.get(path, **params, per_page=self.PAGE_SIZE, page=page)
             found, links = answer.get(key), answer.get("links") or {}
             pages = (links.get("pages") or {}) if isinstance(links, dict) else None  # each may be missing, or null
             if not isinstance(found, list) or not all(isinstance(item, dict) for item in [*found, pages]):
                 raise DosvobError(f'DigitalOcean answered GET {path} without a list of "{key}": try again later')
-            items += found
-            if not found or not pages or not pages.get("next"):
-                return items
+            items |= {str(item.get("id") or item.get("slug") or f"{page}/{n}"): item for n, item in enumerate(found)}
+            has_next = bool(found and pages and pages.get("next"))
+            if has_next or page > 1:
+                meta = answer.get("meta")
+                totals.add(str(meta.get("total") if isinstance(meta, dict) else None))
+            if not has_next:
+                return items, totals
         raise DosvobError(f"DigitalOcean's answers to GET {path} have no end: try again later")
 
     def post(self, path: str, body: Json) -> Json:

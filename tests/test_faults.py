@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import threading
@@ -351,6 +352,45 @@ def test_a_list_without_an_end(home: Home, sim: Simulator) -> None:
     assert "error: DigitalOcean's answers to GET /v2/regions have no end" in done.stderr
     assert [record.query["page"] for record in sim.requests if record.path == "/v2/regions"] == ["1", "2", "3"]
     assert_nothing_left(sim)
+
+
+def test_a_volume_is_deleted_between_two_pages(home: Home, sim: Simulator) -> None:
+    """It hides the first one of the next page, in the list of what to back up."""
+    for name in ("a", "b"):
+        sim.add_volume(name, region="nyc1")
+    volumes = [add_volume(sim, name) for name in ("data", "other")]
+    sim.faults.add(Fault("removes", method="GET", path="^/v2/volumes$", nth=3, text="a"))  # the first two are the sweep's
+    done = run(home, constants={"PAGE_SIZE": 2, "READING_PAUSE": 0.1})
+    assert sim.faults.fired
+    assert_backed_up(home, *volumes)
+    assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize("nth", [1, 3])
+def test_something_is_deleted_between_two_pages_of_what_may_be_left(home: Home, sim: Simulator, nth: int) -> None:
+    """Neither the sweep nor the last look takes it for an empty list."""
+    for name in ("a", "b"):
+        sim.add_droplet(name)
+    add_volume(sim, "data")
+    left = sim.add_droplet("dosvob-ephemeral-00000000-droplet")
+    sim.faults.add(Fault("removes", method="GET", path="^/v2/droplets$", nth=nth, text="a"))
+    if nth == 3:  # it is listed at the end only
+        left.listed = math.inf
+        sim.faults.add(Fault("delay", method="POST", path="/snapshots$", seconds=1))
+    running = start(home, constants={"PAGE_SIZE": 2, "READING_PAUSE": 0.1})
+    until(lambda: sim.droplets)
+    left.listed = 0
+    assert running.end() == 0, running.output
+    assert left.deleted
+
+
+def test_a_list_that_never_stays_as_it_is(home: Home, sim: Simulator) -> None:
+    for number in range(9):
+        sim.add_volume(f"v{number}", region="nyc1")
+    add_volume(sim, "data")
+    sim.faults.add(*(Fault("removes", path="^/v2/volumes$", nth=2 * n + 1, text=f"v{n}") for n in range(9)))
+    done = run(home, expect=1, constants={"PAGE_SIZE": 4, "READING_PAUSE": 0.1, "MOST_READINGS": 2})
+    assert "error: the list of GET /v2/volumes changed each time that it was read" in done.stderr
 
 
 def test_a_list_that_fails_does_not_keep_the_rest_from_being_removed(home: Home, sim: Simulator) -> None:

@@ -564,6 +564,11 @@ class Cloud:
         item.listed = 0.0 if item.decoy else now + behaviour.fresh_seconds + behaviour.list_lag_seconds
         return item
 
+    def remove(self, item: Resource) -> None:
+        """Delete it, whatever it is."""
+        with self.lock:
+            self._delete(item)
+
     def _delete(self, item: Resource) -> None:
         item.deleted = time.time()
 

@@ -22,6 +22,7 @@ CallKind = Literal[
     "html",  # a page of HTML with status `status` (default 200)
     "redirect",  # 302 to `text`, by default another host
     "delay",  # the answer comes `seconds` later
+    "removes",  # once the answer is made, the resource that the test has put there by the name of `text` is deleted
     "sold-out",  # creating a droplet: "Size is not available in this region."
 ]
 ActionKind = Literal[

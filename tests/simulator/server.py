@@ -103,6 +103,9 @@ class Front:
         if spoiling and not spoiling.takes_effect:
             return _faulty(spoiling, record), spoiling
         answer = self._regular(record, authorization, base_url, faults)
+        for fault in faults:
+            if fault.kind == "removes":
+                self._routes.remove(fault.text)
         if not spoiling:
             self.contract.check(record.method, record.path, record.query, record.body, answer.status, answer.body)
         elif spoiling.kind == "odd":
