@@ -1635,7 +1635,8 @@ class Ephemeral:
         """Create a resource, and note it for the teardown unless it `stays`; returns it with the answer's links.
 
         After no answer, or a 5xx, it may exist: then we look for its unique name, until a list must show it, before we
-        ask for it again. `_asked` has its name while it may exist without our knowing.
+        ask for it again. `_asked` has its name while it may exist without our knowing. So long a refusal may come of
+        that it does exist, and means to look again.
         """
         where, name, api = KINDS[kind], body["name"], api or self._api
         start, intervals, is_doubtful = time.monotonic(), api.backoff(), name in self._asked
@@ -1662,7 +1663,7 @@ class Ephemeral:
                     raise
                 is_doubtful, self._last_post = True, time.monotonic()
                 item = api.stop.wait_until(LIST_LAG, find)
-                if item is None and not problem.may_exist:
+                if item is None and not (problem.may_exist or problem.status in (403, 409, 422)):
                     raise
                 if item is None:
                     api.pause(problem, next(intervals), start)
