@@ -848,11 +848,18 @@ SCOPES = {
 
 
 class ApiError(DosvobError):
-    """A call failed. `status` is that of HTTP; None: no usable answer came. `wait`: seconds that a 429 asks for."""
+    """A call failed. `status` is that of HTTP; None: no usable answer came.
 
-    def __init__(self, status: int | None, text: str, wait: float | None = None) -> None:
+    Of a 429 `wait` is the seconds that it asks for, and `is_accounts` tells that the account's limit is reached. If it
+    is not, it is that of the call's own kind, or with a `wait` perhaps the account's for a minute.
+    """
+
+    def __init__(
+        self, status: int | None, text: str, wait: float | None = None, *, is_accounts: bool = False
+    ) -> None:
         self.status = status
         self.wait = wait
+        self.is_accounts = is_accounts
         super().__init__(text)
 
     @property
@@ -975,7 +982,7 @@ class Api:
         raise DosvobError(f"DigitalOcean's answers to GET {path} have no end: try again later")
 
     def post(self, path: str, body: Json) -> Json:
-        """POST, repeated after a 429 only, and not even then for a snapshot: the caller waits for that limit.
+        """POST, repeated after a 429 only, for a snapshot if that is the account's: the caller waits for the volume's.
 
         If it fails with `may_exist`, the caller must find out whether it took effect.
         """
@@ -983,12 +990,13 @@ class Api:
 
     def _repeated(self, method: str, path: str, body: Json | None = None, params: Json | None = None) -> Json:
         start, intervals = time.monotonic(), self.backoff()
-        heeds_limit = not (method == "POST" and path.endswith("/snapshots"))
+        takes_snapshot = method == "POST" and path.endswith("/snapshots")
         while True:
             try:
                 return self._once(method, path, body, params)
             except ApiError as problem:
-                if not (heeds_limit if problem.status == 429 else problem.may_exist and method != "POST"):
+                is_limited = problem.status == 429 and (problem.is_accounts or not takes_snapshot)
+                if not is_limited and not (problem.may_exist and method != "POST"):
                     raise
                 self.pause(problem, next(intervals), start)
 
@@ -1044,7 +1052,8 @@ class Api:
             said = str(told.get("message") or told.get("id") or "no message")
             request = f", request {told['request_id']}" if told.get("request_id") else ""
             text = f'DigitalOcean refused {call}: "{said}" (HTTP {status}{request}).{ApiError.advice(call, status)}'
-            raise ApiError(status, text, self._wait_told(response))
+            is_accounts = response.headers.get("ratelimit-remaining") == "0"
+            raise ApiError(status, text, self._wait_told(response), is_accounts=is_accounts)
         self._is_token_known = True
         if not isinstance(answer, dict):
             raise ApiError(None, f"{call}: the answer is not a JSON object")
@@ -5491,8 +5500,8 @@ class Result:
 class Queued:
     """A volume that waits for its turn; times are time.monotonic.
 
-    Its snapshot is not asked for before `not_before`, nor after `give_up`: then it fails. `until` is the time that the
-    user has read of, 0 for none.
+    Its snapshot is not asked for before `not_before`, nor after `give_up` or `at_last`: then it fails. `until` is the
+    time that the user has read of, 0 for none.
     """
 
     volume: Volume
@@ -5501,6 +5510,7 @@ class Queued:
     not_before: float = 0.0
     until: float = 0.0
     give_up: float = float("inf")
+    at_last: float = float("inf")
 
 
 Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
@@ -5538,6 +5548,7 @@ class Backup:
 
     SNAPSHOT_INTERVAL = 600  # seconds; DigitalOcean takes one snapshot of a volume per 10 minutes
     SNAPSHOT_RETRY = 20  # seconds between attempts when it is too soon for a snapshot and nobody says by how much
+    SNAPSHOT_GRACE = 60  # seconds for which a snapshot may still be refused when it is due
     AHEAD = 3  # volumes whose clones are made and attached while one syncs: a droplet takes one event at a time
 
     def __init__(
@@ -5616,18 +5627,18 @@ class Backup:
             return future.result()
         except DosvobError as problem:
             if isinstance(problem, ApiError) and problem.status == 429:
-                self._put_off(queued, problem.wait)
+                self._put_off(queued, problem)
             else:
                 self._fail(queued, problem)
         return None
 
-    def _put_off(self, queued: Queued, wait: float | None) -> None:
+    def _put_off(self, queued: Queued, problem: ApiError) -> None:
         """Put a volume's turn off until DigitalOcean takes its next snapshot.
 
-        `wait` is in how many seconds that is, which DigitalOcean seldom says; else the state tells, if the last
-        snapshot was ours.
+        In how many seconds that is DigitalOcean seldom says; else the state tells, if the last snapshot was ours. If it
+        does say it, the limit may be the account's, and that takes nothing from the volume's time.
         """
-        now, path = time.monotonic(), ImagePaths(self._context.home.path, queued.name).state
+        wait, now, path = problem.wait, time.monotonic(), ImagePaths(self._context.home.path, queued.name).state
         with contextlib.suppress(OSError, DosvobError):
             state = State.load(path, whole=False)
             since = age(state.snapshot.taken_at) if state else -1.0
@@ -5642,8 +5653,10 @@ class Backup:
             queued.until = now + seconds
         wait = self.SNAPSHOT_RETRY if wait is None else wait
         queued.not_before = now + wait
-        queued.give_up = min(queued.give_up, now + max(self.SNAPSHOT_INTERVAL, wait) + 60)
-        if queued.not_before > queued.give_up:
+        give_up = now + max(self.SNAPSHOT_INTERVAL, wait) + self.SNAPSHOT_GRACE
+        queued.give_up = min(queued.give_up, give_up) if problem.wait is None else give_up
+        queued.at_last = min(queued.at_last, now + max(Api.RATE_LIMIT_PATIENCE, wait))
+        if queued.not_before > min(queued.give_up, queued.at_last):
             self._fail(queued, DosvobError(f"{rule}, and did not take this one for longer: try again later"))
         else:
             self._queue.append(queued)
@@ -5912,11 +5925,14 @@ class Restoration:
     def _when_allowed(self, work: Callable[[], T], name: str, last: str = "", hint: str = "") -> T:
         """Do work that takes a snapshot, as soon as DigitalOcean allows one; `last` is the time of the last one."""
         interval, retry, report, until = Backup.SNAPSHOT_INTERVAL, Backup.SNAPSHOT_RETRY, self._context.report, 0.0
-        give_up = time.monotonic() + interval + 3 * retry
+        start = time.monotonic()
+        give_up = start + interval + Backup.SNAPSHOT_GRACE
         while True:
             try:
                 return work()
             except ApiError as problem:
+                if problem.wait is not None:  # which may be the account's limit
+                    give_up += min(problem.wait, start + Api.RATE_LIMIT_PATIENCE - time.monotonic())
                 if problem.status != 429 or time.monotonic() > max(give_up, until):
                     raise
                 since = age(last)

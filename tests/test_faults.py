@@ -813,11 +813,23 @@ def test_rate_limit_that_tells_no_time_worth_waiting(home: Home, sim: Simulator)
 
 
 def test_snapshot_meets_the_hourly_limit(home: Home, sim: Simulator) -> None:
-    """Which lasts longer than the ten minutes between two snapshots: it is waited for all the same."""
+    """The account's, which says nothing of the volume: it is waited for as everywhere."""
     volume = add_volume(sim, "data")
     sim.faults.add(Fault("rate-limit-reset", method="POST", path="^/v2/volumes/.*/snapshots$", seconds=2))
-    done = run(home, constants={"SNAPSHOT_INTERVAL": 0.1})
-    assert "the other volumes go first" in done.stdout
+    done = run(home)
+    assert "the other volumes go first" not in done.stdout
+    assert "DigitalOcean's rate limit is reached; trying again in" in done.stdout
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+def test_a_limit_that_may_be_the_accounts_takes_nothing_from_a_volumes_time(home: Home, sim: Simulator) -> None:
+    """The snapshot is refused as too early, then for longer than that would do for a limit of the one or the other."""
+    volume = add_volume(sim, "data")
+    snapshot = Fault("error", method="POST", path="^/v2/volumes/.*/snapshots$", status=429)
+    sim.faults.add(snapshot, replace(snapshot, kind="rate-limit", nth=2, seconds=3), replace(snapshot, nth=3))
+    run(home, constants={"SNAPSHOT_INTERVAL": 0.1, "SNAPSHOT_GRACE": 1})
+    assert len(sim.faults.fired) == 3
     assert_backed_up(home, volume)
     assert_nothing_left(sim)
 

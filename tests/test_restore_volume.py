@@ -773,7 +773,7 @@ def test_snapshot_of_the_base_is_waited_for(home: Home, sim: Simulator, there: T
 
 def test_snapshot_of_the_base_is_not_waited_for_without_end(home: Home, sim: Simulator, there: There) -> None:
     sim.faults.add(Fault("rate-limit", method="POST", path="/snapshots$", text="1", times=FOREVER))
-    running = start_restore(home, SNAPSHOT_INTERVAL=1, SNAPSHOT_RETRY=0.2)
+    running = start_restore(home, SNAPSHOT_INTERVAL=1, SNAPSHOT_GRACE=0.6, RATE_LIMIT_PATIENCE=2)
     assert running.end() == 1
     assert_nothing_left(sim)
 
