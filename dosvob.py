@@ -116,6 +116,7 @@ import array
 import dataclasses
 import datetime
 import difflib
+import email.utils
 import fnmatch
 import functools
 import heapq
@@ -293,10 +294,10 @@ def parse_time(text: str) -> datetime.datetime | None:
         return None
 
 
-def age(moment: str) -> float:
-    """Seconds since an RFC 3339 time; infinite if it is none."""
+def age(moment: str, now: datetime.datetime | None = None) -> float:
+    """Seconds since an RFC 3339 time, until now by this machine's clock unless told otherwise; infinite if it is none."""
     parsed = parse_time(moment)
-    return float("inf") if parsed is None else (utc_now() - parsed).total_seconds()
+    return float("inf") if parsed is None else ((now or utc_now()) - parsed).total_seconds()
 
 
 def human_size(size: float) -> str:
@@ -900,6 +901,7 @@ class Api:
     RATE_LIMIT_PATIENCE = 7200  # seconds for which a call that meets 429 is repeated: the longest limit is by the hour
     RATE_LIMIT_WAIT = 15  # seconds to wait after a 429 that does not say how long
     LONGEST_WAIT = 3600  # seconds; whatever a 429 asks for
+    CLOCK_TOLERANCE = 120  # seconds that this machine's clock may be off before that is told
     CALL_TIMEOUT = (10, 60)  # seconds to connect, and between bytes of the answer
     CALL_LIMIT = 120  # seconds for all of a call
     FIRST_BACKOFF, MAX_BACKOFF = 0.5, 30  # seconds between repetitions, doubling
@@ -917,14 +919,19 @@ class Api:
         self._detail = detail
         self._patience = patience
         self._is_token_known = False  # whether a call was let through
+        self._ahead: float | None = None  # seconds that DigitalOcean's clock is ahead of this machine's, once known
         self.limited_since: float | None = None  # the first 429 of an unbroken row; None after any other answer
         self._sessions = threading.local()  # requests does not promise that a session can be shared by threads
 
     def with_stop(self, stop: Stop, patience: float | None = None) -> Api:
         """A copy with another stop, and another patience if one is given."""
         api = Api(self._config, stop, self._say, self._detail, self._patience if patience is None else patience)
-        api._is_token_known = self._is_token_known
+        api._is_token_known, api._ahead = self._is_token_known, self._ahead
         return api
+
+    def now(self) -> datetime.datetime:
+        """The time by DigitalOcean's clock, as its last answer told: machines at home are hours or days off."""
+        return utc_now() + datetime.timedelta(seconds=self._ahead or 0)
 
     def get(self, path: str, **params: str | int) -> Json:
         """GET, repeated while it fails in a way that may pass."""
@@ -1033,6 +1040,7 @@ class Api:
                 raise DosvobError(f"{url} has no certificate to be trusted: {cause}") from None
             raise ApiError(None, f"{call}: no answer from {url}: {reason(cause)}") from problem
         self._detail(f"{call} → {response.status_code}")
+        self._heed_clock(response)
         self.limited_since = (self.limited_since or time.monotonic()) if response.status_code == 429 else None
         return self._answer(call, response)
 
@@ -1059,6 +1067,17 @@ class Api:
             raise ApiError(None, f"{call}: the answer is not a JSON object")
         return answer
 
+    def _heed_clock(self, response: requests.Response) -> None:
+        """Note what DigitalOcean's clock says; tells once if this machine's is minutes off."""
+        try:
+            ahead = email.utils.parsedate_to_datetime(response.headers["date"]).timestamp() - time.time()
+        except (KeyError, ValueError):
+            return
+        if self._ahead is None and abs(ahead) > self.CLOCK_TOLERANCE:
+            how = f"{human_time(abs(ahead))} {'behind' if ahead > 0 else 'ahead of'}"
+            self._say(f"warning: this machine's clock is {how} DigitalOcean's, whose times count; set it right")
+        self._ahead = ahead
+
     def _wait_told(self, response: requests.Response) -> float | None:
         """The seconds to wait that a 429 tells: `retry-after` (burst limit), or `ratelimit-reset` (hourly limit)."""
         headers = response.headers
@@ -1066,7 +1085,8 @@ class Api:
             return min(max(1.0, float(headers["retry-after"])), self.LONGEST_WAIT)
         with contextlib.suppress(KeyError, ValueError):
             if int(headers.get("ratelimit-remaining", 0)) == 0:
-                return min(max(1.0, float(headers["ratelimit-reset"]) - time.time()), self.LONGEST_WAIT)
+                now = time.time() + (self._ahead or 0)
+                return min(max(1.0, float(headers["ratelimit-reset"]) - now), self.LONGEST_WAIT)
         return None
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -1550,7 +1570,16 @@ class Ephemeral:
         body = {"name": name, "region": volume.region, "size_gigabytes": max(volume.size, size) // GIB, "tags": [TAG]}
         clone = self._make_of(snapshot, body, make_room=make_room)
         self._remove_now(Resource.parse(SNAPSHOT, snapshot))
-        return Volume.parse(clone), str(snapshot.get("created_at", ""))
+        return Volume.parse(clone), self._time_of(snapshot)
+
+    def _time_of(self, snapshot: Json) -> str:
+        """When it was taken; now, by DigitalOcean's clock, if the time that it gives is impossible.
+
+        Versions are named and thinned by it, so a time that is far in the future would spoil all that come after.
+        """
+        taken, now = parse_time(str(snapshot.get("created_at"))), self._api.now()
+        is_possible = taken is not None and taken.year >= 2000 and taken - now < datetime.timedelta(days=1)
+        return (taken if taken and is_possible else now).isoformat()
 
     def make_empty(self, region: str, size: int) -> Volume:
         """A throwaway volume of so many bytes that has nothing."""
@@ -2510,14 +2539,8 @@ class Snapshot:
     taken_at: str
 
     def moment(self, known_at: datetime.datetime) -> datetime.datetime:
-        """When it was taken; `known_at` if the time that DigitalOcean gives is impossible.
-
-        Versions are named and thinned by it, so a time that is far in the future would spoil all that come after.
-        """
-        taken = parse_time(self.taken_at)
-        if taken is None or taken.year < 2000 or taken - known_at > datetime.timedelta(days=1):
-            taken = known_at
-        return taken.replace(microsecond=0)  # as it is listed
+        """When it was taken; `known_at` if that is no time."""
+        return (parse_time(self.taken_at) or known_at).replace(microsecond=0)  # as it is listed
 
 
 @dataclass(frozen=True)
@@ -5641,7 +5664,7 @@ class Backup:
         wait, now, path = problem.wait, time.monotonic(), ImagePaths(self._context.home.path, queued.name).state
         with contextlib.suppress(OSError, DosvobError):
             state = State.load(path, whole=False)
-            since = age(state.snapshot.taken_at) if state else -1.0
+            since = age(state.snapshot.taken_at, self._context.api.now()) if state else -1.0
             if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
                 wait = self.SNAPSHOT_INTERVAL - since
         rule = "DigitalOcean takes one snapshot of a volume per 10 minutes"
@@ -5935,7 +5958,7 @@ class Restoration:
                     give_up += min(problem.wait, start + Api.RATE_LIMIT_PATIENCE - time.monotonic())
                 if problem.status != 429 or time.monotonic() > max(give_up, until):
                     raise
-                since = age(last)
+                since = age(last, self._context.api.now())
                 wait = problem.wait or (interval - since if 0 <= since < interval else None)
             if not until:
                 seconds = wait or interval
@@ -6072,7 +6095,7 @@ def sweep(
         if resource in leftovers:
             report.say(f"{'would remove' if dry_run else 'left over from an earlier run:'} {resource}")
             continue
-        seconds = age(resource.created_at)
+        seconds = age(resource.created_at, context.api.now())
         how_old = "of unknown age" if seconds == float("inf") else f"{human_time(max(seconds, 0))} old"
         tell = report.say if seconds < 24 * 3600 or not resource.hourly else report.warn  # no run takes so long
         tell(
@@ -6168,7 +6191,7 @@ def tell_thinning(context: Context, paths: ImagePaths, *, dry_run: bool = False)
                 f'{paths.name}: "keep" in conf.json asks for {count - len(unwanted)} of its {count} older versions; '
                 f"{len(unwanted)} {'would be' if dry_run else 'are'} dropped, {oldest_of(unwanted)}"
             )
-        if dry_run and paths.state.exists() and (unwanted := versions.unwanted(context.config.keep, utc_now())):
+        if dry_run and paths.state.exists() and (unwanted := versions.unwanted(context.config.keep, context.api.now())):
             context.report.say(
                 f"would not keep {counted_versions(unwanted)} of {paths.name} any more, {oldest_of(unwanted)}"
             )

@@ -9,12 +9,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Home, sampled
+from conftest import Home, sampled, write_at
 from simulator import FOREVER, Droplet, Fault, RequestRecord, Simulator, Snapshot, Volume
 from simulator.faults import ActionKind, CallKind, DropletKind
 from trouble_support import (
@@ -821,6 +822,45 @@ def test_snapshot_meets_the_hourly_limit(home: Home, sim: Simulator) -> None:
     assert "DigitalOcean's rate limit is reached; trying again in" in done.stdout
     assert_backed_up(home, volume)
     assert_nothing_left(sim)
+
+
+DAY = 86400
+
+
+@behaving(clock_seconds=-1200)
+def test_clock_is_ahead(home: Home, sim: Simulator) -> None:
+    """The hour's end, as DigitalOcean tells it, is over by this clock; it is waited for all the same."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("rate-limit-reset", nth=5, seconds=3))
+    done = run(home)
+    assert re.search("rate limit is reached; trying again in [34] s", done.stdout)
+    assert done.stdout.count("warning: this machine's clock is 2") == 1  # 20:00 or 20:01 min
+    assert_backed_up(home, volume)
+
+
+@behaving(clock_seconds=5 * DAY)
+def test_clock_is_days_behind(home: Home, sim: Simulator) -> None:
+    """An image has the time that DigitalOcean gives its snapshot, and so have versions."""
+    volume = add_volume(sim, "data")
+    taken: list[str] = []
+    for content in (b"1", b"2"):
+        write_at(volume.path, 0, content)
+        run(home)
+        snapshot = next(item for item in reversed(sim.ever) if isinstance(item, Snapshot))
+        taken.append(datetime.fromtimestamp(snapshot.created, UTC).strftime("%Y-%m-%dT%H:%M:%S+00:00"))
+    listed = json.loads(run(home, "list", "--json").stdout)
+    assert [version["time"] for version in listed["volumes"][0]["versions"]] == taken[::-1]
+
+
+@behaving(clock_seconds=-1200, snapshot_interval=5)
+def test_clock_is_ahead_when_a_snapshot_was_taken_a_moment_ago(home: Home, sim: Simulator) -> None:
+    """By this clock it was long ago; it is asked for when it is due."""
+    volume = add_volume(sim, "data")
+    run(home)
+    run(home, constants={"SNAPSHOT_INTERVAL": 7})
+    asked = [record for record in sim.requests if record.method == "POST" and record.path.endswith("/snapshots")]
+    assert [record.status for record in asked] == [201, 429, 201]
+    assert_backed_up(home, volume)
 
 
 def test_a_limit_that_may_be_the_accounts_takes_nothing_from_a_volumes_time(home: Home, sim: Simulator) -> None:

@@ -551,6 +551,7 @@ class Cloud:
 
     def _add(self, item: R, *, hidden: bool = False) -> R:
         """It exists from now on; `hidden`, nobody sees it before `_show`."""
+        item.created += self.behaviour.clock_seconds
         self.ever.append(item)
         if not hidden:
             return self._show(item)
@@ -570,7 +571,7 @@ class Cloud:
             self._delete(item)
 
     def _delete(self, item: Resource) -> None:
-        item.deleted = time.time()
+        item.deleted = time.time() + self.behaviour.clock_seconds
 
 
 def _is_base64(text: str) -> bool:
