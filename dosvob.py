@@ -905,6 +905,7 @@ class Api:
     CALL_TIMEOUT = (10, 60)  # seconds to connect, and between bytes of the answer
     CALL_LIMIT = 120  # seconds for all of a call
     FIRST_BACKOFF, MAX_BACKOFF = 0.5, 30  # seconds between repetitions, doubling
+    IDLE_LIMIT = 60  # seconds after which a connection is not used again: a router may have forgotten it, silently
     PAGE_SIZE = 200  # the API's maximum
     MOST_PAGES = 1000  # of a list, which holds 25 droplets or 100 volumes for most accounts
     MOST_READINGS = 10  # of a list that changes meanwhile
@@ -937,10 +938,10 @@ class Api:
         """GET, repeated while it fails in a way that may pass."""
         return self._repeated("GET", path, params=params)
 
-    def get_fresh(self, path: str, key: str) -> Json | None:
-        """An item by its id; None if the API does not know it: not yet, or not any more."""
+    def get_fresh(self, path: str, key: str, *, is_patient: bool = True) -> Json | None:
+        """An item by its id; None if the API does not know it: not yet, or not any more. If not patient it asks once."""
         try:
-            return Api.required(self.get(path), key, dict)
+            return Api.required(self.get(path) if is_patient else self._once("GET", path, None, None), key, dict)
         except ApiError as problem:
             if problem.status != 404:
                 raise
@@ -1095,10 +1096,11 @@ class Api:
 
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._sessions, "session", None)
-        if session is None:
+        if session is None or time.monotonic() - self._sessions.used_at > self.IDLE_LIMIT:
             session = self._sessions.session = requests.Session()
             session.auth = self._authorize  # a ~/.netrc would replace a plain header
             session.headers["User-Agent"] = f"dosvob/{VERSION}"
+        self._sessions.used_at = time.monotonic()
         return session
 
     @staticmethod
@@ -1533,9 +1535,9 @@ class Ephemeral:
         return found
 
     def is_gone(self, droplet: Droplet) -> bool:
-        """Whether the droplet does not run any more, as far as DigitalOcean can tell."""
+        """Whether the droplet does not run any more, as far as DigitalOcean can tell at once."""
         try:
-            item = self._api.get_fresh(f"/v2/droplets/{droplet.id}", "droplet")
+            item = self._api.get_fresh(f"/v2/droplets/{droplet.id}", "droplet", is_patient=False)
         except ApiError:
             return False
         return item is None or item.get("status") != "active"

@@ -899,6 +899,30 @@ def test_keys_are_listed_seldom(home: Home, sim: Simulator) -> None:
     assert_nothing_left(sim)
 
 
+@behaving(idle_seconds=2)
+def test_a_router_forgets_what_is_idle(home: Home, sim: Simulator) -> None:
+    """As during a long sync: no request goes over a connection that was idle for long."""
+    volumes = [add_volume(sim, "data"), add_volume(sim, "other", size=8 << 20)]
+    sim.faults.add(Fault("ssh-slow", bytes=1 << 20))
+    run(home, constants={"IDLE_LIMIT": 1})
+    assert sim.lost_requests == 0
+    assert_backed_up(home, *volumes)
+    assert_nothing_left(sim)
+
+
+def test_a_connection_that_breaks_does_not_wait_for_the_hourly_limit(home: Home, sim: Simulator) -> None:
+    """What it asks of DigitalOcean, whether the droplet lives, can wait."""
+    volume = add_volume(sim, "data", size=12 << 20)
+    sim.faults.add(Fault("ssh-cut", bytes=5 << 20))
+    running = start(home)
+    until(lambda: any(record.path.endswith("/actions") for record in sim.requests))
+    sim.faults.add(Fault("rate-limit-reset", method="GET", path=r"^/v2/droplets/\d+$", seconds=3600, times=FOREVER))
+    assert running.end() == 0, running.output
+    assert "connecting again" in running.output
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
 # -- another host
 
 

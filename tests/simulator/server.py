@@ -67,6 +67,8 @@ class Front:
         self.requests: list[RequestRecord] = []
         self.contract = contract
         self.errors: list[str] = []
+        self.idle_seconds = behaviour.idle_seconds
+        self.lost = 0
         self._routes = routes
         self._behaviour = behaviour
         self._token = token
@@ -221,6 +223,7 @@ class _Connection(BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Remember the connection, so that it can be closed at the end."""
         super().setup()
+        self.served = time.monotonic()
         self.server.connections.add(self.connection)
 
     def finish(self) -> None:
@@ -242,7 +245,12 @@ class _Connection(BaseHTTPRequestHandler):
         return super().date_time_string(self.server.front.now() if timestamp is None else timestamp)
 
     def _serve(self) -> None:
-        front = self.server.front
+        front, now = self.server.front, time.monotonic()
+        if front.idle_seconds and now - self.served > front.idle_seconds:
+            front.lost += 1
+            self.rfile.read()  # until the client gives up
+            return
+        self.served = now
         headers = {name.lower(): value for name, value in self.headers.items()}
         raw = self.rfile.read(int(headers.get("content-length") or 0))
         record = front.record(self.command, self.path, headers, raw)

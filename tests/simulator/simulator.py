@@ -116,6 +116,11 @@ class Simulator:
         """The snapshots that exist."""
         return self._cloud.living(Snapshot)
 
+    @property
+    def lost_requests(self) -> int:
+        """Requests that came over connections that were forgotten, and were lost."""
+        return self._server.front.lost
+
     # -- limits
 
     def limit_snapshots(self, interval: float, *, retry_after: bool = False) -> None:
