@@ -4849,6 +4849,7 @@ REKEY_BYTES = 32 << 30
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr")  # GCM is three times as fast
 ATTEMPTS = 5  # connections in a row that break before one more chunk is finished
 
+SENT_SEGMENT = 1240  # bytes of data in a packet that we send: what passes through any tunnel
 FIRST_PACKETS = 100  # packets that the droplet sends before the first acknowledgement; Linux's default is 10
 DISARM = (
     # DigitalOcean's images mount a volume that appears, which writes to it.
@@ -4862,8 +4863,11 @@ USER_DATA_COMMANDS = (
     # Stock buffers of 4 MiB allow 33 MB/s at a round trip of 80 ms; BBR does not take every lost packet for congestion.
     "sysctl -q -w net.ipv4.tcp_wmem='4096 1048576 67108864' || true",
     "modprobe -q tcp_bbr && sysctl -q -w net.ipv4.tcp_congestion_control=bbr || true",
-    # Three round trips less until a long link is full.
-    f"ip route change $(ip -4 route show default | head -n 1) initcwnd {FIRST_PACKETS} || true",
+    # A tunnel, or a container's bridge, may lose large packets silently: the droplet tries smaller ones after seconds.
+    "sysctl -q -w net.ipv4.tcp_mtu_probing=1 || true",
+    # Three round trips less until a long link is full; and what we send never is large.
+    "ip route change $(ip -4 route show default | head -n 1) "
+    f"initcwnd {FIRST_PACKETS} advmss {SENT_SEGMENT} || true",
 )
 
 

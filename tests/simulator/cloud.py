@@ -383,6 +383,7 @@ class Cloud:
             stall_connections=stall.times_on_droplet if stall else 0,
             deaf_connections=deaf.times_on_droplet if deaf else 0,
             bytes_per_second=slow.bytes if slow else 0,
+            largest_packet=by_kind["small-path"].bytes if "small-path" in by_kind else 0,
             python=python.text if python else "",
             sshd_config=by_kind["hardened"].text if "hardened" in by_kind else "",
             late_automount="late-automount" in by_kind,

@@ -40,6 +40,7 @@ DropletKind = Literal[
     "ssh-stalled",  # ... drops all packets once one of its first `times_on_droplet` connections has sent `bytes`
     "ssh-deaf",  # ... opens a channel on each of its first `times_on_droplet` connections and hears nothing after that
     "ssh-slow",  # ... sends `bytes` a second, and no more
+    "small-path",  # ... has a path to it on which packets of more than `bytes` are lost silently, both ways
     "python",  # ... has the command `text` as its python3
     "hardened",  # ... has the line `text` first in its sshd_config
     "late-automount",  # ... gets the auto-mount rule anew when its boot commands are done
