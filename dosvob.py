@@ -1242,6 +1242,14 @@ class Resource:
         return f"{self.kind} {self.name} (id {self.id}{cost})"
 
 
+def reached_limit(api: Api, kind: str) -> str:
+    """What to say if the account has as many of a kind as it may have; empty if not."""
+    limit = Api.required(api.get("/v2/account"), "account", dict).get(f"{kind}_limit")
+    count = len(api.list(KINDS[kind].path, KINDS[kind].key))
+    is_reached = isinstance(limit, int) and count >= limit
+    return f"your account may have {limit} {kind}s and has {count}: see {LIMITS_PAGE}" if is_reached else ""
+
+
 class Removal:
     """Deletes the resources that are known, then those that are listed, until the lists show none of ours.
 
@@ -1366,7 +1374,8 @@ class DropletPlan:
     sizes: tuple[tuple[str, float], ...]
     image: str
 
-    DEFAULT_SIZES = ("s-1vcpu-512mb-10gb", "s-1vcpu-1gb")  # the two smallest; the first is not in all regions
+    # The smallest, of which the first is not in all regions. A run of less than half an hour costs the same with each.
+    DEFAULT_SIZES = ("s-1vcpu-512mb-10gb", "s-1vcpu-1gb", "s-1vcpu-2gb")
 
     @classmethod
     def make(cls, api: Api, config: Config, region: str) -> DropletPlan:
@@ -1502,13 +1511,19 @@ class Ephemeral:
             try:
                 item = self._create(DROPLET, body)
             except ApiError as problem:
-                if problem.status != 422 or not sizes:
+                if problem.status != 422 or not sizes or self._has_all_droplets():
                     raise NoDroplet(f"the droplet could not be had: {problem}") from problem
                 self._report.say(f"{size} is not to be had in {plan.region} now; trying the next size")
         droplet = Droplet(Api.required(item, "id", int), Api.required(item, "name", str), "")
         actions = (item.get("links") or {}).get("actions") or [{}]  # what was found in a list has none
         address = self._await_address(droplet, str(actions[0].get("id", "")))
         return dataclasses.replace(droplet, address=address)
+
+    def _has_all_droplets(self) -> bool:
+        """Whether the account has as many droplets as it may have, as far as the token lets us see."""
+        with contextlib.suppress(DosvobError):
+            return bool(reached_limit(self._api, DROPLET))
+        return False
 
     def _await_address(self, droplet: Droplet, action: str) -> str:
         """The public address of a droplet that was created; raises DropletLost if it, or its action, has failed."""
@@ -5865,11 +5880,9 @@ class NewVolume:
         volumes = [Volume.parse(item) for item in items if not Resource.is_ephemeral(item)]
         if any((volume.name, volume.region) == (self.name, self.region) for volume in volumes):
             raise UsageError(f"there is a volume {self.name} in {self.region} already: take another name")
-        account = Api.required(api.get("/v2/account"), "account", dict)
-        for kind, count in ((VOLUME, len(items)), (DROPLET, len(api.list("/v2/droplets", "droplets")))):
-            limit = account.get(f"{kind}_limit")
-            if isinstance(limit, int) and count >= limit:
-                raise UsageError(f"your account may have {limit} {kind}s and has {count}: see {LIMITS_PAGE}")
+        for kind in (VOLUME, DROPLET):
+            if limit := reached_limit(api, kind):
+                raise UsageError(limit)
         return volumes
 
     def base(self, source: Source, volumes: Iterable[Volume], *, from_scratch: bool) -> tuple[Volume | None, str]:

@@ -677,7 +677,7 @@ LIMITS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"snapshot_limit": 0}, "snapshot limit exceeded"),
     ({"snapshots_per_volume": 0}, "snapshot limit exceeded"),
     ({"droplet_limit": 0}, "exceed your droplet limit"),
-    ({"sold_out": frozenset({"s-1vcpu-512mb-10gb", "s-1vcpu-1gb"})}, "Size is not available in this region"),
+    ({"sold_out": frozenset({"s-1vcpu-512mb-10gb", "s-1vcpu-1gb", "s-1vcpu-2gb"})}, "Size is not available in this"),
 )
 
 
@@ -693,11 +693,21 @@ def test_limit_of_the_account(pytestconfig: pytest.Config, tmp_path: Path) -> No
             assert_nothing_left(sim)
 
 
-@behaving(sold_out=frozenset({"s-1vcpu-512mb-10gb"}))
+@behaving(sold_out=frozenset({"s-1vcpu-512mb-10gb", "s-1vcpu-1gb"}))
 def test_next_size_is_tried(home: Home, sim: Simulator) -> None:
     volume = add_volume(sim, "data")
-    assert "trying the next size" in run(home).stdout
+    assert run(home).stdout.count("trying the next size") == 2
     assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+@behaving(droplet_limit=1)
+def test_a_limit_of_droplets_is_not_told_as_a_size_that_is_not_to_be_had(home: Home, sim: Simulator) -> None:
+    sim.add_droplet("web")
+    add_volume(sim, "data")
+    done = run(home, expect=1)
+    assert "is not to be had" not in done.stdout + done.stderr
+    assert len([record for record in sim.requests if (record.method, record.path) == ("POST", "/v2/droplets")]) == 1
     assert_nothing_left(sim)
 
 
