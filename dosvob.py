@@ -1035,10 +1035,16 @@ class Api:
         except TimeoutError:
             del self._sessions.session  # the abandoned call still uses it
             raise ApiError(None, f"{call}: no complete answer from {url} within {limit:.0f} s") from None
-        except requests.RequestException as problem:
+        except OSError as problem:  # which those of requests are, too
             cause = root_cause(problem)
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise DosvobError(f"{url} has no certificate to be trusted: {cause}") from None
+            if isinstance(problem, ValueError):  # as requests has it for what can be seen without a connection
+                names = f"HTTPS_PROXY and ALL_PROXY in the environment, and {Config.URL_VARIABLE}"
+                raise UsageError(f"{url} cannot be reached so: {cause} Look at {names}") from None
+            if not isinstance(problem, requests.RequestException) or getattr(cause, "library", "") == "X509":
+                names = "REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE in the environment"
+                raise UsageError(f"the certificates to be trusted cannot be read: {cause}: look at {names}") from None
             raise ApiError(None, f"{call}: no answer from {url}: {reason(cause)}") from problem
         self._detail(f"{call} → {response.status_code}")
         self._heed_clock(response)
@@ -1089,6 +1095,12 @@ class Api:
                 now = time.time() + (self._ahead or 0)
                 return min(max(1.0, float(headers["ratelimit-reset"]) - now), self.LONGEST_WAIT)
         return None
+
+    @property
+    def is_proxied(self) -> bool:
+        """Whether the calls go through a proxy, as the environment asks for."""
+        proxies = requests.utils.get_environ_proxies(self._config.api_url)
+        return requests.utils.select_proxy(self._config.api_url, proxies) is not None
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["Authorization"] = f"Bearer {self._config.token}"
@@ -5456,7 +5468,7 @@ class DropletKeeper:
                 link = self._links.enter_context(
                     contextlib.closing(Link(droplet.address, self._keys, self._context.stop))
                 )
-                link.open(SSH_LIMIT)
+                self._reach(link)
                 self._disarm(link, droplet)
             except NoDroplet:
                 raise
@@ -5502,6 +5514,17 @@ class DropletKeeper:
         received = converse(start_agent, conversation, self._context.report.warn, progress, replace_lost)
         self._lost = 0
         return received
+
+    def _reach(self, link: Link) -> None:
+        try:
+            link.open(SSH_LIMIT)
+        except ConnectionLost as problem:
+            if self._context.api.is_proxied:  # another droplet would be as far away
+                raise NoDroplet(
+                    f"{problem}. DigitalOcean's API is reached through a proxy, and SSH uses none: let port {SSH_PORT} "
+                    "go out, or run dosvob where it does"
+                ) from problem
+            raise
 
     def _disarm(self, link: Link, droplet: Droplet) -> None:
         """Run DISARM again, in case something wrote the rule after bootcmd."""
