@@ -286,6 +286,11 @@ def utc_now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 
 
+def running_time() -> float:
+    """Seconds that go on while this machine is suspended, which those of time.monotonic do not."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.time()
+
+
 def parse_time(text: str) -> datetime.datetime | None:
     """An RFC 3339 time, such as the API's; None if it is none."""
     try:
@@ -1458,7 +1463,7 @@ class Ephemeral:
         self._home = home
         self._api = api
         self._report = report
-        self._created: dict[Resource, float] = {}  # with the times (time.monotonic)
+        self._created: dict[Resource, float] = {}  # with the times (`running_time`)
         self._removed: dict[Resource, float] = {}
         self._asked: dict[str, str] = {}  # kinds by name of what was asked for, and not answered yet
         self._last_post = time.monotonic()
@@ -1485,7 +1490,7 @@ class Ephemeral:
             left = dict.fromkeys([*existing, *unknown], str(problem))
         for resource in existing:
             if resource not in left:
-                self._removed[resource] = time.monotonic()
+                self._removed[resource] = running_time()
         tell_left_behind(left, self._report)
 
     def _is_ours(self, resource: Resource) -> bool:
@@ -1493,7 +1498,7 @@ class Ephemeral:
 
     def cost(self) -> float:
         """Dollars for all that was created, by the seconds that it existed until now."""
-        now = time.monotonic()
+        now = running_time()
         return sum(resource.cost(self._removed.get(resource, now) - since) for resource, since in self._created.items())
 
     def create_droplet(self, plan: DropletPlan, public_key: str, user_data: str) -> Droplet:
@@ -1687,7 +1692,7 @@ class Ephemeral:
 
     def has_cost_an_hour(self, clone: Volume) -> bool:
         """Whether the started hour of a clone, which is paid for, is nearly over."""
-        return (time.monotonic() - self._created[self._resource(clone)]) % 3600 > self.HOUR_ENDS
+        return (running_time() - self._created[self._resource(clone)]) % 3600 > self.HOUR_ENDS
 
     def _remove_volume(self, volume: Volume) -> None:
         self._remove_now(self._resource(volume))
@@ -1738,7 +1743,7 @@ class Ephemeral:
                 self._last_post = time.monotonic()
         resource = Resource.parse(kind, item)
         if not stays:
-            self._created[resource] = time.monotonic()
+            self._created[resource] = running_time()
         del self._asked[name]
         self._report.detail(f"created {resource}")
         return item
@@ -1755,7 +1760,7 @@ class Ephemeral:
             return True
 
         if self._api.stop.wait_until(BUSY_LIMIT, delete):
-            self._removed[resource] = time.monotonic()
+            self._removed[resource] = running_time()
 
     def _volume_event(
         self, event: str, volume: Volume, droplet: Droplet, make_room: Callable[[], bool] = lambda: False
@@ -4347,11 +4352,18 @@ MOST_PAYLOAD = {  # bytes, by kind of frame
 }
 
 
-class ConnectionLost(DosvobError):
+class FromDroplet(DosvobError):
+    """Something that may quote the droplet: it stays on one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.split()))
+
+
+class ConnectionLost(FromDroplet):
     """The stream broke or stands still; another one to the same droplet may do."""
 
 
-class BadAgent(DosvobError):
+class BadAgent(FromDroplet):
     """What came from the droplet makes no sense, or it says that it cannot go on."""
 
 

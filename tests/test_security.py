@@ -16,12 +16,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import dosvob
 import pytest
 from conftest import Home
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from simulator import Droplet, Fault, Simulator
+from simulator import FOREVER, Droplet, Fault, Simulator
 from trouble_support import (
     QUICK,
     PausingPython,
@@ -389,3 +390,24 @@ def test_texts_of_the_api_do_not_steer_the_terminal(home: Home, sim: Simulator) 
     done = run(home, "--verbose", expect=1)
     assert "oops" in done.stderr
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", done.stdout + done.stderr)
+
+
+SEVERAL_LINES = """#!/usr/bin/python3
+import struct, sys, time
+words = b"nothing\\nother: backed up\\r\\n  at all"
+sys.stdout.buffer.write(struct.pack(">BII", {kind}, 0, len(words)) + words)
+sys.stdout.flush()
+time.sleep(5)
+"""
+
+
+def test_what_the_droplet_says_stays_on_one_line(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    """It must not write lines of its own into a log."""
+    add_volume(sim, "data")
+    script = tmp_path / "python3"
+    script.write_text(SEVERAL_LINES.format(kind=dosvob.FAILED))
+    script.chmod(0o700)
+    sim.faults.add(Fault("python", text=str(script)))
+    done = run(home, expect=1)
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("error: data: the droplet cannot go on: nothing other: backed up at all")

@@ -14,8 +14,9 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import dosvob
 import pytest
 from conftest import Home, sampled
 from simulator import FOREVER, Fault, Simulator
@@ -714,3 +715,17 @@ def test_what_may_not_be_removed_does_not_end_the_looking_for_what_lists_show_la
         assert f"(id {item.id}" in running.output, item.kind
     sim.token_lacks()
     run(home, "sweep")
+
+
+def test_cost_counts_the_time_of_a_suspended_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the clock does not that most of the program goes by."""
+    ephemeral = dosvob.Ephemeral(cast("dosvob.Api", None), "0" * 8, cast("dosvob.Reporter", None))
+    droplet = dosvob.Resource(dosvob.DROPLET, "1", "droplet", hourly=1.5)
+    slept = 0.0
+    clock_gettime = time.clock_gettime
+    monkeypatch.setattr(
+        "time.clock_gettime", lambda clock: clock_gettime(clock) + slept * (clock == time.CLOCK_BOOTTIME)
+    )
+    ephemeral._created[droplet] = dosvob.running_time()
+    slept = 7200.0
+    assert 3 <= ephemeral.cost() < 3.1
