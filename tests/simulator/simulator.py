@@ -127,6 +127,10 @@ class Simulator:
         """From now on a volume's next snapshot is refused until so many seconds after its last one."""
         self.behave(replace(self.behaviour, snapshot_interval=interval, snapshot_retry_after=retry_after))
 
+    def limit_volumes(self, count: int) -> None:
+        """From now on the account has at most so many volumes."""
+        self.behave(replace(self.behaviour, volume_limit=count))
+
     def behave(self, behaviour: Behaviour) -> None:
         """From now on the account's delays and limits are these; but for those of requests."""
         self.behaviour = self._cloud.behaviour = behaviour
