@@ -44,10 +44,10 @@ What it promises:
 
 What it does not promise: a snapshot of a volume in use is as consistent as a disk after a power cut, not more.
 
-The threads. Here: the main thread decides, talks with the agent and changes images. One thread makes clones, one attaches
-them, one releases those that would cost another hour, one (of `DropletKeeper`) makes the droplet. paramiko has one for
-each connection, each stream of output has one (`Writer`), and `done_ahead` and `within` start some for a moment. On the
-droplet: see `Agent`.
+The threads. Here: the main thread decides, talks with the agent and changes images. One thread makes clones, one
+attaches them, one releases those that would cost another hour, one (of `DropletKeeper`) makes the droplet. paramiko has
+one for each connection, each stream of output has one (`Writer`), and `done_ahead` and `within` start some for a
+moment. On the droplet: see `Agent`.
 
 The chapters, each of which uses those before it alone: errors and waiting, reporting, configuration, the DigitalOcean
 API, ephemeral resources, the agent, image files, versions, the home, the update of an image, the conversations, the
@@ -300,7 +300,7 @@ def parse_time(text: str) -> datetime.datetime | None:
 
 
 def age(moment: str, now: datetime.datetime | None = None) -> float:
-    """Seconds since an RFC 3339 time, until now by this machine's clock unless told otherwise; infinite if it is none."""
+    """Seconds from an RFC 3339 time to `now`, which is by default that of this machine; infinite if it is none."""
     parsed = parse_time(moment)
     return float("inf") if parsed is None else ((now or utc_now()) - parsed).total_seconds()
 
@@ -944,7 +944,7 @@ class Api:
         return self._repeated("GET", path, params=params)
 
     def get_fresh(self, path: str, key: str, *, is_patient: bool = True) -> Json | None:
-        """An item by its id; None if the API does not know it: not yet, or not any more. If not patient it asks once."""
+        """An item by its id; None if the API does not know it: not yet, or not any more. If impatient it asks once."""
         try:
             return Api.required(self.get(path) if is_patient else self._once("GET", path, None, None), key, dict)
         except ApiError as problem:
@@ -5461,9 +5461,9 @@ class DropletKeeper:
         """Remove the droplet and have another one made, unless too many were lost in a row."""
         self._lost += 1
         if self._lost > self.MOST_LOST:
-            problem = NoDroplet(f"nothing can be done for want of a droplet, {self._lost} were lost in a row: {problem}")
+            lost = f"{self._lost} were lost in a row: {problem}"
             self._future = concurrent.futures.Future()
-            self._future.set_exception(problem)
+            self._future.set_exception(NoDroplet(f"nothing can be done for want of a droplet, {lost}"))
         else:
             self._remove(problem)
             self._future = self._pool.submit(self._make)

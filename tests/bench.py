@@ -514,7 +514,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench.md"))
     parser.add_argument("--memory", action="store_true", help="only the memory over 1, 4 and 16 GiB")
     parser.add_argument("--restore", action="store_true", help="only a restore into a new volume")
-    parser.add_argument("--old", type=Path, metavar="DIRECTORY", help="with --restore and --control-plane: another checkout beside it")
+    old = "with --restore and --control-plane: another checkout beside it"
+    parser.add_argument("--old", type=Path, metavar="DIRECTORY", help=old)
     parser.add_argument("--versions", action="store_true", help="only what keeping a version costs")
     parser.add_argument("--control-plane", action="store_true", help="only runs over volumes of a simulated account")
     parser.add_argument("--volumes", type=words, default=["8", "16"], help="with --control-plane: how many, in turn")

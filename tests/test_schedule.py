@@ -18,7 +18,10 @@ IMPATIENT = {"ACTION_LIMIT": 1, "STALL_LIMIT": 4, "RECONNECT_LIMIT": 4, "SSH_TIM
 
 @settings(max_examples=3, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    hung=st.integers(1, VOLUMES), lost=st.integers(0, VOLUMES - 1), refused=st.integers(2, VOLUMES), limit=st.integers(1, 60)
+    hung=st.integers(1, VOLUMES),
+    lost=st.integers(0, VOLUMES - 1),
+    refused=st.integers(2, VOLUMES),
+    limit=st.integers(1, 60),
 )
 def test_many_volumes_and_several_faults(
     tmp_path_factory: pytest.TempPathFactory, hung: int, lost: int, refused: int, limit: int

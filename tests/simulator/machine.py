@@ -201,7 +201,7 @@ class Machine:
         return self._network("cat", f"/proc/sys/{name.replace('.', '/')}").strip()
 
     def _narrow(self, largest_packet: int) -> None:
-        """Lose larger packets both ways, and obey the boot commands about the network, which goes by a default route."""
+        """Lose larger packets both ways; obey the boot commands about the network, which goes by a default route."""
         for run, interface in ((self._here, self.link.interface), (self._network, "eth0")):
             size = str(largest_packet + _ETHERNET_HEADER)
             run("tc", "qdisc", "add", "dev", interface, "root", "tbf", "rate", "200mbit", "burst", size, "limit", "4mb")
