@@ -1665,12 +1665,14 @@ class Ephemeral:
         body = {**body, "snapshot_id": Api.required(snapshot, "id", str), "size_gigabytes": least}
 
         def create() -> Json | None:
-            try:
-                return self._create(VOLUME, body, api=api, stays=stays)
-            except ApiError as problem:
-                if problem.status != 404 and not (problem.status == 403 and make_room()):
-                    raise
-                return None  # the snapshot is so fresh that it is not known yet, or there is room now
+            while True:
+                try:
+                    return self._create(VOLUME, body, api=api, stays=stays)
+                except ApiError as problem:
+                    if problem.status == 404:
+                        return None  # the snapshot is so fresh that it is not known yet
+                    if not (problem.status == 403 and make_room()):
+                        raise
 
         item = self._api.stop.wait_until(self.FRESH_LIMIT, create)
         if item is None:
@@ -1788,11 +1790,8 @@ class Ephemeral:
                     raise
                 failures.append(refused)
                 self._refuse_lost(droplet)
-                if is_done():
-                    return True
-                if refused.status == 422:  # it is busy, or has as many volumes as it can have
-                    make_room()
-                return None
+                # it may be busy, or have as many volumes as it can have
+                return True if is_done() else done() if refused.status == 422 and make_room() else None
             status = self._await_action(f"{path}/{Api.required(action, 'id', int)}", droplet)
             if status == "completed" or is_done():
                 return True

@@ -385,7 +385,7 @@ def test_a_volume_is_deleted_between_two_pages(home: Home, sim: Simulator) -> No
     assert_nothing_left(sim)
 
 
-@pytest.mark.parametrize("nth", [1, 3])
+@pytest.mark.parametrize("nth", [1, 2])
 def test_something_is_deleted_between_two_pages_of_what_may_be_left(home: Home, sim: Simulator, nth: int) -> None:
     """Neither the sweep nor the last look takes it for an empty list."""
     for name in ("a", "b"):
@@ -393,7 +393,7 @@ def test_something_is_deleted_between_two_pages_of_what_may_be_left(home: Home, 
     add_volume(sim, "data")
     left = sim.add_droplet("dosvob-ephemeral-00000000-droplet")
     sim.faults.add(Fault("removes", method="GET", path="^/v2/droplets$", nth=nth, text="a"))
-    if nth == 3:  # it is listed at the end only
+    if nth == 2:  # it is listed at the end only
         left.listed = math.inf
         sim.faults.add(Fault("delay", method="POST", path="/snapshots$", seconds=1))
     running = start(home, constants={"PAGE_SIZE": 2, "READING_PAUSE": 0.1})
