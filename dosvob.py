@@ -1611,9 +1611,10 @@ class Ephemeral:
 
         Versions are named and thinned by it, so a time that is far in the future would spoil all that come after.
         """
-        taken, now = parse_time(str(snapshot.get("created_at"))), self._api.now()
+        text, now = str(snapshot.get("created_at")), self._api.now()
+        taken = parse_time(text)
         is_possible = taken is not None and taken.year >= 2000 and taken - now < datetime.timedelta(days=1)
-        return (taken if taken and is_possible else now).isoformat()
+        return text if is_possible else now.isoformat()
 
     def make_empty(self, region: str, size: int) -> Volume:
         """A throwaway volume of so many bytes that has nothing."""
