@@ -5520,7 +5520,7 @@ class DropletKeeper:
             self.replace(problem)
             lost += 1
             if lost == self.MOST_LOST:
-                raise DosvobError(f"{problem}, and so were {lost - 1} droplets before it")
+                raise DosvobError(f"{problem}; {lost} droplets were lost over it")
             return True
 
         received = converse(start_agent, conversation, self._context.report.warn, progress, replace_lost)

@@ -484,7 +484,7 @@ def test_attach_never_ends_on_any_droplet(home: Home, sim: Simulator) -> None:
     others = [add_volume(sim, name) for name in ("more", "other", "still")]
     sim.faults.add(Fault("action-stuck", times=3))
     done = run(home, expect=1, constants={"ACTION_LIMIT": 0.5})
-    assert re.search("error: data: .* did not end within .*, and so were 2 droplets before it", done.stderr)
+    assert re.search("error: data: .* did not end within .*; 3 droplets were lost over it", done.stderr)
     assert droplets_ever(sim) == 4
     assert_backed_up(home, *others)
     assert_nothing_left(sim)

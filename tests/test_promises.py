@@ -631,7 +631,7 @@ def test_a_volume_that_loses_three_droplets_fails(home: Home, sim: Simulator, tm
         holding.wait(running)
         sim.remove_droplet(sim.droplets[0])
     assert running.end() == 1
-    assert re.search("error: a: .*, and so were 2 droplets before it", running.output)
+    assert re.search("error: a: .*; 3 droplets were lost over it", running.output)
     assert len(created(sim, "snapshot")) == 3
     assert_backed_up(home, *others)
     assert_nothing_left(sim)

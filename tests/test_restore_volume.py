@@ -526,7 +526,7 @@ def test_droplets_that_are_lost(home: Home, sim: Simulator, tmp_path: Path, lost
         halt.wait(number)
         sim.droplets[-1].kill()
     assert running.end() == 1
-    assert "and so were 2 droplets before it" in running.output
+    assert "3 droplets were lost over it" in running.output
     assert_nothing_left(sim)
 
 
