@@ -860,9 +860,7 @@ class ApiError(DosvobError):
     is not, it is that of the call's own kind, or with a `wait` perhaps the account's for a minute.
     """
 
-    def __init__(
-        self, status: int | None, text: str, wait: float | None = None, *, is_accounts: bool = False
-    ) -> None:
+    def __init__(self, status: int | None, text: str, wait: float | None = None, *, is_accounts: bool = False) -> None:
         self.status = status
         self.wait = wait
         self.is_accounts = is_accounts
@@ -1772,44 +1770,50 @@ class Ephemeral:
 
         Raises DropletLost if the droplet is gone, or takes no more events: one has no end, or it stays busy.
         """
-        path, what = f"/v2/volumes/{volume.id}/actions", f"the {event} of {volume.name}"
-        body = {"type": event, "droplet_id": droplet.id, "region": volume.region}
         failures: list[DosvobError] = []
-
-        def is_done() -> bool:
-            item = self._api.get_fresh(f"/v2/volumes/{volume.id}", "volume")
-            return item is not None and (droplet.id in Volume.parse(item).droplet_ids) == (event == "attach")
-
-        def done() -> bool | None:
-            if droplet.id in self._lost:
-                raise DropletLost(self._lost[droplet.id])
-            try:
-                action = Api.required(self._api.post(path, body), "action", dict)
-            except ApiError as refused:
-                # busy with another event, attached or detached already, too fresh to be known, or an answer lost
-                if not (refused.may_exist or refused.status in (404, 409, 422, 429)):
-                    raise
-                failures.append(refused)
-                self._refuse_lost(droplet)
-                # it may be busy, or have as many volumes as it can have
-                return True if is_done() else done() if refused.status == 422 and make_room() else None
-            status = self._await_action(f"{path}/{Api.required(action, 'id', int)}", droplet)
-            if status == "completed" or is_done():
-                return True
-            self._refuse_lost(droplet)
-            if status is None:
-                self._give_up(droplet, f"{what} did not end within {self.ACTION_LIMIT} s")
-            has_failed_before = failures and not isinstance(failures[-1], ApiError)
-            failures.append(DosvobError(f"{what} failed on DigitalOcean's side ({status}): try again later"))
-            if has_failed_before:
-                raise failures[-1]
-            return None
-
         with self._events:
-            if self._api.stop.wait_until(BUSY_LIMIT, done) is None:
+            work = functools.partial(self._try_event, event, volume, droplet, make_room, failures)
+            if self._api.stop.wait_until(BUSY_LIMIT, work) is None:
                 if isinstance(failures[-1], ApiError) and failures[-1].status in (409, 422):
                     self._give_up(droplet, f"{droplet.name} was busy for {BUSY_LIMIT} s: {failures[-1]}")
                 raise failures[-1]
+
+    def _try_event(
+        self, event: str, volume: Volume, droplet: Droplet, make_room: Callable[[], bool], failures: list[DosvobError]
+    ) -> bool | None:
+        """Ask for the event and await its end; True if the volume is as wished, None if it should be asked again."""
+        if droplet.id in self._lost:
+            raise DropletLost(self._lost[droplet.id])
+        path, body = f"/v2/volumes/{volume.id}/actions", {"droplet_id": droplet.id, "region": volume.region}
+        try:
+            action = Api.required(self._api.post(path, {"type": event, **body}), "action", dict)
+        except ApiError as refused:
+            # busy with another event, attached or detached already, too fresh to be known, or an answer lost
+            if not (refused.may_exist or refused.status in (404, 409, 422, 429)):
+                raise
+            failures.append(refused)
+            self._refuse_lost(droplet)
+            if self._is_done(event, volume, droplet):
+                return True
+            if refused.status == 422 and make_room():  # it may have as many volumes as it can have
+                return self._try_event(event, volume, droplet, make_room, failures)
+            return None
+        status = self._await_action(f"{path}/{Api.required(action, 'id', int)}", droplet)
+        if status == "completed" or self._is_done(event, volume, droplet):
+            return True
+        self._refuse_lost(droplet)
+        if status is None:
+            self._give_up(droplet, f"the {event} of {volume.name} did not end within {self.ACTION_LIMIT} s")
+        failed = DosvobError(f"the {event} of {volume.name} failed on DigitalOcean's side ({status}): try again later")
+        if failures and not isinstance(failures[-1], ApiError):  # for the second time
+            raise failed
+        failures.append(failed)
+        return None
+
+    def _is_done(self, event: str, volume: Volume, droplet: Droplet) -> bool:
+        """Whether the volume is as wished, as itself tells."""
+        item = self._api.get_fresh(f"/v2/volumes/{volume.id}", "volume")
+        return item is not None and (droplet.id in Volume.parse(item).droplet_ids) == (event == "attach")
 
     def _await_action(self, path: str, droplet: Droplet) -> str | None:
         """What the status of an action of a droplet is when it has ended; None if that takes too long."""
@@ -4905,8 +4909,7 @@ USER_DATA_COMMANDS = (
     # A tunnel, or a container's bridge, may lose large packets silently: the droplet tries smaller ones after seconds.
     "sysctl -q -w net.ipv4.tcp_mtu_probing=1 || true",
     # Three round trips less until a long link is full; and what we send never is large.
-    "ip route change $(ip -4 route show default | head -n 1) "
-    f"initcwnd {FIRST_PACKETS} advmss {SENT_SEGMENT} || true",
+    f"ip route change $(ip -4 route show default | head -n 1) initcwnd {FIRST_PACKETS} advmss {SENT_SEGMENT} || true",
 )
 
 

@@ -379,7 +379,7 @@ def test_a_volume_is_deleted_between_two_pages(home: Home, sim: Simulator) -> No
         sim.add_volume(name, region="nyc1")
     volumes = [add_volume(sim, name) for name in ("data", "other")]
     sim.faults.add(Fault("removes", path="^/v2/volumes$", nth=3, text="a"))  # the first two are the sweep's
-    done = run(home, constants={"PAGE_SIZE": 2, "READING_PAUSE": 0.1})
+    run(home, constants={"PAGE_SIZE": 2, "READING_PAUSE": 0.1})
     assert sim.faults.fired
     assert_backed_up(home, *volumes)
     assert_nothing_left(sim)

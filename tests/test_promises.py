@@ -24,7 +24,7 @@ import paramiko
 import pytest
 from conftest import MIB, Home, Tmpfs, same, write_at
 from pythons import python_3
-from simulator import FOREVER, Droplet, Fault, Resource, Simulator, Snapshot, Volume
+from simulator import FOREVER, Droplet, Fault, Resource, Simulator, Volume
 from simulator.machine import Machine
 from simulator.storage import LoopDevice
 from trouble_support import (

@@ -16,7 +16,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import dosvob
 import pytest
 from conftest import Home
 from cryptography import x509
@@ -32,6 +31,8 @@ from trouble_support import (
     run,
     start,
 )
+
+import dosvob
 
 pytestmark = pytest.mark.small
 

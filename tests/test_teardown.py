@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import dosvob
 import pytest
 from conftest import Home, sampled
 from simulator import FOREVER, Fault, Simulator
