@@ -23,8 +23,8 @@ A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and 
  1. `Config.load` checks conf.json, `Home.locked` keeps other runs of this home out.
  2. `sweep` removes this home's leftovers; `Home.recover` takes back what a crash left half done; `Selection` chooses.
  3. `Misplaced.move` follows a change of "region"; then for each region `Backup.run` takes the volumes in turn. In the
-    background `DropletKeeper` makes a key and a droplet, and `Backup._prepare` makes a clone of the next volume
-    (`Ephemeral.make_clone`) and attaches it.
+    background `DropletKeeper` makes a key and a droplet, `Backup._make_clone` makes clones of the next volumes, and
+    `Backup._attach` attaches one after the other. They stay attached until the droplet goes.
  4. `Update` opens the volume's image. `converse` starts an `Agent` on the droplet and has a `Pull` talk with it: chunks
     whose digest is the image's stay as they are; of the others the pages that differ are fetched, as patches.
  5. `Update.finish` writes the undo, then the spool to the image. The new state is the commit, and makes the undo a
@@ -44,9 +44,10 @@ What it promises:
 
 What it does not promise: a snapshot of a volume in use is as consistent as a disk after a power cut, not more.
 
-The threads. Here: the main thread decides, talks with the agent and changes images. One thread prepares the next clone,
-one releases the last one, one (of `DropletKeeper`) makes the droplet. paramiko has one for each connection, each stream
-of output has one (`Writer`), and `done_ahead` and `within` start some for a moment. On the droplet: see `Agent`.
+The threads. Here: the main thread decides, talks with the agent and changes images. One thread makes clones, one
+attaches them, one releases those that would cost another hour, one (of `DropletKeeper`) makes the droplet. paramiko has
+one for each connection, each stream of output has one (`Writer`), and `done_ahead` and `within` start some for a
+moment. On the droplet: see `Agent`.
 
 The chapters, each of which uses those before it alone: errors and waiting, reporting, configuration, the DigitalOcean
 API, ephemeral resources, the agent, image files, versions, the home, the update of an image, the conversations, the
@@ -115,6 +116,7 @@ import array
 import dataclasses
 import datetime
 import difflib
+import email.utils
 import fnmatch
 import functools
 import heapq
@@ -284,6 +286,11 @@ def utc_now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 
 
+def running_time() -> float:
+    """Seconds that go on while this machine is suspended, which those of time.monotonic do not."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.time()
+
+
 def parse_time(text: str) -> datetime.datetime | None:
     """An RFC 3339 time, such as the API's; None if it is none."""
     try:
@@ -292,10 +299,10 @@ def parse_time(text: str) -> datetime.datetime | None:
         return None
 
 
-def age(moment: str) -> float:
-    """Seconds since an RFC 3339 time; infinite if it is none."""
+def age(moment: str, now: datetime.datetime | None = None) -> float:
+    """Seconds from an RFC 3339 time to `now`, which is by default that of this machine; infinite if it is none."""
     parsed = parse_time(moment)
-    return float("inf") if parsed is None else (utc_now() - parsed).total_seconds()
+    return float("inf") if parsed is None else ((now or utc_now()) - parsed).total_seconds()
 
 
 def human_size(size: float) -> str:
@@ -847,11 +854,16 @@ SCOPES = {
 
 
 class ApiError(DosvobError):
-    """A call failed. `status` is that of HTTP; None: no usable answer came. `wait`: seconds that a 429 asks for."""
+    """A call failed. `status` is that of HTTP; None: no usable answer came.
 
-    def __init__(self, status: int | None, text: str, wait: float | None = None) -> None:
+    Of a 429 `wait` is the seconds that it asks for, and `is_accounts` tells that the account's limit is reached. If it
+    is not, it is that of the call's own kind, or with a `wait` perhaps the account's for a minute.
+    """
+
+    def __init__(self, status: int | None, text: str, wait: float | None = None, *, is_accounts: bool = False) -> None:
         self.status = status
         self.wait = wait
+        self.is_accounts = is_accounts
         super().__init__(text)
 
     @property
@@ -892,11 +904,15 @@ class Api:
     RATE_LIMIT_PATIENCE = 7200  # seconds for which a call that meets 429 is repeated: the longest limit is by the hour
     RATE_LIMIT_WAIT = 15  # seconds to wait after a 429 that does not say how long
     LONGEST_WAIT = 3600  # seconds; whatever a 429 asks for
+    CLOCK_TOLERANCE = 120  # seconds that this machine's clock may be off before that is told
     CALL_TIMEOUT = (10, 60)  # seconds to connect, and between bytes of the answer
     CALL_LIMIT = 120  # seconds for all of a call
     FIRST_BACKOFF, MAX_BACKOFF = 0.5, 30  # seconds between repetitions, doubling
+    IDLE_LIMIT = 60  # seconds after which a connection is not used again: a router may have forgotten it, silently
     PAGE_SIZE = 200  # the API's maximum
     MOST_PAGES = 1000  # of a list, which holds 25 droplets or 100 volumes for most accounts
+    MOST_READINGS = 10  # of a list that changes meanwhile
+    READING_PAUSE = 1  # seconds between them
 
     def __init__(
         self, config: Config, stop: Stop, say: Callable[[str], None], detail: Callable[[str], None], patience: float
@@ -907,23 +923,28 @@ class Api:
         self._detail = detail
         self._patience = patience
         self._is_token_known = False  # whether a call was let through
+        self._ahead: float | None = None  # seconds that DigitalOcean's clock is ahead of this machine's, once known
         self.limited_since: float | None = None  # the first 429 of an unbroken row; None after any other answer
         self._sessions = threading.local()  # requests does not promise that a session can be shared by threads
 
     def with_stop(self, stop: Stop, patience: float | None = None) -> Api:
         """A copy with another stop, and another patience if one is given."""
         api = Api(self._config, stop, self._say, self._detail, self._patience if patience is None else patience)
-        api._is_token_known = self._is_token_known
+        api._is_token_known, api._ahead = self._is_token_known, self._ahead
         return api
+
+    def now(self) -> datetime.datetime:
+        """The time by DigitalOcean's clock, as its last answer told: machines at home are hours or days off."""
+        return utc_now() + datetime.timedelta(seconds=self._ahead or 0)
 
     def get(self, path: str, **params: str | int) -> Json:
         """GET, repeated while it fails in a way that may pass."""
         return self._repeated("GET", path, params=params)
 
-    def get_fresh(self, path: str, key: str) -> Json | None:
-        """An item by its id; None if the API does not know it: not yet, or not any more."""
+    def get_fresh(self, path: str, key: str, *, is_patient: bool = True) -> Json | None:
+        """An item by its id; None if the API does not know it: not yet, or not any more. If impatient it asks once."""
         try:
-            return Api.required(self.get(path), key, dict)
+            return Api.required(self.get(path) if is_patient else self._once("GET", path, None, None), key, dict)
         except ApiError as problem:
             if problem.status != 404:
                 raise
@@ -938,21 +959,41 @@ class Api:
                 raise
 
     def list(self, path: str, key: str, **params: str | int) -> list[Json]:
-        """All items of a list, from all its pages."""
-        items: list[Json] = []
+        """All items of a list, from all its pages, none twice.
+
+        While pages are read others change the list, and what they delete on one page hides an item of the next. So
+        several pages count if they have as many items as each says that there are, or the same as at the last reading.
+        """
+        last: Collection[str] = ()
+        for _ in range(self.MOST_READINGS):
+            items, totals = self._pages(path, key, params)
+            if totals <= {str(len(items))} or items.keys() == last:
+                return [*items.values()]
+            last = items.keys()
+            self.stop.sleep(self.READING_PAUSE)
+        raise DosvobError(f"the list of GET {path} changed each time that it was read: try again later")
+
+    def _pages(self, path: str, key: str, params: Json) -> tuple[dict[str, Json], set[str]]:
+        """The items of all pages, by what identifies each, and how many there are, as each of several pages says."""
+        items: dict[str, Json] = {}
+        totals: set[str] = set()
         for page in range(1, self.MOST_PAGES + 1):
             answer = self.get(path, **params, per_page=self.PAGE_SIZE, page=page)
             found, links = answer.get(key), answer.get("links") or {}
             pages = (links.get("pages") or {}) if isinstance(links, dict) else None  # each may be missing, or null
             if not isinstance(found, list) or not all(isinstance(item, dict) for item in [*found, pages]):
                 raise DosvobError(f'DigitalOcean answered GET {path} without a list of "{key}": try again later')
-            items += found
-            if not found or not pages or not pages.get("next"):
-                return items
+            items |= {str(item.get("id") or item.get("slug") or f"{page}/{n}"): item for n, item in enumerate(found)}
+            has_next = bool(found and pages and pages.get("next"))
+            if has_next or page > 1:
+                meta = answer.get("meta")
+                totals.add(str(meta.get("total") if isinstance(meta, dict) else None))
+            if not has_next:
+                return items, totals
         raise DosvobError(f"DigitalOcean's answers to GET {path} have no end: try again later")
 
     def post(self, path: str, body: Json) -> Json:
-        """POST, repeated after a 429 only, and not even then for a snapshot: the caller waits for that limit.
+        """POST, repeated after a 429 only, for a snapshot if that is the account's: the caller waits for the volume's.
 
         If it fails with `may_exist`, the caller must find out whether it took effect.
         """
@@ -960,12 +1001,13 @@ class Api:
 
     def _repeated(self, method: str, path: str, body: Json | None = None, params: Json | None = None) -> Json:
         start, intervals = time.monotonic(), self.backoff()
-        heeds_limit = not (method == "POST" and path.endswith("/snapshots"))
+        takes_snapshot = method == "POST" and path.endswith("/snapshots")
         while True:
             try:
                 return self._once(method, path, body, params)
             except ApiError as problem:
-                if not (heeds_limit if problem.status == 429 else problem.may_exist and method != "POST"):
+                is_limited = problem.status == 429 and (problem.is_accounts or not takes_snapshot)
+                if not is_limited and not (problem.may_exist and method != "POST"):
                     raise
                 self.pause(problem, next(intervals), start)
 
@@ -996,12 +1038,19 @@ class Api:
         except TimeoutError:
             del self._sessions.session  # the abandoned call still uses it
             raise ApiError(None, f"{call}: no complete answer from {url} within {limit:.0f} s") from None
-        except requests.RequestException as problem:
+        except OSError as problem:  # which those of requests are, too
             cause = root_cause(problem)
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise DosvobError(f"{url} has no certificate to be trusted: {cause}") from None
+            if isinstance(problem, ValueError):  # as requests has it for what can be seen without a connection
+                names = f"HTTPS_PROXY and ALL_PROXY in the environment, and {Config.URL_VARIABLE}"
+                raise UsageError(f"{url} cannot be reached so: {cause} Look at {names}") from None
+            if not isinstance(problem, requests.RequestException) or getattr(cause, "library", "") == "X509":
+                names = "REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE in the environment"
+                raise UsageError(f"the certificates to be trusted cannot be read: {cause}: look at {names}") from None
             raise ApiError(None, f"{call}: no answer from {url}: {reason(cause)}") from problem
         self._detail(f"{call} → {response.status_code}")
+        self._heed_clock(response)
         self.limited_since = (self.limited_since or time.monotonic()) if response.status_code == 429 else None
         return self._answer(call, response)
 
@@ -1021,11 +1070,23 @@ class Api:
             said = str(told.get("message") or told.get("id") or "no message")
             request = f", request {told['request_id']}" if told.get("request_id") else ""
             text = f'DigitalOcean refused {call}: "{said}" (HTTP {status}{request}).{ApiError.advice(call, status)}'
-            raise ApiError(status, text, self._wait_told(response))
+            is_accounts = response.headers.get("ratelimit-remaining") == "0"
+            raise ApiError(status, text, self._wait_told(response), is_accounts=is_accounts)
         self._is_token_known = True
         if not isinstance(answer, dict):
             raise ApiError(None, f"{call}: the answer is not a JSON object")
         return answer
+
+    def _heed_clock(self, response: requests.Response) -> None:
+        """Note what DigitalOcean's clock says; tells once if this machine's is minutes off."""
+        try:
+            ahead = email.utils.parsedate_to_datetime(response.headers["date"]).timestamp() - time.time()
+        except (KeyError, ValueError):
+            return
+        if self._ahead is None and abs(ahead) > self.CLOCK_TOLERANCE:
+            how = f"{human_time(abs(ahead))} {'behind' if ahead > 0 else 'ahead of'}"
+            self._say(f"warning: this machine's clock is {how} DigitalOcean's, whose times count; set it right")
+        self._ahead = ahead
 
     def _wait_told(self, response: requests.Response) -> float | None:
         """The seconds to wait that a 429 tells: `retry-after` (burst limit), or `ratelimit-reset` (hourly limit)."""
@@ -1034,8 +1095,15 @@ class Api:
             return min(max(1.0, float(headers["retry-after"])), self.LONGEST_WAIT)
         with contextlib.suppress(KeyError, ValueError):
             if int(headers.get("ratelimit-remaining", 0)) == 0:
-                return min(max(1.0, float(headers["ratelimit-reset"]) - time.time()), self.LONGEST_WAIT)
+                now = time.time() + (self._ahead or 0)
+                return min(max(1.0, float(headers["ratelimit-reset"]) - now), self.LONGEST_WAIT)
         return None
+
+    @property
+    def is_proxied(self) -> bool:
+        """Whether the calls go through a proxy, as the environment asks for."""
+        proxies = requests.utils.get_environ_proxies(self._config.api_url)
+        return requests.utils.select_proxy(self._config.api_url, proxies) is not None
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["Authorization"] = f"Bearer {self._config.token}"
@@ -1043,10 +1111,11 @@ class Api:
 
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._sessions, "session", None)
-        if session is None:
+        if session is None or time.monotonic() - self._sessions.used_at > self.IDLE_LIMIT:
             session = self._sessions.session = requests.Session()
             session.auth = self._authorize  # a ~/.netrc would replace a plain header
             session.headers["User-Agent"] = f"dosvob/{VERSION}"
+        self._sessions.used_at = time.monotonic()
         return session
 
     @staticmethod
@@ -1097,7 +1166,7 @@ class NoDroplet(DosvobError):
 
 
 class DropletLost(DosvobError):
-    """The droplet is gone, or did not come up: another one may do."""
+    """The droplet is gone, did not come up, or takes no more events: another one may do."""
 
 
 @dataclass(frozen=True)
@@ -1188,6 +1257,14 @@ class Resource:
         return f"{self.kind} {self.name} (id {self.id}{cost})"
 
 
+def reached_limit(api: Api, kind: str) -> str:
+    """What to say if the account has as many of a kind as it may have; empty if not."""
+    limit = Api.required(api.get("/v2/account"), "account", dict).get(f"{kind}_limit")
+    count = len(api.list(KINDS[kind].path, KINDS[kind].key))
+    is_reached = isinstance(limit, int) and count >= limit
+    return f"your account may have {limit} {kind}s and has {count}: see {LIMITS_PAGE}" if is_reached else ""
+
+
 class Removal:
     """Deletes the resources that are known, then those that are listed, until the lists show none of ours.
 
@@ -1232,7 +1309,8 @@ class Removal:
             if left and (is_hopeless or begun - since > self.LIMIT):  # a round may take long
                 return self._named(left, asked or {})
             if self._kinds:
-                self._api.stop.sleep(next(intervals) if left else max(self._not_before - time.monotonic(), 0))
+                pause = next(intervals) if any(left.values()) else 1  # once all was accepted it is gone soon
+                self._api.stop.sleep(pause if left else max(self._not_before - time.monotonic(), 0))
         return {}
 
     def _round(self) -> dict[Resource, Exception | None]:
@@ -1312,7 +1390,8 @@ class DropletPlan:
     sizes: tuple[tuple[str, float], ...]
     image: str
 
-    DEFAULT_SIZES = ("s-1vcpu-512mb-10gb", "s-1vcpu-1gb")  # the two smallest; the first is not in all regions
+    # The smallest, of which the first is not in all regions. A run of less than half an hour costs the same with each.
+    DEFAULT_SIZES = ("s-1vcpu-512mb-10gb", "s-1vcpu-1gb", "s-1vcpu-2gb")
 
     @classmethod
     def make(cls, api: Api, config: Config, region: str) -> DropletPlan:
@@ -1371,23 +1450,27 @@ class Ephemeral:
     late for the sweep at the beginning. It does not wait again for what could not be removed before.
     """
 
-    ACTION_LIMIT = 600  # seconds that an action, such as an attach, may take
+    ACTION_LIMIT = 150  # seconds after which an action, such as an attach, has no end: it takes some 7
+    LOOK_INTERVAL = 12  # polls of an action, some 9 s, between looks whether the droplet lives
     ADDRESS_LIMIT = 600  # seconds until a new droplet must have an address
     FRESH_LIMIT = 60  # seconds for which something freshly created may answer 404
     NEW_PATIENCE = 1800  # seconds for which it repeats the creation of what will stay: hours of work precede it
+    HOUR_ENDS = 3300  # seconds into an hour of a volume's life after which it is let go: its next hour costs as much
 
     def __init__(self, api: Api, home: str, report: Reporter) -> None:
         self.prefix = f"{TAG}-{home}-{secrets.token_hex(4)}-"
         self._home = home
         self._api = api
         self._report = report
-        self._created: dict[Resource, float] = {}  # with the times (time.monotonic)
+        self._created: dict[Resource, float] = {}  # with the times (`running_time`)
         self._removed: dict[Resource, float] = {}
         self._asked: dict[str, str] = {}  # kinds by name of what was asked for, and not answered yet
         self._last_post = time.monotonic()
         self._key: int | None = None  # the id of the run's one-time key
         self._attached: dict[str, int] = {}  # droplets by clone
-        self._events = threading.Lock()  # a droplet takes one at a time, and one may last longer than BUSY_LIMIT
+        self._events = threading.RLock()  # a droplet takes one at a time, and one may last longer than BUSY_LIMIT
+        self._quickest = 0.0  # seconds of the quickest action so far, before which no other one is expected to end
+        self._lost: dict[int, str] = {}  # why droplets, by id, are gone or take no more events
 
     def __enter__(self) -> Ephemeral:
         return self
@@ -1407,7 +1490,7 @@ class Ephemeral:
             left = dict.fromkeys([*existing, *unknown], str(problem))
         for resource in existing:
             if resource not in left:
-                self._removed[resource] = time.monotonic()
+                self._removed[resource] = running_time()
         tell_left_behind(left, self._report)
 
     def _is_ours(self, resource: Resource) -> bool:
@@ -1415,7 +1498,7 @@ class Ephemeral:
 
     def cost(self) -> float:
         """Dollars for all that was created, by the seconds that it existed until now."""
-        now = time.monotonic()
+        now = running_time()
         return sum(resource.cost(self._removed.get(resource, now) - since) for resource, since in self._created.items())
 
     def create_droplet(self, plan: DropletPlan, public_key: str, user_data: str) -> Droplet:
@@ -1445,13 +1528,19 @@ class Ephemeral:
             try:
                 item = self._create(DROPLET, body)
             except ApiError as problem:
-                if problem.status != 422 or not sizes:
+                if problem.status != 422 or not sizes or self._has_all_droplets():
                     raise NoDroplet(f"the droplet could not be had: {problem}") from problem
                 self._report.say(f"{size} is not to be had in {plan.region} now; trying the next size")
         droplet = Droplet(Api.required(item, "id", int), Api.required(item, "name", str), "")
         actions = (item.get("links") or {}).get("actions") or [{}]  # what was found in a list has none
         address = self._await_address(droplet, str(actions[0].get("id", "")))
         return dataclasses.replace(droplet, address=address)
+
+    def _has_all_droplets(self) -> bool:
+        """Whether the account has as many droplets as it may have, as far as the token lets us see."""
+        with contextlib.suppress(DosvobError):
+            return bool(reached_limit(self._api, DROPLET))
+        return False
 
     def _await_address(self, droplet: Droplet, action: str) -> str:
         """The public address of a droplet that was created; raises DropletLost if it, or its action, has failed."""
@@ -1478,17 +1567,22 @@ class Ephemeral:
         return found
 
     def is_gone(self, droplet: Droplet) -> bool:
-        """Whether the droplet does not run any more, as far as DigitalOcean can tell."""
+        """Whether the droplet does not run any more, as far as DigitalOcean can tell at once."""
         try:
-            item = self._api.get_fresh(f"/v2/droplets/{droplet.id}", "droplet")
+            item = self._api.get_fresh(f"/v2/droplets/{droplet.id}", "droplet", is_patient=False)
         except ApiError:
             return False
         return item is None or item.get("status") != "active"
 
-    def _refuse_lost(self, droplet: Droplet, problem: DosvobError) -> None:
-        """Raise DropletLost if that is what the problem comes from."""
+    def _refuse_lost(self, droplet: Droplet) -> None:
+        """Raise DropletLost if the droplet is gone."""
         if self.is_gone(droplet):
-            raise DropletLost(f"the droplet {droplet.name} {GONE}") from problem
+            self._give_up(droplet, f"the droplet {droplet.name} {GONE}")
+
+    def _give_up(self, droplet: Droplet, why: str) -> NoReturn:
+        """Raise DropletLost, and let nobody else try."""
+        self._lost[droplet.id] = why
+        raise DropletLost(why)
 
     def remove_droplets(self) -> None:
         """Remove the run's droplets that are still there; nothing is attached to them any more."""
@@ -1496,18 +1590,31 @@ class Ephemeral:
             if resource.kind == DROPLET and resource not in self._removed:
                 self._remove_now(resource)
 
-    def make_clone(self, volume: Volume, number: int, size: int = 0) -> tuple[Volume, str]:
+    def make_clone(
+        self, volume: Volume, number: int, size: int = 0, make_room: Callable[[], bool] = lambda: False
+    ) -> tuple[Volume, str]:
         """Clone the volume as it is now; returns the clone and the time of the snapshot between, which is removed.
 
-        It has at least `size` bytes. Raises ApiError with the status 429 if the volume's last snapshot is less than ten
+        It has at least `size` bytes. `make_room` frees some of the account's quota if that refuses the clone, and
+        returns whether it could. Raises ApiError with the status 429 if the volume's last snapshot is less than ten
         minutes old.
         """
         name = f"{self.prefix}{number}"  # the device is named by it: unique and short
         snapshot = self._take_snapshot(volume, name)
         body = {"name": name, "region": volume.region, "size_gigabytes": max(volume.size, size) // GIB, "tags": [TAG]}
-        clone = self._make_of(snapshot, body)
+        clone = self._make_of(snapshot, body, make_room=make_room)
         self._remove_now(Resource.parse(SNAPSHOT, snapshot))
-        return Volume.parse(clone), str(snapshot.get("created_at", ""))
+        return Volume.parse(clone), self._time_of(snapshot)
+
+    def _time_of(self, snapshot: Json) -> str:
+        """When it was taken; now, by DigitalOcean's clock, if the time that it gives is impossible.
+
+        Versions are named and thinned by it, so a time that is far in the future would spoil all that come after.
+        """
+        text, now = str(snapshot.get("created_at")), self._api.now()
+        taken = parse_time(text)
+        is_possible = taken is not None and taken.year >= 2000 and taken - now < datetime.timedelta(days=1)
+        return text if is_possible else now.isoformat()
 
     def make_empty(self, region: str, size: int) -> Volume:
         """A throwaway volume of so many bytes that has nothing."""
@@ -1545,41 +1652,57 @@ class Ephemeral:
     def _take_snapshot(self, volume: Volume, name: str) -> Json:
         return self._create(SNAPSHOT, {"name": name, "tags": [TAG]}, f"/v2/volumes/{volume.id}/snapshots")
 
-    def _make_of(self, snapshot: Json, body: Json, api: Api | None = None, *, stays: bool = False) -> Json:
+    def _make_of(
+        self,
+        snapshot: Json,
+        body: Json,
+        api: Api | None = None,
+        *,
+        stays: bool = False,
+        make_room: Callable[[], bool] = lambda: False,
+    ) -> Json:
         """The volume that a body describes, with the content of a snapshot."""
         least = max(body["size_gigabytes"], int(snapshot.get("min_disk_size") or 0))
         body = {**body, "snapshot_id": Api.required(snapshot, "id", str), "size_gigabytes": least}
 
         def create() -> Json | None:
-            try:
-                return self._create(VOLUME, body, api=api, stays=stays)
-            except ApiError as problem:
-                if problem.status != 404:
-                    raise
-                return None  # the snapshot is so fresh that it is not known yet
+            while True:
+                try:
+                    return self._create(VOLUME, body, api=api, stays=stays)
+                except ApiError as problem:
+                    if problem.status == 404:
+                        return None  # the snapshot is so fresh that it is not known yet
+                    if not (problem.status == 403 and make_room()):
+                        raise
 
         item = self._api.stop.wait_until(self.FRESH_LIMIT, create)
         if item is None:
             raise DosvobError("DigitalOcean lost the snapshot that it had just made: try again later")
         return item
 
-    def attach(self, volume: Volume, droplet: Droplet) -> None:
-        """Attach the volume to the droplet, unless it is."""
+    def attach(self, volume: Volume, droplet: Droplet, make_room: Callable[[], bool] = lambda: False) -> None:
+        """Attach the volume to the droplet, unless it is; `make_room` detaches another one if it may have too many."""
         if self._attached.get(volume.id) != droplet.id:
-            self._volume_event("attach", volume, droplet)
+            self._volume_event("attach", volume, droplet, make_room)
             self._attached[volume.id] = droplet.id
 
-    def detach(self, volume: Volume, droplet: Droplet) -> None:
-        """Detach the volume from the droplet; it keeps its content."""
-        self._volume_event("detach", volume, droplet)
-
     def release(self, clone: Volume, droplet: Droplet) -> None:
-        """Detach the clone and delete it."""
-        self.detach(clone, droplet)
+        """Detach the clone, unless the droplet that it was attached to is gone, and delete it."""
+        if self._attached.get(clone.id) == droplet.id:
+            self._volume_event("detach", clone, droplet)
+            del self._attached[clone.id]
         self._remove_volume(clone)
 
+    def has_cost_an_hour(self, clone: Volume) -> bool:
+        """Whether the started hour of a clone, which is paid for, is nearly over."""
+        return (running_time() - self._created[self._resource(clone)]) % 3600 > self.HOUR_ENDS
+
     def _remove_volume(self, volume: Volume) -> None:
-        self._remove_now(next(r for r in list(self._created) if r.kind == VOLUME and r.id == volume.id))
+        self._remove_now(self._resource(volume))
+
+    @staticmethod
+    def _resource(volume: Volume) -> Resource:
+        return Resource(VOLUME, volume.id, volume.name)
 
     def _create(
         self, kind: str, body: Json, post_path: str | None = None, *, api: Api | None = None, stays: bool = False
@@ -1587,7 +1710,8 @@ class Ephemeral:
         """Create a resource, and note it for the teardown unless it `stays`; returns it with the answer's links.
 
         After no answer, or a 5xx, it may exist: then we look for its unique name, until a list must show it, before we
-        ask for it again. `_asked` has its name while it may exist without our knowing.
+        ask for it again. `_asked` has its name while it may exist without our knowing. So long a refusal may come of
+        that it does exist, and means to look again.
         """
         where, name, api = KINDS[kind], body["name"], api or self._api
         start, intervals, is_doubtful = time.monotonic(), api.backoff(), name in self._asked
@@ -1614,7 +1738,7 @@ class Ephemeral:
                     raise
                 is_doubtful, self._last_post = True, time.monotonic()
                 item = api.stop.wait_until(LIST_LAG, find)
-                if item is None and not problem.may_exist:
+                if item is None and not (problem.may_exist or problem.status in (403, 409, 422)):
                     raise
                 if item is None:
                     api.pause(problem, next(intervals), start)
@@ -1622,7 +1746,7 @@ class Ephemeral:
                 self._last_post = time.monotonic()
         resource = Resource.parse(kind, item)
         if not stays:
-            self._created[resource] = time.monotonic()
+            self._created[resource] = running_time()
         del self._asked[name]
         self._report.detail(f"created {resource}")
         return item
@@ -1639,47 +1763,77 @@ class Ephemeral:
             return True
 
         if self._api.stop.wait_until(BUSY_LIMIT, delete):
-            self._removed[resource] = time.monotonic()
+            self._removed[resource] = running_time()
 
-    def _volume_event(self, event: str, volume: Volume, droplet: Droplet) -> None:
-        """Attach or detach, however often it takes until the volume is as wished."""
-        path = f"/v2/volumes/{volume.id}/actions"
-        body = {"type": event, "droplet_id": droplet.id, "region": volume.region}
-        problem: list[DosvobError] = []
+    def _volume_event(
+        self, event: str, volume: Volume, droplet: Droplet, make_room: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Attach or detach, however often it takes until the volume is as wished.
 
-        def done() -> bool | None:
-            try:
-                action = Api.required(self._api.post(path, body), "action", dict)
-            except ApiError as refused:
-                # busy with another event, attached or detached already, too fresh to be known, or an answer lost
-                if not (refused.may_exist or refused.status in (404, 409, 422, 429)):
-                    raise
-                problem[:] = [refused]
-                self._refuse_lost(droplet, refused)
-                item = self._api.get_fresh(f"/v2/volumes/{volume.id}", "volume")
-                is_attached = None if item is None else droplet.id in Volume.parse(item).droplet_ids
-                return True if is_attached == (event == "attach") else None
-            try:
-                self._await_action(f"{path}/{Api.required(action, 'id', int)}", f"the {event} of {volume.name}")
-            except DosvobError as failed:
-                self._refuse_lost(droplet, failed)
-                raise
-            return True
-
+        Raises DropletLost if the droplet is gone, or takes no more events: one has no end, or it stays busy.
+        """
+        failures: list[DosvobError] = []
         with self._events:
-            if self._api.stop.wait_until(BUSY_LIMIT, done) is None:
-                raise problem[0]
+            work = functools.partial(self._try_event, event, volume, droplet, make_room, failures)
+            if self._api.stop.wait_until(BUSY_LIMIT, work) is None:
+                if isinstance(failures[-1], ApiError) and failures[-1].status in (409, 422):
+                    self._give_up(droplet, f"{droplet.name} was busy for {BUSY_LIMIT} s: {failures[-1]}")
+                raise failures[-1]
 
-    def _await_action(self, path: str, what: str) -> None:
+    def _try_event(
+        self, event: str, volume: Volume, droplet: Droplet, make_room: Callable[[], bool], failures: list[DosvobError]
+    ) -> bool | None:
+        """Ask for the event and await its end; True if the volume is as wished, None if it should be asked again."""
+        if droplet.id in self._lost:
+            raise DropletLost(self._lost[droplet.id])
+        path, body = f"/v2/volumes/{volume.id}/actions", {"droplet_id": droplet.id, "region": volume.region}
+        try:
+            action = Api.required(self._api.post(path, {"type": event, **body}), "action", dict)
+        except ApiError as refused:
+            # busy with another event, attached or detached already, too fresh to be known, or an answer lost
+            if not (refused.may_exist or refused.status in (404, 409, 422, 429)):
+                raise
+            failures.append(refused)
+            self._refuse_lost(droplet)
+            if self._is_done(event, volume, droplet):
+                return True
+            if refused.status == 422 and make_room():  # it may have as many volumes as it can have
+                return self._try_event(event, volume, droplet, make_room, failures)
+            return None
+        status = self._await_action(f"{path}/{Api.required(action, 'id', int)}", droplet)
+        if status == "completed" or self._is_done(event, volume, droplet):
+            return True
+        self._refuse_lost(droplet)
+        if status is None:
+            self._give_up(droplet, f"the {event} of {volume.name} did not end within {self.ACTION_LIMIT} s")
+        failed = DosvobError(f"the {event} of {volume.name} failed on DigitalOcean's side ({status}): try again later")
+        if failures and not isinstance(failures[-1], ApiError):  # for the second time
+            raise failed
+        failures.append(failed)
+        return None
+
+    def _is_done(self, event: str, volume: Volume, droplet: Droplet) -> bool:
+        """Whether the volume is as wished, as itself tells."""
+        item = self._api.get_fresh(f"/v2/volumes/{volume.id}", "volume")
+        return item is not None and (droplet.id in Volume.parse(item).droplet_ids) == (event == "attach")
+
+    def _await_action(self, path: str, droplet: Droplet) -> str | None:
+        """What the status of an action of a droplet is when it has ended; None if that takes too long."""
+        looks = itertools.count(1)
+
         def status() -> str | None:
             action = self._api.get_fresh(path, "action") or {}
-            return None if action.get("status") in (None, "in-progress") else str(action.get("status"))
+            if action.get("status") not in (None, "in-progress"):
+                return str(action["status"])
+            if next(looks) % self.LOOK_INTERVAL == 0:
+                self._refuse_lost(droplet)
+            return None
 
-        result = self._api.stop.wait_until(self.ACTION_LIMIT, status)
-        if result is None:
-            raise DosvobError(f"{what} did not end within {self.ACTION_LIMIT} s: DigitalOcean's fault, try again later")
-        if result != "completed":
-            raise DosvobError(f"{what} failed on DigitalOcean's side ({result}): try again later")
+        begun = time.monotonic()
+        self._api.stop.sleep(0.8 * self._quickest)
+        ended = self._api.stop.wait_until(self.ACTION_LIMIT, status)
+        self._quickest = min(self._quickest or self.ACTION_LIMIT, time.monotonic() - begun)
+        return ended
 
 
 # ── The agent ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2429,14 +2583,8 @@ class Snapshot:
     taken_at: str
 
     def moment(self, known_at: datetime.datetime) -> datetime.datetime:
-        """When it was taken; `known_at` if the time that DigitalOcean gives is impossible.
-
-        Versions are named and thinned by it, so a time that is far in the future would spoil all that come after.
-        """
-        taken = parse_time(self.taken_at)
-        if taken is None or taken.year < 2000 or taken - known_at > datetime.timedelta(days=1):
-            taken = known_at
-        return taken.replace(microsecond=0)  # as it is listed
+        """When it was taken; `known_at` if that is no time."""
+        return (parse_time(self.taken_at) or known_at).replace(microsecond=0)  # as it is listed
 
 
 @dataclass(frozen=True)
@@ -4214,11 +4362,18 @@ MOST_PAYLOAD = {  # bytes, by kind of frame
 }
 
 
-class ConnectionLost(DosvobError):
+class FromDroplet(DosvobError):
+    """Something that may quote the droplet: it stays on one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.split()))
+
+
+class ConnectionLost(FromDroplet):
     """The stream broke or stands still; another one to the same droplet may do."""
 
 
-class BadAgent(DosvobError):
+class BadAgent(FromDroplet):
     """What came from the droplet makes no sense, or it says that it cannot go on."""
 
 
@@ -4743,6 +4898,7 @@ REKEY_BYTES = 32 << 30
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr")  # GCM is three times as fast
 ATTEMPTS = 5  # connections in a row that break before one more chunk is finished
 
+SENT_SEGMENT = 1240  # bytes of data in a packet that we send: what passes through any tunnel
 FIRST_PACKETS = 100  # packets that the droplet sends before the first acknowledgement; Linux's default is 10
 DISARM = (
     # DigitalOcean's images mount a volume that appears, which writes to it.
@@ -4756,8 +4912,10 @@ USER_DATA_COMMANDS = (
     # Stock buffers of 4 MiB allow 33 MB/s at a round trip of 80 ms; BBR does not take every lost packet for congestion.
     "sysctl -q -w net.ipv4.tcp_wmem='4096 1048576 67108864' || true",
     "modprobe -q tcp_bbr && sysctl -q -w net.ipv4.tcp_congestion_control=bbr || true",
-    # Three round trips less until a long link is full.
-    f"ip route change $(ip -4 route show default | head -n 1) initcwnd {FIRST_PACKETS} || true",
+    # A tunnel, or a container's bridge, may lose large packets silently: the droplet tries smaller ones after seconds.
+    "sysctl -q -w net.ipv4.tcp_mtu_probing=1 || true",
+    # Three round trips less until a long link is full; and what we send never is large.
+    f"ip route change $(ip -4 route show default | head -n 1) initcwnd {FIRST_PACKETS} advmss {SENT_SEGMENT} || true",
 )
 
 
@@ -5286,17 +5444,16 @@ class Course:
 
 
 class DropletKeeper:
-    """Makes the run's droplet, and the `Link` to it, in the background; replaces a lost one, once.
+    """Makes the run's droplet, and the `Link` to it, in the background; replaces a lost one. To be closed."""
 
-    To be closed.
-    """
+    MOST_LOST = 3  # droplets in one conversation, which fails then: the reason may be its volume's
 
     def __init__(self, context: Context, ephemeral: Ephemeral, plan: DropletPlan) -> None:
         self._context = context
         self._ephemeral = ephemeral
         self._plan = plan
         self._keys = RunKeys.generate()
-        self._is_replaced = False
+        self._lost = 0  # droplets since the last conversation that came to its end
         self._links = contextlib.ExitStack()
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._future = self._pool.submit(self._make)
@@ -5310,33 +5467,45 @@ class DropletKeeper:
         if self._future.done():
             self._future.result()
 
-    def _give_up_on(self, problem: DosvobError) -> None:
-        """Remove the droplet, for another one to be made; raises NoDroplet if this is not the first that was lost."""
-        if self._is_replaced:
-            raise NoDroplet(f"nothing can be done for want of a droplet, a second one too: {problem}")
-        self._is_replaced = True
+    def replace(self, problem: DosvobError) -> None:
+        """Remove the droplet and have another one made, unless too many were lost in a row."""
+        self._lost += 1
+        if self._lost > self.MOST_LOST:
+            lost = f"{self._lost} were lost in a row: {problem}"
+            self._future = concurrent.futures.Future()
+            self._future.set_exception(NoDroplet(f"nothing can be done for want of a droplet, {lost}"))
+        else:
+            self._remove(problem)
+            self._future = self._pool.submit(self._make)
+
+    def _remove(self, problem: DosvobError) -> None:
         self._context.report.warn(f"{problem}; making another one")
         self._ephemeral.remove_droplets()
 
     def _make(self) -> Host:
-        """Create the droplet, and another one if it is lost meanwhile, and wait until it lets us in."""
-        while True:
+        """Create the droplet, and a second one if it is lost meanwhile, and wait until it lets us in."""
+        for is_second in itertools.count():
             try:
                 droplet = self._ephemeral.create_droplet(self._plan, self._keys.public, self._keys.user_data())
                 link = self._links.enter_context(
                     contextlib.closing(Link(droplet.address, self._keys, self._context.stop))
                 )
-                link.open(SSH_LIMIT)
+                self._reach(link)
                 self._disarm(link, droplet)
             except NoDroplet:
                 raise
             except (DropletLost, ConnectionLost) as problem:
-                self._give_up_on(problem)
+                if is_second:
+                    raise NoDroplet(
+                        f"nothing can be done for want of a droplet, a second one too: {problem}"
+                    ) from problem
+                self._remove(problem)
             except DosvobError as problem:
                 raise NoDroplet(f"nothing can be done for want of a droplet: {problem}") from problem
             else:
                 self._context.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
                 return droplet, link
+        raise AssertionError("never ends")
 
     def converse(self, volume: Volume, conversation: Conversation, what: str, number: str = "") -> int:
         """As `converse`, with the volume attached to the droplet, or to another one if that is lost.
@@ -5345,23 +5514,39 @@ class DropletKeeper:
         """
         self.get()  # before anything is measured
         progress = Course(self._context.report, self._context.stop, what, number, conversation)
+        lost = 0
 
         def start_agent() -> AgentStream:
             droplet, link = self.get()
             self._ephemeral.attach(volume, droplet)
             return link.start_agent(conversation.program(Link.device(volume.name)))
 
-        return converse(start_agent, conversation, self._context.report.warn, progress, self._replace_lost)
+        def replace_lost(problem: DosvobError) -> bool:
+            nonlocal lost
+            if not isinstance(problem, DropletLost):
+                if not self._ephemeral.is_gone(self.get()[0]):
+                    return False
+                problem = DropletLost(f"{problem}; the droplet {GONE}")
+            self.replace(problem)
+            lost += 1
+            if lost == self.MOST_LOST:
+                raise DosvobError(f"{problem}; {lost} droplets were lost over it")
+            return True
 
-    def _replace_lost(self, problem: DosvobError) -> bool:
-        """Have another droplet made if this one is lost; returns whether it is. Raises NoDroplet."""
-        if not isinstance(problem, DropletLost):
-            if not self._ephemeral.is_gone(self.get()[0]):
-                return False
-            problem = DropletLost(f"{problem}; the droplet {GONE}")
-        self._give_up_on(problem)
-        self._future = self._pool.submit(self._make)
-        return True
+        received = converse(start_agent, conversation, self._context.report.warn, progress, replace_lost)
+        self._lost = 0
+        return received
+
+    def _reach(self, link: Link) -> None:
+        try:
+            link.open(SSH_LIMIT)
+        except ConnectionLost as problem:
+            if self._context.api.is_proxied:  # another droplet would be as far away
+                raise NoDroplet(
+                    f"{problem}. DigitalOcean's API is reached through a proxy, and SSH uses none: let port {SSH_PORT} "
+                    "go out, or run dosvob where it does"
+                ) from problem
+            raise
 
     def _disarm(self, link: Link, droplet: Droplet) -> None:
         """Run DISARM again, in case something wrote the rule after bootcmd."""
@@ -5404,8 +5589,8 @@ class Result:
 class Queued:
     """A volume that waits for its turn; times are time.monotonic.
 
-    Its snapshot is not asked for before `not_before`, nor after `give_up`: then it fails. `until` is the time that the
-    user has read of, 0 for none.
+    Its snapshot is not asked for before `not_before`, nor after `give_up` or `at_last`: then it fails. `until` is the
+    time that the user has read of, 0 for none.
     """
 
     volume: Volume
@@ -5414,6 +5599,7 @@ class Queued:
     not_before: float = 0.0
     until: float = 0.0
     give_up: float = float("inf")
+    at_last: float = float("inf")
 
 
 Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
@@ -5451,7 +5637,8 @@ class Backup:
 
     SNAPSHOT_INTERVAL = 600  # seconds; DigitalOcean takes one snapshot of a volume per 10 minutes
     SNAPSHOT_RETRY = 20  # seconds between attempts when it is too soon for a snapshot and nobody says by how much
-    RELEASE_DELAY = 60  # seconds at most that a synced clone stays, so that the next one is attached first
+    SNAPSHOT_GRACE = 60  # seconds for which a snapshot may still be refused when it is due
+    AHEAD = 3  # volumes whose clones are made and attached while one syncs: a droplet takes one event at a time
 
     def __init__(
         self,
@@ -5475,6 +5662,9 @@ class Backup:
         )
         self._ephemeral = Ephemeral(self._context.api, context.home.id, context.report)
         self._has_no_droplet = False
+        self._refused = sys.maxsize  # bytes of the smallest clone that the account has no quota for
+        self._needed: set[str] = set()  # the ids of clones that wait for their sync or are at it
+        self._spent: dict[str, Volume] = {}  # the clones that nothing needs any more, by id
 
     def run(self) -> float:
         """Back up all volumes and remove what was created for that; returns what it cost, in dollars."""
@@ -5488,27 +5678,28 @@ class Backup:
         return self._ephemeral.cost()
 
     def _back_up_all(self) -> None:
-        """One volume after the other; the next one is prepared, and the last one released, while one syncs."""
+        """One volume after the other; the next ones' clones are made and attached while one syncs."""
         pool = concurrent.futures.ThreadPoolExecutor
         keeper = DropletKeeper(self._context, self._ephemeral, self._plan)
-        with contextlib.closing(keeper), pool(1) as ahead, pool(1) as behind:
+        ahead: collections.deque[tuple[Queued, Prepared]] = collections.deque()
+        with contextlib.closing(keeper), pool(1) as maker, pool(1) as attacher, pool(1) as saver:
 
-            def start() -> tuple[Queued, Prepared] | None:
-                queued = self._queue.popleft() if self._queue else None
-                return (queued, ahead.submit(self._prepare, queued, keeper)) if queued else None
+            def prepare() -> bool:
+                while self._queue and len(ahead) < self.AHEAD:
+                    queued = self._queue.popleft()
+                    made = maker.submit(self._make_clone, queued, keeper)
+                    ahead.append((queued, attacher.submit(self._attach, made, keeper)))
+                return bool(ahead)
 
             try:
-                upcoming, last = start(), None
-                while upcoming is not None:
-                    queued, future = upcoming
+                saver.submit(self._save_hours, keeper)
+                while prepare():
+                    queued, future = ahead.popleft()
                     prepared = self._await(queued, future)
-                    upcoming = start()
-                    if prepared is None:
-                        continue
-                    if last is not None and upcoming is not None:  # the last clones go with the droplet
-                        behind.submit(self._release, last, keeper, upcoming[1])
-                    self._sync(queued, *prepared, keeper)
-                    last = prepared[0]
+                    if prepared is not None:
+                        prepare()
+                        self._sync(queued, *prepared, keeper)
+                        self._end_use(prepared[0])
             finally:
                 self._context.stop.request()  # what goes on in the background is of no use any more
 
@@ -5525,21 +5716,21 @@ class Backup:
             return future.result()
         except DosvobError as problem:
             if isinstance(problem, ApiError) and problem.status == 429:
-                self._put_off(queued, problem.wait)
+                self._put_off(queued, problem)
             else:
                 self._fail(queued, problem)
         return None
 
-    def _put_off(self, queued: Queued, wait: float | None) -> None:
+    def _put_off(self, queued: Queued, problem: ApiError) -> None:
         """Put a volume's turn off until DigitalOcean takes its next snapshot.
 
-        `wait` is in how many seconds that is, which DigitalOcean seldom says; else the state tells, if the last
-        snapshot was ours.
+        In how many seconds that is DigitalOcean seldom says; else the state tells, if the last snapshot was ours. If it
+        does say it, the limit may be the account's, and that takes nothing from the volume's time.
         """
-        now, path = time.monotonic(), ImagePaths(self._context.home.path, queued.name).state
+        wait, now, path = problem.wait, time.monotonic(), ImagePaths(self._context.home.path, queued.name).state
         with contextlib.suppress(OSError, DosvobError):
             state = State.load(path, whole=False)
-            since = age(state.snapshot.taken_at) if state else -1.0
+            since = age(state.snapshot.taken_at, self._context.api.now()) if state else -1.0
             if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
                 wait = self.SNAPSHOT_INTERVAL - since
         rule = "DigitalOcean takes one snapshot of a volume per 10 minutes"
@@ -5551,8 +5742,10 @@ class Backup:
             queued.until = now + seconds
         wait = self.SNAPSHOT_RETRY if wait is None else wait
         queued.not_before = now + wait
-        queued.give_up = min(queued.give_up, now + max(self.SNAPSHOT_INTERVAL, wait) + 60)
-        if queued.not_before > queued.give_up:
+        give_up = now + max(self.SNAPSHOT_INTERVAL, wait) + self.SNAPSHOT_GRACE
+        queued.give_up = min(queued.give_up, give_up) if problem.wait is None else give_up
+        queued.at_last = min(queued.at_last, now + max(Api.RATE_LIMIT_PATIENCE, wait))
+        if queued.not_before > min(queued.give_up, queued.at_last):
             self._fail(queued, DosvobError(f"{rule}, and did not take this one for longer: try again later"))
         else:
             self._queue.append(queued)
@@ -5579,22 +5772,80 @@ class Backup:
 
     # In the background
 
-    def _prepare(self, queued: Queued, keeper: DropletKeeper) -> tuple[Volume, str]:
-        """Make the volume's clone and attach it."""
+    def _make_clone(self, queued: Queued, keeper: DropletKeeper) -> tuple[Volume, str]:
+        """Make the volume's clone, when its turn and the account's quota allow it."""
         ImagePaths(self._context.home.path, queued.name).check_unread()  # before that costs anything
+        size = queued.volume.size
+
+        def make_room() -> bool:
+            has_room = self._let_one_go(keeper, patiently=True)
+            if not has_room:
+                self._refused = min(self._refused, size)
+            return has_room
+
         self._context.stop.sleep(queued.not_before - time.monotonic())
         keeper.check()  # a clone would be of no use without a droplet
-        clone, taken_at = self._ephemeral.make_clone(queued.volume, queued.number)
-        with contextlib.suppress(DropletLost):  # then it is attached to another one, before its sync
-            self._ephemeral.attach(clone, keeper.get()[0])
+        if size >= self._refused:
+            raise DosvobError(
+                f"DigitalOcean refused a clone of {human_size(self._refused)} before, so none of {human_size(size)} is "
+                f"asked for, and no snapshot: have the quota of volumes raised at {LIMITS_PAGE}"
+            )
+        clone, taken_at = self._ephemeral.make_clone(queued.volume, queued.number, make_room=make_room)
+        self._needed.add(clone.id)
         return clone, taken_at
 
-    def _release(self, clone: Volume, keeper: DropletKeeper, upcoming: Prepared) -> None:
-        """Detach a synced clone and delete it, after the next one's attachment, for which the run waits sooner."""
-        concurrent.futures.wait([upcoming], timeout=self.RELEASE_DELAY)
+    def _attach(self, made: Prepared, keeper: DropletKeeper) -> tuple[Volume, str]:
+        """Attach a volume's clone, once it is made."""
+        clone, taken_at = made.result()
+        try:
+            self._ephemeral.attach(clone, keeper.get()[0], lambda: self._let_one_go(keeper))
+        except DropletLost:
+            pass  # its sync has another one made
+        except DosvobError:
+            self._end_use(clone)
+            raise
+        return clone, taken_at
+
+    def _end_use(self, clone: Volume) -> None:
+        """Nothing needs the clone any more: it may be let go, and is removed with the droplet at the latest."""
+        self._spent[clone.id] = clone
+        self._needed.discard(clone.id)
+
+    def _let_one_go(self, keeper: DropletKeeper, *, patiently: bool = False) -> bool:
+        """Release a spent clone; returns whether there was one. If it is `patient` it waits for those in use."""
+        while not self._spent:
+            if not (patiently and self._needed):
+                return False
+            self._context.stop.sleep(Stop.NAP)
+        try:
+            self._release(next(iter(self._spent.values())), keeper)
+        except DropletLost as problem:
+            if not patiently:
+                raise
+            if self._needed:  # which has another one made when its turn comes
+                self._context.stop.sleep(Stop.NAP)
+            else:
+                keeper.replace(problem)
+        return True
+
+    def _save_hours(self, keeper: DropletKeeper) -> None:
+        """Release each spent clone before it costs another hour."""
+        while True:
+            self._context.stop.sleep(1)
+            for clone in filter(self._ephemeral.has_cost_an_hour, list(self._spent.values())):
+                with contextlib.suppress(DropletLost):
+                    self._release(clone, keeper)
+
+    def _release(self, clone: Volume, keeper: DropletKeeper) -> None:
+        """Detach and delete a spent clone, unless somebody else does; raises DropletLost."""
+        if self._spent.pop(clone.id, None) is None:
+            return
         try:
             self._ephemeral.release(clone, keeper.get()[0])
-        except (DosvobError, Interrupted) as problem:
+        except DropletLost:
+            self._spent[clone.id] = clone
+            raise
+        except DosvobError as problem:
             self._report.detail(f"{problem}; {clone.name} is removed at the end of the run")
 
     # In the foreground
@@ -5674,11 +5925,9 @@ class NewVolume:
         volumes = [Volume.parse(item) for item in items if not Resource.is_ephemeral(item)]
         if any((volume.name, volume.region) == (self.name, self.region) for volume in volumes):
             raise UsageError(f"there is a volume {self.name} in {self.region} already: take another name")
-        account = Api.required(api.get("/v2/account"), "account", dict)
-        for kind, count in ((VOLUME, len(items)), (DROPLET, len(api.list("/v2/droplets", "droplets")))):
-            limit = account.get(f"{kind}_limit")
-            if isinstance(limit, int) and count >= limit:
-                raise UsageError(f"your account may have {limit} {kind}s and has {count}: see {LIMITS_PAGE}")
+        for kind in (VOLUME, DROPLET):
+            if limit := reached_limit(api, kind):
+                raise UsageError(limit)
         return volumes
 
     def base(self, source: Source, volumes: Iterable[Volume], *, from_scratch: bool) -> tuple[Volume | None, str]:
@@ -5763,14 +6012,17 @@ class Restoration:
     def _when_allowed(self, work: Callable[[], T], name: str, last: str = "", hint: str = "") -> T:
         """Do work that takes a snapshot, as soon as DigitalOcean allows one; `last` is the time of the last one."""
         interval, retry, report, until = Backup.SNAPSHOT_INTERVAL, Backup.SNAPSHOT_RETRY, self._context.report, 0.0
-        give_up = time.monotonic() + interval + 3 * retry
+        start = time.monotonic()
+        give_up = start + interval + Backup.SNAPSHOT_GRACE
         while True:
             try:
                 return work()
             except ApiError as problem:
+                if problem.wait is not None:  # which may be the account's limit
+                    give_up += min(problem.wait, start + Api.RATE_LIMIT_PATIENCE - time.monotonic())
                 if problem.status != 429 or time.monotonic() > max(give_up, until):
                     raise
-                since = age(last)
+                since = age(last, self._context.api.now())
                 wait = problem.wait or (interval - since if 0 <= since < interval else None)
             if not until:
                 seconds = wait or interval
@@ -5907,7 +6159,7 @@ def sweep(
         if resource in leftovers:
             report.say(f"{'would remove' if dry_run else 'left over from an earlier run:'} {resource}")
             continue
-        seconds = age(resource.created_at)
+        seconds = age(resource.created_at, context.api.now())
         how_old = "of unknown age" if seconds == float("inf") else f"{human_time(max(seconds, 0))} old"
         tell = report.say if seconds < 24 * 3600 or not resource.hourly else report.warn  # no run takes so long
         tell(
@@ -6003,7 +6255,7 @@ def tell_thinning(context: Context, paths: ImagePaths, *, dry_run: bool = False)
                 f'{paths.name}: "keep" in conf.json asks for {count - len(unwanted)} of its {count} older versions; '
                 f"{len(unwanted)} {'would be' if dry_run else 'are'} dropped, {oldest_of(unwanted)}"
             )
-        if dry_run and paths.state.exists() and (unwanted := versions.unwanted(context.config.keep, utc_now())):
+        if dry_run and paths.state.exists() and (unwanted := versions.unwanted(context.config.keep, context.api.now())):
             context.report.say(
                 f"would not keep {counted_versions(unwanted)} of {paths.name} any more, {oldest_of(unwanted)}"
             )

@@ -150,6 +150,16 @@ def test_droplet_that_hears_nothing_on_any_connection_is_given_up(home: Home, si
     assert_nothing_left(sim)
 
 
+def test_path_that_loses_large_packets(home: Home, sim: Simulator) -> None:
+    """As a tunnel may: it is logged in, and then the large ones are lost, both ways. It takes seconds to notice."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("small-path", bytes=1400))
+    done = run(home)
+    assert "connecting again" not in done.stdout + done.stderr
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
 def start_deaf(home: Home, sim: Simulator) -> tuple[Running, Droplet]:
     """A run whose droplet is up, and hears nothing of the agent that is being started there."""
     sim.faults.add(Fault("delay", method="POST", path="/actions$", seconds=2))  # it is attached after that

@@ -519,14 +519,14 @@ def test_droplet_that_is_lost_is_replaced_once(home: Home, sim: Simulator, tmp_p
 
 
 def test_droplets_that_are_lost(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
-    halt = Halt(tmp_path, times=2)
+    halt = Halt(tmp_path, times=3)
     sim.faults.add(halt.fault)
     running = start_restore(home)
-    for number in range(2):
+    for number in range(3):
         halt.wait(number)
         sim.droplets[-1].kill()
     assert running.end() == 1
-    assert "a second one too" in running.output
+    assert "3 droplets were lost over it" in running.output
     assert_nothing_left(sim)
 
 
@@ -773,7 +773,7 @@ def test_snapshot_of_the_base_is_waited_for(home: Home, sim: Simulator, there: T
 
 def test_snapshot_of_the_base_is_not_waited_for_without_end(home: Home, sim: Simulator, there: There) -> None:
     sim.faults.add(Fault("rate-limit", method="POST", path="/snapshots$", text="1", times=FOREVER))
-    running = start_restore(home, SNAPSHOT_INTERVAL=1, SNAPSHOT_RETRY=0.2)
+    running = start_restore(home, SNAPSHOT_INTERVAL=1, SNAPSHOT_GRACE=0.6, RATE_LIMIT_PATIENCE=2)
     assert running.end() == 1
     assert_nothing_left(sim)
 

@@ -24,6 +24,7 @@ from .machine_init import AUTOMOUNT_RULE, PRIVATE
 from .network import Link, Relay, create_link
 from .storage import LoopDevice, file_system_of
 
+_ETHERNET_HEADER = 14
 _BOOT_LIMIT = 20.0
 _FIRST_MOUNT_MARK = b"DO_FIRST_MOUNT"
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin"
@@ -88,6 +89,8 @@ class MachineOptions:
     """So many connections are not heard any more once a channel is open."""
     bytes_per_second: int = 0
     """What a connection takes from it; 0 for no limit."""
+    largest_packet: int = 0
+    """Larger packets are lost on the way, both ways; 0 for no limit."""
     python: str = ""
     """A command to be run as `python3`."""
     sshd_config: str = ""
@@ -137,6 +140,8 @@ class Machine:
             self._network_namespace = os.open(f"/proc/{self._init}/ns/net", os.O_RDONLY)
             self.link: Link = create_link(number, self._init, mark)
             self._prepare()
+            if options.largest_packet:
+                self._narrow(options.largest_packet)
         except BaseException:
             self._kill_processes()
             if self._network_namespace >= 0:
@@ -194,6 +199,21 @@ class Machine:
             if name in command:
                 self._network("sh", "-c", command)
         return self._network("cat", f"/proc/sys/{name.replace('.', '/')}").strip()
+
+    def _narrow(self, largest_packet: int) -> None:
+        """Lose larger packets both ways; obey the boot commands about the network, which goes by a default route."""
+        for run, interface in ((self._here, self.link.interface), (self._network, "eth0")):
+            size = str(largest_packet + _ETHERNET_HEADER)
+            run("tc", "qdisc", "add", "dev", interface, "root", "tbf", "rate", "200mbit", "burst", size, "limit", "4mb")
+        self._network("ip", "route", "add", "default", "dev", "eth0")
+        self._network("sh", "-c", "ip route del $(ip -4 route show scope link proto kernel)")
+        for command in self.user_data.bootcmd:
+            if "tcp_mtu_probing" in command or "ip route" in command:
+                self._network("sh", "-c", command)
+
+    @staticmethod
+    def _here(*command: str) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def plug(self, volume_name: str, backing: Path) -> None:
         """A volume's device appears; the auto-mount rule is obeyed if it is there."""
