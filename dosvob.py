@@ -109,7 +109,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, ClassVar, Protocol, TypeVar
 # isort: on
 
 # agent: end
@@ -137,7 +137,7 @@ from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import paramiko
@@ -1526,7 +1526,8 @@ class Ephemeral:
     def make_new(self, name: str, description: str, volume: Volume, try_out: Callable[[], None]) -> Volume:
         """Create a volume with the content of a throwaway one; it stays, for the teardown does not know of it.
 
-        `try_out` may change the throwaway one: it is called as soon as a snapshot has the content. If DigitalOcean refuses, which may be for a quota, the throwaway one goes first: its snapshot has all.
+        `try_out` may change the throwaway one: it is called as soon as a snapshot has the content. If DigitalOcean
+        refuses, which may be for a quota, the throwaway one goes first: its snapshot has all.
         """
         snapshot = self._take_snapshot(volume, f"{self.prefix}new")
         try_out()
@@ -2246,7 +2247,7 @@ class Checker:
         r"mounted filesystem|Mounting V|[Uu]nmounting|first mount of|recovery complete|(Starting|Ending) |using |"
         r"orphan|enabling|checking UUID|free.space.tree|last unmount"
     )
-    TOOLS = {  # with the exit code that tells of damage
+    TOOLS: ClassVar[Mapping[str, tuple[tuple[str, ...], int]]] = {  # with the exit code that tells of damage
         **dict.fromkeys(("ext2", "ext3", "ext4"), (("e2fsck", "-fn"), 4)),
         "xfs": (("xfs_repair", "-n"), 1),
         "btrfs": (("btrfs", "check", "--readonly"), 1),
@@ -2293,7 +2294,7 @@ class Checker:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def mount(self, source: str, place: str, kind: str, flags: int = 0, options: str = "") -> None:
-        """As mount(2)."""
+        """Mount; raises OSError."""
         texts = [text.encode() for text in (source, place, kind)]
         self.call("mount", *texts, ctypes.c_ulong(flags), options.encode())
 
@@ -2308,7 +2309,7 @@ class Checker:
         """Run a tool; returns its exit code, and the beginning of what it says. Raises FileNotFoundError."""
         path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
         said = b""
-        with subprocess.Popen(
+        with subprocess.Popen(  # noqa: S603 - commands of ours
             command, env=path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ) as process:
             while data := os.read(process.stdout.fileno(), CHUNK):  # type: ignore[union-attr]
@@ -2385,7 +2386,7 @@ class Checker:
         return {"came_up": None if is_untried else False, "words": words or str(problem.strerror)}
 
     def looked_into(self, node: str, kind: str) -> dict[str, Any]:
-        """Mount a file system, read its top directory, unmount it: the bytes `used`, and the `size` without reserves."""
+        """Mount a file system, read its top directory, unmount it; the bytes `used`, and its `size` without reserves."""
         place, flags = self.PLACE + "/tried", 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
         if kind == "btrfs":  # the kernel may know a namesake, such as the volume's last clone
             with contextlib.suppress(OSError), open("/dev/btrfs-control", "r+b", buffering=0) as control:
@@ -2445,7 +2446,7 @@ class Checker:
             return {}
         lines = [line for line in said.splitlines() if line.strip() and not re.match(r"e2fsck |Pass |Phase ", line)]
         words = "%s: %s" % (command[0], "; ".join(lines) or "exit code %d" % code)
-        return {"came_up": False if code > 0 and code & damaged else True, "words": words[:CHECKED_WORDS]}
+        return {"came_up": code < 0 or not code & damaged, "words": words[:CHECKED_WORDS]}
 
 
 # agent: end
@@ -2722,7 +2723,9 @@ class Finding:
                 named[part["is_file_system"] is True] += [cls.NAMES.get(kind, kind)] if kind else []
             used, size = (sum(min(max(int(part[key]), 0), 1 << 60) for part in parts) for key in ("used", "size"))
             came_up = [part["came_up"] for part in parts]
-            words = "; ".join(text(each, CHECKED_WORDS) for each in (content["problem"], *(part["words"] for part in parts)) if each)
+            words = "; ".join(
+                text(each, CHECKED_WORDS) for each in (content["problem"], *(part["words"] for part in parts)) if each
+            )
             kernel, is_tried = text(content["kernel"], 60), not content["problem"]
         except (TypeError, KeyError, AttributeError, RecursionError, OverflowError) as problem:
             raise ValueError(str(problem)) from None
@@ -2815,15 +2818,15 @@ class State:
             os.fsync(file.fd)
 
     @classmethod
-    def note(cls, paths: ImagePaths, found: Finding) -> Finding:
+    def note(cls, paths: ImagePaths, found: Finding | None) -> Finding | None:
         """Write what a droplet found into an image's state; returns it with what was there before.
 
-        Raises OSError, DosvobError.
+        None: it was not to look, so nothing counts as it was before. Raises OSError, DosvobError.
         """
         state = cls.load(paths.state)
-        if state is None or state.found is None:
+        if state is None:
             return found
-        found = found.after(state.found)
+        found = found.after(state.found or Finding()) if found else None
         with paths.state.open("rb") as old, os.fdopen(create_private(paths.new_state), "wb") as new:
             new.truncate()
             shutil.copyfileobj(old, new)
@@ -3250,7 +3253,9 @@ class Versions:
         moments = [*([upcoming] if upcoming else []), image, *(version.moment for version in versions)]
         wanted = keep.wanted(moments)
         if state is not None and state.found is not None:
-            came_up = [found is not None and found.came_up for found in (state.found, *(each.found for each in versions))]
+            came_up = [
+                found is not None and found.came_up for found in (state.found, *(each.found for each in versions))
+            ]
             if True in came_up:
                 wanted[came_up.index(True) + bool(upcoming)] = True
         return [moment for moment, stays in zip(moments, wanted, strict=True) if not stays]
@@ -3779,8 +3784,8 @@ class Source:
     """The content for a new volume; `size` in bytes.
 
     `region`, `volume_id` and `volume_name` are those of the original volume, as far as they are known; `snapshot_at` is
-    when its last snapshot was taken here; `doubt` is what `Chain.doubt` says. Each call of `chunks` starts from the beginning; for a hole it yields
-    ZERO_CHUNK. It raises Damaged.
+    when its last snapshot was taken here; `doubt` is what `Chain.doubt` says. Each call of `chunks` starts from the
+    beginning; for a hole it yields ZERO_CHUNK. It raises Damaged.
     """
 
     name: str
@@ -4316,7 +4321,6 @@ class Update:
         tick: Callable[[int], None] = lambda _: None,
         *,
         reread: bool = False,
-        is_tried: bool = True,
     ) -> None:
         self.chunks = snapshot.size // CHUNK
         self.frontier = 0
@@ -4328,15 +4332,16 @@ class Update:
         self._warn = warn
         self._tick = tick
         described = dataclasses.asdict(snapshot)
-        seal("version", {"snapshot": described, "newer": described, "more": "." * self.REST_OF_HEAD})  # must be possible
+        seal(
+            "version", {"snapshot": described, "newer": described, "more": "." * self.REST_OF_HEAD}
+        )  # must be possible
         paths.check_link()
         paths.check_unread()
-        self._is_tried = is_tried
         self._state = self._fitting_state()
         self._found = (self._state.found if self._state else None) or Finding()
         self.is_first = not paths.image.exists()  # whether there is no image yet
         self._makes_version = bool(Versions(paths).all()) or (
-            (any(dataclasses.astuple(keep)) or (is_tried and self._found.came_up)) and self._state is not None
+            (any(dataclasses.astuple(keep)) or bool(self._found.came_up)) and self._state is not None
         )
         flags = os.O_RDWR | (os.O_CREAT if self.is_first else 0)
         is_new = self.is_first and not paths.partial.exists()
@@ -4543,7 +4548,7 @@ class Update:
 
     def _complete_state(self, digests: str, identity: dict[str, int] | None) -> None:
         now = utc_now().isoformat()
-        found = Finding().after(self._found) if self._is_tried else None
+        found = Finding().after(self._found)
         State(self._snapshot, now, self.image_digests.part, digests, identity, found).write(self._paths.new_state)
 
     def give_up_space(self) -> None:
@@ -6037,8 +6042,7 @@ class Backup:
 
         meter = Meter(self._report, self._context.stop, f"{name}: reading and writing here")
         try:
-            keep, is_tried = self._context.config.keep, self._context.config.check != "none"
-            update = Update(paths, snapshot, keep, warn, meter, reread=self._reread, is_tried=is_tried)
+            update = Update(paths, snapshot, self._context.config.keep, warn, meter, reread=self._reread)
             with contextlib.closing(update):
                 try:
                     begun = sum(result.outcome != "not begun" for result in self._results.values())
@@ -6075,7 +6079,7 @@ class Backup:
         """Have the droplet look whether a clone that was backed up comes up; take note of what it has found by now."""
         if self._results[queued.name].outcome == "ok":
             if self._context.config.check == "none":
-                self._thin(queued.name)
+                self._take_note(queued.name, None)
             else:
                 self._checks[clone.id] = (queued, beside.submit(keeper.look_at, clone, keeper.get()))
         self._end_checks()
@@ -6093,28 +6097,25 @@ class Backup:
                 self._report.end_progress()
                 self._take_note(queued.name, future.result())
 
-    def _take_note(self, name: str, found: Finding) -> None:
-        """Record what was found on a volume, say what must be known of it, and thin its versions."""
-        report, paths, doubt = self._report, ImagePaths(self._context.home.path, name), found.words
+    def _take_note(self, name: str, found: Finding | None) -> None:
+        """Record what was found on a volume, None if that was not looked for; say what is wrong; thin its versions."""
+        report, paths, doubt = self._report, ImagePaths(self._context.home.path, name), ""
         try:
             found = State.note(paths, found)
             with contextlib.closing(Chain(paths)) as chain:
                 doubt = chain.doubt(0)
         except (DosvobError, OSError) as problem:
             report.warn(f"{name}: what was found on it is not recorded: {explained(problem, paths.state)}")
-        self._results[name] = dataclasses.replace(self._results[name], found=str(found))
-        report.detail(f"{name}: {found}, by Linux {found.kernel or 'of an unknown release'}")
-        if found.came_up is False:
-            report.error(f"{name}: {doubt}; it is backed up all the same, for that is what the volume has")
-        else:
-            untried = "whether it comes up is not known: " * (not found.came_up)
-            for told in filter(None, (found.change, found.words and untried + found.words)):
+        if found is not None:
+            self._results[name] = dataclasses.replace(self._results[name], found=str(found))
+            report.detail(f"{name}: {found}, by Linux {found.kernel or 'of an unknown release'}")
+            untried = "whether it comes up is not known: " * (found.came_up is None)
+            if found.came_up is False:
+                report.error(f"{name}: {doubt or found}; it is backed up all the same, for that is what the volume has")
+            elif told := "; ".join(filter(None, (found.change, found.words and untried + found.words))):
                 report.warn(f"{name}: {told}")
-        self._thin(name)
-
-    def _thin(self, name: str) -> None:
         if self._results[name].is_thinned:
-            thin(self._context, ImagePaths(self._context.home.path, name), self._dropped)
+            thin(self._context, paths, self._dropped)
 
 
 # ── The way back ─────────────────────────────────────────────────────────────────────────────────────────────────────
