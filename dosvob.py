@@ -2386,11 +2386,11 @@ class Checker:
         return {"came_up": None if is_untried else False, "words": words or str(problem.strerror)}
 
     def looked_into(self, node: str, kind: str) -> dict[str, Any]:
-        """Mount a file system, read its top directory, unmount it; the bytes `used`, and its `size` without reserves."""
+        """Mount a file system, read its top directory, unmount it; the bytes `used`, and the `size` but for reserves."""
         place, flags = self.PLACE + "/tried", 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
         if kind == "btrfs":  # the kernel may know a namesake, such as the volume's last clone
             with contextlib.suppress(OSError), open("/dev/btrfs-control", "r+b", buffering=0) as control:
-                fcntl.ioctl(control, 0x50009405, bytes(4096))  # BTRFS_IOC_FORGET_DEV
+                fcntl.ioctl(control, 0x50009405, bytearray(4096))  # BTRFS_IOC_FORGET_DEV
         end = time.monotonic() + EXCLUSIVE_LIMIT
         while True:
             try:

@@ -28,6 +28,7 @@ from simulator.storage import LoopDevice, copy_sparse, create_sparse, mounted
 from trouble_support import assert_nothing_left, run, start, until
 from version_reader import Reader
 from versions_support import Lineage
+from versions_support import listed as versions_listed
 
 import dosvob
 
@@ -158,7 +159,7 @@ def test_two_file_systems_in_partitions(disk: Disk, tmp_path: Path) -> None:
         call("dd", f"if={part}", f"of={table}", "bs=1M", f"seek={first // 2048}", "conv=notrunc,sparse", "status=none")
     found = look(table)
     assert (found.systems, found.came_up, found.words) == ("ext4, ext4", True, "")
-    write_at(table, sectors[1][0] * 512 + PAGE + 30, b"\xff" * 200)  # group descriptors of the second
+    write_at(table, sectors[1][0] * 512 + 2048, b"\xa5" * 512)  # group descriptors of the second
     found = look(table)
     assert found.came_up is False
     assert "p2" in found.words
@@ -181,7 +182,8 @@ def damaged_descriptors(disk: Path) -> None:
 
 
 def damaged_root(disk: Path) -> None:
-    """Damage the block of the top directory: the mount itself does not look at that."""
+    """Damage the block of the top directory, of which the journal has nothing: the mount itself does not look at it."""
+    look(disk)
     block = int(call("debugfs", "-R", "bmap <2> 0", disk).split()[0])
     size = 1024 << struct.unpack("<I", _read(disk, 1024 + 24, 4))[0]
     write_at(disk, block * size, random.Random(3).randbytes(size))
@@ -219,7 +221,7 @@ def test_damage(disk: Disk, kind: str, damage: Callable[[Path], None], said: str
     damage(made)
     found = look(made)
     assert (found.systems, found.came_up) == (kind, False)
-    assert found.words.startswith(said)  # the kernel's own words
+    assert said in found.words  # the kernel's own words
     assert len(found.words) <= 300
     assert str(found) == "DOES NOT COME UP"
 
@@ -435,7 +437,7 @@ def file_system(sim: Simulator, name: str, directory: Path) -> Volume:
 
 def cells(output: str, name: str) -> list[str]:
     """A volume's line in the table."""
-    line = next(line for line in output.splitlines() if line.startswith(f"{name} ") and "iB" in line)
+    line = next(line for line in output.splitlines() if re.match(rf"\S+ {name} +\d", line))
     return [cell.strip() for cell in line.split("  ") if cell.strip()]
 
 
@@ -609,7 +611,7 @@ def test_the_new_volume_of_a_restore(sim: Simulator, home: Home, data: Volume) -
 
 
 def test_the_newest_good_version_stays(tmp_path: Path) -> None:
-    lineage = Lineage(tmp_path, dosvob.Keep(last=3))
+    lineage = Lineage(tmp_path, dosvob.Keep(3, 0, 0, 0))
     good = dosvob.Finding("ext4", used=MIB, size=2 * MIB, came_up=True)
     bad = dosvob.Finding("ext4", came_up=False, words="EXT4-fs (sda): group descriptors corrupted!")
     unknown = dosvob.Finding(words="the connection broke")
@@ -618,7 +620,7 @@ def test_the_newest_good_version_stays(tmp_path: Path) -> None:
         lineage.go_on()
         dosvob.State.note(lineage.paths, good if number < 20 else bad if number % 3 else unknown)
         dosvob.Versions(lineage.paths).thin(lineage.keep)
-        times = lineage.check(lambda depths: depths[-1:])
+        times = lineage.check(lambda depths: depths[-1:]) if number % 20 == 0 else versions_listed(lineage.backups)
         last_good = times[0] if number == 19 else last_good
         assert len(times) == min(number, 4 + (number > 22))
         assert not last_good or last_good in times
