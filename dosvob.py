@@ -2350,7 +2350,7 @@ class Checker:
         """What is there, in the words of blkid."""
         code, said = self.tool("blkid", "-p", "-o", "export", node)
         if code in (0, 2):  # 2: nothing is
-            return dict(line.partition("=")[::2] for line in said.splitlines())  # type: ignore[misc]
+            return dict(line.partition("=")[::2] for line in said.splitlines())
         return {"TYPE": "several signatures" if code == 8 else "unknown", "USAGE": "other"}
 
     def look_at(self, node: str, facts: Mapping[str, str]) -> None:
@@ -6018,8 +6018,9 @@ class Backup:
 
         One that is still looked at then stays, for that may hang.
         """
-        _, *checked = self._checks.get(clone.id, ())
-        if concurrent.futures.wait([upcoming, *checked], timeout=self.RELEASE_DELAY).not_done & {*checked}:
+        checked = [future for each, (_, future) in list(self._checks.items()) if each == clone.id]
+        concurrent.futures.wait([upcoming, *checked], timeout=self.RELEASE_DELAY)
+        if not all(future.done() for future in checked):
             return
         try:
             self._ephemeral.release(clone, keeper.get()[0])
@@ -6710,12 +6711,12 @@ class Listing:
         if volume["problem"]:
             lines.append(f"  {volume['problem']}")
         rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "FOUND", "")]
-        last_good = next((version for version in volume["versions"] if version["comes_up"]), None)
+        last_good = next((version["time"] for version in volume["versions"] if version["comes_up"]), "")
         for version in volume["versions"]:
             moment = datetime.datetime.fromisoformat(version["time"])
             figures = ("-", "-") if version["image"] else (human_size(version["changed"]), human_size(version["frees"]))
             note = "damaged" if version["damaged"] else "the image" * version["image"]
-            if version is last_good and not version["image"]:
+            if version["time"] == last_good and not version["image"]:
                 note = ", ".join(filter(None, (note, "kept as the last that came up")))
             how_old = human_time(max(age(version["time"]), 0))
             rows.append((f"  {local_time(moment)}", how_old, *figures, version["found"] or "-", note))
@@ -6897,7 +6898,8 @@ class Commands:
                 raise DosvobError(
                     f"{told}, but the version {version.path} is damaged, which all older ones need: {verify}"
                 )
-        good = next((each.moment for each in (state, *versions) if each.found and each.found.came_up), None)
+        snapshots: list[State | Version] = [state, *versions]
+        good = next((each.moment for each in snapshots if each.found and each.found.came_up), None)
         if good:
             told += f", the last one that came up {human_time(max((utc_now() - good).total_seconds(), 0))}"
         if state.found and state.found.came_up is False:

@@ -6,6 +6,7 @@ First what the droplet's program finds, then whole runs in a simulated account.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,19 @@ def ask(device: str, *, with_fsck: bool = False, limit: float = 60) -> tuple[sub
     return process, dosvob.Finding.parse(answer)
 
 
+def cut_with_orphan(place: Path, whole: Path, cut: Path) -> None:
+    """Copy a disk while a file is open that has no name any more."""
+    with (place / "orphan").open("wb") as orphan:
+        orphan.write(random.Random(2).randbytes(MIB))
+        orphan.flush()
+        (place / "orphan").unlink()
+        directory = os.open(place, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+        os.fsync(orphan.fileno())
+        copy_sparse(whole, cut)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Disk:
     """Makes a disk with a file system in the state in which a power cut leaves it: with work for the mount to do."""
@@ -92,15 +107,10 @@ def disk(tmp_path: Path) -> Disk:
                     file.flush()
                     os.fsync(file.fileno())
             (place / "file-0").rename(place / "renamed")
-            with (place / "orphan").open("wb") as orphan:
-                orphan.write(random.Random(2).randbytes(MIB))
-                orphan.flush()
-                (place / "orphan").unlink()
-                directory = os.open(place, os.O_RDONLY)
-                os.fsync(directory)
-                os.close(directory)
-                os.fsync(orphan.fileno())
+            if "fast_commit" in options:  # an orphan in it is what Linux 6.18 cannot replay, nor e2fsck mend
                 copy_sparse(whole, cut)
+            else:
+                cut_with_orphan(place, whole, cut)
         whole.unlink()
         return cut
 
@@ -360,7 +370,7 @@ def test_what_a_droplet_says_is_not_trusted() -> None:
     part = {"kind": "\x1b[2Jext4" * 99, "is_file_system": True, "came_up": 1, "words": "a\r\n\x1b" * 999}
     answer = {"kernel": "6" * 999, "problem": "", "parts": [{**part, "used": -5, "size": 1 << 90}] * 999}
     found = dosvob.Finding.parse(json.dumps(answer).encode())
-    sealed = json.dumps(dosvob.dataclasses.asdict(found.after(found)))
+    sealed = json.dumps(dataclasses.asdict(found.after(found)))
     assert len(sealed) < dosvob.Update.REST_OF_HEAD - 300
     assert all(" " <= char <= "~" for char in sealed)
 
@@ -502,19 +512,19 @@ def test_broken_on_purpose_and_brought_back(sim: Simulator, home: Home, data: Vo
 
 @pytest.mark.small
 def test_none_looks_at_nothing(sim: Simulator, home: Home, data: Volume, tmp_path: Path) -> None:
-    droplet = Droplet(tmp_path, "sys.exit(1)")
+    droplet = Droplet(tmp_path, "pass")
     home.configure(check="none")
     sim.faults.add(droplet.fault)
     assert cells(run(home).stdout, "data")[-2:] == ["-", "ok"]
     assert droplet.times == 0
-    quiet = [(call.method, call.path.split("/")[2]) for call in sim.requests]
+    quiet = Counter((call.method, call.path.split("/")[2]) for call in sim.requests if call.method != "GET")
     assert listed(home)[0]["found"] is None
     home.configure()
     before = len(sim.requests)
     run(home)
-    calls = [(call.method, call.path.split("/")[2]) for call in sim.requests[before:]]
+    calls = sim.requests[before:]
     assert droplet.times == 1
-    assert calls.count(("POST", "volumes")) == quiet.count(("POST", "volumes"))
+    assert Counter((call.method, call.path.split("/")[2]) for call in calls if call.method != "GET") == quiet
     home.configure(check="sometimes")
     assert '"check" must be one of "mount", "fsck", "none"' in run(home, expect=2).stderr
 
@@ -539,8 +549,7 @@ def test_what_was_there_and_is_not(sim: Simulator, home: Home, data: Volume) -> 
 @pytest.mark.small
 def test_what_hangs_holds_nothing_up(sim: Simulator, home: Home, data: Volume, tmp_path: Path) -> None:
     other = file_system(sim, "other", tmp_path)
-    droplet = Droplet(tmp_path, f"if os.path.getsize({str(tmp_path / 'begun')!r}) == 1: import time; time.sleep(3600)")
-    sim.faults.add(droplet.fault)
+    sim.faults.add(Droplet(tmp_path, """if b"-0'" in program[-100:]: import time; time.sleep(3600)""").fault)
     done = run(home, constants={"STALL_LIMIT": 2})
     assert cells(done.stdout, "data")[-2:] == ["not tried", "ok"]
     assert cells(done.stdout, "other")[-2:] == ["ext4, 0 % full", "ok"]
