@@ -2386,7 +2386,7 @@ class Checker:
         return {"came_up": None if is_untried else False, "words": words or str(problem.strerror)}
 
     def looked_into(self, node: str, kind: str) -> dict[str, Any]:
-        """Mount a file system, read its top directory, unmount it; the bytes `used`, and the `size` but for reserves."""
+        """Mount a file system, read its top directory, unmount it; the bytes `used`, and its `size`."""
         place, flags = self.PLACE + "/tried", 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
         if kind == "btrfs":  # the kernel may know a namesake, such as the volume's last clone
             with contextlib.suppress(OSError), open("/dev/btrfs-control", "r+b", buffering=0) as control:
@@ -6019,8 +6019,8 @@ class Backup:
         One that is still looked at then stays, for that may hang.
         """
         checked = [future for each, (_, future) in list(self._checks.items()) if each == clone.id]
-        concurrent.futures.wait([upcoming, *checked], timeout=self.RELEASE_DELAY)
-        if not all(future.done() for future in checked):
+        concurrent.futures.wait([upcoming], timeout=self.RELEASE_DELAY)
+        if concurrent.futures.wait(checked, timeout=self.RELEASE_DELAY).not_done:
             return
         try:
             self._ephemeral.release(clone, keeper.get()[0])
