@@ -99,15 +99,18 @@ import errno
 import fcntl
 import hashlib
 import itertools
+import json
 import os  # noqa: F811 - which begins the agent's own part
 import queue
+import re
 import stat
 import struct
+import subprocess
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, ClassVar, Protocol, TypeVar
 # isort: on
 
 # agent: end
@@ -122,10 +125,8 @@ import functools
 import heapq
 import importlib
 import io
-import json
 import logging
 import random
-import re
 import secrets
 import shlex
 import shutil
@@ -138,7 +139,7 @@ from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import paramiko
@@ -691,7 +692,8 @@ class Config:
     `regions` are slugs; empty means all in which the account has volumes; with `by_region` each has a directory for
     its images. `include` and `exclude` are shell patterns of volume names; an empty `include` means all. `droplet_size`
     and `droplet_image` are slugs, or None for the cheapest and the newest that will do. `healthchecks` is the address
-    of a monitoring service that we ping about each run; whoever knows it can ping too.
+    of a monitoring service that we ping about each run; whoever knows it can ping too. `check` is how a droplet looks
+    whether a backup comes up: by a mount, also by the file system's own tool, or not at all.
     """
 
     token: str = field(repr=False)
@@ -705,7 +707,9 @@ class Config:
     api_url: str
     healthchecks: str | None = field(repr=False)
     keep: Keep
+    check: str = "mount"
 
+    CHECKS = ("mount", "fsck", "none")
     PLACEHOLDER = "dop_v1_PUT-YOUR-TOKEN-HERE"  # in conf.json.example
     TOKEN_VARIABLES = ("DIGITALOCEAN_ACCESS_TOKEN", "DIGITALOCEAN_TOKEN")  # doctl's and the Terraform provider's
     URL_VARIABLE = "DIGITALOCEAN_API_URL"
@@ -720,6 +724,7 @@ class Config:
         "droplet_image": TEXT,
         "healthchecks": TEXT,
         "keep": ((dict,), f"an object such as {json.dumps(dataclasses.asdict(Keep()))}"),
+        "check": TEXT,
     }
 
     @classmethod
@@ -751,6 +756,9 @@ class Config:
             raise UsageError(
                 f'{path}: "healthchecks" must be an https:// address such as "https://hc-ping.com/YOUR-UUID"'
             )
+        check = content.get("check", cls.check)
+        if check not in cls.CHECKS:
+            raise UsageError(f'{path}: "check" must be one of {", ".join(map(json.dumps, cls.CHECKS))}')
         return cls(
             token=token,
             token_from=f"the environment variable {variable}" if variable else f'"do_token" in {path}',
@@ -763,6 +771,7 @@ class Config:
             api_url=url.rstrip("/").removesuffix("/v2"),
             healthchecks=ping,
             keep=Keep(**{**dict.fromkeys(numbers, 0), **content["keep"]}) if "keep" in content else Keep(),
+            check=check,
         )
 
     @classmethod
@@ -1621,12 +1630,14 @@ class Ephemeral:
         body = {"name": f"{self.prefix}0", "region": region, "size_gigabytes": size // GIB, "tags": [TAG]}
         return Volume.parse(self._create(VOLUME, body))
 
-    def make_new(self, name: str, description: str, volume: Volume) -> Volume:
+    def make_new(self, name: str, description: str, volume: Volume, try_out: Callable[[], None]) -> Volume:
         """Create a volume with the content of a throwaway one; it stays, for the teardown does not know of it.
 
-        If DigitalOcean refuses, which may be for a quota, the throwaway one goes first: its snapshot has all.
+        `try_out` may change the throwaway one: it is called as soon as a snapshot has the content. If DigitalOcean
+        refuses, which may be for a quota, the throwaway one goes first: its snapshot has all.
         """
         snapshot = self._take_snapshot(volume, f"{self.prefix}new")
+        try_out()
         body = {"name": name, "region": volume.region, "size_gigabytes": volume.size // GIB}
         body["description"] = description  # tells it from somebody else's if the answer is lost
         patient = self._api.with_stop(self._api.stop, self.NEW_PATIENCE)
@@ -2366,22 +2377,252 @@ class Agent:
         self.put(kind, index, bitmap.to_bytes(PAGES // 8, "little"), packed)
 
 
+CHECK_LIMIT = 600.0  # seconds for a `Checker`: no billed droplet waits longer
+CHECKED_PARTS = 8  # partitions that it looks at
+CHECKED_ENTRIES = 1000  # of the top directory
+CHECKED_WORDS = 300  # characters of what the kernel, or a tool, says
+
+
+class Checker:
+    """Tries whether what is on a device comes up: mounts each file system on it as after a power cut, and looks in.
+
+    So the journal is replayed, which changes the device. It answers with one line of JSON, after `limit` seconds
+    whatever hangs; spaces before that say that it lives. It ends with its input. What it mounts is in a namespace of
+    its own, so nothing is left behind. If memory is short, it goes before any agent.
+    """
+
+    PLACE = "/mnt"  # where it has a small file system of its own
+    READ_ONLY = ("cramfs", "erofs", "iso9660", "squashfs")
+    NOT_TRIED = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EBUSY, errno.ENODEV, errno.ENOMEM, errno.ENOTBLK)
+    # What kernels, from 5.10 to 6.18, say if they lack something, if something is wrong, and if all is well
+    LACKS = re.compile(r"unsupported optional features|unknown \S+( \S+)? features|safely mounted|without CONFIG_")
+    WRONG = re.compile(r"^EXT4-fs error|^BTRFS (error|critical)|^XFS .*(orruption|rror|hut ?down)|I/O error")
+    USUAL = re.compile(
+        r"mounted filesystem|Mounting V|[Uu]nmounting|first mount of|recovery complete|(Starting|Ending) |using |"
+        r"orphan|enabling|checking UUID|free.space.tree|last unmount"
+    )
+    TOOLS: ClassVar[Mapping[str, tuple[tuple[str, ...], int]]] = {  # with the exit code that tells of damage
+        **dict.fromkeys(("ext2", "ext3", "ext4"), (("e2fsck", "-fn"), 4)),
+        "xfs": (("xfs_repair", "-n"), 1),
+        "btrfs": (("btrfs", "check", "--readonly"), 1),
+    }
+
+    def __init__(self, device: str, with_fsck: bool, limit: float) -> None:
+        self.device = device
+        self.with_fsck = with_fsck
+        self.limit = limit
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.doing = "looking for file systems"
+        self.problem = ""  # why nothing was tried
+        self.parts: list[dict[str, Any]] = []  # what was found
+
+    def run(self, output: int) -> None:
+        """Answer; the process ends with it."""
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+        os.nice(10)  # the next volume is being read
+        worker = threading.Thread(target=self.work, daemon=True)
+        worker.start()
+        end = time.monotonic() + self.limit
+        while worker.is_alive() and time.monotonic() < end:
+            os.write(output, b" ")
+            worker.join(min(HEARTBEAT, max(end - time.monotonic(), 0)))
+        if worker.is_alive():
+            self.problem = "%s did not end within %d s" % (self.doing, self.limit)
+        answer = {"kernel": os.uname().release, "parts": self.parts, "problem": self.problem}
+        os.write(output, json.dumps(answer).encode() + b"\n")
+        os.read(0, 1)
+        os._exit(0)
+
+    def work(self) -> None:
+        """Look at all that there is."""
+        try:
+            self.enter_namespace()
+            self.look_at_all()
+        except Exception as problem:  # noqa: BLE001 - whatever it is, the other side is to know
+            self.problem = "%s: %s" % (self.doing, problem)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call the C library; raises OSError."""
+        if getattr(self.libc, name)(*arguments) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def mount(self, source: str, place: str, kind: str, flags: int = 0, options: str = "") -> None:
+        """Mount; raises OSError."""
+        texts = [text.encode() for text in (source, place, kind)]
+        self.call("mount", *texts, ctypes.c_ulong(flags), options.encode())
+
+    def enter_namespace(self) -> None:
+        """Have mounts of one's own, and a place for them."""
+        self.call("unshare", 0x20000)  # CLONE_NEWNS
+        self.mount("", "/", "", 0x44000)  # MS_REC | MS_PRIVATE
+        self.mount("dosvob", self.PLACE, "tmpfs")
+        os.mkdir(self.PLACE + "/tried")
+
+    def tool(self, *command: str) -> tuple[int, str]:
+        """Run a tool; returns its exit code, and the beginning of what it says. Raises FileNotFoundError."""
+        path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+        said = b""
+        with subprocess.Popen(  # noqa: S603 - commands of ours
+            command, env=path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            while data := os.read(process.stdout.fileno(), CHUNK):  # type: ignore[union-attr]
+                said = (said + data)[:PAGE]
+        return process.returncode, said.decode(errors="replace")
+
+    def look_at_all(self) -> None:
+        """Look at the device, or at its partitions, all made writable."""
+        device = os.path.realpath(self.device)
+        self.make_writable(device)
+        facts = self.probe(device)
+        if "TYPE" in facts or "PTTYPE" not in facts:
+            self.look_at(device, facts)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self.tool("partx", "--update", device)  # the table may be younger than the device
+        name = os.path.basename(device)
+        parts = "/sys/class/block/%s" % name
+        names = [each for each in os.listdir(parts) if os.path.exists("%s/%s/partition" % (parts, each))]
+        for each in sorted(names, key=lambda part: (len(part), part))[:CHECKED_PARTS]:
+            with open("%s/%s/dev" % (parts, each)) as file:
+                major, minor = map(int, file.read().split(":"))
+            node = "%s/%s" % (self.PLACE, each)  # udev may not have made one yet
+            os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(major, minor))
+            self.make_writable(node)
+            self.look_at(node, self.probe(node))
+
+    @staticmethod
+    def make_writable(node: str) -> None:
+        """As blockdev --setrw: an agent has set it read-only."""
+        fd = os.open(node, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, 0x125D, struct.pack("i", 0))  # BLKROSET
+        finally:
+            os.close(fd)
+
+    def probe(self, node: str) -> dict[str, str]:
+        """What is there, in the words of blkid."""
+        code, said = self.tool("blkid", "-p", "-o", "export", node)
+        if code in (0, 2):  # 2: nothing is
+            return dict(line.partition("=")[::2] for line in said.splitlines())
+        return {"TYPE": "several signatures" if code == 8 else "unknown", "USAGE": "other"}
+
+    def look_at(self, node: str, facts: Mapping[str, str]) -> None:
+        """Note what is on a node, and try it if it is a file system."""
+        kind = facts.get("TYPE", "")
+        part = {"kind": kind, "is_file_system": facts.get("USAGE") == "filesystem", "came_up": None, "words": ""}
+        part.update(used=0, size=0)
+        self.parts.append(part)
+        if part["is_file_system"]:
+            self.doing = "the mount of %s" % kind
+            part.update(self.tried(node, kind))
+            if self.with_fsck and part["came_up"] and kind in self.TOOLS:
+                part.update(self.checked(node, kind))
+
+    def tried(self, node: str, kind: str) -> dict[str, Any]:
+        """Whether a file system comes up: `came_up`, None if that could not be tried, `words`, `used` and `size`."""
+        found: dict[str, Any] = {}
+        problem = None
+        log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+        os.lseek(log, 0, os.SEEK_END)
+        try:
+            found = self.looked_into(node, kind)
+        except OSError as failure:
+            problem = failure
+        words = self.kernel_words(log, os.path.basename(node))
+        os.close(log)
+        if problem is None:
+            is_wrong = bool(self.WRONG.search(words))
+            return {**found, "came_up": not is_wrong, "words": words if is_wrong or "with errors" in words else ""}
+        if problem.errno == errno.ENODEV:
+            words = "this droplet's kernel has no %s" % kind
+        is_untried = problem.errno in self.NOT_TRIED or self.LACKS.search(words) or self.is_one_of_many(node, kind)
+        return {"came_up": None if is_untried else False, "words": words or str(problem.strerror)}
+
+    def looked_into(self, node: str, kind: str) -> dict[str, Any]:
+        """Mount a file system, read its top directory, unmount it; the bytes `used`, and its `size`."""
+        place, flags = self.PLACE + "/tried", 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
+        if kind == "btrfs":  # the kernel may know a namesake, such as the volume's last clone
+            with contextlib.suppress(OSError), open("/dev/btrfs-control", "r+b", buffering=0) as control:
+                fcntl.ioctl(control, 0x50009405, bytearray(4096))  # BTRFS_IOC_FORGET_DEV
+        end = time.monotonic() + EXCLUSIVE_LIMIT
+        while True:
+            try:
+                self.mount(node, place, kind, flags | (kind in self.READ_ONLY), "nouuid" if kind == "xfs" else "")
+                break
+            except OSError as problem:
+                if problem.errno != errno.EBUSY or time.monotonic() > end:
+                    raise
+            time.sleep(0.1)
+        try:
+            with os.scandir(place) as entries:
+                for entry in itertools.islice(entries, CHECKED_ENTRIES):
+                    entry.stat(follow_symlinks=False)
+            status = os.statvfs(place)
+        finally:
+            self.call("umount2", place.encode(), 0)
+        used = (status.f_blocks - status.f_bfree) * status.f_frsize
+        return {"used": used, "size": used + status.f_bavail * status.f_frsize}
+
+    def kernel_words(self, log: int, name: str) -> str:
+        """What the kernel has said of a device since, but for what it always says."""
+        lines = []
+        for _ in range(10_000):
+            try:
+                record = os.read(log, 2 * PAGE)
+            except BlockingIOError:
+                break
+            except BrokenPipeError:  # some were lost
+                continue
+            line = record.partition(b";")[2].partition(b"\n")[0].decode(errors="replace")
+            if re.search(r"\b%s\b" % re.escape(name), line) and not self.USUAL.search(line):
+                lines.append(line)
+        return "; ".join(dict.fromkeys(lines))[:CHECKED_WORDS]
+
+    @staticmethod
+    def is_one_of_many(node: str, kind: str) -> bool:
+        """Whether it is a part of a Btrfs that has other devices."""
+        if kind != "btrfs":
+            return False
+        with open(node, "rb") as file:
+            file.seek(65536 + 136)  # `num_devices` of the superblock
+            return int.from_bytes(file.read(8), "little") > 1
+
+    def checked(self, node: str, kind: str) -> dict[str, Any]:
+        """Whether a file system is sound, by its own tool."""
+        command, damaged = self.TOOLS[kind]
+        self.doing = command[0]
+        try:
+            code, said = self.tool(*command, node)
+        except FileNotFoundError:
+            return {"words": "there is no %s on the droplet" % command[0]}
+        if code == 0:
+            return {}
+        lines = [line for line in said.splitlines() if line.strip() and not re.match(r"e2fsck |Pass |Phase ", line)]
+        words = "%s: %s" % (command[0], "; ".join(lines) or "exit code %d" % code)
+        return {"came_up": code < 0 or not code & damaged, "words": words[:CHECKED_WORDS]}
+
+
 # agent: end
 # Read while this file is loaded: an update may have changed it by the time an agent starts.
 AGENT = "".join(re.findall(r"(?ms)^# agent: begin$(.*?)^# agent: end$", Path(__file__).read_text(encoding="utf-8")))
 
 
 def agent_source(device: str, parts: Sequence[tuple[int, int]], window: int, *, writes: bool = False) -> bytes:
-    """The agent's program; if the droplet's Python is too old for it, it says so in a FAILED frame."""
+    """The agent's program."""
     packer = f"Packer({LIBZSTD is not None})"
-    start = f"Agent({device!r}, {parts!r}, {window}, {packer}, sys.stdin.buffer, 1).run(writes={writes})\n"
-    source = f"from __future__ import annotations\nimport sys\n{AGENT}"
+    return droplet_source(f"Agent({device!r}, {parts!r}, {window}, {packer}, sys.stdin.buffer, 1).run(writes={writes})")
+
+
+def droplet_source(start: str) -> bytes:
+    """A program for the droplet; if its Python is too old, that says so in a FAILED frame."""
+    source = f"from __future__ import annotations\nimport sys\n{AGENT}{start}\n"
     return f"""import struct, sys
 if sys.version_info < (3, 8):
     text = "it has Python %d.%d, and 3.8 is needed: set \\"droplet_image\\" in conf.json" % sys.version_info[:2]
     sys.stdout.buffer.write(struct.pack({FRAME!r}, {FAILED}, 0, len(text)) + text.encode())
     sys.exit()
-exec({source + start!r})
+exec({source!r})
 """.encode()
 
 
@@ -2588,11 +2829,98 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What a droplet found on a volume, and whether it comes up.
+
+    `systems` names its file systems, which hold `used` of `size` bytes; `rest` what else there is. `came_up` is None if
+    there was nothing to try, or it could not be tried. `words` say why not, mostly the kernel's, of the release
+    `kernel`. `before` and `used_before`: the file systems of the last backup before it that came up.
+    """
+
+    systems: str = ""
+    rest: str = ""
+    used: int = 0
+    size: int = 0
+    came_up: bool | None = None
+    words: str = ""
+    kernel: str = ""
+    before: str = ""
+    used_before: int = 0
+
+    MOST_ANSWER: ClassVar[int] = 64 << 10  # bytes
+    NAMES: ClassVar[Mapping[str, str]] = {
+        "crypto_LUKS": "LUKS",
+        "LVM2_member": "LVM",
+        "linux_raid_member": "a RAID member",
+        "zfs_member": "ZFS",
+    }
+
+    @classmethod
+    def parse(cls, answer: bytes) -> Finding:
+        """From a `Checker`'s answer, of which nothing is trusted; raises ValueError."""
+
+        def text(value: object, most: int) -> str:
+            return "".join(char if " " <= char <= "~" else "?" for char in str(value)[:most])
+
+        named: dict[bool, list[str]] = {True: [], False: []}  # file systems, and the rest
+        try:
+            content = json.loads(answer)
+            parts = content["parts"][:CHECKED_PARTS]
+            for part in parts:
+                kind = text(part["kind"], 20)
+                named[part["is_file_system"] is True] += [cls.NAMES.get(kind, kind)] if kind else []
+            used, size = (sum(min(max(int(part[key]), 0), 1 << 60) for part in parts) for key in ("used", "size"))
+            came_up = [part["came_up"] for part in parts]
+            words = "; ".join(
+                text(each, CHECKED_WORDS) for each in (content["problem"], *(part["words"] for part in parts)) if each
+            )
+            kernel, is_tried = text(content["kernel"], 60), not content["problem"]
+        except (TypeError, KeyError, AttributeError, RecursionError, OverflowError) as problem:
+            raise ValueError(str(problem)) from None
+        if is_tried and not any(named.values()):
+            named[False] = ["no file system"]
+        result = False if False in came_up else True if True in came_up else None
+        return cls(", ".join(named[True]), ", ".join(named[False]), used, size, result, words[:CHECKED_WORDS], kernel)
+
+    @classmethod
+    def unpack(cls, content: Json | None) -> Finding | None:
+        """From a state or a version; None if it has none."""
+        known = {item.name for item in dataclasses.fields(cls)}
+        return None if content is None else cls(**{key: value for key, value in content.items() if key in known})
+
+    def after(self, last: Finding) -> Finding:
+        """The same with what was there before; where nothing is left of that, it does not come up."""
+        before, used = (last.systems, last.used) if last.came_up else (last.before, last.used_before)
+        found = dataclasses.replace(self, before=before, used_before=used)
+        if before and self.rest and not self.systems:
+            words = f"{self.rest}, where there was {before} with {human_size(used)}"
+            return dataclasses.replace(found, came_up=False, words=words)
+        return found
+
+    @property
+    def change(self) -> str:
+        """What somebody may miss of what was there before; nothing if all is as it was, or more."""
+        if not self.came_up or not self.before or (self.systems == self.before and 2 * self.used >= self.used_before):
+            return ""
+        had = f"{self.before} with {human_size(self.used_before)}"
+        return f"it has {self.systems} with {human_size(self.used)}, and the last one that came up had {had}"
+
+    def __str__(self) -> str:
+        if self.came_up is False:
+            return "DOES NOT COME UP"
+        names = ", ".join(filter(None, (self.systems, self.rest)))
+        fill = f"{100 * self.used / self.size:.0f} % full" if self.size else ""
+        untried = "not tried" * (self.came_up is None and (not names or bool(self.systems)))
+        return ", ".join(filter(None, (names, fill, untried)))
+
+
+@dataclass(frozen=True)
 class State:
     """What is known of an image; the digests are in the file, behind this block.
 
     `reread` is the part of the image that the last sync read again; `digests` the SHA-256 of the table of digests;
-    `identity` what `identity_of` said of the image, None if somebody wrote to it during the sync.
+    `identity` what `identity_of` said of the image, None if somebody wrote to it during the sync; `found` what a
+    droplet found on it, None if it was not to look.
     """
 
     snapshot: Snapshot
@@ -2600,6 +2928,7 @@ class State:
     reread: int
     digests: str
     identity: dict[str, int] | None
+    found: Finding | None = None
 
     @classmethod
     def unpack(cls, block: bytes, path: Path) -> State:
@@ -2607,7 +2936,8 @@ class State:
         content = unseal("state", block, path) or {}
         content.pop("journal", None)  # of dosvob before it had an undo
         try:
-            return cls(snapshot=Snapshot(**content.pop("snapshot")), **content)
+            found = Finding.unpack(content.pop("found", None))
+            return cls(snapshot=Snapshot(**content.pop("snapshot")), found=found, **content)
         except (TypeError, KeyError):
             raise Damaged(
                 f"{path} is damaged; the image was left as it is. Delete that file, and the next run compares all of "
@@ -2634,6 +2964,24 @@ class State:
         with contextlib.closing(SparseFile(path, os.O_WRONLY)) as file:
             file.write(seal("state", dataclasses.asdict(self)), 0)
             os.fsync(file.fd)
+
+    @classmethod
+    def note(cls, paths: ImagePaths, found: Finding | None) -> Finding | None:
+        """Write what a droplet found into an image's state; returns it with what was there before.
+
+        None: it was not to look, so nothing counts as it was before. Raises OSError, DosvobError.
+        """
+        state = cls.load(paths.state)
+        if state is None:
+            return found
+        found = found.after(state.found or Finding()) if found else None
+        with paths.state.open("rb") as old, os.fdopen(create_private(paths.new_state), "wb") as new:
+            new.truncate()
+            shutil.copyfileobj(old, new)
+        dataclasses.replace(state, found=found).write(paths.new_state)
+        paths.new_state.rename(paths.state)
+        sync_directory(paths.metadata)
+        return found
 
     @property
     def moment(self) -> datetime.datetime:
@@ -2988,7 +3336,7 @@ class Version:
     """A version as its file tells; sizes in bytes. It is not whole if its head or its footer is damaged.
 
     `newer` is the snapshot that it leads back from, `changed` how much differed between the two, `occupied` what the
-    file takes. Without a head nothing is known but the time, by the file's name.
+    file takes, `found` what a droplet found on it. Without a head nothing is known but the time, by the file's name.
     """
 
     path: Path
@@ -2998,6 +3346,7 @@ class Version:
     newer: Snapshot | None
     changed: int
     occupied: int
+    found: Finding | None = None
 
     TIME = "%Y%m%dT%H%M%SZ"
 
@@ -3012,7 +3361,8 @@ class Version:
             raise Damaged(f"{path} is damaged") from None
         snapshot, newer = (Snapshot(**head[key]) if head else None for key in ("snapshot", "newer"))
         is_whole, changed = bool(head) and footer is not None, footer["changed"] if footer else 0
-        return cls(path, moment, is_whole, snapshot, newer, changed, path.stat().st_size)
+        found = Finding.unpack(head.get("found"))
+        return cls(path, moment, is_whole, snapshot, newer, changed, path.stat().st_size, found)
 
     def lacks_newer(self, newer: Sequence[Snapshot | None]) -> bool:
         """Whether one between is missing: this version leads back from none of the newer snapshots.
@@ -3042,11 +3392,21 @@ class Versions:
         return versions
 
     def unwanted(self, keep: Keep, upcoming: datetime.datetime | None = None) -> list[datetime.datetime]:
-        """The times of those that `keep` does not ask for: now, or once there is an image of the time `upcoming`."""
-        versions = self.all()
-        image = Versions.moment_of_image(State.load(self._paths.state, whole=False), versions) or utc_now()
+        """The times of those that `keep` does not ask for: now, or once there is an image of the time `upcoming`.
+
+        The newest one that came up stays in any case, if the image does not come up, or that is not known yet.
+        """
+        versions, state = self.all(), State.load(self._paths.state, whole=False)
+        image = Versions.moment_of_image(state, versions) or utc_now()
         moments = [*([upcoming] if upcoming else []), image, *(version.moment for version in versions)]
-        return [moment for moment, stays in zip(moments, keep.wanted(moments), strict=True) if not stays]
+        wanted = keep.wanted(moments)
+        if state is not None and state.found is not None:
+            came_up = [
+                found is not None and found.came_up for found in (state.found, *(each.found for each in versions))
+            ]
+            if True in came_up:
+                wanted[came_up.index(True) + bool(upcoming)] = True
+        return [moment for moment, stays in zip(moments, wanted, strict=True) if not stays]
 
     def thin(self, keep: Keep, tick: Callable[[int], None] = lambda _: None) -> None:
         """Drop those that `keep` does not ask for. If it raises OSError or Damaged, no other one is lost.
@@ -3408,6 +3768,17 @@ class Chain:
             f"{local_time(moments[-1])}"
         )
 
+    def doubt(self, depth: int) -> str:
+        """What to say of a snapshot that did not come up, and which one did; nothing of others."""
+        moments = [self.moment, *(version.moment for version in self.versions)]
+        found = [self.state.found if self.state else None, *(version.found for version in self.versions)]
+        this = found[depth]
+        if this is None or this.came_up is not False:
+            return ""
+        good = [moment for moment, each in zip(moments, found, strict=True) if moment and each and each.came_up]
+        the_last = f"the last one that does is of {local_time(good[0])}" if good else "none that is kept does"
+        return f"it does not come up: {this.words}; {the_last}"
+
     def chunks(self, depth: int) -> Iterator[tuple[int, list[bytes], list[bool]]]:
         """For each chunk its index, its contents and whether they are sound: the image's first, then `depth` versions'.
 
@@ -3561,8 +3932,8 @@ class Source:
     """The content for a new volume; `size` in bytes.
 
     `region`, `volume_id` and `volume_name` are those of the original volume, as far as they are known; `snapshot_at` is
-    when its last snapshot was taken here. Each call of `chunks` starts from the beginning; for a hole it yields
-    ZERO_CHUNK. It raises Damaged.
+    when its last snapshot was taken here; `doubt` is what `Chain.doubt` says. Each call of `chunks` starts from the
+    beginning; for a hole it yields ZERO_CHUNK. It raises Damaged.
     """
 
     name: str
@@ -3573,6 +3944,7 @@ class Source:
     volume_id: str = ""
     volume_name: str = ""
     snapshot_at: str = ""
+    doubt: str = ""
 
     FORMATS: ClassVar[Mapping[tuple[int, bytes], str]] = {
         # what a file that is no raw image has, and where; the command that makes one of it
@@ -3656,6 +4028,7 @@ class Source:
                 volume_id=snapshot.volume_id if snapshot else "",
                 volume_name=(snapshot.name if snapshot else paths.image.name).rpartition("/")[2],
                 snapshot_at=chain.state.snapshot.taken_at if chain.state else "",
+                doubt=chain.doubt(depth),
             )
 
 
@@ -4085,6 +4458,7 @@ class Update:
     """
 
     SPACE_FOR_OTHERS = 1 << 30  # bytes that a first sync on a full disk leaves to the changes of other volumes
+    REST_OF_HEAD = 1600  # bytes, at most, of a version's head beside its two snapshots
 
     def __init__(
         self,
@@ -4106,13 +4480,16 @@ class Update:
         self._warn = warn
         self._tick = tick
         described = dataclasses.asdict(snapshot)
-        seal("version", {"snapshot": described, "newer": described, "more": "." * 400})  # must be possible
+        seal(
+            "version", {"snapshot": described, "newer": described, "more": "." * self.REST_OF_HEAD}
+        )  # must be possible
         paths.check_link()
         paths.check_unread()
         self._state = self._fitting_state()
+        self._found = (self._state.found if self._state else None) or Finding()
         self.is_first = not paths.image.exists()  # whether there is no image yet
         self._makes_version = bool(Versions(paths).all()) or (
-            any(dataclasses.astuple(keep)) and self._state is not None
+            (any(dataclasses.astuple(keep)) or bool(self._found.came_up)) and self._state is not None
         )
         flags = os.O_RDWR | (os.O_CREAT if self.is_first else 0)
         is_new = self.is_first and not paths.partial.exists()
@@ -4265,6 +4642,7 @@ class Update:
             "newer": dataclasses.asdict(newer),
             "newer_digests": digests,
             "base": image,
+            "found": dataclasses.asdict(state.found) if state and state.found else None,
         }
 
     def _differing(self, spool: Spool) -> Iterator[tuple[int, int, bytes]]:
@@ -4318,7 +4696,8 @@ class Update:
 
     def _complete_state(self, digests: str, identity: dict[str, int] | None) -> None:
         now = utc_now().isoformat()
-        State(self._snapshot, now, self.image_digests.part, digests, identity).write(self._paths.new_state)
+        found = Finding().after(self._found)
+        State(self._snapshot, now, self.image_digests.part, digests, identity, found).write(self._paths.new_state)
 
     def give_up_space(self) -> None:
         """Free space for the other volumes, after this sync met a full disk.
@@ -5081,6 +5460,25 @@ class AgentStream:
             self._channel.close()
 
 
+class CheckerStream(AgentStream):
+    """A running `Checker`. The connection outlives it, for a volume's sync goes on over it."""
+
+    def _lost(self, what: str) -> ConnectionLost:
+        return ConnectionLost(what)
+
+    def finding(self) -> Finding:
+        """What it found; raises ConnectionLost, BadAgent."""
+        answer, end = b"", time.monotonic() + CHECK_LIMIT + STALL_LIMIT
+        while not answer.endswith(b"\n"):
+            if len(answer) > Finding.MOST_ANSWER or time.monotonic() > end:
+                raise BadAgent("the droplet does not say what it found")
+            answer = (answer + self.receive()).lstrip()
+        try:
+            return Finding.parse(answer)
+        except ValueError as problem:
+            raise BadAgent(f"what the droplet says that it found makes no sense: {problem}") from None
+
+
 class ReadAheadSocket(socket.socket):
     """A socket that reads ahead: paramiko asks for 16 bytes, then for the rest of a packet, a system call for each."""
 
@@ -5110,14 +5508,16 @@ class Link:
         self._address = address
         self._keys = keys
         self._stop = stop
+        self._opening = threading.Lock()
         self._transport: paramiko.Transport | None = None
 
     def open(self, limit: float) -> paramiko.Transport:
         """The connection that there is, or a new one within `limit` seconds; raises ConnectionLost."""
-        if self._transport is None or not self._transport.is_active():
-            self.close()
-            self._transport = self._connect_when_up(limit)
-        return self._transport
+        with self._opening:  # a check may find it broken while a sync does
+            if self._transport is None or not self._transport.is_active():
+                self.close()
+                self._transport = self._connect_when_up(limit)
+            return self._transport
 
     @staticmethod
     def device(volume_name: str) -> str:
@@ -5139,6 +5539,12 @@ class Link:
         """An agent with this program; raises ConnectionLost."""
         self._stop.check()
         return AgentStream(self.open(RECONNECT_LIMIT), program, self._stop)
+
+    def check(self, volume_name: str, *, with_fsck: bool) -> Finding:
+        """What is on an attached volume, and whether it comes up; raises ConnectionLost, BadAgent."""
+        program = droplet_source(f"Checker({self.device(volume_name)!r}, {with_fsck}, {CHECK_LIMIT}).run(1)")
+        with contextlib.closing(CheckerStream(self.open(RECONNECT_LIMIT), program, self._stop)) as stream:
+            return stream.finding()
 
     def _connect_when_up(self, limit: float) -> paramiko.Transport:
         """Connect to a droplet that may still be starting; raises the last ConnectionLost after `limit` seconds.
@@ -5548,6 +5954,18 @@ class DropletKeeper:
                 ) from problem
             raise
 
+    def look_at(self, volume: Volume) -> Finding:
+        """What is on a volume that is attached to the droplet, and whether it comes up."""
+        for is_last in (False, True):
+            try:
+                droplet, link = self.get()
+                return link.check(volume.name, with_fsck=self._context.config.check == "fsck")
+            except DosvobError as problem:
+                told = str(problem)
+                if is_last or not isinstance(problem, ConnectionLost) or self._ephemeral.is_gone(droplet):
+                    break
+        return Finding(words=told[:CHECKED_WORDS])
+
     def _disarm(self, link: Link, droplet: Droplet) -> None:
         """Run DISARM again, in case something wrote the rule after bootcmd."""
         for attempt in itertools.count(1):
@@ -5566,7 +5984,7 @@ class DropletKeeper:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up.
+    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up, `found` what is on it.
 
     `is_thinned`: whether its versions could be thinned before; if not, that was told.
     """
@@ -5578,11 +5996,12 @@ class Result:
     fetched: int = 0
     seconds: float = 0.0
     is_thinned: bool = True
+    found: str = "-"
 
     def row(self) -> tuple[str, ...]:
         """Its line in the table at the end of a run."""
-        figures = (human_size(self.changed), human_size(self.fetched), human_time(self.seconds))
-        return self.name, human_size(self.size), *(figures if self.outcome == "ok" else ("-",) * 3), self.outcome
+        figures = (human_size(self.changed), human_size(self.fetched), human_time(self.seconds), self.found)
+        return self.name, human_size(self.size), *(figures if self.outcome == "ok" else ("-",) * 4), self.outcome
 
 
 @dataclass
@@ -5603,6 +6022,8 @@ class Queued:
 
 
 Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
+
+Checked = concurrent.futures.Future[Finding]
 
 
 Dropped = collections.defaultdict[str, set[datetime.datetime]]  # the versions that a run dropped, by image
@@ -5639,6 +6060,7 @@ class Backup:
     SNAPSHOT_RETRY = 20  # seconds between attempts when it is too soon for a snapshot and nobody says by how much
     SNAPSHOT_GRACE = 60  # seconds for which a snapshot may still be refused when it is due
     AHEAD = 3  # volumes whose clones are made and attached while one syncs: a droplet takes one event at a time
+    MOST_CHECKS = 4  # at a time, if some hang; sshd allows ten sessions
 
     def __init__(
         self,
@@ -5665,6 +6087,7 @@ class Backup:
         self._refused = sys.maxsize  # bytes of the smallest clone that the account has no quota for
         self._needed: set[str] = set()  # the ids of clones that wait for their sync or are at it
         self._spent: dict[str, Volume] = {}  # the clones that nothing needs any more, by id
+        self._checks: dict[str, tuple[Queued, Checked]] = {}  # by clone
 
     def run(self) -> float:
         """Back up all volumes and remove what was created for that; returns what it cost, in dollars."""
@@ -5682,7 +6105,13 @@ class Backup:
         pool = concurrent.futures.ThreadPoolExecutor
         keeper = DropletKeeper(self._context, self._ephemeral, self._plan)
         ahead: collections.deque[tuple[Queued, Prepared]] = collections.deque()
-        with contextlib.closing(keeper), pool(1) as maker, pool(1) as attacher, pool(1) as saver:
+        with (
+            contextlib.closing(keeper),
+            pool(1) as maker,
+            pool(1) as attacher,
+            pool(1) as saver,
+            pool(self.MOST_CHECKS) as beside,
+        ):
 
             def prepare() -> bool:
                 while self._queue and len(ahead) < self.AHEAD:
@@ -5699,7 +6128,8 @@ class Backup:
                     if prepared is not None:
                         prepare()
                         self._sync(queued, *prepared, keeper)
-                        self._end_use(prepared[0])
+                        self._look_at(queued, prepared[0], keeper, beside)
+                self._end_checks(wait=True)
             finally:
                 self._context.stop.request()  # what goes on in the background is of no use any more
 
@@ -5881,18 +6311,67 @@ class Backup:
                     f"cannot be read: {update.differing}. Either it was mounted or opened for writing, or the "
                     "disk is failing; the volume's content was put back"
                 )
-            if self._results[name].is_thinned:
-                thin(self._context, paths, self._dropped)
         except (DosvobError, OSError) as problem:
             self._fail(queued, problem)
         else:
-            result = Result(name, snapshot.size, "ok", update.changed, received, time.monotonic() - start)
+            seconds, was_thinned = time.monotonic() - start, self._results[name].is_thinned
+            result = Result(name, snapshot.size, "ok", update.changed, received, seconds, was_thinned)
             self._results[name] = result
             self._report.end_progress()
             self._report.say(
                 f"{name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
+
+    # Whether it comes up
+
+    def _look_at(
+        self, queued: Queued, clone: Volume, keeper: DropletKeeper, beside: concurrent.futures.Executor
+    ) -> None:
+        """Have the droplet look whether a clone that was backed up comes up; take note of what it has found by now."""
+        is_ok, wants_check = self._results[queued.name].outcome == "ok", self._context.config.check != "none"
+        if is_ok and wants_check:
+            future = beside.submit(keeper.look_at, clone)
+            future.add_done_callback(lambda _: self._end_use(clone))
+            self._checks[clone.id] = (queued, future)
+        else:
+            self._end_use(clone)
+        if is_ok and not wants_check:
+            self._take_note(queued.name, None)
+        self._end_checks()
+
+    def _end_checks(self, *, wait: bool = False) -> None:
+        start = time.monotonic()
+        for clone, (queued, future) in list(self._checks.items()):
+            while wait and not future.done():
+                self._context.stop.check()
+                waited = human_time(time.monotonic() - start)
+                self._report.progress(f"{queued.name}: looking whether its backup comes up, {waited}")
+                concurrent.futures.wait([future], timeout=0.5)
+            if future.done():
+                del self._checks[clone]
+                self._report.end_progress()
+                self._take_note(queued.name, future.result())
+
+    def _take_note(self, name: str, found: Finding | None) -> None:
+        """Record what was found on a volume, None if that was not looked for; say what is wrong; thin its versions."""
+        report, paths, doubt = self._report, ImagePaths(self._context.home.path, name), ""
+        try:
+            found = State.note(paths, found)
+            with contextlib.closing(Chain(paths)) as chain:
+                doubt = chain.doubt(0)
+        except (DosvobError, OSError) as problem:
+            report.warn(f"{name}: what was found on it is not recorded: {explained(problem, paths.state)}")
+        if found is not None:
+            self._results[name] = dataclasses.replace(self._results[name], found=str(found))
+            report.detail(f"{name}: {found}, by Linux {found.kernel or 'of an unknown release'}")
+            untried = "whether it comes up is not known: " * (found.came_up is None)
+            if found.came_up is False:
+                report.error(f"{name}: {doubt or found}; it is backed up all the same, for that is what the volume has")
+            elif told := "; ".join(filter(None, (found.change, found.words and untried + found.words))):
+                report.warn(f"{name}: {told}")
+        if self._results[name].is_thinned:
+            thin(self._context, paths, self._dropped)
 
 
 # ── The way back ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5985,15 +6464,28 @@ class Restoration:
         with contextlib.closing(DropletKeeper(self._context, self._ephemeral, self._plan)) as keeper:
             try:
                 sent = self._fill(volume, keeper, is_empty=is_empty)
+                report.end_progress()
+                report.say(f"all that {new.name} is to have is there, and was compared: {human_size(sent)} were sent")
+                described = f"restored by dosvob: {self._source.name if self._source.volume_name else 'a file'}"
+                try_out = functools.partial(self._try_out, volume, keeper)
+                make_new = functools.partial(self._ephemeral.make_new, new.name, described, volume, try_out)
+                return self._when_allowed(make_new, new.name)
             except BaseException:
                 self._context.stop.request()  # a droplet that is still being made is of no use any more
                 raise
             finally:
                 report.end_progress()
-        report.say(f"all that {new.name} is to have is there, and was compared: {human_size(sent)} were sent")
-        described = self._source.name if self._source.volume_name else "a file"
-        make_new = functools.partial(self._ephemeral.make_new, new.name, f"restored by dosvob: {described}", volume)
-        return self._when_allowed(make_new, new.name)
+
+    def _try_out(self, volume: Volume, keeper: DropletKeeper) -> None:
+        """Say whether the new volume will come up, by the throwaway one."""
+        name, report = self._new.name, self._context.report
+        if self._context.config.check == "none":
+            return
+        report.progress(f"{name}: looking whether it comes up")
+        found = keeper.look_at(volume)
+        report.end_progress()
+        tell = report.error if found.came_up is False else report.warn if found.words else report.say
+        tell(f"{name}: {found}{f': {found.words}' * bool(found.words)}")
 
     def _throwaway(self) -> tuple[Volume, bool]:
         """A throwaway volume, and whether it is empty."""
@@ -6311,10 +6803,10 @@ class Run:
             self._tell_dropped()
         if self._results:
             rows = [
-                ("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", ""),
+                ("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", "FOUND", ""),
                 *(result.row() for result in self._results.values()),
             ]
-            report.say(table(rows, (0, 5)), is_result=True)
+            report.say(table(rows, (0, 5, 6)), is_result=True)
             report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included", is_result=True)
         if not report.left:
             report.say("nothing of this home's is left in the account")
@@ -6435,13 +6927,14 @@ class Listing:
             "versions": [],
         }
 
-        def add(
-            moment: datetime.datetime, version: Version | None = None, frees: int | None = None, **more: Any
-        ) -> None:
+        def add(of: Version | State, frees: int | None = None, **more: Any) -> None:
+            version = of if isinstance(of, Version) else None
             changed, occupied = (version.changed, version.occupied) if version else (None, found["occupied"])
+            seen = of.found
             found["versions"].append(
-                {"time": moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
-                 "frees": frees, "damaged": False, **more}
+                {"time": of.moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
+                 "frees": frees, "damaged": False, "found": str(seen) if seen else None,
+                 "comes_up": seen.came_up if seen else None, "kernel": seen.kernel if seen else None, **more}
             )  # fmt: skip
 
         try:
@@ -6452,7 +6945,7 @@ class Listing:
             if (state := State.load(paths.state, whole=False)) is None:
                 raise FileNotFoundError
             found |= {"region": state.snapshot.region, "size": state.snapshot.size}
-            add(state.moment)
+            add(state)
         except FileNotFoundError:
             missing = "the image is missing" if found["size"] is None else "no snapshot is recorded"
             found["problem"] = found["problem"] or missing
@@ -6461,11 +6954,9 @@ class Listing:
         versions = Versions(paths).all()
         for version, older in itertools.zip_longest(versions, versions[1:]):
             try:
-                add(
-                    version.moment, version, Versions.freed_by(version, older, self._tick), damaged=not version.is_whole
-                )
+                add(version, Versions.freed_by(version, older, self._tick), damaged=not version.is_whole)
             except Damaged:
-                add(version.moment, version, version.occupied, damaged=True)
+                add(version, version.occupied, damaged=True)
             except FileNotFoundError:  # a run that goes on has thinned them meanwhile
                 return self.of(paths)
         return found
@@ -6479,13 +6970,17 @@ class Listing:
         lines = [f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {here}"]
         if volume["problem"]:
             lines.append(f"  {volume['problem']}")
-        rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "")]
+        rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "FOUND", "")]
+        last_good = next((version["time"] for version in volume["versions"] if version["comes_up"]), "")
         for version in volume["versions"]:
             moment = datetime.datetime.fromisoformat(version["time"])
             figures = ("-", "-") if version["image"] else (human_size(version["changed"]), human_size(version["frees"]))
             note = "damaged" if version["damaged"] else "the image" * version["image"]
-            rows.append((f"  {local_time(moment)}", human_time(max(age(version["time"]), 0)), *figures, note))
-        return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
+            if version["time"] == last_good and not version["image"]:
+                note = ", ".join(filter(None, (note, "kept as the last that came up")))
+            how_old = human_time(max(age(version["time"]), 0))
+            rows.append((f"  {local_time(moment)}", how_old, *figures, version["found"] or "-", note))
+        return "\n".join([*lines, table(rows, (0, 4, 5))] if volume["versions"] else lines)
 
 
 class Commands:
@@ -6663,6 +7158,12 @@ class Commands:
                 raise DosvobError(
                     f"{told}, but the version {version.path} is damaged, which all older ones need: {verify}"
                 )
+        snapshots: list[State | Version] = [state, *versions]
+        good = next((each.moment for each in snapshots if each.found and each.found.came_up), None)
+        if good:
+            told += f", the last one that came up {human_time(max((utc_now() - good).total_seconds(), 0))}"
+        if state.found and state.found.came_up is False:
+            raise DosvobError(f"{told}; it does not come up: {state.found.words}")
         return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
 
     def list(self) -> None:
@@ -6719,6 +7220,8 @@ class Commands:
                 base, why = wish.base(source, wish.check(context.api), from_scratch=arguments.from_scratch)
                 would = "would make" if dry_run else "making"
                 report.say(f"{would} {wish.name} in {wish.region}, {wish.size // GIB} GiB, of {source.name}; {why}")
+                if source.doubt:
+                    report.warn(f"{source.name}: {source.doubt}")
                 if dry_run:
                     self._tell_costs(plan, wish, snapshots=1 if base is None else 2)
                     return
@@ -6779,6 +7282,8 @@ class Commands:
                     )
                     meter = Meter(report, self._stop, f"{name}: restored", chain.size)
                     is_recorded = chain.state is not None
+                    if doubt := chain.doubt(depth):
+                        report.warn(f"{told}: {doubt}")
                     final, damaged = chain.restore(depth, target, meter)
             except OSError as problem:
                 raise DosvobError(f"{name} could not be restored: {explained(problem, target)}") from problem
