@@ -1751,8 +1751,8 @@ class Ephemeral:
                 item = api.stop.wait_until(LIST_LAG, find)
                 if item is None and not (problem.may_exist or problem.status in (403, 409, 422)):
                     raise
-                if item is None:
-                    api.pause(problem, next(intervals), start)
+                if item is None:  # a refusal is not waited for as long as what will stay may be
+                    (api if problem.may_exist else self._api).pause(problem, next(intervals), start)
             finally:
                 self._last_post = time.monotonic()
         resource = Resource.parse(kind, item)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -150,6 +151,7 @@ def test_droplet_that_hears_nothing_on_any_connection_is_given_up(home: Home, si
     assert_nothing_left(sim)
 
 
+@pytest.mark.skipif(shutil.which("nft") is None, reason="nft is not installed")
 def test_path_that_loses_large_packets(home: Home, sim: Simulator) -> None:
     """As a tunnel may: it is logged in, and then the large ones are lost, both ways. It takes seconds to notice."""
     volume = add_volume(sim, "data")

@@ -965,7 +965,7 @@ def test_answer_is_lost(tmp_path: Path, lag: float, answer: str) -> None:
 def test_answer_is_lost_and_no_list_shows_it(home: Home, sim: Simulator, lost: Lost) -> None:
     """It is whole, if it is there; which is told."""
     sim.faults.add(Fault("lost", method="POST", path="^/v2/volumes$", nth=2))
-    done = restore(home, "data", expect=1, constants={"LIST_LAG": 0.3})
+    done = restore(home, "data", expect=1, constants={"LIST_LAG": 0.3, "PATIENCE": 3})
     assert f"it is not known whether the volume {NEW} was made: if it is there, it is whole" in done.stderr
     assert same(new_volume(sim).path, lost.newer)
 
@@ -973,7 +973,7 @@ def test_answer_is_lost_and_no_list_shows_it(home: Home, sim: Simulator, lost: L
 def test_answer_is_lost_and_somebody_takes_the_name(home: Home, sim: Simulator, lost: Lost) -> None:
     """What has the name is not taken for ours."""
     sim.faults.add(Fault("lost", method="POST", path="^/v2/volumes$", nth=2, effect=False))
-    running = start_restore(home)
+    running = start_restore(home, PATIENCE=3)
     until(lambda: sim.faults.fired)
     sim.add_volume(NEW)
     assert running.end() == 1

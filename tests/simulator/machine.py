@@ -24,7 +24,6 @@ from .machine_init import AUTOMOUNT_RULE, PRIVATE
 from .network import Link, Relay, create_link
 from .storage import LoopDevice, file_system_of
 
-_ETHERNET_HEADER = 14
 _BOOT_LIMIT = 20.0
 _FIRST_MOUNT_MARK = b"DO_FIRST_MOUNT"
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin"
@@ -203,8 +202,10 @@ class Machine:
     def _narrow(self, largest_packet: int) -> None:
         """Lose larger packets both ways; obey the boot commands about the network, which goes by a default route."""
         for run, interface in ((self._here, self.link.interface), (self._network, "eth0")):
-            size = str(largest_packet + _ETHERNET_HEADER)
-            run("tc", "qdisc", "add", "dev", interface, "root", "tbf", "rate", "200mbit", "burst", size, "limit", "4mb")
+            run("ip", "link", "set", "dev", interface, "gso_max_segs", "1")  # what is sent is what is on the way
+            chain = f"inet {interface} path"
+            hook = f"add table inet {interface}; add chain {chain} {{ type filter hook prerouting priority -300; }}"
+            run("nft", f"{hook}; add rule {chain} iifname {interface} meta length > {largest_packet} drop")
         self._network("ip", "route", "add", "default", "dev", "eth0")
         self._network("sh", "-c", "ip route del $(ip -4 route show scope link proto kernel)")
         for command in self.user_data.bootcmd:
@@ -280,6 +281,8 @@ class Machine:
         with self._changing:
             if self._network_namespace >= 0:
                 self._bytes_sent = self.bytes_sent  # the counters go
+                if self._options.largest_packet:
+                    self._here("nft", f"delete table inet {self.link.interface}")
                 self.link.delete()
                 os.close(self._network_namespace)
                 self._network_namespace = -1
