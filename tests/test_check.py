@@ -259,6 +259,15 @@ def test_damage_that_a_mount_does_not_meet(disk: Disk) -> None:
     assert found.words.startswith("e2fsck: ")
 
 
+def test_errors_that_the_volume_had_noted(disk: Disk) -> None:
+    made = disk("ext4")
+    look(made)
+    call("debugfs", "-w", "-R", "set_super_value state 3", made)
+    found = look(made)
+    assert found.came_up
+    assert "mounting fs with errors" in found.words  # it is told
+
+
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 def test_the_tools_of_other_file_systems(disk: Disk, kind: str) -> None:
     found = look(disk(kind), with_fsck=True)
@@ -508,6 +517,15 @@ def test_broken_on_purpose_and_brought_back(sim: Simulator, home: Home, data: Vo
     run(home)
     assert [version["comes_up"] for version in listed(home)] == [True]  # the older ones are not needed any more
     assert_nothing_left(sim)
+
+
+@pytest.mark.small
+def test_fsck_finds_more(sim: Simulator, home: Home, data: Volume) -> None:
+    home.configure(check="fsck")
+    look(data.path)  # what is in the journal is in its place
+    block = int(call("debugfs", "-R", "bmap letter 0", data.path).split()[0])
+    call("debugfs", "-w", "-R", f"freeb {block}", data.path)
+    assert "error: data: it does not come up: e2fsck: " in run(home, expect=1).stderr
 
 
 @pytest.mark.small
