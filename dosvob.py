@@ -29,8 +29,10 @@ A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and 
     whose digest is the image's stay as they are; of the others the pages that differ are fetched, as patches.
  5. `Update.finish` writes the undo, then the spool to the image. The new state is the commit, and makes the undo a
     version.
- 6. `thin` drops the versions that `keep` does not ask for; it also does so for all volumes before the first is fetched.
- 7. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
+ 6. A `Checker` on the droplet mounts the clone: does the backup come up? `Backup._take_note` writes what it found into
+    the state, while the next volume is fetched.
+ 7. `thin` drops the versions that `keep` does not ask for; it also does so for all volumes before the first is fetched.
+ 8. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
 
 The way back: `Chain.restore` writes a version to a file. `Restoration` makes a new volume of it: a `Push` sends what
 differs to an `Agent` on a droplet, until nothing does.
@@ -42,12 +44,13 @@ What it promises:
 - All that a run creates is named `dosvob-ephemeral-HOME-RUN-…` and removed however the run ends. What could not be
   removed is named loudly. A new volume, which is to stay, is whole from its birth.
 
-What it does not promise: a snapshot of a volume in use is as consistent as a disk after a power cut, not more.
+What it does not promise: a snapshot of a volume in use is as consistent as a disk after a power cut, not more. Whether
+its file systems come up after that is tried each time, and told.
 
 The threads. Here: the main thread decides, talks with the agent and changes images. One thread makes clones, one
-attaches them, one releases those that would cost another hour, one (of `DropletKeeper`) makes the droplet. paramiko has
-one for each connection, each stream of output has one (`Writer`), and `done_ahead` and `within` start some for a
-moment. On the droplet: see `Agent`.
+attaches them, one releases those that would cost another hour, one (of `DropletKeeper`) makes the droplet, some wait for
+a `Checker`. paramiko has one for each connection, each stream of output has one (`Writer`), and `done_ahead` and
+`within` start some for a moment. On the droplet: see `Agent`.
 
 The chapters, each of which uses those before it alone: errors and waiting, reporting, configuration, the DigitalOcean
 API, ephemeral resources, the agent, image files, versions, the home, the update of an image, the conversations, the
@@ -1849,9 +1852,10 @@ class Ephemeral:
 
 # ── The agent ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The part that runs on the droplet: it reads the volume once (what it must send of a large change: twice), sends a
-# digest for each chunk, sends the pages that it is asked for, and writes those that it is given. Its source stands
-# between the marks "agent: begin" and "agent: end" in this file. We send it over SSH, and the droplet's own python3
-# runs it: so it uses the standard library of Python 3.8 alone.
+# digest for each chunk, sends the pages that it is asked for, and writes those that it is given. Another program, the
+# `Checker`, then tries whether what is on the volume comes up. Their source stands between the marks "agent: begin" and
+# "agent: end" in this file. We send it over SSH, and the droplet's own python3 runs it: so it uses the standard library
+# of Python 3.8 alone.
 #
 # Frames (agent to here) are FRAME (kind, index, length of the payload), then the payload:
 #   HELLO    AGENT_MAGIC, the device's size in bytes (8 bytes),      the first frame
@@ -2396,7 +2400,7 @@ class Checker:
     NOT_TRIED = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EBUSY, errno.ENODEV, errno.ENOMEM, errno.ENOTBLK)
     # What kernels, from 5.10 to 6.18, say if they lack something, if something is wrong, and if all is well
     LACKS = re.compile(r"unsupported optional features|unknown \S+( \S+)? features|safely mounted|without CONFIG_")
-    WRONG = re.compile(r"^EXT4-fs error|^BTRFS (error|critical)|^XFS .*(orruption|rror|hut ?down)|I/O error")
+    WRONG = re.compile(r"EXT4-fs error|BTRFS (error|critical)|XFS .*(orruption|rror|hut ?down)|I/O error")
     USUAL = re.compile(
         r"mounted filesystem|Mounting V|[Uu]nmounting|first mount of|recovery complete|(Starting|Ending) |using |"
         r"orphan|enabling|checking UUID|free.space.tree|last unmount"
@@ -2510,10 +2514,10 @@ class Checker:
     def look_at(self, node: str, facts: Mapping[str, str]) -> None:
         """Note what is on a node, and try it if it is a file system."""
         kind = facts.get("TYPE", "")
-        part = {"kind": kind, "is_file_system": facts.get("USAGE") == "filesystem", "came_up": None, "words": ""}
-        part.update(used=0, size=0)
+        is_file_system = facts.get("USAGE") == "filesystem" and not kind.endswith("_member")  # as of ZFS
+        part = {"kind": kind, "is_file_system": is_file_system, "came_up": None, "words": "", "used": 0, "size": 0}
         self.parts.append(part)
-        if part["is_file_system"]:
+        if is_file_system:
             self.doing = "the mount of %s" % kind
             part.update(self.tried(node, kind))
             if self.with_fsck and part["came_up"] and kind in self.TOOLS:
@@ -2532,7 +2536,7 @@ class Checker:
         words = self.kernel_words(log, os.path.basename(node))
         os.close(log)
         if problem is None:
-            is_wrong = bool(self.WRONG.search(words))
+            is_wrong = bool(self.WRONG.search(words))  # the first ones, if any are
             return {**found, "came_up": not is_wrong, "words": words if is_wrong or "with errors" in words else ""}
         if problem.errno == errno.ENODEV:
             words = "this droplet's kernel has no %s" % kind
@@ -2565,8 +2569,8 @@ class Checker:
         return {"used": used, "size": used + status.f_bavail * status.f_frsize}
 
     def kernel_words(self, log: int, name: str) -> str:
-        """What the kernel has said of a device since, but for what it always says."""
-        lines = []
+        """What the kernel has said of a device since, but for what it always says; first what is wrong."""
+        lines: dict[str, bool] = {}  # and whether they tell that all may be well
         for _ in range(10_000):
             try:
                 record = os.read(log, 2 * PAGE)
@@ -2575,9 +2579,10 @@ class Checker:
             except BrokenPipeError:  # some were lost
                 continue
             line = record.partition(b";")[2].partition(b"\n")[0].decode(errors="replace")
-            if re.search(r"\b%s\b" % re.escape(name), line) and not self.USUAL.search(line):
-                lines.append(line)
-        return "; ".join(dict.fromkeys(lines))[:CHECKED_WORDS]
+            is_well = not self.WRONG.search(line)
+            if re.search(r"\b%s\b" % re.escape(name), line) and not (is_well and self.USUAL.search(line)):
+                lines[line] = is_well
+        return "; ".join(sorted(lines, key=lines.__getitem__))[:CHECKED_WORDS]
 
     @staticmethod
     def is_one_of_many(node: str, kind: str) -> bool:

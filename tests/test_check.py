@@ -138,11 +138,15 @@ def test_ext4_as_after_a_power_cut(disk: Disk, options: tuple[str, ...]) -> None
     assert str(found) == f"ext4, {100 * found.used / found.size:.0f} % full"
 
 
-def test_xfs_with_a_dirty_log(disk: Disk) -> None:
+def test_xfs_with_a_dirty_log(disk: Disk, tmp_path: Path) -> None:
     made = disk("xfs")
+    namesake = tmp_path / "namesake"
+    copy_sparse(made, namesake)
     assert subprocess.run(["xfs_repair", "-n", made], capture_output=True, check=False).returncode == 1
     found = look(made)
     assert (found.systems, found.came_up, found.words) == ("xfs", True, "")
+    with mounted(made, tmp_path / "other"):  # as the trial of another clone does that hangs
+        assert look(namesake).came_up
     assert subprocess.run(["xfs_repair", "-n", made], capture_output=True, check=False).returncode == 0
 
 
@@ -257,6 +261,24 @@ def test_damage_that_a_mount_does_not_meet(disk: Disk) -> None:
     found = look(made, with_fsck=True)
     assert (found.systems, found.came_up) == ("ext4", False)
     assert found.words.startswith("e2fsck: ")
+
+
+def test_damage_that_a_mount_meets_and_takes(disk: Disk) -> None:
+    made = disk("ext4", "-O", "^orphan_file")
+    look(made)
+    call("debugfs", "-w", "-R", "set_super_value last_orphan 3", made)
+    found = look(made)
+    assert found.came_up is False
+    assert found.words.startswith("EXT4-fs error (device loop")
+
+
+def test_errors_that_the_volume_had_noted(disk: Disk) -> None:
+    made = disk("ext4")
+    look(made)
+    call("debugfs", "-w", "-R", "set_super_value state 3", made)
+    found = look(made)
+    assert found.came_up
+    assert "mounting fs with errors" in found.words  # it is told
 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
@@ -508,6 +530,15 @@ def test_broken_on_purpose_and_brought_back(sim: Simulator, home: Home, data: Vo
     run(home)
     assert [version["comes_up"] for version in listed(home)] == [True]  # the older ones are not needed any more
     assert_nothing_left(sim)
+
+
+@pytest.mark.small
+def test_fsck_finds_more(sim: Simulator, home: Home, data: Volume) -> None:
+    home.configure(check="fsck")
+    look(data.path)  # what is in the journal is in its place
+    block = int(call("debugfs", "-R", "bmap letter 0", data.path).split()[0])
+    call("debugfs", "-w", "-R", f"freeb {block}", data.path)
+    assert "error: data: it does not come up: e2fsck: " in run(home, expect=1).stderr
 
 
 @pytest.mark.small
