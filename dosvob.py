@@ -112,6 +112,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 # agent: end
 import argparse
 import array
+import bisect
 import dataclasses
 import datetime
 import difflib
@@ -122,6 +123,7 @@ import importlib
 import io
 import json
 import logging
+import operator
 import random
 import re
 import secrets
@@ -136,7 +138,7 @@ from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import paramiko
@@ -2260,6 +2262,7 @@ exec({source + start!r})
 # `Undo.recover` is all that a crash needs. To put an undo back twice is the same as once.
 
 BLOCK = 4096  # bytes of a sealed block
+FORMATS = {"version": 2}  # of the files, by their kinds, 1 of all others; versions of format 1 have no index
 ALL_PAGES = (1 << PAGES) - 1
 ZERO_CHUNK = bytes(CHUNK)
 ZERO_PAGES = ZERO_PAGE_DIGEST * PAGES
@@ -2272,13 +2275,21 @@ def digest_of(chunk: bytes) -> bytes:
     return ZERO_DIGEST if chunk is ZERO_CHUNK else chunk_digest(page_digests(chunk))
 
 
+def digests_of(pages: Mapping[int, bytes]) -> bytearray:
+    """The digests of the pages of a chunk, those that are not zeros given by their numbers."""
+    digests = bytearray(ZERO_PAGES)
+    for page, data in pages.items():
+        digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] = hashlib.sha256(data).digest()
+    return digests
+
+
 class Damaged(DosvobError):
     """A file of ours is not what we wrote."""
 
 
 def seal(kind: str, content: Json) -> bytes:
     """A block that checks itself: a line with its kind, JSON, and the SHA-256 of all before."""
-    body = f"dosvob {kind} 1\n{json.dumps({'version': 1, **content})}\n".encode()
+    body = f"dosvob {kind} 1\n{json.dumps({'version': FORMATS.get(kind, 1), **content})}\n".encode()
     if len(body) > BLOCK - DIGEST_SIZE:
         raise DosvobError(f"what DigitalOcean says of the volume is longer than is possible: {str(content)[:200]}")
     body = body.ljust(BLOCK - DIGEST_SIZE)
@@ -2292,7 +2303,7 @@ def unseal(kind: str, block: bytes, path: Path) -> Json | None:
     if first != f"dosvob {kind} 1".encode() or hashlib.sha256(body).digest() != checksum:
         return None
     content: Json = json.loads(rest)
-    if (version := content.pop("version")) != 1:
+    if (version := content.pop("version")) > FORMATS.get(kind, 1):
         raise DosvobError(
             f"{path} was written by a newer dosvob (format {version}): update dosvob; nothing was changed"
         )
@@ -2578,6 +2589,35 @@ class SparseFile:
         data = self.read(index * CHUNK, CHUNK)
         return ZERO_CHUNK if data == ZERO_CHUNK else data
 
+    def pages(self, index: int, *, hints: bool = True) -> dict[int, bytes] | None:
+        """The pages of a chunk that are not zeros, by their numbers; None if the disk cannot read it.
+
+        With `hints` what is said to be a hole is not read: only the chunk's digest tells whether that was right.
+        """
+        found: dict[int, bytes] = {}
+        offset, end = index * CHUNK, (index + 1) * CHUNK
+        while offset < end:
+            stop = end
+            if hints:
+                offset = self.end_of_hole(offset, end) // PAGE * PAGE
+                stop = min(max(-(-self._end_of_data(offset, end) // PAGE), offset // PAGE + 1) * PAGE, end)
+            if (data := self.read(offset, stop - offset)) is None:
+                return None
+            first = offset // PAGE % PAGES
+            for place in range(0, len(data), PAGE):
+                if not data.startswith(ZERO_PAGE, place):
+                    found[first + place // PAGE] = data[place : place + PAGE]
+            offset = stop
+        return found
+
+    def write_pages(self, index: int, pages: Mapping[int, bytes], which: int) -> None:
+        """Write those of a chunk's pages that are in the bitmap `which`: what is not in `pages` is zeros, and a hole."""
+        has_data = sum(1 << page for page in pages)
+        for first, count in runs(which & has_data):
+            self.write(b"".join([pages[page] for page in range(first, first + count)]), index * CHUNK + first * PAGE)
+        for first, count in runs(which & ~has_data):
+            self.write_zeros(index * CHUNK + first * PAGE, count * PAGE)
+
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write at an offset, all of it."""
         view = memoryview(data)
@@ -2608,6 +2648,13 @@ class SparseFile:
             return min(os.lseek(self.fd, offset, os.SEEK_DATA), end)
         except OSError as problem:
             return end if problem.errno == errno.ENXIO else offset
+
+    def _end_of_data(self, offset: int, end: int) -> int:
+        """Where the first hole behind data is; `end` if there is none before, or nobody knows."""
+        try:
+            return min(os.lseek(self.fd, offset, os.SEEK_HOLE), end)
+        except OSError:
+            return end
 
     def chunk_holes(self, first: int, end: int) -> Iterator[bool]:
         """For each of these chunks, in order, whether it is said to be a hole; a hole of many chunks takes one look.
@@ -2728,29 +2775,94 @@ class Patch:
         return cls.of(index, pages, b"".join(pieces), digest)
 
 
+class Entry(NamedTuple):
+    """A patch as an index has it: what its header says, and where in the file it begins."""
+
+    index: int
+    position: int
+    pages: int
+    filled: int
+    digest: bytes
+
+
+class OpenFiles:
+    """Keeps the files open that were used last, MOST at a time: a process may have no more than some 1,000."""
+
+    MOST = 200
+
+    def __init__(self) -> None:
+        self._files: dict[PatchFile, None] = {}  # in the order of their last use
+
+    def use(self, file: PatchFile) -> None:
+        """This one is used now; another one may be closed for it."""
+        self._files.pop(file, None)
+        self._files[file] = None
+        if len(self._files) > self.MOST:
+            self.forget(next(iter(self._files)))
+
+    def forget(self, file: PatchFile) -> None:
+        """Close one."""
+        self._files.pop(file, None)
+        file.park()
+
+
 class PatchFile:
     """A file of patches, as a spool, an undo and a version are: a sealed head, patches, a sealed footer. To be closed.
 
     The footer is the last block of a file that is whole; a spool has none. `head` and `footer` are their contents: {}
     for a damaged head, None for a missing footer. Several threads may read it, even what one of them has just appended.
-    `from_disk`: see SparseFile.forget_cached. Raises DosvobError for a newer dosvob's, FileNotFoundError.
+    A version has an index before the footer. `pool` may close the file and open it again. `from_disk`: see
+    SparseFile.forget_cached. Raises DosvobError for a newer dosvob's, FileNotFoundError.
     """
 
-    def __init__(self, path: Path, kind: str, flags: int = os.O_RDONLY, *, from_disk: bool = False) -> None:
+    ROW = struct.Struct(">IQ32s32s32s")  # of the index: an Entry, its bitmaps as in a patch's header
+    PAGES_AT = 12  # where in a row the bitmap of the pages is
+    ROWS = 64  # of the index that are read at once
+    INDEX_IN_MEMORY = 1 << 20  # bytes of an index that is being made; the rest is in an unnamed file
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        flags: int = os.O_RDONLY,
+        *,
+        from_disk: bool = False,
+        pool: OpenFiles | None = None,
+    ) -> None:
         self.path = path
-        self._file = SparseFile(path, flags)
+        self.doubtful: list[tuple[int, float]] = []  # see `load_index`
+        self._kind = kind
+        self._pool = pool
+        self._opened = SparseFile(path, flags)
+        self._made: tempfile.SpooledTemporaryFile[bytes] | None = None  # the index of a file that has none
+        self._count = -1  # of the index's rows; before they are known -1
         try:
             if from_disk:
-                self._file.forget_cached()
-            size = os.fstat(self._file.fd).st_size
-            self.head = unseal(kind, self._file.read(0, BLOCK) or b"", path) or {}
-            footer = unseal("end", self._file.read(size - BLOCK, BLOCK) or b"", path) if size >= 2 * BLOCK else None
+                self._opened.forget_cached()
+            size = os.fstat(self._opened.fd).st_size
+            self.head = unseal(kind, self._opened.read(0, BLOCK) or b"", path) or {}
+            footer = unseal("end", self._opened.read(size - BLOCK, BLOCK) or b"", path) if size >= 2 * BLOCK else None
         except BaseException:
             self.close()
             raise
         self.footer = None if footer is None or (self.head and footer["id"] != self.head["id"]) else footer
-        self.limit = size - BLOCK * (self.footer is not None)  # of the patches
+        self.limit = self._end = size - BLOCK * (self.footer is not None)
+        if self.footer and "index" in self.footer:
+            self.limit = self.footer["index"]  # of the patches
         self._changed = 0  # bytes
+        if pool is not None:
+            pool.use(self)
+
+    @property
+    def _file(self) -> SparseFile:
+        if self._opened.fd < 0:
+            self._opened = SparseFile(self.path)
+            if unseal(self._kind, self._opened.read(0, BLOCK) or b"", self.path) != self.head:
+                self._opened.close()
+                raise Damaged(f"{self.path} was replaced")
+        if self._pool is not None:
+            self._pool.use(self)
+        return self._opened
 
     @classmethod
     def create(cls, path: Path, kind: str, head: Json) -> PatchFile:
@@ -2758,7 +2870,10 @@ class PatchFile:
         path.unlink(missing_ok=True)
         with contextlib.closing(SparseFile(path, os.O_WRONLY | os.O_CREAT)) as file:
             file.write(seal(kind, head), 0)
-        return cls(path, kind, os.O_RDWR)
+        created = cls(path, kind, os.O_RDWR)
+        if kind == "version":
+            created._make_index()
+        return created
 
     def append(self, patch: Patch) -> int:
         """Append a patch; returns its position."""
@@ -2767,6 +2882,7 @@ class PatchFile:
         self._file.write(patch.data, position + Patch.HEADER.size)
         self.limit += patch.length
         self._changed += patch.pages.bit_count() * PAGE
+        self._add(patch, position)
         return position
 
     def cut(self, position: int) -> None:
@@ -2775,10 +2891,19 @@ class PatchFile:
         self.limit = position
 
     def complete(self) -> None:
-        """Make all patches durable, then the footer."""
+        """Write the index, make it and all patches durable, then the footer."""
+        checksum, end = hashlib.sha256(), self.limit
+        if self._made is not None:
+            self._made.seek(0)
+            for rows in iter(functools.partial(self._made.read, CHUNK), b""):
+                checksum.update(rows)
+                self._file.write(rows, end)
+                end += len(rows)
         os.fsync(self._file.fd)
         self.footer = {"id": self.head["id"], "changed": self._changed}
-        self._file.write(seal("end", self.footer), self.limit)
+        if self._made is not None:
+            self.footer |= {"index": self.limit, "index_digest": checksum.hexdigest()}
+        self._file.write(seal("end", self.footer), end)
         os.fsync(self._file.fd)
 
     def header_at(self, position: int) -> Patch:
@@ -2819,9 +2944,120 @@ class PatchFile:
             yield position, patch
             position += patch.length
 
+    # The index
+
+    def load_index(self, *, whole: bool = True) -> None:
+        """Find or make the index: of patches in the order of the chunks, that are whole when there is none yet.
+
+        `doubtful` are then the chunks that damaged ones may have been of: ranges, neither end included. With not
+        `whole` the data is not looked at, and Damaged raised for what is no patch.
+        """
+        if self._count >= 0:
+            return
+        if self.footer and "index" in self.footer:
+            checksum = hashlib.sha256()
+            for place in range(self.limit, self._end, CHUNK):
+                checksum.update(self._file.read(place, min(CHUNK, self._end - place)) or b"")
+            if checksum.hexdigest() == self.footer["index_digest"]:
+                self._count = (self._end - self.limit) // self.ROW.size
+                if not self.head:  # which tells what it leads back from
+                    self.doubtful.append((-1, float("inf")))
+                return
+        self._make_index()
+        if not whole:
+            for position, patch in self.patches(data=False):
+                self._add(patch, position)
+            return
+        position, last, is_damaged = BLOCK, -1, False
+        while self.head and position < self.limit:
+            try:
+                patch, at = self.patch_at(position), position
+                position += patch.length
+            except Damaged:
+                patch = None
+                position = self.find_patch(position + 1)
+            if patch is None or patch.index <= last:
+                is_damaged = True
+                continue
+            if is_damaged:
+                self.doubtful.append((last, patch.index))
+            last, is_damaged = patch.index, False
+            self._add(patch, at)
+        if is_damaged or not self.head or self.footer is None:
+            self.doubtful.append((last, float("inf")))
+
+    def _make_index(self) -> None:
+        self._made, self._count = tempfile.SpooledTemporaryFile(self.INDEX_IN_MEMORY), 0  # noqa: SIM115 - see `close`
+
+    def _add(self, patch: Patch, position: int) -> None:
+        if self._made is not None:
+            bitmaps = [bits.to_bytes(PAGES // 8, "little") for bits in (patch.pages, patch.filled)]
+            self._made.write(self.ROW.pack(patch.index, position, *bitmaps, patch.digest))
+            self._count += 1
+
+    def rows(self, first: int, count: int) -> bytes:
+        """So many rows of the index from one on, as far as there are; raises Damaged."""
+        length = min(count, self._count - first) * self.ROW.size
+        if self._made is not None:
+            self._made.seek(first * self.ROW.size)
+            return self._made.read(length)
+        found = self._file.read(self.limit + first * self.ROW.size, length)
+        if found is None:
+            raise Damaged(f"{self.path} cannot be read at byte {self.limit + first * self.ROW.size}")
+        return found
+
+    def entries(self) -> Iterator[Entry]:
+        """All that the index has."""
+        for first in range(0, self._count, self.ROWS):
+            yield from map(self.entry_of, self.ROW.iter_unpack(self.rows(first, self.ROWS)))
+
+    @staticmethod
+    def entry_of(row: tuple[int, int, bytes, bytes, bytes]) -> Entry:
+        """An unpacked row."""
+        index, position, pages, filled, digest = row
+        return Entry(index, position, int.from_bytes(pages, "little"), int.from_bytes(filled, "little"), digest)
+
+    def row_of(self, index: int) -> int:
+        """The first row of a chunk that is not before this one."""
+        return bisect.bisect_left(range(self._count), index, key=lambda row: int.from_bytes(self.rows(row, 1)[:4]))
+
+    def columns(self, first: int, end: int) -> dict[bytes, bytes]:
+        """The packed rows of these chunks, by the chunk's packed number."""
+        start, size = self.row_of(first), self.ROW.size
+        rows = self.rows(start, self.row_of(end) - start)
+        return {rows[place : place + 4]: rows[place : place + size] for place in range(0, len(rows), size)}
+
+    def pages_of(self, entry: Entry, wanted: int) -> dict[int, bytes]:
+        """Those of the wanted pages that it has data for, not verified; zeros for what cannot be read."""
+        found = {}
+        for first, count in runs(entry.filled & wanted):
+            place = (entry.filled & ((1 << first) - 1)).bit_count()
+            data = self._file.read(entry.position + Patch.HEADER.size + place * PAGE, count * PAGE)
+            for number in range(count):
+                found[first + number] = data[number * PAGE : (number + 1) * PAGE] if data else ZERO_PAGE
+        return found
+
+    def checked_pages(self, entry: Entry) -> tuple[dict[int, bytes], bool]:
+        """The pages that it has data for, and whether the patch is what was written."""
+        size = Patch.HEADER.size
+        stored = self._file.read(entry.position, size + entry.filled.bit_count() * PAGE) or b""
+        patch = Patch(entry.index, entry.pages, entry.filled, memoryview(stored)[size:], entry.digest)
+        data = stored[size:]
+        places = enumerate(pages_in(entry.filled))
+        pages = {page: data[place * PAGE : (place + 1) * PAGE] for place, page in places}
+        return pages, patch.pack(self.head.get("id", "")) == stored[:size]
+
+    def park(self) -> None:
+        """Close the file; the next use opens it again, and raises Damaged if it is another one."""
+        self._opened.close()
+
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._pool is not None:
+            self._pool.forget(self)
+        self._opened.close()
+        if self._made is not None:
+            self._made.close()
 
     def __enter__(self) -> PatchFile:
         return self
@@ -2878,6 +3114,9 @@ class Version:
 class Versions:
     """The versions of an image."""
 
+    MOST_JOINED = 32  # of which each is open, and has a patch in memory
+    COMPARED = 1 << 16  # chunks of which `freed_by` has the rows in memory
+
     def __init__(self, paths: ImagePaths) -> None:
         self._paths = paths
 
@@ -2917,15 +3156,22 @@ class Versions:
                 groups.append([])
         self._remove(groups.pop())  # first: that takes no space, and frees some
         damaged: Damaged | None = None
-        for *dropped, version in groups:
+        for group in groups:
             try:
-                if dropped:
-                    self._merge([*dropped, version], tick)
-                    self._remove(dropped)
+                while len(group) > 1:
+                    parts = [group[first : first + self.MOST_JOINED] for first in range(0, len(group), self.MOST_JOINED)]
+                    group = [self._join(part, tick) for part in parts]  # noqa: PLW2901
             except Damaged as problem:  # which is no reason to keep others for ever
                 damaged = problem
         if damaged:
             raise damaged
+
+    def _join(self, versions: Sequence[Version], tick: Callable[[int], None]) -> Version:
+        """Merge versions, given the newest first, into the oldest, and remove the others; returns what that is now."""
+        if len(versions) > 1:
+            self._merge(versions, tick)
+            self._remove(versions[:-1])
+        return Version.load(versions[-1].path)
 
     def _remove(self, versions: Sequence[Version]) -> None:
         """Remove versions, given the newest first, from the oldest on: the others still lead back to the same."""
@@ -2948,15 +3194,16 @@ class Versions:
             head = {**opened[-1].head, "id": secrets.token_hex(16), "newer": opened[0].head["newer"]}
             size = head["snapshot"]["size"]
             merged = files.enter_context(PatchFile.create(target, "version", head))
-            streams = [PatchStream(file) for file in opened]
             try:
-                for index, patches in PatchStream.by_chunk(streams):
+                for file in opened:
+                    file.load_index()
+                    if file.doubtful:
+                        raise Damaged(f"{file.path} is damaged")
+                for index, entries in by_chunk(opened):
+                    patches = [opened[number].patch_at(entry.position) for number, entry in entries]
                     if index < size // CHUNK:
-                        merged.append(self._one_of([*patches.values()]))
-                    tick(sum(patch.length for patch in patches.values()))
-                for stream in streams:
-                    if stream.doubtful:
-                        raise Damaged(f"{stream.file.path} is damaged")
+                        merged.append(self._one_of(patches))
+                    tick(sum(patch.length for patch in patches))
                 merged.complete()
             except BaseException:
                 target.unlink(missing_ok=True)
@@ -2982,13 +3229,26 @@ class Versions:
             return version.occupied
         taken_over = 0
         with PatchFile(version.path, "version") as file, PatchFile(older.path, "version") as older_file:
-            headers = [(patch for _, patch in each.patches(data=False)) for each in (file, older_file)]
-            for index, patches in PatchStream.by_chunk(headers):
+            for each in (file, older_file):
+                each.load_index(whole=False)
+            for first in range(0, older.snapshot.size // CHUNK, Versions.COMPARED):
+                end = min(first + Versions.COMPARED, older.snapshot.size // CHUNK)
                 tick(0)
-                if 0 in patches and index < older.snapshot.size // CHUNK:
-                    has_own, own = 1 in patches, patches[1].pages if 1 in patches else 0
-                    taken_over += (patches[0].filled & ~own).bit_count() * PAGE + Patch.HEADER.size * (not has_own)
+                taken_over += Versions._taken_over(file.columns(first, end), older_file.columns(first, end))
         return version.occupied - taken_over
+
+    @staticmethod
+    def _taken_over(new: Mapping[bytes, bytes], old: Mapping[bytes, bytes]) -> int:
+        """The bytes that the older one would take over, given rows of the indexes: as one number each, for speed."""
+
+        def bits(rows: Iterable[bytes], first: int) -> int:
+            return int.from_bytes(b"".join([row[first : first + PAGES // 8] for row in rows]))
+
+        pages, filled = PatchFile.PAGES_AT, PatchFile.PAGES_AT + PAGES // 8
+        both = new.keys() & old.keys()
+        overridden = bits([new[chunk] for chunk in both], filled) & bits([old[chunk] for chunk in both], pages)
+        data = (bits(new.values(), filled).bit_count() - overridden.bit_count()) * PAGE
+        return data + (len(new) - len(both)) * (Patch.HEADER.size + PatchFile.ROW.size)
 
     @staticmethod
     def moment_of_image(state: State | None, versions: Sequence[Version]) -> datetime.datetime | None:
@@ -2999,42 +3259,15 @@ class Versions:
         return newer.moment(utc_now()) if newer else None
 
 
-class PatchStream:
-    """The patches of a version that are whole, in the order of the chunks; it skips damaged ones.
+def by_chunk(files: Iterable[PatchFile]) -> Iterator[tuple[int, list[tuple[int, Entry]]]]:
+    """The chunks that have patches, in order, each with the numbers of the files that have one, and its entries."""
 
-    `doubtful` are the chunks that those may have been of, as far as it has read: ranges, neither end included.
-    """
+    def numbered(number: int, file: PatchFile) -> Iterator[tuple[int, int, Entry]]:
+        return ((entry.index, number, entry) for entry in file.entries())
 
-    def __init__(self, file: PatchFile, *, lacks_newer: bool = False) -> None:
-        self.file = file
-        self.doubtful: list[tuple[int, float]] = [(-1, float("inf"))] if lacks_newer else []
-
-    def __iter__(self) -> Iterator[Patch]:
-        file, position, last, is_damaged = self.file, BLOCK, -1, False
-        while file.head and position < file.limit:
-            try:
-                patch = file.patch_at(position)
-                position += patch.length
-            except Damaged:
-                patch = None
-                position = file.find_patch(position + 1)
-            if patch is None or patch.index <= last:
-                is_damaged = True
-                continue
-            if is_damaged:
-                self.doubtful.append((last, patch.index))
-            last, is_damaged = patch.index, False
-            yield patch
-        if is_damaged or not file.head or file.footer is None:
-            self.doubtful.append((last, float("inf")))
-
-    @staticmethod
-    def by_chunk(streams: Iterable[Iterable[Patch]]) -> Iterator[tuple[int, dict[int, Patch]]]:
-        """The chunks that have patches, in order, each with its patches by the numbers of their streams."""
-        numbered = [zip(itertools.repeat(number), stream) for number, stream in enumerate(streams)]
-        merged = heapq.merge(*numbered, key=lambda item: item[1].index)
-        for index, patches in itertools.groupby(merged, key=lambda item: item[1].index):
-            yield index, dict(patches)
+    merged = heapq.merge(*itertools.starmap(numbered, enumerate(files)))
+    for index, group in itertools.groupby(merged, key=operator.itemgetter(0)):
+        yield index, [(number, entry) for _, number, entry in group]
 
 
 class Undo:
@@ -3125,15 +3358,22 @@ class Undo:
         It also gets its old time, so that its state and the spool still fit it. If a part of the undo decayed it does
         not, for then the next sync must compare all of the image.
         """
-        base, patches = self.file.head["base"], PatchStream(self.file)
+        base = self.file.head["base"]
+        self.file.load_index()
+        is_whole = not self.file.doubtful
         with contextlib.closing(SparseFile(self.paths.image, os.O_RDWR)) as image:
             image.forget_cached()  # ext4 does not write pages again that a write error left in the cache
-            for patch in patches:
+            for entry in self.file.entries():
+                try:
+                    patch = self.file.patch_at(entry.position)
+                except Damaged:
+                    is_whole = False
+                    continue
                 patch.write_to(image)
                 tick(patch.length)
             os.ftruncate(image.fd, base["size"])
             os.fsync(image.fd)  # before its time says that it is the old one
-            if not patches.doubtful:
+            if is_whole:
                 os.utime(image.fd, ns=(base["mtime_ns"], base["mtime_ns"]))
                 os.fsync(image.fd)
         self.drop()
@@ -3201,6 +3441,72 @@ class Ranges:
         return "bytes " + ", ".join(told) + f" and {len(self.ranges) - 20} more places" * (len(self.ranges) > 20)
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a chunk was: its pages that are not zeros by their numbers, and whether it has the digest recorded for it.
+
+    Without a digest, as in an image without a state, it is sound if it is there and can be read. `patched` is the
+    bitmap of the pages that are not the image's.
+    """
+
+    index: int
+    pages: dict[int, bytes]
+    is_sound: bool
+    patched: int = 0
+
+    @property
+    def filled(self) -> int:
+        """The bitmap of its pages that are not zeros."""
+        return sum(1 << page for page in self.pages)
+
+    @property
+    def chunk(self) -> bytes:
+        """All of it; of zeros ZERO_CHUNK itself."""
+        return b"".join([self.pages.get(page, ZERO_PAGE) for page in range(PAGES)]) if self.pages else ZERO_CHUNK
+
+
+def laid_over(patches: Sequence[tuple[PatchFile, Entry]], wanted: int = ALL_PAGES) -> tuple[dict[int, bytes], int]:
+    """What the patches of a chunk, the newest first, make of the wanted pages, not verified; and those that none has.
+
+    Of each page the oldest one counts, and nothing else is read.
+    """
+    pages: dict[int, bytes] = {}
+    for file, entry in reversed(patches):
+        pages |= file.pages_of(entry, wanted & entry.pages)
+        wanted &= ~entry.pages
+    return pages, wanted
+
+
+def content_of(
+    image: SparseFile, index: int, patches: Sequence[tuple[PatchFile, Entry]], digest: bytes
+) -> tuple[dict[int, bytes], bool]:
+    """The pages of a chunk of an image with patches laid over it, and whether they have this digest.
+
+    Holes are believed as far as the digest proves them.
+    """
+    laid, rest = laid_over(patches)
+    for hints in (True, False):
+        stored = image.pages(index, hints=hints) if rest else {}
+        pages = {page: data for page, data in (stored or {}).items() if rest >> page & 1} | laid
+        if stored is not None and chunk_digest(digests_of(pages)) == digest:
+            return pages, True
+        if not rest:
+            break
+    return pages, False
+
+
+class Spot(NamedTuple):
+    """A chunk of an image and its patches, by the numbers of the steps back that have one.
+
+    `recorded` is its digest in the image, None if none is known; `is_zeros` whether that and the file system say so.
+    """
+
+    index: int
+    recorded: bytes | None
+    is_zeros: bool
+    patches: list[tuple[int, Entry]]
+
+
 class Chain:
     """An image and all that leads back from it: what each snapshot was, chunk by chunk. To be closed.
 
@@ -3210,7 +3516,7 @@ class Chain:
     FileNotFoundError without an image.
     """
 
-    READ_BACK = 64  # chunks that a restore writes before it reads them from the disk
+    READ_BACK = 8192  # pages that a restore writes before it reads them from the disk, or chunks
 
     def __init__(self, paths: ImagePaths, *, from_disk: bool = False) -> None:
         self.paths = paths
@@ -3218,6 +3524,8 @@ class Chain:
         self.problem: Damaged | None = None
         self._from_disk = from_disk
         self._table: SparseFile | None = None
+        self._digests, self._digests_at = b"", -1  # a part of the table
+        self.flawed: set[int] = set()  # see `verify`
         paths.check_link()
         with contextlib.ExitStack() as files:
             self.image = files.enter_context(contextlib.closing(SparseFile(paths.image)))
@@ -3226,6 +3534,7 @@ class Chain:
             self.versions = Versions(paths).all()
             undo = files.enter_context(Undo.left(paths, from_disk=from_disk))
             self._undo = undo.file if undo is not None and not undo.is_committed else None
+            self._before = int(self._undo is not None)  # how many steps lead to the image's own snapshot
             length: int = self._undo.head["base"]["size"] if self._undo else os.fstat(self.image.fd).st_size
             self.size = -(-length // CHUNK) * CHUNK
             try:
@@ -3260,63 +3569,124 @@ class Chain:
             f"{local_time(moments[-1])}"
         )
 
-    def chunks(self, depth: int) -> Iterator[tuple[int, list[bytes], list[bool]]]:
-        """For each chunk its index, its contents and whether they are sound: the image's first, then `depth` versions'.
+    @contextlib.contextmanager
+    def _steps(self, depth: int) -> Iterator[list[PatchFile]]:
+        """What leads back from the image as it is to `depth` versions before, with their indexes.
 
-        Unchanged contents are the same object; zeros are ZERO_CHUNK. A chunk is sound if it has the digest that was
-        recorded for it; in an image without a state, which has none, if it is there and can be read.
+        The first is the undo that is to be put back, if there is one.
         """
-        known = [self._snapshot]
-        streams = [PatchStream(self._undo)] if self._undo else []
-        steps_before = len(streams)  # the image's
+        known, pool = [self._snapshot], OpenFiles()
         with contextlib.ExitStack() as files:
+            steps = [self._undo] if self._undo else []
             for version in self.versions[:depth]:
-                file = files.enter_context(PatchFile(version.path, "version", from_disk=self._from_disk))
-                streams.append(PatchStream(file, lacks_newer=version.lacks_newer(known)))
+                step = PatchFile(version.path, "version", from_disk=self._from_disk, pool=pool)
+                steps.append(files.enter_context(step))
+                if version.lacks_newer(known):
+                    step.doubtful.append((-1, float("inf")))
                 known.append(version.snapshot)
-            patched = PatchStream.by_chunk(streams)
-            upcoming = next(patched, None)
-            for index, is_hole in enumerate(self.image.chunk_holes(0, self.size // CHUNK)):
-                patches: dict[int, Patch] = {}
-                if upcoming is not None and upcoming[0] == index:
-                    patches = upcoming[1]
-                    upcoming = next(patched, None)
-                undone = patches.get(0) if self._undo else None
-                chunk, is_sound = self._image_chunk(index, undone, is_hole=is_hole)
-                contents, soundness = [chunk], [is_sound]
-                for number, stream in itertools.islice(enumerate(streams), steps_before, None):
-                    if number in patches:
-                        chunk = patches[number].over(chunk)
-                        is_sound = chunk_digest(page_digests(chunk)) == patches[number].digest
-                    elif any(first < index < end for first, end in stream.doubtful):  # it may have had one
-                        is_sound = False
-                    contents.append(chunk)
-                    soundness.append(is_sound)
-                yield index, contents, soundness
+            for step in steps:
+                step.load_index()
+            yield steps
 
-    def _image_chunk(self, index: int, undone: Patch | None, *, is_hole: bool) -> tuple[bytes, bool]:
-        """A chunk of the image, with what the undo has of it, and whether it is sound."""
-        recorded = undone.digest if undone else None
-        if self._table is not None:
-            recorded = self._table.read(BLOCK + index * DIGEST_SIZE, DIGEST_SIZE) or b""
-        stored = ZERO_CHUNK if is_hole and recorded == ZERO_DIGEST and not undone else self.image.chunk(index)
-        chunk = undone.over(stored or ZERO_CHUNK) if undone else stored or ZERO_CHUNK
-        is_cut = recorded is None and (index + 1) * CHUNK > self.length
-        if is_cut or (stored is None and undone is None):
-            return chunk, False
-        return chunk, recorded is None or recorded == digest_of(chunk)
+    def _walk(self, steps: Sequence[PatchFile]) -> Iterator[Spot]:
+        """The chunks of the image, in order."""
+        patched = by_chunk(steps)
+        upcoming = next(patched, None)
+        for index, is_hole in enumerate(self.image.chunk_holes(0, self.size // CHUNK)):
+            patches: list[tuple[int, Entry]] = []
+            if upcoming is not None and upcoming[0] == index:
+                patches, upcoming = upcoming[1], next(patched, None)
+            recorded = self._recorded(index)
+            if recorded is None and self._undo and patches and patches[0][0] == 0:
+                recorded = patches[0][1].digest
+            yield Spot(index, recorded, is_hole and recorded == ZERO_DIGEST, patches)
+
+    def _recorded(self, index: int) -> bytes | None:
+        """The digest of a chunk of the image by the state; None without one."""
+        if self._table is None:
+            return None
+        first, place = divmod(index, 4096)
+        if first != self._digests_at:
+            self._digests_at = first
+            self._digests = self._table.read(BLOCK + first * 4096 * DIGEST_SIZE, 4096 * DIGEST_SIZE) or b""
+        return self._digests[place * DIGEST_SIZE : (place + 1) * DIGEST_SIZE]
+
+    def _of_image(self, spot: Spot, undo: Entry | None) -> tuple[dict[int, bytes], bool]:
+        """The pages of a chunk of the image, with what the undo has of it, and whether they are sound."""
+        if spot.is_zeros and undo is None:
+            return {}, True
+        patches = [(self._undo, undo)] if self._undo and undo else []
+        if spot.recorded is not None:
+            return content_of(self.image, spot.index, patches, spot.recorded)
+        stored = self.image.pages(spot.index, hints=False)
+        return stored or {}, stored is not None and (spot.index + 1) * CHUNK <= self.length
 
     def verify(self, tick: Callable[[int], None]) -> list[Ranges]:
-        """Compare the image and all versions with their digests; what is damaged of each, the image first."""
+        """Compare the image and all versions with their digests; what is damaged of each, the image first.
+
+        What decayed of a version's file and can be done without is in `flawed`, by how many steps back it is.
+        """
         damaged = [Ranges() for _ in range(1 + len(self.versions))]
-        snapshots = [version.snapshot for version in self.versions]
-        sizes = [self.size, *(snapshot.size if snapshot else self.size for snapshot in snapshots)]
-        for index, _, soundness in self.chunks(len(self.versions)):
-            for ranges, size, is_sound in zip(damaged, sizes, soundness, strict=True):
-                if not is_sound and index * CHUNK < size:
-                    ranges.add(index)
-            tick(CHUNK)
+        sizes = [self.size, *(version.snapshot.size if version.snapshot else self.size for version in self.versions)]
+        with self._steps(len(self.versions)) as steps:
+            is_doubtful = any(step.doubtful for step in steps)
+            for spot in self._walk(steps):
+                if is_doubtful or spot.patches or not spot.is_zeros:
+                    for depth in self._wrong(spot, steps):
+                        if spot.index * CHUNK < sizes[depth]:
+                            damaged[depth].add(spot.index)
+                tick(CHUNK)
         return damaged
+
+    def _wrong(self, spot: Spot, steps: Sequence[PatchFile]) -> Iterator[int]:
+        """How many steps back a chunk is not sound. Each patched page is hashed once."""
+        before, own = self._before, dict(spot.patches)
+        pages, is_sound = self._of_image(spot, own.pop(0, None) if before else None)
+        digests, since = digests_of(pages) if own else bytearray(), 0
+        in_doubt = [number for number in self._doubtful(spot, steps) if number >= before and number not in own]
+        for number in sorted([*own, *in_doubt]):
+            depth = number + 1 - before
+            if not is_sound:
+                yield from range(since, depth)
+            since, is_sound = depth, False
+            if entry := own.get(number):
+                data, is_whole = steps[number].checked_pages(entry)
+                if not is_whole:
+                    self.flawed.add(depth)
+                for page in pages_in(entry.pages):
+                    at = page * DIGEST_SIZE
+                    digest = hashlib.sha256(data[page]).digest() if page in data else ZERO_PAGE_DIGEST
+                    digests[at : at + DIGEST_SIZE] = digest
+                is_sound = chunk_digest(digests) == entry.digest
+        if not is_sound:
+            yield from range(since, 1 + len(self.versions))
+
+    @staticmethod
+    def _doubtful(spot: Spot, steps: Sequence[PatchFile]) -> list[int]:
+        """The steps whose damaged parts may have a patch of a chunk."""
+        return [number for number, step in enumerate(steps) if step.doubtful
+                and any(first < spot.index < end for first, end in step.doubtful)]  # fmt: skip
+
+    def contents(self, depth: int) -> Iterator[Content]:
+        """What each chunk of the image was `depth` versions before. What is damaged is laid over it as it is."""
+        with self._steps(depth) as steps:
+            is_doubtful = any(step.doubtful for step in steps)
+            for spot in self._walk(steps):
+                if spot.is_zeros and not spot.patches and not is_doubtful:
+                    yield Content(spot.index, {}, is_sound=True)
+                else:
+                    yield self._content(spot, steps, self._doubtful(spot, steps) if is_doubtful else ())
+
+    def _content(self, spot: Spot, steps: Sequence[PatchFile], doubtful: Sequence[int]) -> Content:
+        last, patched = -1, 0
+        for last, entry in spot.patches:
+            patched |= entry.pages
+        if last < self._before:  # it is the image's own, or was
+            pages, is_sound = self._of_image(spot, spot.patches[0][1] if spot.patches else None)
+        else:
+            patches = [(steps[number], entry) for number, entry in spot.patches]
+            pages, is_sound = content_of(self.image, spot.index, patches, spot.patches[-1][1].digest)
+        return Content(spot.index, pages, is_sound and all(number <= last for number in doubtful), patched)
 
     def restore(self, depth: int, target: Path, tick: Callable[[int], None]) -> tuple[Path, Ranges]:
         """Write the image, or the version `depth` steps back, to a new, sparse file.
@@ -3334,24 +3704,22 @@ class Chain:
                     f"{path} is there, and nothing is restored over it: move it away, or name another file"
                 )
         damaged = Ranges()
-        written: list[tuple[int, bytes, bool]] = []  # what is to be read back
+        written: list[Content] = []  # what is to be read back
         with contextlib.closing(SparseFile(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL)) as file:
             try:
-                is_cloned = self._clone_to(file, depth)
+                is_cloned = self._clone_to(file, depth, size)
                 os.ftruncate(file.fd, size)
-                for index, contents, soundness in itertools.islice(self.chunks(depth), size // CHUNK):
-                    content, base = contents[depth], contents[0] if is_cloned else ZERO_CHUNK
-                    if content is not base:
-                        pages = ((page, page * PAGE) for page in range(PAGES))
-                        differing = sum(
-                            1 << page for page, at in pages if base[at : at + PAGE] != content[at : at + PAGE]
+                held = 0
+                for content in itertools.islice(self.contents(depth), size // CHUNK):
+                    if content.pages or is_cloned:
+                        file.write_pages(
+                            content.index, content.pages, content.patched if is_cloned else content.filled
                         )
-                        if is_cloned and base is ZERO_CHUNK:  # it may stand for what the disk cannot read
-                            differing = ALL_PAGES
-                        Patch.of(index, differing, Patch.select(content, differing), b"").write_to(file)
-                    written.append((index, content, soundness[depth]))
-                    if len(written) == self.READ_BACK:
+                    written.append(content)
+                    held += len(content.pages)
+                    if held > self.READ_BACK or len(written) > self.READ_BACK:
                         self._read_back(file, written, damaged)
+                        held = 0
                     tick(CHUNK)
                 self._read_back(file, written, damaged)
                 os.fsync(file.fd)
@@ -3362,24 +3730,26 @@ class Chain:
         return final, damaged
 
     @staticmethod
-    def _read_back(file: SparseFile, written: list[tuple[int, bytes, bool]], damaged: Ranges) -> None:
+    def _read_back(file: SparseFile, written: list[Content], damaged: Ranges) -> None:
         """Compare what a restored file has on the disk with what it is to have, and write again what it has not.
 
-        `written` are neighbouring chunks: index, content, whether that is sound. ZFS has been seen to show in a clone
-        what was there before.
+        `written` are neighbouring chunks. ZFS has been seen to show in a clone what was there before.
         """
+        wrong = {content.index for content in written}
         for attempt in (1, 2):
-            if written:
-                file.forget_cached(written[0][0] * CHUNK, len(written) * CHUNK)
-            wrong = {index: content for index, content, _ in written if file.chunk(index) != content}
-            for index, content in wrong.items() if attempt == 1 else ():
-                file.write(content, index * CHUNK)
-        for index, _, is_sound in written:
-            if index in wrong or not is_sound:
-                damaged.add(index)
+            if wrong:
+                file.forget_cached(written[0].index * CHUNK, len(written) * CHUNK)
+            wrong = {content.index for content in written if content.index in wrong
+                     and file.pages(content.index) != content.pages}  # fmt: skip
+            for content in written if attempt == 1 and wrong else ():
+                if content.index in wrong:
+                    file.write_pages(content.index, content.pages, ALL_PAGES)
+        for content in written:
+            if content.index in wrong or not content.is_sound:
+                damaged.add(content.index)
         written.clear()
 
-    def _clone_to(self, file: SparseFile, depth: int) -> bool:
+    def _clone_to(self, file: SparseFile, depth: int, size: int) -> bool:
         """Make a file share the image's content; where its file system cannot, check that there is space for a copy."""
         with contextlib.suppress(OSError):
             if self._undo is None:  # else the image is not what the first step back begins with
@@ -3387,13 +3757,24 @@ class Chain:
                 self.image.forget_cached()  # what is on the disk is what they share
                 return True
         os.ftruncate(file.fd, 0)  # it may have got a part before it failed
+        free = file.free_space()
         older = sum(version.occupied for version in self.versions[:depth])
-        needed, free = os.fstat(self.image.fd).st_blocks * 512 + older, file.free_space()
+        needed = min(os.fstat(self.image.fd).st_blocks * 512 + older, size)
+        if needed > free:
+            needed = min(os.fstat(self.image.fd).st_blocks * 512 + self._patched(depth), size)
         if needed > free:
             raise DosvobError(
                 f"{file.path} may take up to {human_size(needed)}, and {human_size(free)} are free there: make room"
             )
         return False
+
+    def _patched(self, depth: int) -> int:
+        """The bytes that the patches of `depth` versions can fill: each page counts once."""
+        pages = 0
+        with self._steps(depth) as steps:
+            for _, patches in by_chunk(steps):
+                pages += functools.reduce(operator.or_, (entry.filled for _, entry in patches)).bit_count()
+        return pages * PAGE
 
     def close(self) -> None:
         """Close all files."""
@@ -3494,10 +3875,10 @@ class Source:
                 )
 
             def chunks() -> Iterator[tuple[int, bytes]]:
-                for index, contents, soundness in itertools.islice(chain.chunks(depth), size // CHUNK):
-                    if not soundness[depth]:
-                        raise Damaged(f"{name} is damaged at byte {index * CHUNK}; {rest}")
-                    yield index, contents[depth]
+                for content in itertools.islice(chain.contents(depth), size // CHUNK):
+                    if not content.is_sound:
+                        raise Damaged(f"{name} is damaged at byte {content.index * CHUNK}; {rest}")
+                    yield content.index, content.chunk
 
             yield cls(
                 name,
@@ -6353,10 +6734,11 @@ class Commands:
             )
         if image.ranges:
             problems.append(f"differs from its snapshot in {image}: the next backup mends it")
-        for version, ranges in zip(chain.versions, versions, strict=True):
-            if ranges.ranges or not version.is_whole:
+        for depth, (version, ranges) in enumerate(zip(chain.versions, versions, strict=True), 1):
+            is_whole = version.is_whole and depth not in chain.flawed
+            if ranges.ranges or not is_whole:
                 lost = f"cannot be restored in {ranges}" if ranges.ranges else "can be restored whole"
-                damaged = f"; {version.path} is damaged" * (not version.is_whole)
+                damaged = f"; {version.path} is damaged" * (not is_whole)
                 problems.append(f"the version of {local_time(version.moment)} {lost}{damaged}")
         for problem in problems:
             report.error(f"{paths.name}: {problem}")

@@ -514,8 +514,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench.md"))
     parser.add_argument("--memory", action="store_true", help="only the memory over 1, 4 and 16 GiB")
     parser.add_argument("--restore", action="store_true", help="only a restore into a new volume")
-    parser.add_argument("--old", type=Path, metavar="DIRECTORY", help="with --restore: another checkout beside it")
+    parser.add_argument("--old", type=Path, metavar="DIRECTORY", help="with --restore or --chain: another checkout beside it")
     parser.add_argument("--versions", action="store_true", help="only what keeping a version costs")
+    parser.add_argument("--chain", action="store_true", help="only what a long chain of versions costs; also --old")
     parser.add_argument("--control-plane", action="store_true", help="only a run over 8 volumes of a simulated account")
     arguments = parser.parse_args()
     result = run(arguments)
@@ -534,6 +535,10 @@ def run(arguments: argparse.Namespace) -> str:
     keys = arguments.directory / "keys"
     keys.mkdir(exist_ok=True)
     # Imported here, since the memory of a sync is measured in a process that has this file as well.
+    if arguments.chain:
+        import bench_chain  # noqa: PLC0415
+
+        return bench_chain.measure(arguments)
     if arguments.control_plane:
         import bench_control  # noqa: PLC0415
 
