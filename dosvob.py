@@ -127,10 +127,12 @@ import operator
 import random
 import re
 import secrets
+import select
 import shlex
 import shutil
 import socket
 import ssl
+import subprocess
 import tempfile
 import traceback
 import urllib.parse
@@ -2836,6 +2838,7 @@ class PatchFile:
         self._opened = SparseFile(path, flags)
         self._made: tempfile.SpooledTemporaryFile[bytes] | None = None  # the index of a file that has none
         self._count = -1  # of the index's rows; before they are known -1
+        self._chunks: array.array[int] | None = None  # of its rows, if `find` was asked
         try:
             if from_disk:
                 self._opened.forget_cached()
@@ -2855,11 +2858,12 @@ class PatchFile:
 
     @property
     def _file(self) -> SparseFile:
-        if self._opened.fd < 0:
-            self._opened = SparseFile(self.path)
-            if unseal(self._kind, self._opened.read(0, BLOCK) or b"", self.path) != self.head:
+        if self.is_parked:
+            with contextlib.suppress(FileNotFoundError):
+                self._opened = SparseFile(self.path)
+            if self.is_parked or unseal(self._kind, self._opened.read(0, BLOCK) or b"", self.path) != self.head:
                 self._opened.close()
-                raise Damaged(f"{self.path} was replaced")
+                raise Damaged(f"{self.path} was replaced or removed")
         if self._pool is not None:
             self._pool.use(self)
         return self._opened
@@ -3027,6 +3031,20 @@ class PatchFile:
         rows = self.rows(start, self.row_of(end) - start)
         return {rows[place : place + 4]: rows[place : place + size] for place in range(0, len(rows), size)}
 
+    def find(self, index: int) -> Entry | None:
+        """What it has of a chunk."""
+        if self._chunks is None:
+            self._chunks = array.array("I")
+            for first in range(0, self._count, CHUNK // PAGE):
+                rows = memoryview(self.rows(first, CHUNK // PAGE)).cast("I")
+                self._chunks.extend(rows[:: self.ROW.size // 4])
+            if sys.byteorder == "little":
+                self._chunks.byteswap()
+        row = bisect.bisect_left(self._chunks, index)
+        if row == len(self._chunks) or self._chunks[row] != index:
+            return None
+        return self.entry_of(self.ROW.unpack(self.rows(row, 1)))
+
     def pages_of(self, entry: Entry, wanted: int) -> dict[int, bytes]:
         """Those of the wanted pages that it has data for, not verified; zeros for what cannot be read."""
         found = {}
@@ -3046,6 +3064,16 @@ class PatchFile:
         places = enumerate(pages_in(entry.filled))
         pages = {page: data[place * PAGE : (place + 1) * PAGE] for place, page in places}
         return pages, patch.pack(self.head.get("id", "")) == stored[:size]
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether it is closed, for now."""
+        return self._opened.fd < 0
+
+    @property
+    def fd(self) -> int:
+        """The file's descriptor."""
+        return self._file.fd
 
     def park(self) -> None:
         """Close the file; the next use opens it again, and raises Damaged if it is another one."""
@@ -3159,7 +3187,9 @@ class Versions:
         for group in groups:
             try:
                 while len(group) > 1:
-                    parts = [group[first : first + self.MOST_JOINED] for first in range(0, len(group), self.MOST_JOINED)]
+                    parts = [
+                        group[first : first + self.MOST_JOINED] for first in range(0, len(group), self.MOST_JOINED)
+                    ]
                     group = [self._join(part, tick) for part in parts]  # noqa: PLW2901
             except Damaged as problem:  # which is no reason to keep others for ever
                 damaged = problem
@@ -3712,9 +3742,7 @@ class Chain:
                 held = 0
                 for content in itertools.islice(self.contents(depth), size // CHUNK):
                     if content.pages or is_cloned:
-                        file.write_pages(
-                            content.index, content.pages, content.patched if is_cloned else content.filled
-                        )
+                        file.write_pages(content.index, content.pages, content.patched if is_cloned else content.filled)
                     written.append(content)
                     held += len(content.pages)
                     if held > self.READ_BACK or len(written) > self.READ_BACK:
@@ -6180,6 +6208,736 @@ class Restoration:
         return push.sent
 
 
+# ── The mount ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Shows images and versions as files. `Shown` knows what a snapshot's bytes are while runs go on, `Scratch` what was
+# written over them, `FileSystem` what is where, and `Kernel` speaks FUSE's protocol with it:
+# https://docs.kernel.org/filesystems/fuse/ and include/uapi/linux/fuse.h. One thread does all of it.
+
+
+class Replaced(DosvobError):
+    """What is to be read is not there any more."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What there was of a volume at a moment: its image, state and undo, and the marks by which a change is noticed."""
+
+    image: SparseFile
+    table: SparseFile
+    state: State
+    undo: PatchFile | None  # it is laid over the image, which is what the state says then
+    versions: dict[str, Snapshot]  # by the names of their files; the image's among them
+    marks: tuple[object, ...]
+    paths: dict[Snapshot, list[PatchFile]] = field(default_factory=dict)  # those that were looked for
+
+
+class Shown:
+    """What the snapshots of a volume are, while runs change its image and thin its versions. It holds no lock.
+
+    A run touches an image only after its undo is whole. So what was read is right if image and state are afterwards what
+    they were, and there is no whole undo but the one that was read: otherwise it looks again at what is there, and reads
+    again. What leads from one snapshot to another is so for ever, so it keeps that: a version that was opened can be
+    read after it was dropped.
+    """
+
+    ATTEMPTS = 100
+    CACHED = 48  # chunks
+    JUST_NOW = 50_000_000  # ns; a change within the clock's step of another one might not show
+
+    def __init__(self, paths: ImagePaths, pool: OpenFiles) -> None:
+        self.paths = paths
+        self._pool = pool
+        self._view: View | None = None
+        self._leading: dict[tuple[Snapshot, Snapshot], PatchFile] = {}  # from one to an older one
+        self._checked: dict[Snapshot, set[int]] = {}  # chunks that were as recorded
+        self._cache: dict[tuple[Snapshot, int], dict[int, bytes]] = {}
+        self._held: dict[Snapshot, list[PatchFile]] = {}  # of those that are open, what leads to them
+        self._files = contextlib.ExitStack()  # the view's
+
+    def versions(self) -> dict[str, Snapshot]:
+        """The snapshots that there are by the names of their files, the newest first; raises DosvobError, OSError."""
+        view = self._view
+        return (view if view is not None and self._is_current(view, all_of_it=True) else self._look()).versions
+
+    def pages(self, snapshot: Snapshot, index: int, wanted: int) -> dict[int, bytes]:
+        """Those of the wanted pages of a chunk that are not zeros, as the snapshot has them.
+
+        Raises Damaged if they are not what was recorded, Replaced if the snapshot is not there any more, OSError.
+        """
+        if (cached := self._cache.pop((snapshot, index), None)) is not None:
+            self._cache[snapshot, index] = cached  # the last one that was used
+            return cached
+        checked, damage = self._checked.setdefault(snapshot, set()), None
+        for _ in range(self.ATTEMPTS):
+            view, is_known = self._view or self._look(), index in checked
+            try:
+                path = self._path(view, snapshot)
+                patches = [(file, entry) for file in path if (entry := file.find(index)) is not None]
+                pages = (self._some_of if is_known else self._whole)(view, index, patches, wanted)
+            except Damaged as problem:
+                if damage is not None and self._is_current(view):
+                    raise
+                damage = problem  # unless it goes with another look: a version was replaced, the image changed
+            else:
+                if self._is_current(view):
+                    if not is_known:
+                        checked.add(index)
+                        self._cache[snapshot, index] = pages
+                        if len(self._cache) > self.CACHED:
+                            del self._cache[next(iter(self._cache))]
+                    return pages
+            self._look()
+        raise Damaged(f"{self.paths.name} changes faster than it can be read")
+
+    def is_zeros(self, snapshot: Snapshot, index: int) -> bool:
+        """Whether a chunk is recorded to be zeros."""
+        view = self._view or self._look()
+        entries = (file.find(index) for file in reversed(self._path(view, snapshot)))
+        newest = next((entry.digest for entry in entries if entry is not None), None)
+        return (newest or self._recorded(view, index)) == ZERO_DIGEST
+
+    @staticmethod
+    def _recorded(view: View, index: int) -> bytes:
+        return view.table.read(BLOCK + index * DIGEST_SIZE, DIGEST_SIZE) or b""
+
+    def _whole(self, view: View, index: int, patches: list[tuple[PatchFile, Entry]], _wanted: int) -> dict[int, bytes]:
+        """All of a chunk; raises Damaged if it is not as recorded."""
+        digest = patches[-1][1].digest if patches else self._recorded(view, index)
+        pages, is_sound = ({}, True) if digest == ZERO_DIGEST else content_of(view.image, index, patches, digest)
+        if not is_sound:
+            raise Damaged(
+                f"bytes {index * CHUNK} to {(index + 1) * CHUNK - 1} are not what was backed up: to see what is "
+                f"damaged: {command_line('verify', self.paths.name)}"
+            )
+        return pages
+
+    @staticmethod
+    def _some_of(view: View, index: int, patches: list[tuple[PatchFile, Entry]], wanted: int) -> dict[int, bytes]:
+        """Some pages of a chunk that is as recorded."""
+        pages, rest = laid_over(patches, wanted)
+        for first, count in runs(rest):
+            data = view.image.read(index * CHUNK + first * PAGE, count * PAGE)
+            if data is None:
+                raise Damaged(f"{view.image.path} cannot be read at byte {index * CHUNK + first * PAGE}")
+            pages |= {first + number: data[number * PAGE : (number + 1) * PAGE] for number in range(count)}
+        return pages
+
+    def _path(self, view: View, snapshot: Snapshot) -> list[PatchFile]:
+        """What leads from the image to a snapshot, with indexes; raises Replaced, Damaged."""
+        if snapshot in view.paths:
+            return view.paths[snapshot]
+        leading = collections.defaultdict(list)
+        for (newer, older), file in self._leading.items():
+            leading[newer].append((older, file))
+        before: dict[Snapshot, tuple[Snapshot, PatchFile] | None] = {view.state.snapshot: None}
+        ways = collections.deque(before)
+        while ways and snapshot not in before:
+            newer = ways.popleft()
+            for older, file in leading[newer]:
+                if older not in before:
+                    before[older] = newer, file
+                    ways.append(older)
+        if snapshot not in before:
+            raise Replaced("the version is not there any more: a run has dropped it, or what leads to it is damaged")
+        path, at = [], before[snapshot]
+        while at is not None:
+            path.append(at[1])
+            at = before[at[0]]
+        path += [view.undo] if view.undo else []
+        for file in path:
+            file.load_index()
+            if file.doubtful:
+                raise Damaged(f"{file.path} is damaged: {command_line('verify', self.paths.name)}")
+        view.paths[snapshot] = path[::-1]
+        if snapshot in self._held:
+            self._held[snapshot] = view.paths[snapshot]
+        return view.paths[snapshot]
+
+    def hold(self, snapshot: Snapshot) -> None:
+        """Keep what leads to a snapshot open, so that it can be read even if a run drops it; raises Replaced, Damaged."""
+        self._held[snapshot] = self._path(self._view or self._look(), snapshot)
+
+    def let_go(self, snapshot: Snapshot) -> None:
+        """It is not open any more."""
+        self._held.pop(snapshot, None)
+
+    # What is there
+
+    @staticmethod
+    def _mark(path_or_fd: Path | int) -> tuple[int, ...] | None:
+        """What changes with a file; None without one."""
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(path_or_fd)
+            return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return None
+
+    def _marks(self, image: SparseFile, undo: PatchFile | None) -> tuple[object, ...]:
+        """The marks of state, undo, image and versions. An image below an undo may change, an undo that is no whole one
+        does not count."""
+        has_undo = self._mark(self.paths.undo)
+        if undo is None and has_undo is not None:
+            with Undo.left(self.paths) as left:
+                has_undo = None if left is None or left.is_committed else has_undo
+        told = self._mark(self.paths.state), has_undo, self._mark(image.fd) if undo is None else None
+        return (*told, self._mark(self.paths.versions))
+
+    def _is_current(self, view: View, *, all_of_it: bool = False) -> bool:
+        """Whether what was read by a view is right; `all_of_it`: and whether there are the same versions."""
+        marks = self._marks(view.image, view.undo)
+        return marks == view.marks if all_of_it else marks[:3] == view.marks[:3]
+
+    def _look(self) -> View:
+        """See what is there now; raises Replaced, DosvobError, OSError."""
+        for attempt in range(self.ATTEMPTS):
+            if attempt > 1:
+                time.sleep(0.01)
+            with contextlib.ExitStack() as files, contextlib.suppress(FileNotFoundError):
+                image = files.enter_context(contextlib.closing(SparseFile(self.paths.image)))
+                undo = files.enter_context(Undo.left(self.paths))
+                laid = undo.file if undo is not None and not undo.is_committed else None
+                marks = self._marks(image, laid)
+                table = files.enter_context(contextlib.closing(SparseFile(self.paths.state)))
+                state = State.load(self.paths.state)
+                versions = Versions(self.paths).all()
+                changed = os.fstat(image.fd).st_ctime_ns
+                is_new = laid is None and abs(time.time_ns() - changed) < self.JUST_NOW
+                is_torn = self._mark(table.fd) != marks[0] or (self._mark(laid.fd) if laid else None) != marks[1]
+                if state is None or is_new or is_torn:
+                    continue
+                self._open(versions)
+                if self._marks(image, laid) != marks:
+                    continue
+                self._close()
+                self._view = View(image, table, state, laid, self._named(state, versions), marks)
+                self._files = files.pop_all()
+                return self._view
+        raise Replaced(f"{self.paths.name}: its image or its state is not there, or changes all the time")
+
+    @staticmethod
+    def _named(state: State, versions: Sequence[Version]) -> dict[str, Snapshot]:
+        """The snapshots by the names of their files: the image's is the one that it has later, as a version."""
+        moment = state.moment
+        if versions:
+            moment = max(moment, versions[0].moment + datetime.timedelta(seconds=1))
+        moments = [(moment, state.snapshot), *((version.moment, version.snapshot) for version in versions)]
+        return {each.strftime(FileSystem.TIME): snapshot for each, snapshot in moments if snapshot is not None}
+
+    def _open(self, versions: Sequence[Version]) -> None:
+        """Open the files of versions that are not known yet, and let go of what neither leads to one nor is held."""
+        found: dict[tuple[Snapshot, Snapshot], PatchFile] = {}
+        for version in versions:
+            if version.newer is not None and version.snapshot is not None:
+                key = (version.newer, version.snapshot)
+                file = self._leading.get(key)
+                if file is None or file.path.parent != version.path.parent or file.is_parked:
+                    file = PatchFile(version.path, "version", pool=self._pool)
+                    if (file.head.get("newer"), file.head.get("snapshot")) != (*map(dataclasses.asdict, key),):
+                        file.close()
+                        raise FileNotFoundError(version.path)  # it was replaced since it was listed
+                found[key] = file
+        held = {id(file) for path in self._held.values() for file in path}
+        for key, file in self._leading.items():
+            if key not in found and id(file) in held:
+                found[key] = file
+            elif found.get(key) is not file:
+                file.close()
+        self._leading = found
+
+    def _close(self) -> None:
+        self._checked.clear()
+        if self._view is not None:
+            self._view = None
+            self._files.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        self._close()
+        for file in self._leading.values():
+            file.close()
+
+
+class ShownFile:
+    """A snapshot as a file: its bytes, and what was written over them since the mount began."""
+
+    SOUGHT = 20_000  # chunks in which data is looked for at once
+
+    def __init__(self, shown: Shown, snapshot: Snapshot, scratch: Path | None) -> None:
+        self.shown = shown
+        self.snapshot = snapshot
+        self.size = snapshot.size  # bytes
+        self.opened = 0  # how often
+        self._directory = scratch
+        self._scratch: SparseFile | None = None
+        self._written: dict[int, int] = {}  # the bitmaps of the pages that the scratch file has, by their chunks
+
+    def open(self) -> None:
+        """Open it, so that it stays readable; raises as `Shown.pages` does."""
+        self.shown.hold(self.snapshot)
+        self.opened += 1
+
+    def release(self) -> None:
+        """End what `open` began."""
+        self.opened -= 1
+        if not self.opened:
+            self.shown.let_go(self.snapshot)
+
+    @staticmethod
+    def _parts(offset: int, end: int) -> Iterator[tuple[int, int]]:
+        """The chunks of a range of bytes, each with the bitmap of the pages."""
+        page, last = offset // PAGE, -(-end // PAGE)
+        while page < last:
+            index, first = divmod(page, PAGES)
+            count = min(PAGES - first, last - page)
+            yield index, ((1 << count) - 1) << first
+            page += count
+
+    def read(self, offset: int, length: int) -> list[bytes]:
+        """A part of it, in pieces, as far as it goes. Raises as `Shown.pages` does."""
+        end, pieces = min(offset + length, self.size), []
+        for index, wanted in self._parts(offset, end):
+            own = self._written.get(index, 0) & wanted
+            pages = self.shown.pages(self.snapshot, index, wanted & ~own) if own != wanted else {}
+            if own and self._scratch:
+                pages = dict(pages)
+                for page in pages_in(own):
+                    pages[page] = self._scratch.read(index * CHUNK + page * PAGE, PAGE) or ZERO_PAGE
+            pieces += [pages.get(page, ZERO_PAGE) for page in pages_in(wanted)]
+        if pieces:
+            pieces[-1] = pieces[-1][: (end - 1) % PAGE + 1]
+            pieces[0] = pieces[0][offset % PAGE :]
+        return pieces
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write over a part of it; raises OSError."""
+        end = offset + len(data)
+        start, stop = offset // PAGE * PAGE, -(-end // PAGE) * PAGE
+        if end > self.size:
+            raise OSError(errno.ENOSPC, "it does not grow")
+        self._scratch_file().write(
+            b"".join([*self.read(start, offset - start), data, *self.read(end, stop - end)]), start
+        )
+        self._mark(start, stop)
+
+    def write_zeros(self, offset: int, length: int) -> None:
+        """The same with zeros, which take no space."""
+        end = min(offset + length, self.size)
+        start, stop = -(-offset // PAGE) * PAGE, end // PAGE * PAGE
+        if start < stop:
+            self._scratch_file().write_zeros(start, stop - start)
+            self._mark(start, stop)
+        for first, last in ((offset, min(start, end)), (max(stop, offset), end)) if start <= stop else ((offset, end),):
+            if first < last:
+                self.write(first, bytes(last - first))
+
+    def _mark(self, start: int, stop: int) -> None:
+        for index, pages in self._parts(start, stop):
+            self._written[index] = self._written.get(index, 0) | pages
+
+    def _scratch_file(self) -> SparseFile:
+        if self._scratch is None:
+            with tempfile.TemporaryFile(dir=self._directory) as file:
+                self._scratch = SparseFile(Path(f"/proc/self/fd/{file.fileno()}"), os.O_RDWR)
+                os.ftruncate(self._scratch.fd, self.size)
+        return self._scratch
+
+    def seek(self, offset: int, *, data: bool) -> int:
+        """Where the next data is, or the next hole: whole chunks, by their digests. Raises OSError."""
+        chunks = range(offset // CHUNK, self.size // CHUNK)
+        if offset >= self.size:
+            raise OSError(errno.ENXIO, "behind the end")
+        for index in chunks[: self.SOUGHT]:
+            if data != (index not in self._written and self.shown.is_zeros(self.snapshot, index)):
+                return max(offset, index * CHUNK)
+        if data and len(chunks) <= self.SOUGHT:
+            raise OSError(errno.ENXIO, "no data")
+        return chunks[self.SOUGHT] * CHUNK if data else self.size  # what is said to be data may be zeros
+
+    def close(self) -> None:
+        """Close the scratch file, by which it is gone."""
+        if self._scratch is not None:
+            self._scratch.close()
+
+
+class FileSystem:
+    """What the mount shows: directories for regions and volumes, in these a file per snapshot, and `latest`.
+
+    Nodes have numbers, which the kernel knows them by, as long as the mount is there.
+    """
+
+    TIME = "%Y-%m-%dT%H%M%SZ"  # as --at takes it
+    LATEST = "latest"
+
+    def __init__(self, home: Home, patterns: Sequence[str], scratch: Path | None, report: Reporter) -> None:
+        self._home = home
+        self._patterns = patterns
+        self._scratch = scratch
+        self._report = report
+        self._pool = OpenFiles()
+        self._shown: dict[str, Shown] = {}
+        self.nodes: list[str | tuple[str, str] | ShownFile] = [
+            "",
+            "",
+        ]  # directories by their paths, links; 1 is the root
+        self._numbers: dict[object, int] = {"": 1}
+        self._told: set[str] = set()
+
+    def _number(self, key: object, make: Callable[[], str | tuple[str, str] | ShownFile]) -> int:
+        if key not in self._numbers:
+            self.nodes.append(make())
+            self._numbers[key] = len(self.nodes) - 1
+        return self._numbers[key]
+
+    def names(self) -> set[str]:
+        """The volumes, and what was set aside."""
+        there = self._home.names()
+        if not self._patterns:
+            return there
+        return {name for pattern in self._patterns for name in Home.matching(pattern, there)}
+
+    def versions(self, name: str) -> dict[str, Snapshot]:
+        """What there is of a volume, by the names of the files, the newest first; tells what is wrong."""
+        shown = self._shown.setdefault(name, Shown(ImagePaths(self._home.path, name), self._pool))
+        try:
+            return shown.versions()
+        except (DosvobError, OSError) as problem:
+            self.tell(f"{name} is not shown: {explained(problem, self._home.path)}")
+            return {}
+
+    def tell(self, text: str) -> None:
+        """Report an error, once."""
+        if text not in self._told:
+            self._told.add(text)
+            self._report.error(text)
+
+    def children(self, number: int) -> dict[str, int]:
+        """What is in a directory; raises OSError if it is none."""
+        path, names = self.nodes[number], self.names()
+        if not isinstance(path, str):
+            raise NotADirectoryError(errno.ENOTDIR, "no directory")
+        if path not in names:
+            below = f"{path}/" if path else ""
+            found = sorted({name.removeprefix(below).partition("/")[0] for name in names if name.startswith(below)})
+            return {name: self._number(below + name, functools.partial(str, below + name)) for name in found}
+        versions = self.versions(path)
+        found = {}
+        for name, snapshot in versions.items():
+            make = functools.partial(ShownFile, self._shown[path], snapshot, self._scratch)
+            found[name] = self._number((path, snapshot), make)
+        if versions:
+            link = (path, next(iter(versions)))
+            found[self.LATEST] = self._number(link, lambda: link)
+        return found
+
+    def file(self, number: int) -> ShownFile:
+        """A file; raises OSError if it is none."""
+        node = self.nodes[number]
+        if not isinstance(node, ShownFile):
+            raise IsADirectoryError(errno.EISDIR, "no file")
+        return node
+
+    def close(self) -> None:
+        """Close all files."""
+        for node in self.nodes:
+            if isinstance(node, ShownFile):
+                node.close()
+        for shown in self._shown.values():
+            shown.close()
+
+
+class Kernel:
+    """The kernel's end of a mount: a descriptor of /dev/fuse, over which it asks, one question at a time."""
+
+    IN = struct.Struct("=IIQQIIIHH")  # fuse_in_header: length, opcode, unique, node, uid, gid, pid, extension, padding
+    OUT = struct.Struct("=IiQ")  # fuse_out_header: length, error, unique
+    ATTR = struct.Struct("=6Q10I")
+    MOST = CHUNK  # bytes of a read or a write
+    LONG, SHORT = 3600, 1  # seconds for which the kernel may rely on what a file is, and on what is there
+    FLAGS = 1 << 0 | 1 << 5 | 1 << 22  # FUSE_ASYNC_READ, FUSE_BIG_WRITES, FUSE_MAX_PAGES
+    UNANSWERED = (2, 36, 42)  # FORGET, INTERRUPT, BATCH_FORGET
+
+    def __init__(self, fd: int, files: FileSystem, *, read_only: bool) -> None:
+        self._fd = fd
+        self._files = files
+        self._modes = (0o500, 0o400) if read_only else (0o700, 0o600)
+        self._began = utc_now().timestamp()
+        self._answers: dict[int, Callable[[int, memoryview], bytes | list[bytes]]] = {
+            1: self._lookup, 3: self._getattr, 4: self._getattr, 5: self._readlink, 14: self._open, 15: self._read,
+            16: self._write, 17: self._statfs, 18: self._release, 20: self._nothing, 25: self._nothing, 26: self._init,
+            27: self._opendir, 28: self._readdir, 29: self._nothing, 30: self._nothing, 38: self._nothing,
+            43: self._fallocate, 46: self._lseek,
+        }  # fmt: skip
+
+    def serve(self, is_ended: Callable[[], object]) -> None:
+        """Answer until it is unmounted; calls `is_ended` now and then."""
+        buffer = memoryview(bytearray(self.MOST + (64 << 10)))
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        looked = 0.0
+        while True:
+            if time.monotonic() - looked > Stop.NAP:
+                is_ended()
+                looked = time.monotonic()
+            try:
+                length = os.readv(self._fd, [buffer])
+            except BlockingIOError:
+                poll.poll(Stop.NAP * 1000)
+            except OSError as problem:
+                if problem.errno == errno.ENODEV:
+                    return
+                if problem.errno not in (errno.ENOENT, errno.EINTR):  # the question was taken back
+                    raise
+            else:
+                self._answer(buffer[:length])
+
+    def _answer(self, question: memoryview) -> None:
+        _, opcode, unique, node, *_ = self.IN.unpack(question[: self.IN.size])
+        if opcode in self.UNANSWERED:
+            return
+        answer: bytes | list[bytes] = b""
+        number = 0
+        try:
+            if opcode not in self._answers:
+                raise OSError(errno.ENOSYS, "not needed")
+            answer = self._answers[opcode](node, question[self.IN.size :])
+        except DosvobError as problem:
+            number = errno.EIO
+            self._files.tell(f"{self._described(node)}: {problem}")
+        except OSError as problem:
+            number = problem.errno or errno.EIO
+            if problem.filename or number in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                self._files.tell(f"{self._described(node)}: {explained(problem, Path(tempfile.gettempdir()))}")
+        except Exception as problem:  # noqa: BLE001 - a bug: whoever reads meets an error, and the mount goes on
+            number = errno.EIO
+            self._files.tell(f"{self._described(node)}: unexpected {type(problem).__name__}: {problem}")
+        pieces = [] if number else answer if isinstance(answer, list) else [answer]
+        head = self.OUT.pack(self.OUT.size + sum(map(len, pieces)), -number, unique)
+        with contextlib.suppress(FileNotFoundError):  # nobody waits for it any more
+            os.writev(self._fd, [head, *pieces])
+
+    def _described(self, number: int) -> str:
+        node = self._files.nodes[number]
+        return f"{node.shown.paths.name} of {node.snapshot.taken_at}" if isinstance(node, ShownFile) else str(node)
+
+    def _attributes(self, number: int) -> bytes:
+        node, (directory, file) = self._files.nodes[number], self._modes
+        seconds, size, mode, links = self._began, 0, stat.S_IFDIR | directory, 2
+        if isinstance(node, ShownFile):
+            seconds, size, mode, links = node.snapshot.moment(utc_now()).timestamp(), node.size, stat.S_IFREG | file, 1
+        elif isinstance(node, tuple):
+            size, mode, links = len(node[1]), stat.S_IFLNK | 0o777, 1
+        # one block less than all: programs look for holes then, and none takes it for nothing but a hole
+        blocks, times = max(size // 512 - 1, 0), [int(seconds)] * 3
+        return self.ATTR.pack(
+            number, size, blocks, *times, 0, 0, 0, mode, links, os.geteuid(), os.getegid(), 0, PAGE, 0
+        )
+
+    def _init(self, _node: int, body: memoryview) -> bytes:
+        major, minor, ahead, _ = struct.unpack("=4I", body[:16])
+        if (major, minor) < (7, 28):
+            raise OSError(errno.EPROTO, "the kernel is too old")
+        ahead = max(ahead, self.MOST)
+        return struct.pack("=4IHHIIHHI28x", 7, 31, ahead, self.FLAGS, 16, 12, self.MOST, 1, self.MOST // PAGE, 0, 0)
+
+    def _lookup(self, node: int, body: memoryview) -> bytes:
+        found = self._files.children(node).get(os.fsdecode(bytes(body).rstrip(b"\0")))
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "not there")
+        return struct.pack("=4QII", found, 0, self.SHORT, self.LONG, 0, 0) + self._attributes(found)
+
+    def _getattr(self, node: int, body: memoryview) -> bytes:
+        """Also that of SETATTR, of which only another size is refused."""
+        if len(body) >= 88 and struct.unpack("=I", body[:4])[0] & 1 << 3:
+            (size,) = struct.unpack("=Q", body[16:24])
+            if size != self._files.file(node).size:
+                raise OSError(errno.EPERM, "it has the size that it has")
+        return struct.pack("=QII", self.LONG, 0, 0) + self._attributes(node)
+
+    def _readlink(self, node: int, _body: memoryview) -> bytes:
+        link = self._files.nodes[node]
+        return os.fsencode(link[1]) if isinstance(link, tuple) else b""
+
+    def _open(self, node: int, _body: memoryview) -> bytes:
+        self._files.file(node).open()
+        keep_cache = 1 << 1  # FOPEN_KEEP_CACHE: what it has changes by writes to it alone
+        return struct.pack("=QIi", 0, keep_cache, 0)
+
+    def _release(self, node: int, _body: memoryview) -> bytes:
+        self._files.file(node).release()
+        return b""
+
+    def _read(self, node: int, body: memoryview) -> list[bytes]:
+        _, offset, size = struct.unpack("=QQI", body[:20])
+        return self._files.file(node).read(offset, size)
+
+    def _write(self, node: int, body: memoryview) -> bytes:
+        _, offset, size = struct.unpack("=QQI", body[:20])
+        self._files.file(node).write(offset, bytes(body[40 : 40 + size]))
+        return struct.pack("=II", size, 0)
+
+    def _fallocate(self, node: int, body: memoryview) -> bytes:
+        _, offset, length, mode = struct.unpack("=3QI", body[:28])
+        if mode & ~1 not in (0x02, 0x10):  # with or without KEEP_SIZE: PUNCH_HOLE, ZERO_RANGE
+            raise OSError(errno.EOPNOTSUPP, "only zeros")
+        self._files.file(node).write_zeros(offset, length)
+        return b""
+
+    def _lseek(self, node: int, body: memoryview) -> bytes:
+        _, offset, whence = struct.unpack("=QQI", body[:20])
+        return struct.pack("=Q", self._files.file(node).seek(offset, data=whence == os.SEEK_DATA))
+
+    def _opendir(self, _node: int, _body: memoryview) -> bytes:
+        return bytes(16)
+
+    def _readdir(self, node: int, body: memoryview) -> bytes:
+        _, offset, size = struct.unpack("=QQI", body[:20])
+        entries = [(".", node), ("..", node), *self._files.children(node).items()]
+        found = b""
+        for place, (name, number) in enumerate(entries[offset:], offset + 1):
+            encoded = os.fsencode(name)
+            entry = struct.pack("=QQII", number, place, len(encoded), 0) + encoded
+            entry = entry.ljust(-(-len(entry) // 8) * 8, b"\0")
+            if len(found) + len(entry) > size:
+                break
+            found += entry
+        return found
+
+    def _statfs(self, _node: int, _body: memoryview) -> bytes:
+        return struct.pack("=5Q4I24x", 0, 0, 0, 0, 0, PAGE, 255, PAGE, 0)
+
+    def _nothing(self, _node: int, _body: memoryview) -> bytes:
+        return b""
+
+
+class MountPoint:
+    """A directory on which files are shown: by mount(2) as root, else by the program fusermount3, which may do it too.
+
+    Nothing of this process looks at the directory while it is mounted: it would wait for itself.
+    """
+
+    KIND = "fuse.dosvob"
+    READ_ONLY, NO_SUID, NO_DEVICES, DETACH = 1, 2, 4, 2  # MS_RDONLY, MS_NOSUID, MS_NODEV, MNT_DETACH
+
+    def __init__(self, directory: Path, *, read_only: bool) -> None:
+        """Raises UsageError if nothing can be mounted there."""
+        self._read_only = read_only
+        self._is_root = os.geteuid() == 0
+        self._program = next(filter(None, map(shutil.which, ("fusermount3", "fusermount"))), None)
+        self.end = (
+            f"umount {directory}" if self._is_root else f"{Path(self._program or 'fusermount3').name} -u {directory}"
+        )
+        self.is_for_root = self._is_root  # whether root can look into it
+        try:
+            if not directory.is_dir():
+                raise UsageError(f"there is no directory {directory} to show them in: mkdir {directory}")
+        except OSError as problem:
+            if problem.errno != errno.ENOTCONN:
+                raise
+            raise UsageError(
+                f"{directory} is what is left of a mount that was killed: {self.end}, and run again"
+            ) from None
+        self.path = os.path.realpath(directory)
+        if any(mount.place == self.path and mount.kind == self.KIND for mount in Mount.all()):
+            raise UsageError(f"something is shown in {directory} already: {self.end}, or take another directory")
+        if not os.access("/dev/fuse", os.R_OK | os.W_OK) or not (self._is_root or self._program):
+            raise UsageError(
+                "there is no FUSE here, by which files are shown (modprobe fuse, or apt install fuse3; in a container "
+                "it takes --device /dev/fuse --cap-add SYS_ADMIN): restore to a file instead"
+            )
+
+    def mount(self) -> int:
+        """Mount; returns the kernel's end. Raises DosvobError."""
+        return self._mount() if self._is_root else self._have_mounted()
+
+    def _mount(self) -> int:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        options = f"fd={fd},rootmode=40000,user_id=0,group_id={os.getegid()},default_permissions,max_read={Kernel.MOST}"
+        flags = self.NO_SUID | self.NO_DEVICES | self.READ_ONLY * self._read_only
+        if LIBC.mount(b"dosvob", os.fsencode(self.path), self.KIND.encode(), ctypes.c_ulong(flags), options.encode()):
+            os.close(fd)
+            problem = os.strerror(ctypes.get_errno())
+            raise DosvobError(
+                f"nothing can be mounted on {self.path}: {problem}: a container needs --cap-add SYS_ADMIN"
+            )
+        for mount in Mount.all():
+            if mount.place == self.path and mount.kind == self.KIND:
+                with contextlib.suppress(OSError):  # else the kernel asks for 128 KiB at a time
+                    Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb").write_text(str(Kernel.MOST >> 10))
+        return fd
+
+    def _have_mounted(self) -> int:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            common = (
+                f"default_permissions,max_read={Kernel.MOST},fsname=dosvob,subtype=dosvob" + ",ro" * self._read_only
+            )
+            for more in (",allow_other", ""):  # others than root are kept out by the modes
+                done = subprocess.run(
+                    [str(self._program), "-o", common + more, "--", self.path],
+                    env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+                    pass_fds=[theirs.fileno()],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                if done.returncode == 0:
+                    self.is_for_root = bool(more)
+                    _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+                    os.set_blocking(fds[0], False)
+                    return fds[0]
+        raise DosvobError(f"nothing can be mounted on {self.path}: {done.stderr.strip()}")
+
+    def unmount(self, *, lazily: bool = False) -> None:
+        """Unmount it, if nobody uses it, or `lazily`; for another thread than the one that answers."""
+        if self._is_root:
+            LIBC.umount2(os.fsencode(self.path), self.DETACH * lazily)
+        else:
+            subprocess.run(
+                [str(self._program), "-u", *["-z"] * lazily, "--", self.path], capture_output=True, check=False
+            )
+
+
+class Served:
+    """A mount that goes on until it is unmounted, or a stop is requested and nobody uses it any more."""
+
+    RETRY = 1.0  # seconds
+
+    def __init__(self, point: MountPoint, files: FileSystem, report: Reporter, stop: Stop) -> None:
+        self._point = point
+        self._files = files
+        self._report = report
+        self._stop = stop
+        self._unmounting: threading.Thread | None = None
+        self._tried = 0.0
+
+    def run(self, fd: int, *, read_only: bool) -> None:
+        """Serve it."""
+        try:
+            Kernel(fd, self._files, read_only=read_only).serve(self._end_if_asked)
+        except BaseException:
+            self._unmounting = threading.Thread(target=functools.partial(self._point.unmount, lazily=True), daemon=True)
+            self._unmounting.start()
+            raise
+        finally:
+            os.close(fd)
+            if self._unmounting is not None:
+                self._unmounting.join()
+
+    def _end_if_asked(self) -> None:
+        now = time.monotonic()
+        if not self._stop.requested or now - self._tried < self.RETRY:
+            return
+        if self._unmounting is not None:
+            if self._unmounting.is_alive():
+                return
+            self._report.doing(f"{self._point.path} is in use")
+            if self._tried:
+                self._files.tell(
+                    f"{self._point.path} is in use: it ends as soon as what is on it is unmounted and closed"
+                )
+        self._tried, self._unmounting = now, threading.Thread(target=self._point.unmount, daemon=True)
+        self._unmounting.start()
+
+
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # What the user can ask for, and how a run goes that does it.
 
@@ -6615,7 +7373,7 @@ class Listing:
 class Commands:
     """What the user can ask for, each a method. It has failed if it raises, or reports an error.
 
-    Those that need no account: `verify`, `health`, `list`, and `restore` to a file.
+    Those that need no account: `verify`, `health`, `list`, `mount`, and `restore` to a file.
     """
 
     def __init__(self, arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
@@ -6811,6 +7569,39 @@ class Commands:
         if told:
             report.answer("\n\n".join(told), self._stop)
 
+    def mount(self) -> None:
+        """Show images and versions as files, until it is unmounted; without lock, network or account."""
+        arguments, home, report = self._arguments, self._home, self._report
+        home.check()
+        if not arguments.names:
+            raise UsageError(f"mount takes a directory to show them in: {command_line('mount', 'DIR')}")
+        directory, patterns = Path(arguments.names[0]), arguments.names[1:]
+        home.select(patterns)
+        point = MountPoint(directory, read_only=arguments.read_only)
+        if Path(point.path).is_relative_to(os.path.realpath(home.path)):
+            raise UsageError(f"{directory} is among the backups: take a directory elsewhere")
+        try:
+            tempfile.TemporaryFile(dir=arguments.scratch).close()
+        except OSError as problem:
+            raise UsageError(
+                f"{arguments.scratch or tempfile.gettempdir()} cannot have what is written to the files: "
+                f"{problem.strerror}: name a directory with --scratch"
+            ) from None
+        with contextlib.closing(FileSystem(home, patterns, arguments.scratch, report)) as files:
+            there = {name: files.versions(name) for name in sorted(files.names())}
+            fd = point.mount()
+            count = sum(map(len, there.values()))
+            report.say(
+                f"{directory} shows {len(there)} volume{'s' * (len(there) != 1)}, {count} snapshot{'s' * (count != 1)} in "
+                f"all, until {point.end} or ^C"
+            )
+            if not point.is_for_root:
+                report.say(
+                    "only you can look into it, not root, by which loop devices are made: for these start it with "
+                    "sudo, or put user_allow_other into /etc/fuse.conf"
+                )
+            Served(point, files, report, self._stop).run(fd, read_only=arguments.read_only)
+
     def restore(self) -> None:
         """Bring back an image or an older version."""
         if self._arguments.to_volume is None:
@@ -6967,6 +7758,7 @@ examples:
   python dosvob.py                  back up all volumes that conf.json names to ./backups
   python dosvob.py data 'db-*'      back up these volumes only
   python dosvob.py list             say what there is to restore, with times, offline
+  python dosvob.py mount DIR        show every version as a file that can be mounted, at once, offline
   python dosvob.py restore data data.img --at '2026-11-24 08:00'
                                     write that version, or the latest, to a new file, offline
   python dosvob.py restore data --to-volume data-2 --at yesterday
@@ -6992,6 +7784,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Commands], None], set[str]]] = {
     "verify": (Commands.verify, PLACES),
     "health": (Commands.health, {*PLACES, "max_age"}),
     "list": (Commands.list, {*PLACES, "json"}),
+    "mount": (Commands.mount, {*PLACES, "read_only", "scratch"}),
     "restore": (Commands.restore, {*PLACES, "at", *TO_VOLUME}),
 }
 ANSWERS = {"list", "health", "verify"}  # the program ends only after all that these say is written
@@ -6999,7 +7792,7 @@ DEFAULTS: Json = {
     "config": Path("conf.json"),
     "backups": Path("backups"),
     "max_age": 24.0,
-    **dict.fromkeys(("at", "to_volume", "region", "size", "from")),
+    **dict.fromkeys(("at", "to_volume", "region", "size", "from", "scratch")),
 }
 
 
@@ -7040,6 +7833,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, metavar="GIB", help="for restore --to-volume; default: as large as it was")
     parser.add_argument("--from", type=Path, metavar="FILE", help="for restore --to-volume: of any file, without NAME")
     parser.add_argument("--from-scratch", action="store_true", help="for restore --to-volume: send all of it")
+    parser.add_argument("--read-only", action="store_true", help="for mount: files that cannot be written to")
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="for mount: where what is written to them goes")
     parser.add_argument("--json", action="store_true", help="for list: for programs")
     parser.add_argument("--max-age", type=hours, metavar="HOURS", help="for health; default: 24")
     parser.add_argument("--verbose", action="store_true", help="tell every call, and tracebacks")
@@ -7053,7 +7848,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if command == "restore" and "to_volume" not in given:
         for option in TO_VOLUME & given.keys():
             parser.error(f"restore uses --{option.replace('_', '-')} with --to-volume alone")
-    flags = dict.fromkeys(("dry_run", "reread", "all", "json", "from_scratch", "verbose", "quiet"), False)
+    flags = dict.fromkeys(("dry_run", "reread", "all", "json", "from_scratch", "read_only", "verbose", "quiet"), False)
     return argparse.Namespace(**{**flags, **DEFAULTS, **given, "command": command})
 
 

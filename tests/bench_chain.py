@@ -115,7 +115,11 @@ def measure(arguments: argparse.Namespace) -> str:
     ours, target = Path(__file__).resolve().parent.parent, arguments.directory / "restored"
     checkouts = {"ours": ours, **({"the other": arguments.old.resolve()} if arguments.old else {})}
     oldest = BEGUN.strftime("%Y-%m-%dT%H:%MZ")
-    commands = {"list": ["list", "--json"], "verify": ["verify"], "restore": ["restore", "data", target, "--at", oldest]}
+    commands = {
+        "list": ["list", "--json"],
+        "verify": ["verify"],
+        "restore": ["restore", "data", target, "--at", oldest],
+    }
     costs: dict[str, dict[str, Cost]] = {what: {} for what in commands}
     digests = set()
     for what, command in commands.items():

@@ -43,7 +43,8 @@ def lineage(tmp_path: Path) -> Lineage:
 
 def digest_of_tree(directory: Path) -> dict[str, str]:
     """All that the files below a directory have."""
-    return {str(path): digest(path.read_bytes()) for path in directory.rglob("*") if path.is_file()}
+    files = (path for path in directory.rglob("*") if path.is_file() and path.name != "lock")
+    return {str(path): digest(path.read_bytes()) for path in files}
 
 
 def drop_caches() -> None:
@@ -62,7 +63,9 @@ def test_each_version_is_a_file_with_its_time_size_and_bytes(lineage: Lineage, t
         for moment, truth in lineage.truth.items():
             path = mount.path(NAME, moment)
             assert mount.digest(NAME, moment) == truth
-            assert file_name(dosvob.datetime.datetime.fromtimestamp(path.stat().st_mtime, dosvob.datetime.UTC)) == moment
+            assert (
+                file_name(dosvob.datetime.datetime.fromtimestamp(path.stat().st_mtime, dosvob.datetime.UTC)) == moment
+            )
         sizes = [mount.path(NAME, moment).stat().st_size // MIB for moment in sorted(lineage.truth)]
         assert sizes == [5, 5, 6, 6]
         latest = mount.directory / NAME / "latest"
@@ -70,7 +73,17 @@ def test_each_version_is_a_file_with_its_time_size_and_bytes(lineage: Lineage, t
         assert latest.readlink() == Path(mount.path(NAME, max(lineage.truth)).name)
         # what it is called is what --at takes
         name = mount.path(NAME, sorted(lineage.truth)[1]).name
-        command = [sys.executable, SCRIPT, "--backups", lineage.backups, "restore", NAME, tmp_path / "file", "--at", name]
+        command = [
+            sys.executable,
+            SCRIPT,
+            "--backups",
+            lineage.backups,
+            "restore",
+            NAME,
+            tmp_path / "file",
+            "--at",
+            name,
+        ]
         subprocess.run(command, check=True, capture_output=True)
         assert digest((tmp_path / "file").read_bytes()) == lineage.truth[sorted(lineage.truth)[1]]
         # programs that look for holes find them where zeros are, and nowhere else
@@ -192,9 +205,10 @@ def test_a_file_system_that_was_in_use_comes_up(tmp_path: Path, kind: str) -> No
             assert (place / "replaced").read_text() == f"version {number}"
             (place / "new").write_text("written to, and nowhere")
         lineage.back_up()  # nothing of it is in its way
-    assert digest_of_tree(lineage.backups).items() >= {
-        path: content for path, content in before.items() if path == str(lineage.paths.image)
-    }.items()
+    assert (
+        digest_of_tree(lineage.backups).items()
+        >= {path: content for path, content in before.items() if path == str(lineage.paths.image)}.items()
+    )
 
 
 # -- while runs go on
@@ -394,7 +408,10 @@ def flip(path: Path, offset: int) -> None:
 def test_a_chunk_that_decayed_is_an_error_that_is_named(lineage: Lineage, tmp_path: Path) -> None:
     newest, contents = max(lineage.truth), lineage.device.read_bytes()
     index = next(index for index in range(6) if contents[index * MIB : (index + 1) * MIB].strip(b"\0"))
-    flip(lineage.paths.image, index * MIB + contents[index * MIB : (index + 1) * MIB].index(contents[index * MIB :].lstrip(b"\0")[:1]))
+    flip(
+        lineage.paths.image,
+        index * MIB + contents[index * MIB : (index + 1) * MIB].index(contents[index * MIB :].lstrip(b"\0")[:1]),
+    )
     with shown(lineage.backups, tmp_path / "shown", code=1) as mount, mount.path(NAME, newest).open("rb") as file:
         for place in range(6):
             if place == index:
@@ -469,7 +486,9 @@ def test_a_mount_that_was_killed_is_told_by_the_next(lineage: Lineage, tmp_path:
         (("here", "--scratch", "nowhere"), "nowhere cannot have what is written"),
     ],
 )
-def test_what_cannot_be_mounted_is_told(lineage: Lineage, tmp_path: Path, arguments: tuple[str, ...], told: str) -> None:
+def test_what_cannot_be_mounted_is_told(
+    lineage: Lineage, tmp_path: Path, arguments: tuple[str, ...], told: str
+) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "backups" / "below").mkdir()
     command = [sys.executable, str(SCRIPT), "mount", *arguments]

@@ -73,7 +73,11 @@ class PatchFile:
             yield index, contents, digest
         if self.end is not None and "index" in self.end:
             index_digest = hashlib.sha256(self._content[limit:-BLOCK]).hexdigest()
-            if self.head["version"] != 2 or self._content[limit:-BLOCK] != rows or index_digest != self.end["index_digest"]:
+            if (
+                self.head["version"] != 2
+                or self._content[limit:-BLOCK] != rows
+                or index_digest != self.end["index_digest"]
+            ):
                 raise Wrong(f"{self.path}: the index is not that of the patches")
         elif self.head["version"] != 1:
             raise Wrong(f"{self.path} has no index")
