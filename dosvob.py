@@ -6512,7 +6512,7 @@ class ShownFile:
         end = offset + len(data)
         start, stop = offset // PAGE * PAGE, -(-end // PAGE) * PAGE
         if end > self.size:
-            raise OSError(errno.ENOSPC, "it does not grow")
+            raise OSError(errno.EFBIG, "it does not grow")
         self._scratch_file().write(
             b"".join([*self.read(start, offset - start), data, *self.read(end, stop - end)]), start
         )
@@ -6827,14 +6827,14 @@ class MountPoint:
         )
         self.is_for_root = self._is_root  # whether root can look into it
         try:
-            if not directory.is_dir():
-                raise UsageError(f"there is no directory {directory} to show them in: mkdir {directory}")
+            os.listdir(directory)  # what the kernel knows of a file, it goes on telling after the end of a mount
         except OSError as problem:
-            if problem.errno != errno.ENOTCONN:
-                raise
-            raise UsageError(
-                f"{directory} is what is left of a mount that was killed: {self.end}, and run again"
-            ) from None
+            if problem.errno == errno.ENOTCONN:
+                raise UsageError(
+                    f"{directory} is what is left of a mount that was killed: {self.end}, and run again"
+                ) from None
+            mend = f": mkdir {directory}" * (problem.errno == errno.ENOENT)
+            raise UsageError(f"{directory} is no directory to show them in: {problem.strerror}{mend}") from None
         self.path = os.path.realpath(directory)
         if any(mount.place == self.path and mount.kind == self.KIND for mount in Mount.all()):
             raise UsageError(f"something is shown in {directory} already: {self.end}, or take another directory")

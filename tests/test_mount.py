@@ -29,6 +29,7 @@ from versions_support import NAME, PAGE, Lineage, back_up, digest, file_name, ki
 import dosvob
 
 ALL = dosvob.Keep(last=100)
+FEW = dosvob.Keep(2, 0, 0, 0)
 
 
 @pytest.fixture
@@ -145,7 +146,7 @@ def test_what_is_written_is_gone_with_the_mount(lineage: Lineage, tmp_path: Path
         assert mount.digest(NAME, newest) == lineage.truth[newest]
         with pytest.raises(OSError, match="permitted"):
             os.truncate(path, 5)
-        with path.open("r+b") as file, pytest.raises(OSError, match="space"):
+        with path.open("r+b") as file, pytest.raises(OSError, match="too large"):
             os.pwrite(file.fileno(), b"more", len(expected) - 2)
     with shown(lineage.backups, tmp_path / "shown") as mount:
         assert mount.digest(NAME, oldest) == lineage.truth[oldest]
@@ -175,17 +176,13 @@ def test_a_file_system_that_was_in_use_comes_up(tmp_path: Path, kind: str) -> No
     subprocess.run([*FILE_SYSTEMS[kind], live], check=True)
     with mounted(live, root) as volume:
         for number in range(2):
+            (volume / "new").write_text(f"version {number}")
+            (volume / "new").rename(volume / "replaced")
+            subprocess.run(["sync", "-f", volume], check=True)
             for place in range(20):
                 with (volume / f"{number}-{place}").open("wb") as file:
                     file.write(b"%d" % number * 5000)
                     os.fsync(file.fileno())
-            (volume / "replaced.new").write_text(f"version {number}")
-            with (volume / "replaced.new").open("r+b") as file:
-                os.fsync(file.fileno())
-            (volume / "replaced.new").rename(volume / "replaced")
-            with (volume / f"{number}-0").open("r+b") as file:
-                os.fsync(file.fileno())
-            subprocess.run(["sync", live], check=True)
             subprocess.run(["cp", "--sparse=always", live, lineage.device], check=True)
             lineage.pass_time()
             lineage.back_up()
@@ -252,7 +249,7 @@ def test_what_is_shown_stays_right_at_each_step_of_a_run(lineage: Lineage, monke
                 is_comparing = False
         return done
 
-    for keep in (ALL, dosvob.Keep(last=2)):
+    for keep in (ALL, FEW):
         look()
         lineage.keep = keep
         lineage.change()
@@ -287,7 +284,7 @@ def test_a_mount_follows_runs_that_are_killed_at_any_step(
                 assert content.hexdigest() == lineage.truth[moment], moment
 
         for _ in range(200 if pytestconfig.option.exhaustive else 12):
-            lineage.keep = chance.choice((ALL, dosvob.Keep(last=2)))
+            lineage.keep = chance.choice((ALL, FEW))
             lineage.size += MIB * (chance.random() < 0.2)
             lineage.change()
             lineage.pass_time()
@@ -310,8 +307,7 @@ def test_a_reader_that_goes_on_reads_each_byte_or_an_error_that_is_explained(
     is_over = threading.Event()
     contents: dict[str, bytes] = {}
 
-    with shown(lineage.backups, tmp_path / "shown", code=-1) if False else contextlib.ExitStack() as stack:
-        mount = stack.enter_context(shown_with_any_end(lineage.backups, tmp_path / "shown"))
+    with shown(lineage.backups, tmp_path / "shown", code=None) as mount:
         for moment in mount.times(NAME):
             contents[moment] = mount.path(NAME, moment).read_bytes()
             assert digest(contents[moment]) == lineage.truth[moment]
@@ -346,7 +342,7 @@ def test_a_reader_that_goes_on_reads_each_byte_or_an_error_that_is_explained(
             chance = random.Random(pytestconfig.option.seed)
             end = time.monotonic() + (180 if pytestconfig.option.exhaustive else 12)
             while time.monotonic() < end:
-                lineage.keep = chance.choice((ALL, dosvob.Keep(last=3)))
+                lineage.keep = chance.choice((ALL, FEW))
                 lineage.size += MIB * (chance.random() < 0.1)
                 lineage.change()
                 lineage.pass_time()
@@ -364,25 +360,17 @@ def test_a_reader_that_goes_on_reads_each_byte_or_an_error_that_is_explained(
         assert "error: " not in line or "a run has dropped it" in line, line
 
 
-@contextlib.contextmanager
-def shown_with_any_end(backups: Path, directory: Path) -> Iterator[Shown]:
-    """A mount that may have met what it tells."""
-    with contextlib.suppress(AssertionError), shown(backups, directory) as mount:
-        yield mount
-
-
 def test_a_version_that_was_dropped_is_readable_until_it_is_closed(lineage: Lineage, tmp_path: Path) -> None:
     oldest = min(lineage.truth)
     with shown(lineage.backups, tmp_path / "shown") as mount:
         path = mount.path(NAME, oldest)
         with contextlib.closing(Direct(path)) as file:
             first = file.chunk(0)
-            thin(lineage.backups, dosvob.Keep(last=1))
+            thin(lineage.backups, dosvob.Keep(1, 0, 0, 0))
             lineage.go_on()
-            assert not path.exists()
+            assert oldest not in mount.times(NAME)
             rest = b"".join(file.chunk(index) for index in range(1, 6))
             assert digest(first + rest) == lineage.truth[oldest]
-        assert oldest not in mount.times(NAME)
         assert {mount.digest(NAME, moment) for moment in mount.times(NAME)} <= set(lineage.truth.values())
 
 
@@ -458,7 +446,7 @@ def test_it_ends_with_an_interrupt_as_soon_as_nobody_uses_it(lineage: Lineage, t
 
 
 def test_a_mount_that_was_killed_is_told_by_the_next(lineage: Lineage, tmp_path: Path) -> None:
-    directory, stopped = tmp_path / "shown", dosvob.Stop()
+    directory = tmp_path / "shown"
     command = [sys.executable, SCRIPT, "--backups", lineage.backups, "mount", directory]
     with shown(lineage.backups, directory, code=-signal.SIGKILL) as mount:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -466,7 +454,6 @@ def test_a_mount_that_was_killed_is_told_by_the_next(lineage: Lineage, tmp_path:
         assert f"something is shown in {directory} already: umount {directory}" in done.stderr
         mount.process.send_signal(signal.SIGKILL)
         mount.process.wait()
-    assert not stopped.requested
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"what is left of a mount that was killed: umount {directory}" in done.stderr
@@ -480,7 +467,7 @@ def test_a_mount_that_was_killed_is_told_by_the_next(lineage: Lineage, tmp_path:
     ("arguments", "told"),
     [
         ((), "mount takes a directory"),
-        (("nowhere",), "there is no directory nowhere to show them in: mkdir nowhere"),
+        (("nowhere",), "nowhere is no directory to show them in: No such file or directory: mkdir nowhere"),
         (("here", "dta"), "there is no image of dta in "),
         (("backups/below",), "is among the backups"),
         (("here", "--scratch", "nowhere"), "nowhere cannot have what is written"),
@@ -513,6 +500,16 @@ wait $!
 """
 
 
+def python_for_all() -> str:
+    """A Python that others than root can run."""
+    for path in (os.path.realpath(sys.executable), "/usr/bin/python3"):
+        program = "import sys; sys.exit(sys.version_info < (3, 11))"
+        command = ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", path, "-I", "-c", program]
+        if subprocess.run(command, check=False, capture_output=True).returncode == 0:
+            return path
+    pytest.skip("there is no Python 3.11 that others than root can run")
+
+
 @pytest.mark.parametrize("conf", ["", "user_allow_other"])
 def test_as_a_user_who_is_not_root(lineage: Lineage, tmp_path: Path, conf: str) -> None:
     if shutil.which("fusermount3") is None:
@@ -521,7 +518,7 @@ def test_as_a_user_who_is_not_root(lineage: Lineage, tmp_path: Path, conf: str) 
     for path in (tmp_path, *tmp_path.parents[:3]):
         path.chmod(path.stat().st_mode | 0o005)
     shutil.copy(SCRIPT, tmp_path / "dosvob.py")
-    python = [os.path.realpath(sys.executable), "-I", "-S", "dosvob.py", "--backups"]
+    python = [python_for_all(), "-I", "-S", "dosvob.py", "--backups"]
     command = ["unshare", "--mount", "sh", "-c", AS_USER, "sh", tmp_path, conf, *python]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=60)
     said = (tmp_path / "said").read_text()
