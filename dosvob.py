@@ -2613,7 +2613,7 @@ class SparseFile:
         return found
 
     def write_pages(self, index: int, pages: Mapping[int, bytes], which: int) -> None:
-        """Write those of a chunk's pages that are in the bitmap `which`: what is not in `pages` is zeros, and a hole."""
+        """Write the pages of a chunk that are in the bitmap `which`: what is not in `pages` is zeros, and a hole."""
         has_data = sum(1 << page for page in pages)
         for first, count in runs(which & has_data):
             self.write(b"".join([pages[page] for page in range(first, first + count)]), index * CHUNK + first * PAGE)
@@ -2796,7 +2796,7 @@ class OpenFiles:
         self._files: dict[PatchFile, None] = {}  # in the order of their last use
 
     def use(self, file: PatchFile) -> None:
-        """This one is used now; another one may be closed for it."""
+        """One is used now; another one may be closed for it."""
         self._files.pop(file, None)
         self._files[file] = None
         if len(self._files) > self.MOST:
@@ -2972,6 +2972,9 @@ class PatchFile:
             for position, patch in self.patches(data=False):
                 self._add(patch, position)
             return
+        self._index_what_is_whole()
+
+    def _index_what_is_whole(self) -> None:
         position, last, is_damaged = BLOCK, -1, False
         while self.head and position < self.limit:
             try:
@@ -3708,8 +3711,8 @@ class Chain:
                     yield self._content(spot, steps, self._doubtful(spot, steps) if is_doubtful else ())
 
     def _content(self, spot: Spot, steps: Sequence[PatchFile], doubtful: Sequence[int]) -> Content:
-        last, patched = -1, 0
-        for last, entry in spot.patches:
+        last, patched = spot.patches[-1][0] if spot.patches else -1, 0
+        for _, entry in spot.patches:
             patched |= entry.pages
         if last < self._before:  # it is the image's own, or was
             pages, is_sound = self._of_image(spot, spot.patches[0][1] if spot.patches else None)
@@ -3746,10 +3749,10 @@ class Chain:
                     written.append(content)
                     held += len(content.pages)
                     if held > self.READ_BACK or len(written) > self.READ_BACK:
-                        self._read_back(file, written, damaged)
+                        self._read_back(file, written, damaged, is_cloned=is_cloned)
                         held = 0
                     tick(CHUNK)
-                self._read_back(file, written, damaged)
+                self._read_back(file, written, damaged, is_cloned=is_cloned)
                 os.fsync(file.fd)
                 rename_new(partial, final := damaged_target if damaged.ranges else target)
             except BaseException:
@@ -3758,22 +3761,32 @@ class Chain:
         return final, damaged
 
     @staticmethod
-    def _read_back(file: SparseFile, written: list[Content], damaged: Ranges) -> None:
+    def _read_back(file: SparseFile, written: list[Content], damaged: Ranges, *, is_cloned: bool) -> None:
         """Compare what a restored file has on the disk with what it is to have, and write again what it has not.
 
-        `written` are neighbouring chunks. ZFS has been seen to show in a clone what was there before.
+        `written` are neighbouring chunks. Of a clone all is compared: ZFS has been seen to show in one what was there
+        before. A new file has nothing where nothing was written.
         """
-        wrong = {content.index for content in written}
-        for attempt in (1, 2):
-            if wrong:
-                file.forget_cached(written[0].index * CHUNK, len(written) * CHUNK)
-            wrong = {content.index for content in written if content.index in wrong
-                     and file.pages(content.index) != content.pages}  # fmt: skip
-            for content in written if attempt == 1 and wrong else ():
-                if content.index in wrong:
-                    file.write_pages(content.index, content.pages, ALL_PAGES)
+
+        def is_there(content: Content) -> bool:
+            if is_cloned:
+                return file.pages(content.index) == content.pages
+            return all(
+                file.read(content.index * CHUNK + first * PAGE, count * PAGE)
+                == b"".join([content.pages[page] for page in range(first, first + count)])
+                for first, count in runs(content.filled)
+            )
+
+        for attempt in (1, 2) if written else ():
+            file.forget_cached(written[0].index * CHUNK, len(written) * CHUNK)
+            wrong = [content for content in written if not is_there(content)]
+            for content in wrong if attempt == 1 else ():
+                file.write_pages(content.index, content.pages, ALL_PAGES)
+            if not wrong:
+                break
+        lost = {content.index for content in wrong} if written else set()
         for content in written:
-            if content.index in wrong or not content.is_sound:
+            if content.index in lost or not content.is_sound:
                 damaged.add(content.index)
         written.clear()
 
@@ -6234,10 +6247,10 @@ class View:
 class Shown:
     """What the snapshots of a volume are, while runs change its image and thin its versions. It holds no lock.
 
-    A run touches an image only after its undo is whole. So what was read is right if image and state are afterwards what
-    they were, and there is no whole undo but the one that was read: otherwise it looks again at what is there, and reads
-    again. What leads from one snapshot to another is so for ever, so it keeps that: a version that was opened can be
-    read after it was dropped.
+    A run touches an image only after its undo is whole. So what was read is right if image and state are afterwards
+    what they were, and there is no whole undo but the one that was read: otherwise it looks again at what is there, and
+    reads again. What leads from one snapshot to another is so for ever, so it keeps that: a version that was opened can
+    be read after it was dropped.
     """
 
     ATTEMPTS = 100
@@ -6326,24 +6339,7 @@ class Shown:
         """What leads from the image to a snapshot, with indexes; raises Replaced, Damaged."""
         if snapshot in view.paths:
             return view.paths[snapshot]
-        leading = collections.defaultdict(list)
-        for (newer, older), file in self._leading.items():
-            leading[newer].append((older, file))
-        before: dict[Snapshot, tuple[Snapshot, PatchFile] | None] = {view.state.snapshot: None}
-        ways = collections.deque(before)
-        while ways and snapshot not in before:
-            newer = ways.popleft()
-            for older, file in leading[newer]:
-                if older not in before:
-                    before[older] = newer, file
-                    ways.append(older)
-        if snapshot not in before:
-            raise Replaced("the version is not there any more: a run has dropped it, or what leads to it is damaged")
-        path, at = [], before[snapshot]
-        while at is not None:
-            path.append(at[1])
-            at = before[at[0]]
-        path += [view.undo] if view.undo else []
+        path = [*self._way(view.state.snapshot, snapshot), *([view.undo] if view.undo else [])]
         for file in path:
             file.load_index()
             if file.doubtful:
@@ -6353,8 +6349,29 @@ class Shown:
             self._held[snapshot] = view.paths[snapshot]
         return view.paths[snapshot]
 
+    def _way(self, newest: Snapshot, oldest: Snapshot) -> list[PatchFile]:
+        """The shortest way between two snapshots, the last step first; raises Replaced."""
+        leading = collections.defaultdict(list)
+        for (newer, older), file in self._leading.items():
+            leading[newer].append((older, file))
+        before: dict[Snapshot, tuple[Snapshot, PatchFile] | None] = {newest: None}
+        ways = collections.deque(before)
+        while ways and oldest not in before:
+            newer = ways.popleft()
+            for older, file in leading[newer]:
+                if older not in before:
+                    before[older] = newer, file
+                    ways.append(older)
+        if oldest not in before:
+            raise Replaced("the version is not there any more: a run has dropped it, or what leads to it is damaged")
+        way, step = [], before[oldest]
+        while step is not None:
+            way.append(step[1])
+            step = before[step[0]]
+        return way
+
     def hold(self, snapshot: Snapshot) -> None:
-        """Keep what leads to a snapshot open, so that it can be read even if a run drops it; raises Replaced, Damaged."""
+        """Keep what leads to a snapshot open, for it to be read even if a run drops it; raises Replaced, Damaged."""
         self._held[snapshot] = self._path(self._view or self._look(), snapshot)
 
     def let_go(self, snapshot: Snapshot) -> None:
@@ -6372,8 +6389,10 @@ class Shown:
         return None
 
     def _marks(self, image: SparseFile, undo: PatchFile | None) -> tuple[object, ...]:
-        """The marks of state, undo, image and versions. An image below an undo may change, an undo that is no whole one
-        does not count."""
+        """The marks of state, undo, image and versions.
+
+        An image below an undo may change; an undo that is not whole, or is a version already, does not count.
+        """
         has_undo = self._mark(self.paths.undo)
         if undo is None and has_undo is not None:
             with Undo.left(self.paths) as left:
@@ -6871,7 +6890,7 @@ class MountPoint:
                 f"default_permissions,max_read={Kernel.MOST},fsname=dosvob,subtype=dosvob" + ",ro" * self._read_only
             )
             for more in (",allow_other", ""):  # others than root are kept out by the modes
-                done = subprocess.run(
+                done = subprocess.run(  # noqa: S603 - what is in PATH
                     [str(self._program), "-o", common + more, "--", self.path],
                     env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
                     pass_fds=[theirs.fileno()],
@@ -6891,9 +6910,8 @@ class MountPoint:
         if self._is_root:
             LIBC.umount2(os.fsencode(self.path), self.DETACH * lazily)
         else:
-            subprocess.run(
-                [str(self._program), "-u", *["-z"] * lazily, "--", self.path], capture_output=True, check=False
-            )
+            command = [str(self._program), "-u", *["-z"] * lazily, "--", self.path]
+            subprocess.run(command, capture_output=True, check=False)  # noqa: S603
 
 
 class Served:
@@ -7592,8 +7610,8 @@ class Commands:
             fd = point.mount()
             count = sum(map(len, there.values()))
             report.say(
-                f"{directory} shows {len(there)} volume{'s' * (len(there) != 1)}, {count} snapshot{'s' * (count != 1)} in "
-                f"all, until {point.end} or ^C"
+                f"{directory} shows {len(there)} volume{'s' * (len(there) != 1)}, {count} "
+                f"snapshot{'s' * (count != 1)} in all, until {point.end} or ^C"
             )
             if not point.is_for_root:
                 report.say(

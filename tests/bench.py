@@ -514,7 +514,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench.md"))
     parser.add_argument("--memory", action="store_true", help="only the memory over 1, 4 and 16 GiB")
     parser.add_argument("--restore", action="store_true", help="only a restore into a new volume")
-    parser.add_argument("--old", type=Path, metavar="DIRECTORY", help="with --restore or --chain: another checkout beside it")
+    parser.add_argument("--old", type=Path, metavar="DIRECTORY", help="with --restore, --chain: another checkout too")
     parser.add_argument("--versions", action="store_true", help="only what keeping a version costs")
     parser.add_argument("--chain", action="store_true", help="only what a long chain of versions costs; also --old")
     parser.add_argument("--control-plane", action="store_true", help="only a run over 8 volumes of a simulated account")

@@ -1,7 +1,7 @@
 """What a long chain of versions costs: `tests/bench --chain` runs it, with `--old DIRECTORY` beside another checkout.
 
-A sparse image of 200 GiB with 100,000 pages of 4 KiB here and there, and 60 versions, each of which has 5,000 others of
-these. Each checkout makes it in its own format, with the same contents. Measured are the CPU time and the peak memory of
+A sparse image of 200 GiB with 100,000 pages of 4 KiB here and there, and 60 versions, each of which has others in 5,000
+of these. Each checkout makes it in its own format, with the same contents. Measured are the CPU time and the peak memory of
 `list`, `verify` and `restore --at` the oldest, as processes; and what reading the oldest through `mount` takes, beside
 `cat` of an image of 1 GiB of noise.
 """
@@ -55,7 +55,7 @@ def make(backups: Path) -> None:
 
     for number in range(VERSIONS):
         older, newer = (dataclasses.asdict(snapshot(number + step)) for step in (0, 1))
-        name = snapshot(number).moment(BEGUN).strftime(dosvob.Version.TIME)
+        name = snapshot(number).moment(dosvob.utc_now()).strftime(dosvob.Version.TIME)
         head = {"id": f"{number:032x}", "time": name, "snapshot": older, "newer": newer}
         changed: dict[int, list[int]] = {}
         for page in sorted(chance.sample(pool, CHANGED)):
@@ -76,7 +76,7 @@ def make(backups: Path) -> None:
                 image.seek(page * PAGE)
                 image.write(data_of(page, generation))
     paths.state.write_bytes(bytes(4096) + table)
-    digests, now = hashlib.sha256(table).hexdigest(), BEGUN.isoformat()
+    digests, now = hashlib.sha256(table).hexdigest(), dosvob.utc_now().isoformat()
     identity = dosvob.identity_of(paths.image)
     dosvob.State(snapshot(VERSIONS), now, 0, digests, identity).write(paths.state)
 
@@ -105,8 +105,8 @@ def made(checkout: Path, directory: Path) -> Path:
     """The backups of a checkout."""
     if not directory.exists():
         program = f"import pathlib, bench_chain; bench_chain.make(pathlib.Path({str(directory)!r}))"
-        environment = {**os.environ, "PYTHONPATH": f"{checkout}:{Path(__file__).parent}"}
-        subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+        environment = {**os.environ, "PYTHONPATH": f"{checkout}:{Path(__file__).resolve().parent}"}
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True, cwd=checkout)
     return directory
 
 

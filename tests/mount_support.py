@@ -42,7 +42,7 @@ class Shown:
 
 @contextlib.contextmanager
 def shown(backups: Path, directory: Path, *arguments: object, code: int | None = 0) -> Iterator[Shown]:
-    """The images and versions as files, by the command as a process without any package; it ends with this code, None for any."""
+    """The images and versions as files, by the command, without any package; it ends with this code, None for any."""
     directory.mkdir(exist_ok=True)
     command = [sys.executable, "-I", "-S", SCRIPT, "--backups", backups, "mount", directory, *arguments]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

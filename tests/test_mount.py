@@ -13,18 +13,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SCRIPT, write_at
-from crash_support import power_cut_at
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from mount_support import MIB, Direct, Shown, shown
+from conftest import SCRIPT
+from mount_support import MIB, Direct, shown
 from simulator.storage import LoopDevice, mounted
-from versions_support import NAME, PAGE, Lineage, back_up, digest, file_name, killed_at, leave_written, recover, thin
+from versions_support import NAME, PAGE, Lineage, back_up, digest, file_name, killed_at, recover, thin
 
 import dosvob
 
@@ -504,7 +501,7 @@ def python_for_all() -> str:
     """A Python that others than root can run."""
     for path in (os.path.realpath(sys.executable), "/usr/bin/python3"):
         program = "import sys; sys.exit(sys.version_info < (3, 11))"
-        command = ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", path, "-I", "-c", program]
+        command = ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", "env", path, "-I", "-c", program]
         if subprocess.run(command, check=False, capture_output=True).returncode == 0:
             return path
     pytest.skip("there is no Python 3.11 that others than root can run")
