@@ -5654,7 +5654,8 @@ class Context:
             if dry_run:
                 status = os.statvfs(place)
                 free = human_size(status.f_bavail * status.f_frsize)
-                first = f"; first backups take up to {human_size(sum(sizes))}, for {len(sizes)} volumes" * bool(sizes)
+                count = f"{len(sizes)} volume{'s' * (len(sizes) > 1)}"
+                first = f"; first backups take up to {human_size(sum(sizes))}, for {count}" * bool(sizes)
                 self.report.say(f"{free} are free in {place}{first}")
 
 
@@ -7025,12 +7026,12 @@ class Selection:
 
     @staticmethod
     def _matching(volumes: Iterable[Volume], patterns: Sequence[str]) -> list[Volume]:
-        """The volumes that one of the shell patterns fits: REGION/NAME if it has a slash, else NAME."""
-
-        def fits(volume: Volume, pattern: str) -> bool:
-            return fnmatch.fnmatchcase(f"{volume.region}/{volume.name}" if "/" in pattern else volume.name, pattern)
-
-        return [volume for volume in volumes if any(fits(volume, pattern) for pattern in patterns)]
+        """The volumes that one of the shell patterns fits."""
+        return [
+            volume
+            for volume in volumes
+            if any(Home.matching(pattern, [f"{volume.region}/{volume.name}"]) for pattern in patterns)
+        ]
 
     @staticmethod
     def _is_fit(volume: Volume) -> bool:
@@ -7198,7 +7199,7 @@ class Run:
         self._results = {context.name(volume): Result(context.name(volume), volume.size, "not begun") for volume in fit}
         for name, result in self._results.items():
             tell_thinning(context, ImagePaths(home.path, name))
-            if not self._can_write(name):
+            if not self._is_writable(name):
                 self._results[name] = dataclasses.replace(result, outcome="FAILED")
         fit = [volume for volume in fit if self._results[context.name(volume)].outcome == "not begun"]
         cost = 0.0
@@ -7231,22 +7232,26 @@ class Run:
                 told = f"{counted_versions(moments)} {are} not kept any more, {oldest_of(moments)}"
                 self._context.report.say(f"{name}: {told}")
 
-    def _can_write(self, name: str) -> bool:
+    def _is_writable(self, name: str) -> bool:
         """Whether an image can be written to, as its sync must in the end; reports it if not."""
-        image = ImagePaths(self._context.home.path, name).image
+        paths = ImagePaths(self._context.home.path, name)
+        image, problem = paths.image, ""
         try:
             os.close(os.open(image, os.O_WRONLY | os.O_CLOEXEC))
-        except PermissionError as problem:
+            paths.check_unread()
+        except DosvobError as in_use:
+            problem = str(in_use)
+        except PermissionError as refused:
             status, path = image.stat(), shlex.quote(str(image))
             mend = f"chmod u+w {path}" if status.st_uid == os.geteuid() else f"it belongs to the user {status.st_uid}"
             if status.st_mode & stat.S_IWUSR and status.st_uid == os.geteuid():
-                mend = explained(problem, image)
-            mode = f"its mode is {stat.filemode(status.st_mode)[1:]}"
-            self._context.report.error(f"{name}: {image} cannot be written to, {mode}: {mend}; it is not backed up")
-            return False
+                mend = explained(refused, image)
+            problem = f"{image} cannot be written to, its mode is {stat.filemode(status.st_mode)[1:]}: {mend}"
         except OSError:
             pass  # the sync tells
-        return True
+        if problem:
+            self._context.report.error(f"{name}: {problem}; it is not backed up")
+        return not problem
 
     def _tell_remains(self, volumes: Iterable[Volume]) -> None:
         """Say what syncs left of volumes that the account has no more."""
@@ -7572,16 +7577,17 @@ class Commands:
         self._home.check()
         listing = Listing(home, lambda _: self._stop.check())
         found = [listing.of(ImagePaths(home.path, name)) for name in home.select(self._arguments.names)]
-        if self._arguments.json:
-            report.answer(json.dumps({"volumes": found}, indent=2), self._stop)
-            return
-        if not found:
-            report.say(f"there is no backup in {home.path} yet")
-        rest = [
-            f"{path}: {human_size(home.occupied(path))}, of {name}"
+        remains: list[Json] = [
+            {"path": str(path), "name": name, "occupied": home.occupied(path)}
             for path, name in home.remains().items()
             if "set-aside" not in path.name and (not self._arguments.names or name in self._arguments.names)
         ]
+        if self._arguments.json:
+            report.answer(json.dumps({"volumes": found, "remains": remains}, indent=2), self._stop)
+            return
+        if not found:
+            report.say(f"there is no backup in {home.path} yet")
+        rest = [f"{left['path']}: {human_size(left['occupied'])}, of {left['name']}" for left in remains]
         told = [listing.text(volume) for volume in found]
         told += ["\n  ".join(["left by syncs that are not complete, or put out of the way:", *rest])] if rest else []
         if told:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -70,6 +71,9 @@ def test_an_image_that_is_mounted_is_left_for_later(home: Home, tmp_path: Path) 
         assert same(home.image("other"), other.path)
         made = creations(home)[posted:]
         assert sum("snapshots" in path for path in made) == 1, made  # the other's
+        posted = len(creations(home))
+        assert "is in use by /dev/loop" in home.run(NAME, expect=1).stderr
+        assert creations(home)[posted:] == []  # nothing to pay for
         os.posix_fadvise((fd := os.open(look / "file", os.O_RDONLY)), 0, 0, os.POSIX_FADV_DONTNEED)
         assert os.pread(fd, MIB, 0) == (b"old" * MIB)[:MIB]
         os.close(fd)
@@ -560,7 +564,7 @@ def test_where_no_holes_can_be_made_that_is_said_once(home: Home, storage: Stora
 def test_a_dry_run_says_what_is_free_and_what_a_run_costs(home: Home) -> None:
     home.simulator.add_volume(NAME)
     told = home.run("--dry-run").stdout
-    assert "first backups take up to 1.0 GiB, for 1 volumes" in told
+    assert "first backups take up to 1.0 GiB, for 1 volume" in told
     assert "are free in" in told
     assert "about $0.02 for a run" in told
     assert not list(home.directory.rglob(".trial*"))
@@ -583,6 +587,13 @@ def test_what_syncs_left_of_volumes_that_are_gone_is_named(home: Home) -> None:
     for name in ("gone.partial: 2.0 MiB", "gone.spool: 2.0 MiB", "gone.versions.of-20260101T000000Z-0123: 2.0 MiB"):
         assert name in listed
     assert f"{NAME}.spool: 1.0 MiB" in listed
+    told = json.loads(home.run("list", "--json").stdout)["remains"]
+    assert {(each["path"], each["name"], each["occupied"]) for each in told} == {
+        ("backups/gone.partial", "gone", 2 * MIB),
+        ("backups/.dosvob/gone.spool", "gone", 2 * MIB),
+        ("backups/.dosvob/gone.versions.of-20260101T000000Z-0123", "gone", 2 * MIB + 4096),
+        (f"backups/.dosvob/{NAME}.spool", NAME, MIB),
+    }
     told = home.run().stdout
     assert told.count("the account has no volume gone") == 3
     assert "takes 2.0 MiB" in told
