@@ -2780,7 +2780,7 @@ class Patch:
 class Entry(NamedTuple):
     """A patch as an index has it: what its header says, and where in the file it begins."""
 
-    index: int
+    chunk: int
     position: int
     pages: int
     filled: int
@@ -3062,7 +3062,7 @@ class PatchFile:
         """The pages that it has data for, and whether the patch is what was written."""
         size = Patch.HEADER.size
         stored = self._file.read(entry.position, size + entry.filled.bit_count() * PAGE) or b""
-        patch = Patch(entry.index, entry.pages, entry.filled, memoryview(stored)[size:], entry.digest)
+        patch = Patch(entry.chunk, entry.pages, entry.filled, memoryview(stored)[size:], entry.digest)
         data = stored[size:]
         places = enumerate(pages_in(entry.filled))
         pages = {page: data[place * PAGE : (place + 1) * PAGE] for place, page in places}
@@ -3296,7 +3296,7 @@ def by_chunk(files: Iterable[PatchFile]) -> Iterator[tuple[int, list[tuple[int, 
     """The chunks that have patches, in order, each with the numbers of the files that have one, and its entries."""
 
     def numbered(number: int, file: PatchFile) -> Iterator[tuple[int, int, Entry]]:
-        return ((entry.index, number, entry) for entry in file.entries())
+        return ((entry.chunk, number, entry) for entry in file.entries())
 
     merged = heapq.merge(*itertools.starmap(numbered, enumerate(files)))
     for index, group in itertools.groupby(merged, key=operator.itemgetter(0)):
@@ -3534,7 +3534,7 @@ class Spot(NamedTuple):
     `recorded` is its digest in the image, None if none is known; `is_zeros` whether that and the file system say so.
     """
 
-    index: int
+    chunk: int
     recorded: bytes | None
     is_zeros: bool
     patches: list[tuple[int, Entry]]
@@ -3650,9 +3650,9 @@ class Chain:
             return {}, True
         patches = [(self._undo, undo)] if self._undo and undo else []
         if spot.recorded is not None:
-            return content_of(self.image, spot.index, patches, spot.recorded)
-        stored = self.image.pages(spot.index, hints=False)
-        return stored or {}, stored is not None and (spot.index + 1) * CHUNK <= self.length
+            return content_of(self.image, spot.chunk, patches, spot.recorded)
+        stored = self.image.pages(spot.chunk, hints=False)
+        return stored or {}, stored is not None and (spot.chunk + 1) * CHUNK <= self.length
 
     def verify(self, tick: Callable[[int], None]) -> list[Ranges]:
         """Compare the image and all versions with their digests; what is damaged of each, the image first.
@@ -3666,8 +3666,8 @@ class Chain:
             for spot in self._walk(steps):
                 if is_doubtful or spot.patches or not spot.is_zeros:
                     for depth in self._wrong(spot, steps):
-                        if spot.index * CHUNK < sizes[depth]:
-                            damaged[depth].add(spot.index)
+                        if spot.chunk * CHUNK < sizes[depth]:
+                            damaged[depth].add(spot.chunk)
                 tick(CHUNK)
         return damaged
 
@@ -3698,7 +3698,7 @@ class Chain:
     def _doubtful(spot: Spot, steps: Sequence[PatchFile]) -> list[int]:
         """The steps whose damaged parts may have a patch of a chunk."""
         return [number for number, step in enumerate(steps) if step.doubtful
-                and any(first < spot.index < end for first, end in step.doubtful)]  # fmt: skip
+                and any(first < spot.chunk < end for first, end in step.doubtful)]  # fmt: skip
 
     def contents(self, depth: int) -> Iterator[Content]:
         """What each chunk of the image was `depth` versions before. What is damaged is laid over it as it is."""
@@ -3706,7 +3706,7 @@ class Chain:
             is_doubtful = any(step.doubtful for step in steps)
             for spot in self._walk(steps):
                 if spot.is_zeros and not spot.patches and not is_doubtful:
-                    yield Content(spot.index, {}, is_sound=True)
+                    yield Content(spot.chunk, {}, is_sound=True)
                 else:
                     yield self._content(spot, steps, self._doubtful(spot, steps) if is_doubtful else ())
 
@@ -3718,8 +3718,8 @@ class Chain:
             pages, is_sound = self._of_image(spot, spot.patches[0][1] if spot.patches else None)
         else:
             patches = [(steps[number], entry) for number, entry in spot.patches]
-            pages, is_sound = content_of(self.image, spot.index, patches, spot.patches[-1][1].digest)
-        return Content(spot.index, pages, is_sound and all(number <= last for number in doubtful), patched)
+            pages, is_sound = content_of(self.image, spot.chunk, patches, spot.patches[-1][1].digest)
+        return Content(spot.chunk, pages, is_sound and all(number <= last for number in doubtful), patched)
 
     def restore(self, depth: int, target: Path, tick: Callable[[int], None]) -> tuple[Path, Ranges]:
         """Write the image, or the version `depth` steps back, to a new, sparse file.
@@ -6638,15 +6638,14 @@ class FileSystem:
             below = f"{path}/" if path else ""
             found = sorted({name.removeprefix(below).partition("/")[0] for name in names if name.startswith(below)})
             return {name: self._number(below + name, functools.partial(str, below + name)) for name in found}
-        versions = self.versions(path)
-        found = {}
+        versions, children = self.versions(path), {}
         for name, snapshot in versions.items():
             make = functools.partial(ShownFile, self._shown[path], snapshot, self._scratch)
-            found[name] = self._number((path, snapshot), make)
+            children[name] = self._number((path, snapshot), make)
         if versions:
             link = (path, next(iter(versions)))
-            found[self.LATEST] = self._number(link, lambda: link)
-        return found
+            children[self.LATEST] = self._number(link, lambda: link)
+        return children
 
     def file(self, number: int) -> ShownFile:
         """A file; raises OSError if it is none."""

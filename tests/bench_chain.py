@@ -1,9 +1,9 @@
 """What a long chain of versions costs: `tests/bench --chain` runs it, with `--old DIRECTORY` beside another checkout.
 
-A sparse image of 200 GiB with 100,000 pages of 4 KiB here and there, and 60 versions, each of which has others in 5,000
-of these. Each checkout makes it in its own format, with the same contents. Measured are the CPU time and the peak memory of
-`list`, `verify` and `restore --at` the oldest, as processes; and what reading the oldest through `mount` takes, beside
-`cat` of an image of 1 GiB of noise.
+A sparse image of 200 GiB with 100,000 pages of 4 KiB here and there, and 60 versions, each of which has others in 5000
+of these. Each checkout makes it in its own format, with the same contents. Measured are the CPU time and the peak memory
+of `list`, `verify` and `restore --at` the oldest, as processes. Then what reading through `mount` takes: the first byte
+of the oldest, random pages of it, and an image of 1 GiB of noise beside `cat` of it, both from the disk.
 """
 
 from __future__ import annotations

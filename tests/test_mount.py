@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import datetime
 import errno
 import hashlib
 import os
@@ -12,16 +14,16 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import SCRIPT
-from mount_support import MIB, Direct, shown
+from mount_support import MIB, Direct, Shown, shown
 from simulator.storage import LoopDevice, mounted
-from versions_support import NAME, PAGE, Lineage, back_up, digest, file_name, killed_at, recover, thin
+from version_reader import Reader
+from versions_support import NAME, PAGE, Lineage, back_up, digest, file_name, killed_at, recover, text_of, thin
 
 import dosvob
 
@@ -45,6 +47,19 @@ def digest_of_tree(directory: Path) -> dict[str, str]:
     return {str(path): digest(path.read_bytes()) for path in files}
 
 
+def run(*command: object) -> str:
+    """Run a command, which must succeed; returns what it says."""
+    return subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
+
+
+def failed(*command: object) -> str:
+    """What a command says that is wrong use."""
+    done = subprocess.run([*map(str, command)], check=False, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout
+    assert len(done.stderr.splitlines()) == 1
+    return done.stderr
+
+
 def drop_caches() -> None:
     """Have the next reads come from the mount."""
     Path("/proc/sys/vm/drop_caches").write_text("1")
@@ -61,9 +76,7 @@ def test_each_version_is_a_file_with_its_time_size_and_bytes(lineage: Lineage, t
         for moment, truth in lineage.truth.items():
             path = mount.path(NAME, moment)
             assert mount.digest(NAME, moment) == truth
-            assert (
-                file_name(dosvob.datetime.datetime.fromtimestamp(path.stat().st_mtime, dosvob.datetime.UTC)) == moment
-            )
+            assert file_name(datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)) == moment
         sizes = [mount.path(NAME, moment).stat().st_size // MIB for moment in sorted(lineage.truth)]
         assert sizes == [5, 5, 6, 6]
         latest = mount.directory / NAME / "latest"
@@ -71,29 +84,89 @@ def test_each_version_is_a_file_with_its_time_size_and_bytes(lineage: Lineage, t
         assert latest.readlink() == Path(mount.path(NAME, max(lineage.truth)).name)
         # what it is called is what --at takes
         name = mount.path(NAME, sorted(lineage.truth)[1]).name
-        command = [
-            sys.executable,
-            SCRIPT,
-            "--backups",
-            lineage.backups,
-            "restore",
-            NAME,
-            tmp_path / "file",
-            "--at",
-            name,
-        ]
-        subprocess.run(command, check=True, capture_output=True)
+        run(sys.executable, SCRIPT, "--backups", lineage.backups, "restore", NAME, tmp_path / "file", "--at", name)
         assert digest((tmp_path / "file").read_bytes()) == lineage.truth[sorted(lineage.truth)[1]]
         # programs that look for holes find them where zeros are, and nowhere else
-        subprocess.run(["cp", "--sparse=auto", mount.path(NAME, name_of(name)), tmp_path / "copy"], check=True)
+        run("cp", "--sparse=auto", mount.directory / NAME / name, tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == (tmp_path / "file").read_bytes()
     assert "4 snapshots" in mount.said
     assert digest_of_tree(lineage.backups) == before
 
 
-def name_of(shown_as: str) -> str:
-    """A version's file, by the name that it is shown with."""
-    return shown_as.replace("-", "")
+def test_a_long_chain(tmp_path: Path) -> None:
+    """More versions than a process may have files open: listed, shown, verified, restored and thinned."""
+    lineage = Lineage(tmp_path, ALL, 1)
+    contents = make_long_chain(lineage, 2000)
+    command = [sys.executable, SCRIPT, "--backups", lineage.backups]
+    assert len(run(*command, "list").splitlines()) == 2 + 2001
+    assert "2000 older versions" in run(*command, "verify")
+    oldest = min(contents)
+    with shown(lineage.backups, tmp_path / "shown") as mount:
+        assert len(mount.times(NAME)) == 2001
+        for moment in (oldest, sorted(contents)[1000], max(contents)):
+            assert mount.path(NAME, moment).read_bytes() == contents[moment]
+        run(*command, "restore", NAME, tmp_path / "file", "--at", mount.path(NAME, oldest).name)
+    assert (tmp_path / "file").read_bytes() == contents[oldest]
+    thin(lineage.backups, dosvob.Keep(1, 0, 0, 8))
+    for moment, content in Reader(lineage.backups, NAME).all():
+        assert content == contents[moment]
+    assert 2 < len(list(lineage.paths.versions.iterdir())) < 10
+
+
+def make_long_chain(lineage: Lineage, count: int) -> dict[str, bytes]:
+    """Versions of a volume of 1 MiB, of which some pages change each time."""
+    chance, content, contents = random.Random(3), bytearray(os.urandom(MIB)), {}
+    lineage.device.write_bytes(content)
+    lineage.pass_time()
+    lineage.back_up()
+    state = dosvob.State.load(lineage.paths.state)
+    assert state is not None
+    lineage.paths.versions.mkdir()
+    newest = state.snapshot
+    contents[file_name(lineage.now)] = bytes(content)
+    newer, moment = newest, lineage.now
+    for _ in range(count):
+        moment -= datetime.timedelta(hours=4)
+        older = dataclasses.replace(newest, taken_at=text_of(moment))
+        pages = sorted(chance.sample(range(256), 2))
+        for page in pages:
+            content[page * PAGE : (page + 1) * PAGE] = chance.choice((chance.randbytes, bytes))(PAGE)
+        bitmap = sum(1 << page for page in pages)
+        data = b"".join(bytes(content[page * PAGE : (page + 1) * PAGE]) for page in pages)
+        head = {"id": chance.randbytes(16).hex(), "time": file_name(moment), "snapshot": dataclasses.asdict(older)}
+        path = lineage.paths.versions / file_name(moment)
+        with dosvob.PatchFile.create(path, "version", {**head, "newer": dataclasses.asdict(newer)}) as file:
+            file.append(dosvob.Patch.of(0, bitmap, data, dosvob.digest_of(bytes(content))))
+            file.complete()
+        contents[file_name(moment)] = bytes(content)
+        newer = older
+    return contents
+
+
+def test_versions_without_an_index_are_read_as_they_are(lineage: Lineage, tmp_path: Path) -> None:
+    """As dosvob wrote them before: verified, listed, restored, shown, thinned; and the reader knows both."""
+    for path in lineage.paths.versions.iterdir():
+        without_index(path)
+    lineage.go_on()
+    assert lineage.check() == sorted(lineage.truth, reverse=True)
+    with contextlib.closing(dosvob.Chain(lineage.paths)) as chain:
+        assert not any(ranges.ranges for ranges in chain.verify(lambda size: None))
+    listing = dosvob.Listing(dosvob.Home(lineage.backups), lambda size: None).of(lineage.paths)
+    assert all(version["frees"] for version in listing["versions"][1:])
+    with shown(lineage.backups, tmp_path / "shown") as mount:
+        for moment in mount.times(NAME):
+            assert mount.digest(NAME, moment) == lineage.truth[moment]
+    thin(lineage.backups, FEW)
+    assert len(lineage.check()) == 3
+
+
+def without_index(path: Path) -> None:
+    """Make a version what it was in format 1."""
+    with dosvob.PatchFile(path, "version") as file:
+        assert file.footer is not None
+        head, end, limit = file.head, {key: file.footer[key] for key in ("id", "changed")}, file.limit
+    content = path.read_bytes()[PAGE:limit]
+    path.write_bytes(dosvob.seal("version", {"version": 1, **head}) + content + dosvob.seal("end", end))
 
 
 def test_volumes_of_several_regions_and_chosen_ones(tmp_path: Path) -> None:
@@ -134,8 +207,7 @@ def test_what_is_written_is_gone_with_the_mount(lineage: Lineage, tmp_path: Path
                 expected[offset : offset + len(data)] = data
             file.flush()
             offset, length = 2 * MIB - 3 * PAGE - 7, 5 * PAGE
-            command = ["fallocate", "--punch-hole", "--offset", str(offset), "--length", str(length), path]
-            subprocess.run(command, check=True)
+            run("fallocate", "--punch-hole", "--offset", offset, "--length", length, path)
             expected[offset : offset + length] = bytes(length)
         drop_caches()
         assert path.read_bytes() == expected
@@ -176,8 +248,8 @@ def test_a_file_system_that_was_in_use_comes_up(tmp_path: Path, kind: str) -> No
             (volume / "new").write_text(f"version {number}")
             (volume / "new").rename(volume / "replaced")
             subprocess.run(["sync", "-f", volume], check=True)
-            for place in range(20):
-                with (volume / f"{number}-{place}").open("wb") as file:
+            for name in range(20):
+                with (volume / f"{number}-{name}").open("wb") as file:
                     file.write(b"%d" % number * 5000)
                     os.fsync(file.fileno())
             subprocess.run(["cp", "--sparse=always", live, lineage.device], check=True)
@@ -186,16 +258,13 @@ def test_a_file_system_that_was_in_use_comes_up(tmp_path: Path, kind: str) -> No
     before = digest_of_tree(lineage.backups)
     options = ["nouuid"] if kind == "xfs" else []
     with shown(lineage.backups, tmp_path / "shown") as mount, contextlib.ExitStack() as stack:
-        places = {}
-        for number, moment in enumerate(sorted(lineage.truth)):
-            places[number] = place = tmp_path / f"place-{number}"
+        places = [tmp_path / f"place-{number}" for number in range(2)]
+        for place, moment in zip(places, sorted(lineage.truth), strict=True):
             place.mkdir()
-            command = ["mount", "-o", ",".join(["loop", *options]), mount.path(NAME, moment), place]
-            subprocess.run(command, check=True)
-            stack.callback(subprocess.run, ["umount", place], check=True)
-        for number, place in places.items():
-            for name in range(20):
-                assert (place / f"{number}-{name}").read_bytes() == b"%d" % number * 5000
+            run("mount", "-o", ",".join(["loop", *options]), mount.path(NAME, moment), place)
+            stack.callback(run, "umount", place)
+        for number, place in enumerate(places):
+            assert {(place / f"{number}-{name}").read_bytes() for name in range(20)} == {b"%d" % number * 5000}
             assert (place / "replaced").read_text() == f"version {number}"
             (place / "new").write_text("written to, and nowhere")
         lineage.back_up()  # nothing of it is in its way
@@ -208,59 +277,67 @@ def test_a_file_system_that_was_in_use_comes_up(tmp_path: Path, kind: str) -> No
 # -- while runs go on
 
 
-def test_what_is_shown_stays_right_at_each_step_of_a_run(lineage: Lineage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each call by which a run changes a file, the whole of each snapshot that there was is read again."""
-    pool = dosvob.OpenFiles()
-    watched = dosvob.Shown(lineage.paths, pool)
-    truth: dict[dosvob.Snapshot, str] = {}
-    counts = {"right": 0, "gone": 0}
+class Watch:
+    """All snapshots that a volume has had, each of which is read whole after each call that changes a file."""
 
-    def look() -> None:
-        for snapshot in watched.versions().values():
-            truth.setdefault(snapshot, lineage.truth[file_name(snapshot.moment(dosvob.utc_now()))])
+    CALLS = ("pwrite", "rename", "unlink", "ftruncate", "fsync")
 
-    def compare() -> None:
-        for snapshot, expected in truth.items():
-            watched._cache.clear()
+    def __init__(self, lineage: Lineage) -> None:
+        self.shown = dosvob.Shown(lineage.paths, dosvob.OpenFiles())
+        self.right = self.gone = 0
+        self._lineage = lineage
+        self._truth: dict[dosvob.Snapshot, str] = {}
+        self._is_reading = False
+
+    def look(self) -> None:
+        """See what there is."""
+        for snapshot in self.shown.versions().values():
+            self._truth[snapshot] = self._lineage.truth[file_name(snapshot.moment(dosvob.utc_now()))]
+
+    def compare(self) -> None:
+        """Read all of it."""
+        self._is_reading = True
+        for snapshot, expected in self._truth.items():
+            self.shown._cache.clear()
             content = hashlib.sha256()
             try:
                 for index in range(snapshot.size // MIB):
-                    pages = watched.pages(snapshot, index, dosvob.ALL_PAGES)
+                    pages = self.shown.pages(snapshot, index, dosvob.ALL_PAGES)
                     content.update(b"".join([pages.get(page, bytes(PAGE)) for page in range(256)]))
-            except dosvob.Replaced:
-                counts["gone"] += 1
-            else:
                 assert content.hexdigest() == expected, snapshot.taken_at
-                counts["right"] += 1
+                self.right += 1
+            except dosvob.Replaced:
+                self.gone += 1
+        self._is_reading = False
 
-    is_comparing = False
+    def watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A call after which all is compared."""
 
-    def watched_call(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        nonlocal is_comparing
-        done = call(*arguments, **named)
-        if not is_comparing:
-            is_comparing = True
-            try:
-                compare()
-            finally:
-                is_comparing = False
-        return done
+        def watching(*arguments: Any, **named: Any) -> Any:
+            done = call(*arguments, **named)
+            if not self._is_reading:
+                self.compare()
+            return done
 
+        return watching
+
+
+def test_what_is_shown_stays_right_at_each_step_of_a_run(lineage: Lineage, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(lineage)
     for keep in (ALL, FEW):
-        look()
+        watch.look()
         lineage.keep = keep
         lineage.change()
         lineage.pass_time()
         with monkeypatch.context() as patches:
-            for name in ("pwrite", "rename", "unlink", "ftruncate", "fsync"):
-                call = getattr(os, name)
-                patches.setattr(os, name, lambda *args, _call=call, **named: watched_call(_call, *args, **named))
+            for name in Watch.CALLS:
+                patches.setattr(os, name, watch.watched(getattr(os, name)))
             lineage.back_up()
-        look()
-    compare()
-    assert counts["right"] > 100
-    assert counts["gone"]
-    watched.close()
+    watch.look()
+    watch.compare()
+    watch.shown.close()
+    assert watch.right > 100
+    assert watch.gone
 
 
 def test_a_mount_follows_runs_that_are_killed_at_any_step(
@@ -295,50 +372,62 @@ def test_a_mount_follows_runs_that_are_killed_at_any_step(
         check()
 
 
+class Reading:
+    """A thread that reads what is shown, here and there, past the kernel's cache, and compares it."""
+
+    def __init__(self, mount: Shown, contents: dict[str, bytes]) -> None:
+        self.wrong: list[str] = []
+        self.errors = self.reads = 0
+        self._mount = mount
+        self._contents = contents
+        self._is_over = threading.Event()
+        self._files: dict[str, Direct] = {}
+        self._thread = threading.Thread(target=self._go_on)
+
+    def _go_on(self) -> None:
+        chance = random.Random(5)
+        while not self._is_over.is_set():
+            moment = chance.choice(sorted(self._contents))
+            content = self._contents[moment]
+            index = chance.randrange(len(content) // MIB)
+            if chance.random() < 0.1 and moment in self._files:
+                self._files.pop(moment).close()
+            try:
+                if moment not in self._files:
+                    self._files[moment] = Direct(self._mount.path(NAME, moment))
+                if self._files[moment].chunk(index) != content[index * MIB : (index + 1) * MIB]:
+                    self.wrong.append(f"{moment}, chunk {index}")
+                self.reads += 1
+            except FileNotFoundError:
+                pass
+            except OSError as problem:
+                self.errors += 1
+                if problem.errno != errno.EIO:
+                    self.wrong.append(str(problem))
+
+    def __enter__(self) -> Reading:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        for file in self._files.values():
+            file.close()
+
+
 def test_a_reader_that_goes_on_reads_each_byte_or_an_error_that_is_explained(
     lineage: Lineage, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     """Without a pause, while runs change the image and thin, are killed and are taken back."""
-    wrong: list[str] = []
-    errors = reads = 0
-    is_over = threading.Event()
     contents: dict[str, bytes] = {}
-
     with shown(lineage.backups, tmp_path / "shown", code=None) as mount:
         for moment in mount.times(NAME):
             contents[moment] = mount.path(NAME, moment).read_bytes()
             assert digest(contents[moment]) == lineage.truth[moment]
-
-        def read() -> None:
-            nonlocal errors, reads
-            chance, files = random.Random(5), {}
-            while not is_over.is_set():
-                moment = chance.choice(sorted(contents))
-                try:
-                    if moment not in files or chance.random() < 0.1:
-                        if moment in files:
-                            files.pop(moment).close()
-                        files[moment] = Direct(mount.path(NAME, moment))
-                    index = chance.randrange(len(contents[moment]) // MIB)
-                    found = files[moment].chunk(index)
-                except FileNotFoundError:
-                    continue
-                except OSError as problem:
-                    assert problem.errno == errno.EIO
-                    errors += 1
-                    continue
-                reads += 1
-                if found != contents[moment][index * MIB : (index + 1) * MIB]:
-                    wrong.append(f"{moment}, chunk {index}")
-            for file in files.values():
-                file.close()
-
-        thread = threading.Thread(target=read)
-        thread.start()
-        try:
+        with Reading(mount, contents) as reading:
             chance = random.Random(pytestconfig.option.seed)
-            end = time.monotonic() + (180 if pytestconfig.option.exhaustive else 12)
-            while time.monotonic() < end:
+            for _ in range(500 if pytestconfig.option.exhaustive else 30):
                 lineage.keep = chance.choice((ALL, FEW))
                 lineage.size += MIB * (chance.random() < 0.1)
                 lineage.change()
@@ -347,14 +436,11 @@ def test_a_reader_that_goes_on_reads_each_byte_or_an_error_that_is_explained(
                 killed_at(chance.choice((0, chance.randrange(1, 60))), lineage.back_up)
                 if mount.times(NAME)[0] == file_name(lineage.now):
                     contents[file_name(lineage.now)] = content
-        finally:
-            is_over.set()
-            thread.join()
-    assert not wrong
-    assert reads > 1000
-    assert bool(errors) == ("error: " in mount.said), (errors, mount.said)
-    for line in mount.said.splitlines():
-        assert "error: " not in line or "a run has dropped it" in line, line
+    assert not reading.wrong
+    assert reading.reads > 500
+    told = [line for line in mount.said.splitlines() if "error: " in line]
+    assert bool(reading.errors) == bool(told), mount.said
+    assert all("a run has dropped it" in line for line in told), told
 
 
 def test_a_version_that_was_dropped_is_readable_until_it_is_closed(lineage: Lineage, tmp_path: Path) -> None:
@@ -446,16 +532,11 @@ def test_a_mount_that_was_killed_is_told_by_the_next(lineage: Lineage, tmp_path:
     directory = tmp_path / "shown"
     command = [sys.executable, SCRIPT, "--backups", lineage.backups, "mount", directory]
     with shown(lineage.backups, directory, code=-signal.SIGKILL) as mount:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert f"something is shown in {directory} already: umount {directory}" in done.stderr
+        assert f"something is shown in {directory} already: umount {directory}" in failed(*command)
         mount.process.send_signal(signal.SIGKILL)
         mount.process.wait()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert f"what is left of a mount that was killed: umount {directory}" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    subprocess.run(["umount", directory], check=True)
+    assert f"what is left of a mount that was killed: umount {directory}" in failed(*command)
+    run("umount", directory)
     with shown(lineage.backups, directory) as mount:
         assert mount.digest(NAME, max(lineage.truth)) == lineage.truth[max(lineage.truth)]
 
