@@ -1,9 +1,9 @@
 """What a long chain of versions costs: `tests/bench --chain` runs it, with `--old DIRECTORY` beside another checkout.
 
-A sparse image of 200 GiB with 100,000 pages of 4 KiB here and there, and 60 versions, each of which has others in 5000
-of these. Each checkout makes it in its own format, with the same contents. Measured are the CPU time and the peak memory
-of `list`, `verify` and `restore --at` the oldest, as processes. Then what reading through `mount` takes: the first byte
-of the oldest, random pages of it, and an image of 1 GiB of noise beside `cat` of it, both from the disk.
+A sparse image of 200 GiB with 100,000 pages of 4 KiB here and there, and 60 versions, each of which has 5,000 of these
+as they were. Each checkout makes it in its own format, with the same contents. Measured are the CPU time and the peak
+memory of `list`, `verify` and `restore --at` the oldest, as processes. Then what reading through `mount` takes: the first
+byte of the oldest, random pages of it, and an image of 1 GiB of noise beside `cat` of it, both from the disk.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 GIB, MIB, PAGE = 1 << 30, 1 << 20, 4096
@@ -135,7 +136,76 @@ def measure(arguments: argparse.Namespace) -> str:
         cost, other = by["ours"], by.get("the other")
         beside = f"{other.cpu:.1f} | {cost.cpu / other.cpu:.3f}" if other else "- | -"
         lines.append(f"| {what} | {cost.cpu:.1f} | {cost.memory / 1e6:.0f} | {beside} | {GOALS[what]} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", measure_mount(arguments.directory)])
+
+
+def make_noise(backups: Path) -> None:
+    """An image of 1 GiB that has no page twice."""
+    import dosvob  # noqa: PLC0415
+
+    paths = dosvob.ImagePaths(backups, "noise")
+    paths.metadata.mkdir(parents=True)
+    table = bytearray()
+    with paths.image.open("wb") as image:
+        for _ in range(GIB // MIB):
+            image.write(chunk := os.urandom(MIB))
+            table += dosvob.digest_of(chunk)
+    now = dosvob.utc_now().isoformat()
+    snapshot = dosvob.Snapshot("volume-2", "noise", "fra1", GIB, now)
+    paths.state.write_bytes(bytes(4096) + table)
+    digests = hashlib.sha256(table).hexdigest()
+    dosvob.State(snapshot, now, 0, digests, dosvob.identity_of(paths.image)).write(paths.state)
+
+
+def seconds_of_cat(path: Path) -> float:
+    """Seconds to read a file from the disk."""
+    subprocess.run(["sync"], check=True)
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    start = time.monotonic()
+    subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
+    return time.monotonic() - start
+
+
+def reads_in_a_second(path: Path, pages: Sequence[int], seconds: float = 5) -> float:
+    """How many pages of these can be read in a second, in any order."""
+    chance, reads = random.Random(2), 0
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    start = time.monotonic()
+    while time.monotonic() < start + seconds:
+        assert len(os.pread(fd, PAGE, chance.choice(pages) * PAGE)) == PAGE
+        reads += 1
+    os.close(fd)
+    return reads / seconds
+
+
+def measure_mount(directory: Path) -> str:
+    """What reading through `mount` takes, in lines."""
+    from mount_support import shown  # noqa: PLC0415
+
+    noise, lines = directory / "chain-noise", []
+    if not noise.exists():
+        make_noise(noise)
+    with shown(directory / "chain-ours", directory / "shown") as mount:
+        oldest = mount.path("data", mount.times("data")[-1])
+        start = time.monotonic()
+        oldest.open("rb").read(1)
+        lines.append(f"first byte of the oldest: {time.monotonic() - start:.2f} s (goal 1)")
+        pool = random.Random(1).sample(range(SIZE // PAGE), POOL)
+        for what, pages in (("with data", pool), ("anywhere", range(SIZE // PAGE))):
+            rate = reads_in_a_second(oldest, pages)
+            lines.append(f"random pages of the oldest, {what}: {rate:.0f} a second (goal 5000)")
+    with shown(noise, directory / "shown") as mount:
+        path = mount.directory / "noise" / "latest"
+        plain, through = (sorted(seconds_of_cat(each) for _ in range(3))[1] for each in (noise / "noise", path))
+        lines.append(f"cat of 1 GiB: {plain:.2f} s, through mount {through:.2f} s: {plain / through:.2f} x (goal 0.5)")
+        again = seconds_of_cat(path)
+        lines.append(f"the same once more, which checks nothing again: {plain / again:.2f} x")
+    with shown(noise, directory / "shown") as mount:
+        for what in ("as they are checked first", "when they were"):
+            rate = reads_in_a_second(mount.directory / "noise" / "latest", range(GIB // PAGE))
+            lines.append(f"random pages of 1 GiB of noise, {what}: {rate:.0f} a second")
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def contents_of(path: Path) -> str:
