@@ -48,8 +48,8 @@ What it does not promise: a snapshot of a volume in use is as consistent as a di
 its file systems come up after that is tried each time, and told.
 
 The threads. Here: the main thread decides, talks with the agent and changes images. One thread makes clones, one
-attaches them, one releases those that would cost another hour, one (of `DropletKeeper`) makes the droplet, some wait for
-a `Checker`. paramiko has one for each connection, each stream of output has one (`Writer`), and `done_ahead` and
+attaches them, one releases those that would cost another hour, one (of `DropletKeeper`) makes the droplet, some wait
+for a `Checker`. paramiko has one for each connection, each stream of output has one (`Writer`), and `done_ahead` and
 `within` start some for a moment. On the droplet: see `Agent`.
 
 The chapters, each of which uses those before it alone: errors and waiting, reporting, configuration, the DigitalOcean
@@ -119,6 +119,7 @@ from typing import Any, BinaryIO, ClassVar, Protocol, TypeVar
 # agent: end
 import argparse
 import array
+import bisect
 import dataclasses
 import datetime
 import difflib
@@ -129,8 +130,10 @@ import heapq
 import importlib
 import io
 import logging
+import operator
 import random
 import secrets
+import select
 import shlex
 import shutil
 import socket
@@ -142,7 +145,7 @@ from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import paramiko
@@ -2660,6 +2663,7 @@ exec({source!r})
 # `Undo.recover` is all that a crash needs. To put an undo back twice is the same as once.
 
 BLOCK = 4096  # bytes of a sealed block
+FORMATS = {"version": 2}  # of the files, by their kinds, 1 of all others; versions of format 1 have no index
 ALL_PAGES = (1 << PAGES) - 1
 ZERO_CHUNK = bytes(CHUNK)
 ZERO_PAGES = ZERO_PAGE_DIGEST * PAGES
@@ -2672,13 +2676,21 @@ def digest_of(chunk: bytes) -> bytes:
     return ZERO_DIGEST if chunk is ZERO_CHUNK else chunk_digest(page_digests(chunk))
 
 
+def digests_of(pages: Mapping[int, bytes]) -> bytearray:
+    """The digests of the pages of a chunk, those that are not zeros given by their numbers."""
+    digests = bytearray(ZERO_PAGES)
+    for page, data in pages.items():
+        digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] = hashlib.sha256(data).digest()
+    return digests
+
+
 class Damaged(DosvobError):
     """A file of ours is not what we wrote."""
 
 
 def seal(kind: str, content: Json) -> bytes:
     """A block that checks itself: a line with its kind, JSON, and the SHA-256 of all before."""
-    body = f"dosvob {kind} 1\n{json.dumps({'version': 1, **content})}\n".encode()
+    body = f"dosvob {kind} 1\n{json.dumps({'version': FORMATS.get(kind, 1), **content})}\n".encode()
     if len(body) > BLOCK - DIGEST_SIZE:
         raise DosvobError(f"what DigitalOcean says of the volume is longer than is possible: {str(content)[:200]}")
     body = body.ljust(BLOCK - DIGEST_SIZE)
@@ -2692,7 +2704,7 @@ def unseal(kind: str, block: bytes, path: Path) -> Json | None:
     if first != f"dosvob {kind} 1".encode() or hashlib.sha256(body).digest() != checksum:
         return None
     content: Json = json.loads(rest)
-    if (version := content.pop("version")) != 1:
+    if (version := content.pop("version")) > FORMATS.get(kind, 1):
         raise DosvobError(
             f"{path} was written by a newer dosvob (format {version}): update dosvob; nothing was changed"
         )
@@ -3079,6 +3091,35 @@ class SparseFile:
         data = self.read(index * CHUNK, CHUNK)
         return ZERO_CHUNK if data == ZERO_CHUNK else data
 
+    def pages(self, index: int, *, hints: bool = True) -> dict[int, bytes] | None:
+        """The pages of a chunk that are not zeros, by their numbers; None if the disk cannot read it.
+
+        With `hints` what is said to be a hole is not read: only the chunk's digest tells whether that was right.
+        """
+        found: dict[int, bytes] = {}
+        offset, end = index * CHUNK, (index + 1) * CHUNK
+        while offset < end:
+            stop = end
+            if hints:
+                offset = self.end_of_hole(offset, end) // PAGE * PAGE
+                stop = min(max(-(-self._end_of_data(offset, end) // PAGE), offset // PAGE + 1) * PAGE, end)
+            if (data := self.read(offset, stop - offset)) is None:
+                return None
+            first = offset // PAGE % PAGES
+            for place in range(0, len(data), PAGE):
+                if not data.startswith(ZERO_PAGE, place):
+                    found[first + place // PAGE] = data[place : place + PAGE]
+            offset = stop
+        return found
+
+    def write_pages(self, index: int, pages: Mapping[int, bytes], which: int) -> None:
+        """Write the pages of a chunk that are in the bitmap `which`: what is not in `pages` is zeros, and a hole."""
+        has_data = sum(1 << page for page in pages)
+        for first, count in runs(which & has_data):
+            self.write(b"".join([pages[page] for page in range(first, first + count)]), index * CHUNK + first * PAGE)
+        for first, count in runs(which & ~has_data):
+            self.write_zeros(index * CHUNK + first * PAGE, count * PAGE)
+
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write at an offset, all of it."""
         view = memoryview(data)
@@ -3109,6 +3150,13 @@ class SparseFile:
             return min(os.lseek(self.fd, offset, os.SEEK_DATA), end)
         except OSError as problem:
             return end if problem.errno == errno.ENXIO else offset
+
+    def _end_of_data(self, offset: int, end: int) -> int:
+        """Where the first hole behind data is; `end` if there is none before, or nobody knows."""
+        try:
+            return min(os.lseek(self.fd, offset, os.SEEK_HOLE), end)
+        except OSError:
+            return end
 
     def chunk_holes(self, first: int, end: int) -> Iterator[bool]:
         """For each of these chunks, in order, whether it is said to be a hole; a hole of many chunks takes one look.
@@ -3229,29 +3277,96 @@ class Patch:
         return cls.of(index, pages, b"".join(pieces), digest)
 
 
+class Entry(NamedTuple):
+    """A patch as an index has it: what its header says, and where in the file it begins."""
+
+    chunk: int
+    position: int
+    pages: int
+    filled: int
+    digest: bytes
+
+
+class OpenFiles:
+    """Keeps the files open that were used last, MOST at a time: a process may have no more than some 1,000."""
+
+    MOST = 200
+
+    def __init__(self) -> None:
+        self._files: dict[PatchFile, None] = {}  # in the order of their last use
+
+    def use(self, file: PatchFile) -> None:
+        """One is used now; another one may be closed for it."""
+        self._files.pop(file, None)
+        self._files[file] = None
+        if len(self._files) > self.MOST:
+            self.forget(next(iter(self._files)))
+
+    def forget(self, file: PatchFile) -> None:
+        """Close one."""
+        self._files.pop(file, None)
+        file.park()
+
+
 class PatchFile:
     """A file of patches, as a spool, an undo and a version are: a sealed head, patches, a sealed footer. To be closed.
 
     The footer is the last block of a file that is whole; a spool has none. `head` and `footer` are their contents: {}
     for a damaged head, None for a missing footer. Several threads may read it, even what one of them has just appended.
-    `from_disk`: see SparseFile.forget_cached. Raises DosvobError for a newer dosvob's, FileNotFoundError.
+    A version has an index before the footer. `pool` may close the file and open it again. `from_disk`: see
+    SparseFile.forget_cached. Raises DosvobError for a newer dosvob's, FileNotFoundError.
     """
 
-    def __init__(self, path: Path, kind: str, flags: int = os.O_RDONLY, *, from_disk: bool = False) -> None:
+    ROW = struct.Struct(">IQ32s32s32s")  # of the index: an Entry, its bitmaps as in a patch's header
+    PAGES_AT = 12  # where in a row the bitmap of the pages is
+    ROWS = 64  # of the index that are read at once
+    INDEX_IN_MEMORY = 1 << 20  # bytes of an index that is being made; the rest is in an unnamed file
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        flags: int = os.O_RDONLY,
+        *,
+        from_disk: bool = False,
+        pool: OpenFiles | None = None,
+    ) -> None:
         self.path = path
-        self._file = SparseFile(path, flags)
+        self.doubtful: list[tuple[int, float]] = []  # see `load_index`
+        self._kind = kind
+        self._pool = pool
+        self._opened = SparseFile(path, flags)
+        self._made: tempfile.SpooledTemporaryFile[bytes] | None = None  # the index of a file that has none
+        self._count = -1  # of the index's rows; before they are known -1
+        self._chunks: array.array[int] | None = None  # of its rows, if `find` was asked
         try:
             if from_disk:
-                self._file.forget_cached()
-            size = os.fstat(self._file.fd).st_size
-            self.head = unseal(kind, self._file.read(0, BLOCK) or b"", path) or {}
-            footer = unseal("end", self._file.read(size - BLOCK, BLOCK) or b"", path) if size >= 2 * BLOCK else None
+                self._opened.forget_cached()
+            size = os.fstat(self._opened.fd).st_size
+            self.head = unseal(kind, self._opened.read(0, BLOCK) or b"", path) or {}
+            footer = unseal("end", self._opened.read(size - BLOCK, BLOCK) or b"", path) if size >= 2 * BLOCK else None
         except BaseException:
             self.close()
             raise
         self.footer = None if footer is None or (self.head and footer["id"] != self.head["id"]) else footer
-        self.limit = size - BLOCK * (self.footer is not None)  # of the patches
+        self.limit = self._end = size - BLOCK * (self.footer is not None)
+        if self.footer and "index" in self.footer:
+            self.limit = self.footer["index"]  # of the patches
         self._changed = 0  # bytes
+        if pool is not None:
+            pool.use(self)
+
+    @property
+    def _file(self) -> SparseFile:
+        if self.is_parked:
+            with contextlib.suppress(FileNotFoundError):
+                self._opened = SparseFile(self.path)
+            if self.is_parked or unseal(self._kind, self._opened.read(0, BLOCK) or b"", self.path) != self.head:
+                self._opened.close()
+                raise Damaged(f"{self.path} was replaced or removed")
+        if self._pool is not None:
+            self._pool.use(self)
+        return self._opened
 
     @classmethod
     def create(cls, path: Path, kind: str, head: Json) -> PatchFile:
@@ -3259,7 +3374,10 @@ class PatchFile:
         path.unlink(missing_ok=True)
         with contextlib.closing(SparseFile(path, os.O_WRONLY | os.O_CREAT)) as file:
             file.write(seal(kind, head), 0)
-        return cls(path, kind, os.O_RDWR)
+        created = cls(path, kind, os.O_RDWR)
+        if kind == "version":
+            created._make_index()
+        return created
 
     def append(self, patch: Patch) -> int:
         """Append a patch; returns its position."""
@@ -3268,6 +3386,7 @@ class PatchFile:
         self._file.write(patch.data, position + Patch.HEADER.size)
         self.limit += patch.length
         self._changed += patch.pages.bit_count() * PAGE
+        self._add(patch, position)
         return position
 
     def cut(self, position: int) -> None:
@@ -3276,10 +3395,19 @@ class PatchFile:
         self.limit = position
 
     def complete(self) -> None:
-        """Make all patches durable, then the footer."""
+        """Write the index, make it and all patches durable, then the footer."""
+        checksum, end = hashlib.sha256(), self.limit
+        if self._made is not None:
+            self._made.seek(0)
+            for rows in iter(functools.partial(self._made.read, CHUNK), b""):
+                checksum.update(rows)
+                self._file.write(rows, end)
+                end += len(rows)
         os.fsync(self._file.fd)
         self.footer = {"id": self.head["id"], "changed": self._changed}
-        self._file.write(seal("end", self.footer), self.limit)
+        if self._made is not None:
+            self.footer |= {"index": self.limit, "index_digest": checksum.hexdigest()}
+        self._file.write(seal("end", self.footer), end)
         os.fsync(self._file.fd)
 
     def header_at(self, position: int) -> Patch:
@@ -3320,9 +3448,147 @@ class PatchFile:
             yield position, patch
             position += patch.length
 
+    # The index
+
+    def load_index(self, *, whole: bool = True) -> None:
+        """Find or make the index: of patches in the order of the chunks, that are whole when there is none yet.
+
+        `doubtful` are then the chunks that damaged ones may have been of: ranges, neither end included. With not
+        `whole` the data is not looked at, and Damaged raised for what is no patch.
+        """
+        if self._count >= 0:
+            return
+        if self.footer and "index" in self.footer:
+            checksum = hashlib.sha256()
+            for place in range(self.limit, self._end, CHUNK):
+                checksum.update(self._file.read(place, min(CHUNK, self._end - place)) or b"")
+            if checksum.hexdigest() == self.footer["index_digest"]:
+                self._count = (self._end - self.limit) // self.ROW.size
+                if not self.head:  # which tells what it leads back from
+                    self.doubtful.append((-1, float("inf")))
+                return
+        self._make_index()
+        if not whole:
+            for position, patch in self.patches(data=False):
+                self._add(patch, position)
+            return
+        self._index_what_is_whole()
+
+    def _index_what_is_whole(self) -> None:
+        position, last, is_damaged = BLOCK, -1, False
+        while self.head and position < self.limit:
+            try:
+                patch, at = self.patch_at(position), position
+                position += patch.length
+            except Damaged:
+                patch = None
+                position = self.find_patch(position + 1)
+            if patch is None or patch.index <= last:
+                is_damaged = True
+                continue
+            if is_damaged:
+                self.doubtful.append((last, patch.index))
+            last, is_damaged = patch.index, False
+            self._add(patch, at)
+        if is_damaged or not self.head or self.footer is None:
+            self.doubtful.append((last, float("inf")))
+
+    def _make_index(self) -> None:
+        self._made, self._count = tempfile.SpooledTemporaryFile(self.INDEX_IN_MEMORY), 0  # noqa: SIM115 - see `close`
+
+    def _add(self, patch: Patch, position: int) -> None:
+        if self._made is not None:
+            bitmaps = [bits.to_bytes(PAGES // 8, "little") for bits in (patch.pages, patch.filled)]
+            self._made.write(self.ROW.pack(patch.index, position, *bitmaps, patch.digest))
+            self._count += 1
+
+    def rows(self, first: int, count: int) -> bytes:
+        """So many rows of the index from one on, as far as there are; raises Damaged."""
+        length = min(count, self._count - first) * self.ROW.size
+        if self._made is not None:
+            self._made.seek(first * self.ROW.size)
+            return self._made.read(length)
+        found = self._file.read(self.limit + first * self.ROW.size, length)
+        if found is None:
+            raise Damaged(f"{self.path} cannot be read at byte {self.limit + first * self.ROW.size}")
+        return found
+
+    def entries(self) -> Iterator[Entry]:
+        """All that the index has."""
+        for first in range(0, self._count, self.ROWS):
+            yield from map(self.entry_of, self.ROW.iter_unpack(self.rows(first, self.ROWS)))
+
+    @staticmethod
+    def entry_of(row: tuple[int, int, bytes, bytes, bytes]) -> Entry:
+        """An unpacked row."""
+        index, position, pages, filled, digest = row
+        return Entry(index, position, int.from_bytes(pages, "little"), int.from_bytes(filled, "little"), digest)
+
+    def row_of(self, index: int) -> int:
+        """The first row of a chunk that is not before this one."""
+        return bisect.bisect_left(range(self._count), index, key=lambda row: int.from_bytes(self.rows(row, 1)[:4]))
+
+    def columns(self, first: int, end: int) -> dict[bytes, bytes]:
+        """The packed rows of these chunks, by the chunk's packed number."""
+        start, size = self.row_of(first), self.ROW.size
+        rows = self.rows(start, self.row_of(end) - start)
+        return {rows[place : place + 4]: rows[place : place + size] for place in range(0, len(rows), size)}
+
+    def find(self, index: int) -> Entry | None:
+        """What it has of a chunk."""
+        if self._chunks is None:
+            self._chunks = array.array("I")
+            for first in range(0, self._count, CHUNK // PAGE):
+                rows = memoryview(self.rows(first, CHUNK // PAGE)).cast("I")
+                self._chunks.extend(rows[:: self.ROW.size // 4])
+            if sys.byteorder == "little":
+                self._chunks.byteswap()
+        row = bisect.bisect_left(self._chunks, index)
+        if row == len(self._chunks) or self._chunks[row] != index:
+            return None
+        return self.entry_of(self.ROW.unpack(self.rows(row, 1)))
+
+    def pages_of(self, entry: Entry, wanted: int) -> dict[int, bytes]:
+        """Those of the wanted pages that it has data for, not verified; zeros for what cannot be read."""
+        found = {}
+        for first, count in runs(entry.filled & wanted):
+            place = (entry.filled & ((1 << first) - 1)).bit_count()
+            data = self._file.read(entry.position + Patch.HEADER.size + place * PAGE, count * PAGE)
+            for number in range(count):
+                found[first + number] = data[number * PAGE : (number + 1) * PAGE] if data else ZERO_PAGE
+        return found
+
+    def checked_pages(self, entry: Entry) -> tuple[dict[int, bytes], bool]:
+        """The pages that it has data for, and whether the patch is what was written."""
+        size = Patch.HEADER.size
+        stored = self._file.read(entry.position, size + entry.filled.bit_count() * PAGE) or b""
+        patch = Patch(entry.chunk, entry.pages, entry.filled, memoryview(stored)[size:], entry.digest)
+        data = stored[size:]
+        places = enumerate(pages_in(entry.filled))
+        pages = {page: data[place * PAGE : (place + 1) * PAGE] for place, page in places}
+        return pages, patch.pack(self.head.get("id", "")) == stored[:size]
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether it is closed, for now."""
+        return self._opened.fd < 0
+
+    @property
+    def fd(self) -> int:
+        """The file's descriptor."""
+        return self._file.fd
+
+    def park(self) -> None:
+        """Close the file; the next use opens it again, and raises Damaged if it is another one."""
+        self._opened.close()
+
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._pool is not None:
+            self._pool.forget(self)
+        self._opened.close()
+        if self._made is not None:
+            self._made.close()
 
     def __enter__(self) -> PatchFile:
         return self
@@ -3381,6 +3647,9 @@ class Version:
 class Versions:
     """The versions of an image."""
 
+    MOST_JOINED = 32  # of which each is open, and has a patch in memory
+    COMPARED = 1 << 16  # chunks of which `freed_by` has the rows in memory
+
     def __init__(self, paths: ImagePaths) -> None:
         self._paths = paths
 
@@ -3430,15 +3699,24 @@ class Versions:
                 groups.append([])
         self._remove(groups.pop())  # first: that takes no space, and frees some
         damaged: Damaged | None = None
-        for *dropped, version in groups:
+        for group in groups:
             try:
-                if dropped:
-                    self._merge([*dropped, version], tick)
-                    self._remove(dropped)
+                while len(group) > 1:
+                    parts = [
+                        group[first : first + self.MOST_JOINED] for first in range(0, len(group), self.MOST_JOINED)
+                    ]
+                    group = [self._join(part, tick) for part in parts]  # noqa: PLW2901
             except Damaged as problem:  # which is no reason to keep others for ever
                 damaged = problem
         if damaged:
             raise damaged
+
+    def _join(self, versions: Sequence[Version], tick: Callable[[int], None]) -> Version:
+        """Merge versions, given the newest first, into the oldest, and remove the others; returns what that is now."""
+        if len(versions) > 1:
+            self._merge(versions, tick)
+            self._remove(versions[:-1])
+        return Version.load(versions[-1].path)
 
     def _remove(self, versions: Sequence[Version]) -> None:
         """Remove versions, given the newest first, from the oldest on: the others still lead back to the same."""
@@ -3461,15 +3739,16 @@ class Versions:
             head = {**opened[-1].head, "id": secrets.token_hex(16), "newer": opened[0].head["newer"]}
             size = head["snapshot"]["size"]
             merged = files.enter_context(PatchFile.create(target, "version", head))
-            streams = [PatchStream(file) for file in opened]
             try:
-                for index, patches in PatchStream.by_chunk(streams):
+                for file in opened:
+                    file.load_index()
+                    if file.doubtful:
+                        raise Damaged(f"{file.path} is damaged")
+                for index, entries in by_chunk(opened):
+                    patches = [opened[number].patch_at(entry.position) for number, entry in entries]
                     if index < size // CHUNK:
-                        merged.append(self._one_of([*patches.values()]))
-                    tick(sum(patch.length for patch in patches.values()))
-                for stream in streams:
-                    if stream.doubtful:
-                        raise Damaged(f"{stream.file.path} is damaged")
+                        merged.append(self._one_of(patches))
+                    tick(sum(patch.length for patch in patches))
                 merged.complete()
             except BaseException:
                 target.unlink(missing_ok=True)
@@ -3495,13 +3774,26 @@ class Versions:
             return version.occupied
         taken_over = 0
         with PatchFile(version.path, "version") as file, PatchFile(older.path, "version") as older_file:
-            headers = [(patch for _, patch in each.patches(data=False)) for each in (file, older_file)]
-            for index, patches in PatchStream.by_chunk(headers):
+            for each in (file, older_file):
+                each.load_index(whole=False)
+            for first in range(0, older.snapshot.size // CHUNK, Versions.COMPARED):
+                end = min(first + Versions.COMPARED, older.snapshot.size // CHUNK)
                 tick(0)
-                if 0 in patches and index < older.snapshot.size // CHUNK:
-                    has_own, own = 1 in patches, patches[1].pages if 1 in patches else 0
-                    taken_over += (patches[0].filled & ~own).bit_count() * PAGE + Patch.HEADER.size * (not has_own)
+                taken_over += Versions._taken_over(file.columns(first, end), older_file.columns(first, end))
         return version.occupied - taken_over
+
+    @staticmethod
+    def _taken_over(new: Mapping[bytes, bytes], old: Mapping[bytes, bytes]) -> int:
+        """The bytes that the older one would take over, given rows of the indexes: as one number each, for speed."""
+
+        def bits(rows: Iterable[bytes], first: int) -> int:
+            return int.from_bytes(b"".join([row[first : first + PAGES // 8] for row in rows]))
+
+        pages, filled = PatchFile.PAGES_AT, PatchFile.PAGES_AT + PAGES // 8
+        both = new.keys() & old.keys()
+        overridden = bits([new[chunk] for chunk in both], filled) & bits([old[chunk] for chunk in both], pages)
+        data = (bits(new.values(), filled).bit_count() - overridden.bit_count()) * PAGE
+        return data + (len(new) - len(both)) * (Patch.HEADER.size + PatchFile.ROW.size)
 
     @staticmethod
     def moment_of_image(state: State | None, versions: Sequence[Version]) -> datetime.datetime | None:
@@ -3512,42 +3804,15 @@ class Versions:
         return newer.moment(utc_now()) if newer else None
 
 
-class PatchStream:
-    """The patches of a version that are whole, in the order of the chunks; it skips damaged ones.
+def by_chunk(files: Iterable[PatchFile]) -> Iterator[tuple[int, list[tuple[int, Entry]]]]:
+    """The chunks that have patches, in order, each with the numbers of the files that have one, and its entries."""
 
-    `doubtful` are the chunks that those may have been of, as far as it has read: ranges, neither end included.
-    """
+    def numbered(number: int, file: PatchFile) -> Iterator[tuple[int, int, Entry]]:
+        return ((entry.chunk, number, entry) for entry in file.entries())
 
-    def __init__(self, file: PatchFile, *, lacks_newer: bool = False) -> None:
-        self.file = file
-        self.doubtful: list[tuple[int, float]] = [(-1, float("inf"))] if lacks_newer else []
-
-    def __iter__(self) -> Iterator[Patch]:
-        file, position, last, is_damaged = self.file, BLOCK, -1, False
-        while file.head and position < file.limit:
-            try:
-                patch = file.patch_at(position)
-                position += patch.length
-            except Damaged:
-                patch = None
-                position = file.find_patch(position + 1)
-            if patch is None or patch.index <= last:
-                is_damaged = True
-                continue
-            if is_damaged:
-                self.doubtful.append((last, patch.index))
-            last, is_damaged = patch.index, False
-            yield patch
-        if is_damaged or not file.head or file.footer is None:
-            self.doubtful.append((last, float("inf")))
-
-    @staticmethod
-    def by_chunk(streams: Iterable[Iterable[Patch]]) -> Iterator[tuple[int, dict[int, Patch]]]:
-        """The chunks that have patches, in order, each with its patches by the numbers of their streams."""
-        numbered = [zip(itertools.repeat(number), stream) for number, stream in enumerate(streams)]
-        merged = heapq.merge(*numbered, key=lambda item: item[1].index)
-        for index, patches in itertools.groupby(merged, key=lambda item: item[1].index):
-            yield index, dict(patches)
+    merged = heapq.merge(*itertools.starmap(numbered, enumerate(files)))
+    for index, group in itertools.groupby(merged, key=operator.itemgetter(0)):
+        yield index, [(number, entry) for _, number, entry in group]
 
 
 class Undo:
@@ -3638,15 +3903,22 @@ class Undo:
         It also gets its old time, so that its state and the spool still fit it. If a part of the undo decayed it does
         not, for then the next sync must compare all of the image.
         """
-        base, patches = self.file.head["base"], PatchStream(self.file)
+        base = self.file.head["base"]
+        self.file.load_index()
+        is_whole = not self.file.doubtful
         with contextlib.closing(SparseFile(self.paths.image, os.O_RDWR)) as image:
             image.forget_cached()  # ext4 does not write pages again that a write error left in the cache
-            for patch in patches:
+            for entry in self.file.entries():
+                try:
+                    patch = self.file.patch_at(entry.position)
+                except Damaged:
+                    is_whole = False
+                    continue
                 patch.write_to(image)
                 tick(patch.length)
             os.ftruncate(image.fd, base["size"])
             os.fsync(image.fd)  # before its time says that it is the old one
-            if not patches.doubtful:
+            if is_whole:
                 os.utime(image.fd, ns=(base["mtime_ns"], base["mtime_ns"]))
                 os.fsync(image.fd)
         self.drop()
@@ -3714,6 +3986,72 @@ class Ranges:
         return "bytes " + ", ".join(told) + f" and {len(self.ranges) - 20} more places" * (len(self.ranges) > 20)
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a chunk was: its pages that are not zeros by their numbers, and whether it has the digest recorded for it.
+
+    Without a digest, as in an image without a state, it is sound if it is there and can be read. `patched` is the
+    bitmap of the pages that are not the image's.
+    """
+
+    index: int
+    pages: dict[int, bytes]
+    is_sound: bool
+    patched: int = 0
+
+    @property
+    def filled(self) -> int:
+        """The bitmap of its pages that are not zeros."""
+        return sum(1 << page for page in self.pages)
+
+    @property
+    def chunk(self) -> bytes:
+        """All of it; of zeros ZERO_CHUNK itself."""
+        return b"".join([self.pages.get(page, ZERO_PAGE) for page in range(PAGES)]) if self.pages else ZERO_CHUNK
+
+
+def laid_over(patches: Sequence[tuple[PatchFile, Entry]], wanted: int = ALL_PAGES) -> tuple[dict[int, bytes], int]:
+    """What the patches of a chunk, the newest first, make of the wanted pages, not verified; and those that none has.
+
+    Of each page the oldest one counts, and nothing else is read.
+    """
+    pages: dict[int, bytes] = {}
+    for file, entry in reversed(patches):
+        pages |= file.pages_of(entry, wanted & entry.pages)
+        wanted &= ~entry.pages
+    return pages, wanted
+
+
+def content_of(
+    image: SparseFile, index: int, patches: Sequence[tuple[PatchFile, Entry]], digest: bytes
+) -> tuple[dict[int, bytes], bool]:
+    """The pages of a chunk of an image with patches laid over it, and whether they have this digest.
+
+    Holes are believed as far as the digest proves them.
+    """
+    laid, rest = laid_over(patches)
+    for hints in (True, False):
+        stored = image.pages(index, hints=hints) if rest else {}
+        pages = {page: data for page, data in (stored or {}).items() if rest >> page & 1} | laid
+        if stored is not None and chunk_digest(digests_of(pages)) == digest:
+            return pages, True
+        if not rest:
+            break
+    return pages, False
+
+
+class Spot(NamedTuple):
+    """A chunk of an image and its patches, by the numbers of the steps back that have one.
+
+    `recorded` is its digest in the image, None if none is known; `is_zeros` whether that and the file system say so.
+    """
+
+    chunk: int
+    recorded: bytes | None
+    is_zeros: bool
+    patches: list[tuple[int, Entry]]
+
+
 class Chain:
     """An image and all that leads back from it: what each snapshot was, chunk by chunk. To be closed.
 
@@ -3723,7 +4061,7 @@ class Chain:
     FileNotFoundError without an image.
     """
 
-    READ_BACK = 64  # chunks that a restore writes before it reads them from the disk
+    READ_BACK = 8192  # pages that a restore writes before it reads them from the disk, or chunks
 
     def __init__(self, paths: ImagePaths, *, from_disk: bool = False) -> None:
         self.paths = paths
@@ -3731,6 +4069,8 @@ class Chain:
         self.problem: Damaged | None = None
         self._from_disk = from_disk
         self._table: SparseFile | None = None
+        self._digests, self._digests_at = b"", -1  # a part of the table
+        self.flawed: set[int] = set()  # see `verify`
         paths.check_link()
         with contextlib.ExitStack() as files:
             self.image = files.enter_context(contextlib.closing(SparseFile(paths.image)))
@@ -3739,6 +4079,7 @@ class Chain:
             self.versions = Versions(paths).all()
             undo = files.enter_context(Undo.left(paths, from_disk=from_disk))
             self._undo = undo.file if undo is not None and not undo.is_committed else None
+            self._before = int(self._undo is not None)  # how many steps lead to the image's own snapshot
             length: int = self._undo.head["base"]["size"] if self._undo else os.fstat(self.image.fd).st_size
             self.size = -(-length // CHUNK) * CHUNK
             try:
@@ -3784,63 +4125,124 @@ class Chain:
         the_last = f"the last one that does is of {local_time(good[0])}" if good else "none that is kept does"
         return f"it does not come up: {this.words}; {the_last}"
 
-    def chunks(self, depth: int) -> Iterator[tuple[int, list[bytes], list[bool]]]:
-        """For each chunk its index, its contents and whether they are sound: the image's first, then `depth` versions'.
+    @contextlib.contextmanager
+    def _steps(self, depth: int) -> Iterator[list[PatchFile]]:
+        """What leads back from the image as it is to `depth` versions before, with their indexes.
 
-        Unchanged contents are the same object; zeros are ZERO_CHUNK. A chunk is sound if it has the digest that was
-        recorded for it; in an image without a state, which has none, if it is there and can be read.
+        The first is the undo that is to be put back, if there is one.
         """
-        known = [self._snapshot]
-        streams = [PatchStream(self._undo)] if self._undo else []
-        steps_before = len(streams)  # the image's
+        known, pool = [self._snapshot], OpenFiles()
         with contextlib.ExitStack() as files:
+            steps = [self._undo] if self._undo else []
             for version in self.versions[:depth]:
-                file = files.enter_context(PatchFile(version.path, "version", from_disk=self._from_disk))
-                streams.append(PatchStream(file, lacks_newer=version.lacks_newer(known)))
+                step = PatchFile(version.path, "version", from_disk=self._from_disk, pool=pool)
+                steps.append(files.enter_context(step))
+                if version.lacks_newer(known):
+                    step.doubtful.append((-1, float("inf")))
                 known.append(version.snapshot)
-            patched = PatchStream.by_chunk(streams)
-            upcoming = next(patched, None)
-            for index, is_hole in enumerate(self.image.chunk_holes(0, self.size // CHUNK)):
-                patches: dict[int, Patch] = {}
-                if upcoming is not None and upcoming[0] == index:
-                    patches = upcoming[1]
-                    upcoming = next(patched, None)
-                undone = patches.get(0) if self._undo else None
-                chunk, is_sound = self._image_chunk(index, undone, is_hole=is_hole)
-                contents, soundness = [chunk], [is_sound]
-                for number, stream in itertools.islice(enumerate(streams), steps_before, None):
-                    if number in patches:
-                        chunk = patches[number].over(chunk)
-                        is_sound = chunk_digest(page_digests(chunk)) == patches[number].digest
-                    elif any(first < index < end for first, end in stream.doubtful):  # it may have had one
-                        is_sound = False
-                    contents.append(chunk)
-                    soundness.append(is_sound)
-                yield index, contents, soundness
+            for step in steps:
+                step.load_index()
+            yield steps
 
-    def _image_chunk(self, index: int, undone: Patch | None, *, is_hole: bool) -> tuple[bytes, bool]:
-        """A chunk of the image, with what the undo has of it, and whether it is sound."""
-        recorded = undone.digest if undone else None
-        if self._table is not None:
-            recorded = self._table.read(BLOCK + index * DIGEST_SIZE, DIGEST_SIZE) or b""
-        stored = ZERO_CHUNK if is_hole and recorded == ZERO_DIGEST and not undone else self.image.chunk(index)
-        chunk = undone.over(stored or ZERO_CHUNK) if undone else stored or ZERO_CHUNK
-        is_cut = recorded is None and (index + 1) * CHUNK > self.length
-        if is_cut or (stored is None and undone is None):
-            return chunk, False
-        return chunk, recorded is None or recorded == digest_of(chunk)
+    def _walk(self, steps: Sequence[PatchFile]) -> Iterator[Spot]:
+        """The chunks of the image, in order."""
+        patched = by_chunk(steps)
+        upcoming = next(patched, None)
+        for index, is_hole in enumerate(self.image.chunk_holes(0, self.size // CHUNK)):
+            patches: list[tuple[int, Entry]] = []
+            if upcoming is not None and upcoming[0] == index:
+                patches, upcoming = upcoming[1], next(patched, None)
+            recorded = self._recorded(index)
+            if recorded is None and self._undo and patches and patches[0][0] == 0:
+                recorded = patches[0][1].digest
+            yield Spot(index, recorded, is_hole and recorded == ZERO_DIGEST, patches)
+
+    def _recorded(self, index: int) -> bytes | None:
+        """The digest of a chunk of the image by the state; None without one."""
+        if self._table is None:
+            return None
+        first, place = divmod(index, 4096)
+        if first != self._digests_at:
+            self._digests_at = first
+            self._digests = self._table.read(BLOCK + first * 4096 * DIGEST_SIZE, 4096 * DIGEST_SIZE) or b""
+        return self._digests[place * DIGEST_SIZE : (place + 1) * DIGEST_SIZE]
+
+    def _of_image(self, spot: Spot, undo: Entry | None) -> tuple[dict[int, bytes], bool]:
+        """The pages of a chunk of the image, with what the undo has of it, and whether they are sound."""
+        if spot.is_zeros and undo is None:
+            return {}, True
+        patches = [(self._undo, undo)] if self._undo and undo else []
+        if spot.recorded is not None:
+            return content_of(self.image, spot.chunk, patches, spot.recorded)
+        stored = self.image.pages(spot.chunk, hints=False)
+        return stored or {}, stored is not None and (spot.chunk + 1) * CHUNK <= self.length
 
     def verify(self, tick: Callable[[int], None]) -> list[Ranges]:
-        """Compare the image and all versions with their digests; what is damaged of each, the image first."""
+        """Compare the image and all versions with their digests; what is damaged of each, the image first.
+
+        What decayed of a version's file and can be done without is in `flawed`, by how many steps back it is.
+        """
         damaged = [Ranges() for _ in range(1 + len(self.versions))]
-        snapshots = [version.snapshot for version in self.versions]
-        sizes = [self.size, *(snapshot.size if snapshot else self.size for snapshot in snapshots)]
-        for index, _, soundness in self.chunks(len(self.versions)):
-            for ranges, size, is_sound in zip(damaged, sizes, soundness, strict=True):
-                if not is_sound and index * CHUNK < size:
-                    ranges.add(index)
-            tick(CHUNK)
+        sizes = [self.size, *(version.snapshot.size if version.snapshot else self.size for version in self.versions)]
+        with self._steps(len(self.versions)) as steps:
+            is_doubtful = any(step.doubtful for step in steps)
+            for spot in self._walk(steps):
+                if is_doubtful or spot.patches or not spot.is_zeros:
+                    for depth in self._wrong(spot, steps):
+                        if spot.chunk * CHUNK < sizes[depth]:
+                            damaged[depth].add(spot.chunk)
+                tick(CHUNK)
         return damaged
+
+    def _wrong(self, spot: Spot, steps: Sequence[PatchFile]) -> Iterator[int]:
+        """How many steps back a chunk is not sound. Each patched page is hashed once."""
+        before, own = self._before, dict(spot.patches)
+        pages, is_sound = self._of_image(spot, own.pop(0, None) if before else None)
+        digests, since = digests_of(pages) if own else bytearray(), 0
+        in_doubt = [number for number in self._doubtful(spot, steps) if number >= before and number not in own]
+        for number in sorted([*own, *in_doubt]):
+            depth = number + 1 - before
+            if not is_sound:
+                yield from range(since, depth)
+            since, is_sound = depth, False
+            if entry := own.get(number):
+                data, is_whole = steps[number].checked_pages(entry)
+                if not is_whole:
+                    self.flawed.add(depth)
+                for page in pages_in(entry.pages):
+                    at = page * DIGEST_SIZE
+                    digest = hashlib.sha256(data[page]).digest() if page in data else ZERO_PAGE_DIGEST
+                    digests[at : at + DIGEST_SIZE] = digest
+                is_sound = chunk_digest(digests) == entry.digest
+        if not is_sound:
+            yield from range(since, 1 + len(self.versions))
+
+    @staticmethod
+    def _doubtful(spot: Spot, steps: Sequence[PatchFile]) -> list[int]:
+        """The steps whose damaged parts may have a patch of a chunk."""
+        return [number for number, step in enumerate(steps) if step.doubtful
+                and any(first < spot.chunk < end for first, end in step.doubtful)]  # fmt: skip
+
+    def contents(self, depth: int) -> Iterator[Content]:
+        """What each chunk of the image was `depth` versions before. What is damaged is laid over it as it is."""
+        with self._steps(depth) as steps:
+            is_doubtful = any(step.doubtful for step in steps)
+            for spot in self._walk(steps):
+                if spot.is_zeros and not spot.patches and not is_doubtful:
+                    yield Content(spot.chunk, {}, is_sound=True)
+                else:
+                    yield self._content(spot, steps, self._doubtful(spot, steps) if is_doubtful else ())
+
+    def _content(self, spot: Spot, steps: Sequence[PatchFile], doubtful: Sequence[int]) -> Content:
+        last, patched = spot.patches[-1][0] if spot.patches else -1, 0
+        for _, entry in spot.patches:
+            patched |= entry.pages
+        if last < self._before:  # it is the image's own, or was
+            pages, is_sound = self._of_image(spot, spot.patches[0][1] if spot.patches else None)
+        else:
+            patches = [(steps[number], entry) for number, entry in spot.patches]
+            pages, is_sound = content_of(self.image, spot.chunk, patches, spot.patches[-1][1].digest)
+        return Content(spot.chunk, pages, is_sound and all(number <= last for number in doubtful), patched)
 
     def restore(self, depth: int, target: Path, tick: Callable[[int], None]) -> tuple[Path, Ranges]:
         """Write the image, or the version `depth` steps back, to a new, sparse file.
@@ -3858,26 +4260,22 @@ class Chain:
                     f"{path} is there, and nothing is restored over it: move it away, or name another file"
                 )
         damaged = Ranges()
-        written: list[tuple[int, bytes, bool]] = []  # what is to be read back
+        written: list[Content] = []  # what is to be read back
         with contextlib.closing(SparseFile(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL)) as file:
             try:
-                is_cloned = self._clone_to(file, depth)
+                is_cloned = self._clone_to(file, depth, size)
                 os.ftruncate(file.fd, size)
-                for index, contents, soundness in itertools.islice(self.chunks(depth), size // CHUNK):
-                    content, base = contents[depth], contents[0] if is_cloned else ZERO_CHUNK
-                    if content is not base:
-                        pages = ((page, page * PAGE) for page in range(PAGES))
-                        differing = sum(
-                            1 << page for page, at in pages if base[at : at + PAGE] != content[at : at + PAGE]
-                        )
-                        if is_cloned and base is ZERO_CHUNK:  # it may stand for what the disk cannot read
-                            differing = ALL_PAGES
-                        Patch.of(index, differing, Patch.select(content, differing), b"").write_to(file)
-                    written.append((index, content, soundness[depth]))
-                    if len(written) == self.READ_BACK:
-                        self._read_back(file, written, damaged)
+                held = 0
+                for content in itertools.islice(self.contents(depth), size // CHUNK):
+                    if content.pages or is_cloned:
+                        file.write_pages(content.index, content.pages, content.patched if is_cloned else content.filled)
+                    written.append(content)
+                    held += len(content.pages)
+                    if held > self.READ_BACK or len(written) > self.READ_BACK:
+                        self._read_back(file, written, damaged, is_cloned=is_cloned)
+                        held = 0
                     tick(CHUNK)
-                self._read_back(file, written, damaged)
+                self._read_back(file, written, damaged, is_cloned=is_cloned)
                 os.fsync(file.fd)
                 rename_new(partial, final := damaged_target if damaged.ranges else target)
             except BaseException:
@@ -3886,24 +4284,36 @@ class Chain:
         return final, damaged
 
     @staticmethod
-    def _read_back(file: SparseFile, written: list[tuple[int, bytes, bool]], damaged: Ranges) -> None:
+    def _read_back(file: SparseFile, written: list[Content], damaged: Ranges, *, is_cloned: bool) -> None:
         """Compare what a restored file has on the disk with what it is to have, and write again what it has not.
 
-        `written` are neighbouring chunks: index, content, whether that is sound. ZFS has been seen to show in a clone
-        what was there before.
+        `written` are neighbouring chunks. Of a clone all is compared: ZFS has been seen to show in one what was there
+        before. A new file has nothing where nothing was written.
         """
-        for attempt in (1, 2):
-            if written:
-                file.forget_cached(written[0][0] * CHUNK, len(written) * CHUNK)
-            wrong = {index: content for index, content, _ in written if file.chunk(index) != content}
-            for index, content in wrong.items() if attempt == 1 else ():
-                file.write(content, index * CHUNK)
-        for index, _, is_sound in written:
-            if index in wrong or not is_sound:
-                damaged.add(index)
+
+        def is_there(content: Content) -> bool:
+            if is_cloned:
+                return file.pages(content.index) == content.pages
+            return all(
+                file.read(content.index * CHUNK + first * PAGE, count * PAGE)
+                == b"".join([content.pages[page] for page in range(first, first + count)])
+                for first, count in runs(content.filled)
+            )
+
+        for attempt in (1, 2) if written else ():
+            file.forget_cached(written[0].index * CHUNK, len(written) * CHUNK)
+            wrong = [content for content in written if not is_there(content)]
+            for content in wrong if attempt == 1 else ():
+                file.write_pages(content.index, content.pages, ALL_PAGES)
+            if not wrong:
+                break
+        lost = {content.index for content in wrong} if written else set()
+        for content in written:
+            if content.index in lost or not content.is_sound:
+                damaged.add(content.index)
         written.clear()
 
-    def _clone_to(self, file: SparseFile, depth: int) -> bool:
+    def _clone_to(self, file: SparseFile, depth: int, size: int) -> bool:
         """Make a file share the image's content; where its file system cannot, check that there is space for a copy."""
         with contextlib.suppress(OSError):
             if self._undo is None:  # else the image is not what the first step back begins with
@@ -3911,13 +4321,24 @@ class Chain:
                 self.image.forget_cached()  # what is on the disk is what they share
                 return True
         os.ftruncate(file.fd, 0)  # it may have got a part before it failed
+        free = file.free_space()
         older = sum(version.occupied for version in self.versions[:depth])
-        needed, free = os.fstat(self.image.fd).st_blocks * 512 + older, file.free_space()
+        needed = min(os.fstat(self.image.fd).st_blocks * 512 + older, size)
+        if needed > free:
+            needed = min(os.fstat(self.image.fd).st_blocks * 512 + self._patched(depth), size)
         if needed > free:
             raise DosvobError(
                 f"{file.path} may take up to {human_size(needed)}, and {human_size(free)} are free there: make room"
             )
         return False
+
+    def _patched(self, depth: int) -> int:
+        """The bytes that the patches of `depth` versions can fill: each page counts once."""
+        pages = 0
+        with self._steps(depth) as steps:
+            for _, patches in by_chunk(steps):
+                pages += functools.reduce(operator.or_, (entry.filled for _, entry in patches)).bit_count()
+        return pages * PAGE
 
     def close(self) -> None:
         """Close all files."""
@@ -4019,10 +4440,10 @@ class Source:
                 )
 
             def chunks() -> Iterator[tuple[int, bytes]]:
-                for index, contents, soundness in itertools.islice(chain.chunks(depth), size // CHUNK):
-                    if not soundness[depth]:
-                        raise Damaged(f"{name} is damaged at byte {index * CHUNK}; {rest}")
-                    yield index, contents[depth]
+                for content in itertools.islice(chain.contents(depth), size // CHUNK):
+                    if not content.is_sound:
+                        raise Damaged(f"{name} is damaged at byte {content.index * CHUNK}; {rest}")
+                    yield content.index, content.chunk
 
             yield cls(
                 name,
@@ -6549,6 +6970,740 @@ class Restoration:
         return push.sent
 
 
+# ── The mount ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Shows images and versions as files. `Shown` knows what a snapshot's bytes are while runs go on, `Scratch` what was
+# written over them, `FileSystem` what is where, and `Kernel` speaks FUSE's protocol with it:
+# https://docs.kernel.org/filesystems/fuse/ and include/uapi/linux/fuse.h. One thread does all of it.
+
+
+class Replaced(DosvobError):
+    """What is to be read is not there any more."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What there was of a volume at a moment: its image, state and undo, and the marks by which a change is noticed."""
+
+    image: SparseFile
+    table: SparseFile
+    state: State
+    undo: PatchFile | None  # it is laid over the image, which is what the state says then
+    versions: dict[str, Snapshot]  # by the names of their files; the image's among them
+    marks: tuple[object, ...]
+    paths: dict[Snapshot, list[PatchFile]] = field(default_factory=dict)  # those that were looked for
+
+
+class Shown:
+    """What the snapshots of a volume are, while runs change its image and thin its versions. It holds no lock.
+
+    A run touches an image only after its undo is whole. So what was read is right if image and state are afterwards
+    what they were, and there is no whole undo but the one that was read: otherwise it looks again at what is there, and
+    reads again. What leads from one snapshot to another is so for ever, so it keeps that: a version that was opened can
+    be read after it was dropped.
+    """
+
+    ATTEMPTS = 100
+    CACHED = 48  # chunks
+    JUST_NOW = 50_000_000  # ns; a change within the clock's step of another one might not show
+
+    def __init__(self, paths: ImagePaths, pool: OpenFiles) -> None:
+        self.paths = paths
+        self._pool = pool
+        self._view: View | None = None
+        self._leading: dict[tuple[Snapshot, Snapshot], PatchFile] = {}  # from one to an older one
+        self._checked: dict[Snapshot, set[int]] = {}  # chunks that were as recorded
+        self._cache: dict[tuple[Snapshot, int], dict[int, bytes]] = {}
+        self._held: dict[Snapshot, list[PatchFile]] = {}  # of those that are open, what leads to them
+        self._files = contextlib.ExitStack()  # the view's
+
+    def versions(self) -> dict[str, Snapshot]:
+        """The snapshots that there are by the names of their files, the newest first; raises DosvobError, OSError."""
+        view = self._view
+        return (view if view is not None and self._is_current(view, all_of_it=True) else self._look()).versions
+
+    def pages(self, snapshot: Snapshot, index: int, wanted: int) -> dict[int, bytes]:
+        """Those of the wanted pages of a chunk that are not zeros, as the snapshot has them.
+
+        Raises Damaged if they are not what was recorded, Replaced if the snapshot is not there any more, OSError.
+        """
+        if (cached := self._cache.pop((snapshot, index), None)) is not None:
+            self._cache[snapshot, index] = cached  # the last one that was used
+            return cached
+        checked, damage = self._checked.setdefault(snapshot, set()), None
+        for _ in range(self.ATTEMPTS):
+            view, is_known = self._view or self._look(), index in checked
+            try:
+                path = self._path(view, snapshot)
+                patches = [(file, entry) for file in path if (entry := file.find(index)) is not None]
+                pages = (self._some_of if is_known else self._whole)(view, index, patches, wanted)
+            except Damaged as problem:
+                if damage is not None and self._is_current(view):
+                    raise
+                damage = problem  # unless it goes with another look: a version was replaced, the image changed
+            else:
+                if self._is_current(view):
+                    if not is_known:
+                        checked.add(index)
+                        self._cache[snapshot, index] = pages
+                        if len(self._cache) > self.CACHED:
+                            del self._cache[next(iter(self._cache))]
+                    return pages
+            self._look()
+        raise Damaged(f"{self.paths.name} changes faster than it can be read")
+
+    def is_zeros(self, snapshot: Snapshot, index: int) -> bool:
+        """Whether a chunk is recorded to be zeros."""
+        view = self._view or self._look()
+        entries = (file.find(index) for file in reversed(self._path(view, snapshot)))
+        newest = next((entry.digest for entry in entries if entry is not None), None)
+        return (newest or self._recorded(view, index)) == ZERO_DIGEST
+
+    @staticmethod
+    def _recorded(view: View, index: int) -> bytes:
+        return view.table.read(BLOCK + index * DIGEST_SIZE, DIGEST_SIZE) or b""
+
+    def _whole(self, view: View, index: int, patches: list[tuple[PatchFile, Entry]], _wanted: int) -> dict[int, bytes]:
+        """All of a chunk; raises Damaged if it is not as recorded."""
+        digest = patches[-1][1].digest if patches else self._recorded(view, index)
+        pages, is_sound = ({}, True) if digest == ZERO_DIGEST else content_of(view.image, index, patches, digest)
+        if not is_sound:
+            raise Damaged(
+                f"bytes {index * CHUNK} to {(index + 1) * CHUNK - 1} are not what was backed up: to see what is "
+                f"damaged: {command_line('verify', self.paths.name)}"
+            )
+        return pages
+
+    @staticmethod
+    def _some_of(view: View, index: int, patches: list[tuple[PatchFile, Entry]], wanted: int) -> dict[int, bytes]:
+        """Some pages of a chunk that is as recorded."""
+        pages, rest = laid_over(patches, wanted)
+        for first, count in runs(rest):
+            data = view.image.read(index * CHUNK + first * PAGE, count * PAGE)
+            if data is None:
+                raise Damaged(f"{view.image.path} cannot be read at byte {index * CHUNK + first * PAGE}")
+            pages |= {first + number: data[number * PAGE : (number + 1) * PAGE] for number in range(count)}
+        return pages
+
+    def _path(self, view: View, snapshot: Snapshot) -> list[PatchFile]:
+        """What leads from the image to a snapshot, with indexes; raises Replaced, Damaged."""
+        if snapshot in view.paths:
+            return view.paths[snapshot]
+        path = [*self._way(view.state.snapshot, snapshot), *([view.undo] if view.undo else [])]
+        for file in path:
+            file.load_index()
+            if file.doubtful:
+                raise Damaged(f"{file.path} is damaged: {command_line('verify', self.paths.name)}")
+        view.paths[snapshot] = path[::-1]
+        if snapshot in self._held:
+            self._held[snapshot] = view.paths[snapshot]
+        return view.paths[snapshot]
+
+    def _way(self, newest: Snapshot, oldest: Snapshot) -> list[PatchFile]:
+        """The shortest way between two snapshots, the last step first; raises Replaced."""
+        leading = collections.defaultdict(list)
+        for (newer, older), file in self._leading.items():
+            leading[newer].append((older, file))
+        before: dict[Snapshot, tuple[Snapshot, PatchFile] | None] = {newest: None}
+        ways = collections.deque(before)
+        while ways and oldest not in before:
+            newer = ways.popleft()
+            for older, file in leading[newer]:
+                if older not in before:
+                    before[older] = newer, file
+                    ways.append(older)
+        if oldest not in before:
+            raise Replaced("the version is not there any more: a run has dropped it, or what leads to it is damaged")
+        way, step = [], before[oldest]
+        while step is not None:
+            way.append(step[1])
+            step = before[step[0]]
+        return way
+
+    def hold(self, snapshot: Snapshot) -> None:
+        """Keep what leads to a snapshot open, for it to be read even if a run drops it; raises Replaced, Damaged."""
+        self._held[snapshot] = self._path(self._view or self._look(), snapshot)
+
+    def let_go(self, snapshot: Snapshot) -> None:
+        """It is not open any more."""
+        self._held.pop(snapshot, None)
+
+    # What is there
+
+    @staticmethod
+    def _mark(path_or_fd: Path | int) -> tuple[int, ...] | None:
+        """What changes with a file; None without one."""
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(path_or_fd)
+            return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return None
+
+    def _marks(self, image: SparseFile, undo: PatchFile | None) -> tuple[object, ...]:
+        """The marks of state, undo, image and versions.
+
+        An image below an undo may change; an undo that is not whole, or is a version already, does not count.
+        """
+        has_undo = self._mark(self.paths.undo)
+        if undo is None and has_undo is not None:
+            with Undo.left(self.paths) as left:
+                has_undo = None if left is None or left.is_committed else has_undo
+        told = self._mark(self.paths.state), has_undo, self._mark(image.fd) if undo is None else None
+        return (*told, self._mark(self.paths.versions))
+
+    def _is_current(self, view: View, *, all_of_it: bool = False) -> bool:
+        """Whether what was read by a view is right; `all_of_it`: and whether there are the same versions."""
+        marks = self._marks(view.image, view.undo)
+        return marks == view.marks if all_of_it else marks[:3] == view.marks[:3]
+
+    def _look(self) -> View:
+        """See what is there now; raises Replaced, DosvobError, OSError."""
+        for attempt in range(self.ATTEMPTS):
+            if attempt > 1:
+                time.sleep(0.01)
+            with contextlib.ExitStack() as files, contextlib.suppress(FileNotFoundError):
+                image = files.enter_context(contextlib.closing(SparseFile(self.paths.image)))
+                undo = files.enter_context(Undo.left(self.paths))
+                laid = undo.file if undo is not None and not undo.is_committed else None
+                marks = self._marks(image, laid)
+                table = files.enter_context(contextlib.closing(SparseFile(self.paths.state)))
+                state = State.load(self.paths.state)
+                versions = Versions(self.paths).all()
+                changed = os.fstat(image.fd).st_ctime_ns
+                is_new = laid is None and abs(time.time_ns() - changed) < self.JUST_NOW
+                is_torn = self._mark(table.fd) != marks[0] or (self._mark(laid.fd) if laid else None) != marks[1]
+                if state is None or is_new or is_torn:
+                    continue
+                self._open(versions)
+                if self._marks(image, laid) != marks:
+                    continue
+                self._close()
+                self._view = View(image, table, state, laid, self._named(state, versions), marks)
+                self._files = files.pop_all()
+                return self._view
+        raise Replaced(f"{self.paths.name}: its image or its state is not there, or changes all the time")
+
+    @staticmethod
+    def _named(state: State, versions: Sequence[Version]) -> dict[str, Snapshot]:
+        """The snapshots by the names of their files: the image's is the one that it has later, as a version."""
+        moment = state.moment
+        if versions:
+            moment = max(moment, versions[0].moment + datetime.timedelta(seconds=1))
+        moments = [(moment, state.snapshot), *((version.moment, version.snapshot) for version in versions)]
+        return {each.strftime(FileSystem.TIME): snapshot for each, snapshot in moments if snapshot is not None}
+
+    def _open(self, versions: Sequence[Version]) -> None:
+        """Open the files of versions that are not known yet, and let go of what neither leads to one nor is held."""
+        found: dict[tuple[Snapshot, Snapshot], PatchFile] = {}
+        for version in versions:
+            if version.newer is not None and version.snapshot is not None:
+                key = (version.newer, version.snapshot)
+                file = self._leading.get(key)
+                if file is None or file.path.parent != version.path.parent or file.is_parked:
+                    file = PatchFile(version.path, "version", pool=self._pool)
+                    if (file.head.get("newer"), file.head.get("snapshot")) != (*map(dataclasses.asdict, key),):
+                        file.close()
+                        raise FileNotFoundError(version.path)  # it was replaced since it was listed
+                found[key] = file
+        held = {id(file) for path in self._held.values() for file in path}
+        for key, file in self._leading.items():
+            if key not in found and id(file) in held:
+                found[key] = file
+            elif found.get(key) is not file:
+                file.close()
+        self._leading = found
+
+    def _close(self) -> None:
+        self._checked.clear()
+        if self._view is not None:
+            self._view = None
+            self._files.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        self._close()
+        for file in self._leading.values():
+            file.close()
+
+
+class ShownFile:
+    """A snapshot as a file: its bytes, and what was written over them since the mount began."""
+
+    SOUGHT = 20_000  # chunks in which data is looked for at once
+
+    def __init__(self, shown: Shown, snapshot: Snapshot, scratch: Path | None) -> None:
+        self.shown = shown
+        self.snapshot = snapshot
+        self.size = snapshot.size  # bytes
+        self.opened = 0  # how often
+        self._directory = scratch
+        self._scratch: SparseFile | None = None
+        self._written: dict[int, int] = {}  # the bitmaps of the pages that the scratch file has, by their chunks
+
+    def open(self) -> None:
+        """Open it, so that it stays readable; raises as `Shown.pages` does."""
+        self.shown.hold(self.snapshot)
+        self.opened += 1
+
+    def release(self) -> None:
+        """End what `open` began."""
+        self.opened -= 1
+        if not self.opened:
+            self.shown.let_go(self.snapshot)
+
+    @staticmethod
+    def _parts(offset: int, end: int) -> Iterator[tuple[int, int]]:
+        """The chunks of a range of bytes, each with the bitmap of the pages."""
+        page, last = offset // PAGE, -(-end // PAGE)
+        while page < last:
+            index, first = divmod(page, PAGES)
+            count = min(PAGES - first, last - page)
+            yield index, ((1 << count) - 1) << first
+            page += count
+
+    def read(self, offset: int, length: int) -> list[bytes]:
+        """A part of it, in pieces, as far as it goes. Raises as `Shown.pages` does."""
+        end, pieces = min(offset + length, self.size), []
+        for index, wanted in self._parts(offset, end):
+            own = self._written.get(index, 0) & wanted
+            pages = self.shown.pages(self.snapshot, index, wanted & ~own) if own != wanted else {}
+            if own and self._scratch:
+                pages = dict(pages)
+                for page in pages_in(own):
+                    pages[page] = self._scratch.read(index * CHUNK + page * PAGE, PAGE) or ZERO_PAGE
+            pieces += [pages.get(page, ZERO_PAGE) for page in pages_in(wanted)]
+        if pieces:
+            pieces[-1] = pieces[-1][: (end - 1) % PAGE + 1]
+            pieces[0] = pieces[0][offset % PAGE :]
+        return pieces
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write over a part of it; raises OSError."""
+        end = offset + len(data)
+        start, stop = offset // PAGE * PAGE, -(-end // PAGE) * PAGE
+        if end > self.size:
+            raise OSError(errno.EFBIG, "it does not grow")
+        self._scratch_file().write(
+            b"".join([*self.read(start, offset - start), data, *self.read(end, stop - end)]), start
+        )
+        self._mark(start, stop)
+
+    def write_zeros(self, offset: int, length: int) -> None:
+        """The same with zeros, which take no space."""
+        end = min(offset + length, self.size)
+        start, stop = -(-offset // PAGE) * PAGE, end // PAGE * PAGE
+        if start < stop:
+            self._scratch_file().write_zeros(start, stop - start)
+            self._mark(start, stop)
+        for first, last in ((offset, min(start, end)), (max(stop, offset), end)) if start <= stop else ((offset, end),):
+            if first < last:
+                self.write(first, bytes(last - first))
+
+    def _mark(self, start: int, stop: int) -> None:
+        for index, pages in self._parts(start, stop):
+            self._written[index] = self._written.get(index, 0) | pages
+
+    def _scratch_file(self) -> SparseFile:
+        if self._scratch is None:
+            with tempfile.TemporaryFile(dir=self._directory) as file:
+                self._scratch = SparseFile(Path(f"/proc/self/fd/{file.fileno()}"), os.O_RDWR)
+                os.ftruncate(self._scratch.fd, self.size)
+        return self._scratch
+
+    def seek(self, offset: int, *, data: bool) -> int:
+        """Where the next data is, or the next hole: whole chunks, by their digests. Raises OSError."""
+        chunks = range(offset // CHUNK, self.size // CHUNK)
+        if offset >= self.size:
+            raise OSError(errno.ENXIO, "behind the end")
+        for index in chunks[: self.SOUGHT]:
+            if data != (index not in self._written and self.shown.is_zeros(self.snapshot, index)):
+                return max(offset, index * CHUNK)
+        if data and len(chunks) <= self.SOUGHT:
+            raise OSError(errno.ENXIO, "no data")
+        return chunks[self.SOUGHT] * CHUNK if data else self.size  # what is said to be data may be zeros
+
+    def close(self) -> None:
+        """Close the scratch file, by which it is gone."""
+        if self._scratch is not None:
+            self._scratch.close()
+
+
+class FileSystem:
+    """What the mount shows: directories for regions and volumes, in these a file per snapshot, and `latest`.
+
+    Nodes have numbers, which the kernel knows them by, as long as the mount is there.
+    """
+
+    TIME = "%Y-%m-%dT%H%M%SZ"  # as --at takes it
+    LATEST = "latest"
+
+    def __init__(self, home: Home, patterns: Sequence[str], scratch: Path | None, report: Reporter) -> None:
+        self._home = home
+        self._patterns = patterns
+        self._scratch = scratch
+        self._report = report
+        self._pool = OpenFiles()
+        self._shown: dict[str, Shown] = {}
+        self.nodes: list[str | tuple[str, str] | ShownFile] = [
+            "",
+            "",
+        ]  # directories by their paths, links; 1 is the root
+        self._numbers: dict[object, int] = {"": 1}
+        self._told: set[str] = set()
+
+    def _number(self, key: object, make: Callable[[], str | tuple[str, str] | ShownFile]) -> int:
+        if key not in self._numbers:
+            self.nodes.append(make())
+            self._numbers[key] = len(self.nodes) - 1
+        return self._numbers[key]
+
+    def names(self) -> set[str]:
+        """The volumes, and what was set aside."""
+        there = self._home.names()
+        if not self._patterns:
+            return there
+        return {name for pattern in self._patterns for name in Home.matching(pattern, there)}
+
+    def versions(self, name: str) -> dict[str, Snapshot]:
+        """What there is of a volume, by the names of the files, the newest first; tells what is wrong."""
+        shown = self._shown.setdefault(name, Shown(ImagePaths(self._home.path, name), self._pool))
+        try:
+            return shown.versions()
+        except (DosvobError, OSError) as problem:
+            self.tell(f"{name} is not shown: {explained(problem, self._home.path)}")
+            return {}
+
+    def tell(self, text: str) -> None:
+        """Report an error, once."""
+        if text not in self._told:
+            self._told.add(text)
+            self._report.error(text)
+
+    def children(self, number: int) -> dict[str, int]:
+        """What is in a directory; raises OSError if it is none."""
+        path, names = self.nodes[number], self.names()
+        if not isinstance(path, str):
+            raise NotADirectoryError(errno.ENOTDIR, "no directory")
+        if path not in names:
+            below = f"{path}/" if path else ""
+            found = sorted({name.removeprefix(below).partition("/")[0] for name in names if name.startswith(below)})
+            return {name: self._number(below + name, functools.partial(str, below + name)) for name in found}
+        versions, children = self.versions(path), {}
+        for name, snapshot in versions.items():
+            make = functools.partial(ShownFile, self._shown[path], snapshot, self._scratch)
+            children[name] = self._number((path, snapshot), make)
+        if versions:
+            link = (path, next(iter(versions)))
+            children[self.LATEST] = self._number(link, lambda: link)
+        return children
+
+    def file(self, number: int) -> ShownFile:
+        """A file; raises OSError if it is none."""
+        node = self.nodes[number]
+        if not isinstance(node, ShownFile):
+            raise IsADirectoryError(errno.EISDIR, "no file")
+        return node
+
+    def close(self) -> None:
+        """Close all files."""
+        for node in self.nodes:
+            if isinstance(node, ShownFile):
+                node.close()
+        for shown in self._shown.values():
+            shown.close()
+
+
+class Kernel:
+    """The kernel's end of a mount: a descriptor of /dev/fuse, over which it asks, one question at a time."""
+
+    IN = struct.Struct("=IIQQIIIHH")  # fuse_in_header: length, opcode, unique, node, uid, gid, pid, extension, padding
+    OUT = struct.Struct("=IiQ")  # fuse_out_header: length, error, unique
+    ATTR = struct.Struct("=6Q10I")
+    MOST = CHUNK  # bytes of a read or a write
+    LONG, SHORT = 3600, 1  # seconds for which the kernel may rely on what a file is, and on what is there
+    FLAGS = 1 << 0 | 1 << 5 | 1 << 22  # FUSE_ASYNC_READ, FUSE_BIG_WRITES, FUSE_MAX_PAGES
+    UNANSWERED = (2, 36, 42)  # FORGET, INTERRUPT, BATCH_FORGET
+
+    def __init__(self, fd: int, files: FileSystem, *, read_only: bool) -> None:
+        self._fd = fd
+        self._files = files
+        self._modes = (0o500, 0o400) if read_only else (0o700, 0o600)
+        self._began = utc_now().timestamp()
+        self._answers: dict[int, Callable[[int, memoryview], bytes | list[bytes]]] = {
+            1: self._lookup, 3: self._getattr, 4: self._getattr, 5: self._readlink, 14: self._open, 15: self._read,
+            16: self._write, 17: self._statfs, 18: self._release, 20: self._nothing, 25: self._nothing, 26: self._init,
+            27: self._opendir, 28: self._readdir, 29: self._nothing, 30: self._nothing, 38: self._nothing,
+            43: self._fallocate, 46: self._lseek,
+        }  # fmt: skip
+
+    def serve(self, is_ended: Callable[[], object]) -> None:
+        """Answer until it is unmounted; calls `is_ended` now and then."""
+        buffer = memoryview(bytearray(self.MOST + (64 << 10)))
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        looked = 0.0
+        while True:
+            if time.monotonic() - looked > Stop.NAP:
+                is_ended()
+                looked = time.monotonic()
+            try:
+                length = os.readv(self._fd, [buffer])
+            except BlockingIOError:
+                poll.poll(Stop.NAP * 1000)
+            except OSError as problem:
+                if problem.errno == errno.ENODEV:
+                    return
+                if problem.errno not in (errno.ENOENT, errno.EINTR):  # the question was taken back
+                    raise
+            else:
+                self._answer(buffer[:length])
+
+    def _answer(self, question: memoryview) -> None:
+        _, opcode, unique, node, *_ = self.IN.unpack(question[: self.IN.size])
+        if opcode in self.UNANSWERED:
+            return
+        answer: bytes | list[bytes] = b""
+        number = 0
+        try:
+            if opcode not in self._answers:
+                raise OSError(errno.ENOSYS, "not needed")
+            answer = self._answers[opcode](node, question[self.IN.size :])
+        except DosvobError as problem:
+            number = errno.EIO
+            self._files.tell(f"{self._described(node)}: {problem}")
+        except OSError as problem:
+            number = problem.errno or errno.EIO
+            if problem.filename or number in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                self._files.tell(f"{self._described(node)}: {explained(problem, Path(tempfile.gettempdir()))}")
+        except Exception as problem:  # noqa: BLE001 - a bug: whoever reads meets an error, and the mount goes on
+            number = errno.EIO
+            self._files.tell(f"{self._described(node)}: unexpected {type(problem).__name__}: {problem}")
+        pieces = [] if number else answer if isinstance(answer, list) else [answer]
+        head = self.OUT.pack(self.OUT.size + sum(map(len, pieces)), -number, unique)
+        with contextlib.suppress(FileNotFoundError):  # nobody waits for it any more
+            os.writev(self._fd, [head, *pieces])
+
+    def _described(self, number: int) -> str:
+        node = self._files.nodes[number]
+        return f"{node.shown.paths.name} of {node.snapshot.taken_at}" if isinstance(node, ShownFile) else str(node)
+
+    def _attributes(self, number: int) -> bytes:
+        node, (directory, file) = self._files.nodes[number], self._modes
+        seconds, size, mode, links = self._began, 0, stat.S_IFDIR | directory, 2
+        if isinstance(node, ShownFile):
+            seconds, size, mode, links = node.snapshot.moment(utc_now()).timestamp(), node.size, stat.S_IFREG | file, 1
+        elif isinstance(node, tuple):
+            size, mode, links = len(node[1]), stat.S_IFLNK | 0o777, 1
+        # one block less than all: programs look for holes then, and none takes it for nothing but a hole
+        blocks, times = max(size // 512 - 1, 0), [int(seconds)] * 3
+        return self.ATTR.pack(
+            number, size, blocks, *times, 0, 0, 0, mode, links, os.geteuid(), os.getegid(), 0, PAGE, 0
+        )
+
+    def _init(self, _node: int, body: memoryview) -> bytes:
+        major, minor, ahead, _ = struct.unpack("=4I", body[:16])
+        if (major, minor) < (7, 28):
+            raise OSError(errno.EPROTO, "the kernel is too old")
+        ahead = max(ahead, self.MOST)
+        return struct.pack("=4IHHIIHHI28x", 7, 31, ahead, self.FLAGS, 16, 12, self.MOST, 1, self.MOST // PAGE, 0, 0)
+
+    def _lookup(self, node: int, body: memoryview) -> bytes:
+        found = self._files.children(node).get(os.fsdecode(bytes(body).rstrip(b"\0")))
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "not there")
+        return struct.pack("=4QII", found, 0, self.SHORT, self.LONG, 0, 0) + self._attributes(found)
+
+    def _getattr(self, node: int, body: memoryview) -> bytes:
+        """Also that of SETATTR, of which only another size is refused."""
+        if len(body) >= 88 and struct.unpack("=I", body[:4])[0] & 1 << 3:
+            (size,) = struct.unpack("=Q", body[16:24])
+            if size != self._files.file(node).size:
+                raise OSError(errno.EPERM, "it has the size that it has")
+        return struct.pack("=QII", self.LONG, 0, 0) + self._attributes(node)
+
+    def _readlink(self, node: int, _body: memoryview) -> bytes:
+        link = self._files.nodes[node]
+        return os.fsencode(link[1]) if isinstance(link, tuple) else b""
+
+    def _open(self, node: int, _body: memoryview) -> bytes:
+        self._files.file(node).open()
+        keep_cache = 1 << 1  # FOPEN_KEEP_CACHE: what it has changes by writes to it alone
+        return struct.pack("=QIi", 0, keep_cache, 0)
+
+    def _release(self, node: int, _body: memoryview) -> bytes:
+        self._files.file(node).release()
+        return b""
+
+    def _read(self, node: int, body: memoryview) -> list[bytes]:
+        _, offset, size = struct.unpack("=QQI", body[:20])
+        return self._files.file(node).read(offset, size)
+
+    def _write(self, node: int, body: memoryview) -> bytes:
+        _, offset, size = struct.unpack("=QQI", body[:20])
+        self._files.file(node).write(offset, bytes(body[40 : 40 + size]))
+        return struct.pack("=II", size, 0)
+
+    def _fallocate(self, node: int, body: memoryview) -> bytes:
+        _, offset, length, mode = struct.unpack("=3QI", body[:28])
+        if mode & ~1 not in (0x02, 0x10):  # with or without KEEP_SIZE: PUNCH_HOLE, ZERO_RANGE
+            raise OSError(errno.EOPNOTSUPP, "only zeros")
+        self._files.file(node).write_zeros(offset, length)
+        return b""
+
+    def _lseek(self, node: int, body: memoryview) -> bytes:
+        _, offset, whence = struct.unpack("=QQI", body[:20])
+        return struct.pack("=Q", self._files.file(node).seek(offset, data=whence == os.SEEK_DATA))
+
+    def _opendir(self, _node: int, _body: memoryview) -> bytes:
+        return bytes(16)
+
+    def _readdir(self, node: int, body: memoryview) -> bytes:
+        _, offset, size = struct.unpack("=QQI", body[:20])
+        entries = [(".", node), ("..", node), *self._files.children(node).items()]
+        found = b""
+        for place, (name, number) in enumerate(entries[offset:], offset + 1):
+            encoded = os.fsencode(name)
+            entry = struct.pack("=QQII", number, place, len(encoded), 0) + encoded
+            entry = entry.ljust(-(-len(entry) // 8) * 8, b"\0")
+            if len(found) + len(entry) > size:
+                break
+            found += entry
+        return found
+
+    def _statfs(self, _node: int, _body: memoryview) -> bytes:
+        return struct.pack("=5Q4I24x", 0, 0, 0, 0, 0, PAGE, 255, PAGE, 0)
+
+    def _nothing(self, _node: int, _body: memoryview) -> bytes:
+        return b""
+
+
+class MountPoint:
+    """A directory on which files are shown: by mount(2) as root, else by the program fusermount3, which may do it too.
+
+    Nothing of this process looks at the directory while it is mounted: it would wait for itself.
+    """
+
+    KIND = "fuse.dosvob"
+    READ_ONLY, NO_SUID, NO_DEVICES, DETACH = 1, 2, 4, 2  # MS_RDONLY, MS_NOSUID, MS_NODEV, MNT_DETACH
+
+    def __init__(self, directory: Path, *, read_only: bool) -> None:
+        """Raises UsageError if nothing can be mounted there."""
+        self._read_only = read_only
+        self._is_root = os.geteuid() == 0
+        self._program = next(filter(None, map(shutil.which, ("fusermount3", "fusermount"))), None)
+        self.end = (
+            f"umount {directory}" if self._is_root else f"{Path(self._program or 'fusermount3').name} -u {directory}"
+        )
+        self.is_for_root = self._is_root  # whether root can look into it
+        try:
+            os.listdir(directory)  # what the kernel knows of a file, it goes on telling after the end of a mount
+        except OSError as problem:
+            if problem.errno == errno.ENOTCONN:
+                raise UsageError(
+                    f"{directory} is what is left of a mount that was killed: {self.end}, and run again"
+                ) from None
+            mend = f": mkdir {directory}" * (problem.errno == errno.ENOENT)
+            raise UsageError(f"{directory} is no directory to show them in: {problem.strerror}{mend}") from None
+        self.path = os.path.realpath(directory)
+        if any(mount.place == self.path and mount.kind == self.KIND for mount in Mount.all()):
+            raise UsageError(f"something is shown in {directory} already: {self.end}, or take another directory")
+        if not os.access("/dev/fuse", os.R_OK | os.W_OK) or not (self._is_root or self._program):
+            raise UsageError(
+                "there is no FUSE here, by which files are shown (modprobe fuse, or apt install fuse3; in a container "
+                "it takes --device /dev/fuse --cap-add SYS_ADMIN): restore to a file instead"
+            )
+
+    def mount(self) -> int:
+        """Mount; returns the kernel's end. Raises DosvobError."""
+        return self._mount() if self._is_root else self._have_mounted()
+
+    def _mount(self) -> int:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        options = f"fd={fd},rootmode=40000,user_id=0,group_id={os.getegid()},default_permissions,max_read={Kernel.MOST}"
+        flags = self.NO_SUID | self.NO_DEVICES | self.READ_ONLY * self._read_only
+        if LIBC.mount(b"dosvob", os.fsencode(self.path), self.KIND.encode(), ctypes.c_ulong(flags), options.encode()):
+            os.close(fd)
+            problem = os.strerror(ctypes.get_errno())
+            raise DosvobError(
+                f"nothing can be mounted on {self.path}: {problem}: a container needs --cap-add SYS_ADMIN"
+            )
+        for mount in Mount.all():
+            if mount.place == self.path and mount.kind == self.KIND:
+                with contextlib.suppress(OSError):  # else the kernel asks for 128 KiB at a time
+                    Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb").write_text(str(Kernel.MOST >> 10))
+        return fd
+
+    def _have_mounted(self) -> int:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            common = (
+                f"default_permissions,max_read={Kernel.MOST},fsname=dosvob,subtype=dosvob" + ",ro" * self._read_only
+            )
+            for more in (",allow_other", ""):  # others than root are kept out by the modes
+                done = subprocess.run(  # noqa: S603 - what is in PATH
+                    [str(self._program), "-o", common + more, "--", self.path],
+                    env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+                    pass_fds=[theirs.fileno()],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                if done.returncode == 0:
+                    self.is_for_root = bool(more)
+                    _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+                    os.set_blocking(fds[0], False)
+                    return fds[0]
+        raise DosvobError(f"nothing can be mounted on {self.path}: {done.stderr.strip()}")
+
+    def unmount(self, *, lazily: bool = False) -> None:
+        """Unmount it, if nobody uses it, or `lazily`; for another thread than the one that answers."""
+        if self._is_root:
+            LIBC.umount2(os.fsencode(self.path), self.DETACH * lazily)
+        else:
+            command = [str(self._program), "-u", *["-z"] * lazily, "--", self.path]
+            subprocess.run(command, capture_output=True, check=False)  # noqa: S603
+
+
+class Served:
+    """A mount that goes on until it is unmounted, or a stop is requested and nobody uses it any more."""
+
+    RETRY = 1.0  # seconds
+
+    def __init__(self, point: MountPoint, files: FileSystem, report: Reporter, stop: Stop) -> None:
+        self._point = point
+        self._files = files
+        self._report = report
+        self._stop = stop
+        self._unmounting: threading.Thread | None = None
+        self._tried = 0.0
+
+    def run(self, fd: int, *, read_only: bool) -> None:
+        """Serve it."""
+        try:
+            Kernel(fd, self._files, read_only=read_only).serve(self._end_if_asked)
+        except BaseException:
+            self._unmounting = threading.Thread(target=functools.partial(self._point.unmount, lazily=True), daemon=True)
+            self._unmounting.start()
+            raise
+        finally:
+            os.close(fd)
+            if self._unmounting is not None:
+                self._unmounting.join()
+
+    def _end_if_asked(self) -> None:
+        now = time.monotonic()
+        if not self._stop.requested or now - self._tried < self.RETRY:
+            return
+        if self._unmounting is not None:
+            if self._unmounting.is_alive():
+                return
+            self._report.doing(f"{self._point.path} is in use")
+            if self._tried:
+                self._files.tell(
+                    f"{self._point.path} is in use: it ends as soon as what is on it is unmounted and closed"
+                )
+        self._tried, self._unmounting = now, threading.Thread(target=self._point.unmount, daemon=True)
+        self._unmounting.start()
+
+
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # What the user can ask for, and how a run goes that does it.
 
@@ -6991,7 +8146,7 @@ class Listing:
 class Commands:
     """What the user can ask for, each a method. It has failed if it raises, or reports an error.
 
-    Those that need no account: `verify`, `health`, `list`, and `restore` to a file.
+    Those that need no account: `verify`, `health`, `list`, `mount`, and `restore` to a file.
     """
 
     def __init__(self, arguments: argparse.Namespace, report: Reporter, stop: Stop) -> None:
@@ -7110,10 +8265,11 @@ class Commands:
             )
         if image.ranges:
             problems.append(f"differs from its snapshot in {image}: the next backup mends it")
-        for version, ranges in zip(chain.versions, versions, strict=True):
-            if ranges.ranges or not version.is_whole:
+        for depth, (version, ranges) in enumerate(zip(chain.versions, versions, strict=True), 1):
+            is_whole = version.is_whole and depth not in chain.flawed
+            if ranges.ranges or not is_whole:
                 lost = f"cannot be restored in {ranges}" if ranges.ranges else "can be restored whole"
-                damaged = f"; {version.path} is damaged" * (not version.is_whole)
+                damaged = f"; {version.path} is damaged" * (not is_whole)
                 problems.append(f"the version of {local_time(version.moment)} {lost}{damaged}")
         for problem in problems:
             report.error(f"{paths.name}: {problem}")
@@ -7192,6 +8348,39 @@ class Commands:
         told += ["\n  ".join(["left by syncs that are not complete, or put out of the way:", *rest])] if rest else []
         if told:
             report.answer("\n\n".join(told), self._stop)
+
+    def mount(self) -> None:
+        """Show images and versions as files, until it is unmounted; without lock, network or account."""
+        arguments, home, report = self._arguments, self._home, self._report
+        home.check()
+        if not arguments.names:
+            raise UsageError(f"mount takes a directory to show them in: {command_line('mount', 'DIR')}")
+        directory, patterns = Path(arguments.names[0]), arguments.names[1:]
+        home.select(patterns)
+        point = MountPoint(directory, read_only=arguments.read_only)
+        if Path(point.path).is_relative_to(os.path.realpath(home.path)):
+            raise UsageError(f"{directory} is among the backups: take a directory elsewhere")
+        try:
+            tempfile.TemporaryFile(dir=arguments.scratch).close()
+        except OSError as problem:
+            raise UsageError(
+                f"{arguments.scratch or tempfile.gettempdir()} cannot have what is written to the files: "
+                f"{problem.strerror}: name a directory with --scratch"
+            ) from None
+        with contextlib.closing(FileSystem(home, patterns, arguments.scratch, report)) as files:
+            there = {name: files.versions(name) for name in sorted(files.names())}
+            fd = point.mount()
+            count = sum(map(len, there.values()))
+            report.say(
+                f"{directory} shows {len(there)} volume{'s' * (len(there) != 1)}, {count} "
+                f"snapshot{'s' * (count != 1)} in all, until {point.end} or ^C"
+            )
+            if not point.is_for_root:
+                report.say(
+                    "only you can look into it, not root, by which loop devices are made: for these start it with "
+                    "sudo, or put user_allow_other into /etc/fuse.conf"
+                )
+            Served(point, files, report, self._stop).run(fd, read_only=arguments.read_only)
 
     def restore(self) -> None:
         """Bring back an image or an older version."""
@@ -7353,6 +8542,7 @@ examples:
   python dosvob.py                  back up all volumes that conf.json names to ./backups
   python dosvob.py data 'db-*'      back up these volumes only
   python dosvob.py list             say what there is to restore, with times, offline
+  python dosvob.py mount DIR        show every version as a file that can be mounted, at once, offline
   python dosvob.py restore data data.img --at '2026-11-24 08:00'
                                     write that version, or the latest, to a new file, offline
   python dosvob.py restore data --to-volume data-2 --at yesterday
@@ -7378,6 +8568,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Commands], None], set[str]]] = {
     "verify": (Commands.verify, PLACES),
     "health": (Commands.health, {*PLACES, "max_age"}),
     "list": (Commands.list, {*PLACES, "json"}),
+    "mount": (Commands.mount, {*PLACES, "read_only", "scratch"}),
     "restore": (Commands.restore, {*PLACES, "at", *TO_VOLUME}),
 }
 ANSWERS = {"list", "health", "verify"}  # the program ends only after all that these say is written
@@ -7385,7 +8576,7 @@ DEFAULTS: Json = {
     "config": Path("conf.json"),
     "backups": Path("backups"),
     "max_age": 24.0,
-    **dict.fromkeys(("at", "to_volume", "region", "size", "from")),
+    **dict.fromkeys(("at", "to_volume", "region", "size", "from", "scratch")),
 }
 
 
@@ -7426,6 +8617,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, metavar="GIB", help="for restore --to-volume; default: as large as it was")
     parser.add_argument("--from", type=Path, metavar="FILE", help="for restore --to-volume: of any file, without NAME")
     parser.add_argument("--from-scratch", action="store_true", help="for restore --to-volume: send all of it")
+    parser.add_argument("--read-only", action="store_true", help="for mount: files that cannot be written to")
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="for mount: where what is written to them goes")
     parser.add_argument("--json", action="store_true", help="for list: for programs")
     parser.add_argument("--max-age", type=hours, metavar="HOURS", help="for health; default: 24")
     parser.add_argument("--verbose", action="store_true", help="tell every call, and tracebacks")
@@ -7439,7 +8632,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if command == "restore" and "to_volume" not in given:
         for option in TO_VOLUME & given.keys():
             parser.error(f"restore uses --{option.replace('_', '-')} with --to-volume alone")
-    flags = dict.fromkeys(("dry_run", "reread", "all", "json", "from_scratch", "verbose", "quiet"), False)
+    flags = dict.fromkeys(("dry_run", "reread", "all", "json", "from_scratch", "read_only", "verbose", "quiet"), False)
     return argparse.Namespace(**{**flags, **DEFAULTS, **given, "command": command})
 
 

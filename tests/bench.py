@@ -514,9 +514,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench.md"))
     parser.add_argument("--memory", action="store_true", help="only the memory over 1, 4 and 16 GiB")
     parser.add_argument("--restore", action="store_true", help="only a restore into a new volume")
-    old = "with --restore and --control-plane: another checkout beside it"
+    old = "with --restore, --chain and --control-plane: another checkout beside it"
     parser.add_argument("--old", type=Path, metavar="DIRECTORY", help=old)
     parser.add_argument("--versions", action="store_true", help="only what keeping a version costs")
+    parser.add_argument("--chain", action="store_true", help="only what a long chain of versions costs")
     parser.add_argument("--control-plane", action="store_true", help="only runs over volumes of a simulated account")
     parser.add_argument("--volumes", type=words, default=["8", "16"], help="with --control-plane: how many, in turn")
     parser.add_argument("--attachments", type=int, default=15, help="with --control-plane: most that a droplet has")
@@ -537,6 +538,10 @@ def run(arguments: argparse.Namespace) -> str:
     keys = arguments.directory / "keys"
     keys.mkdir(exist_ok=True)
     # Imported here, since the memory of a sync is measured in a process that has this file as well.
+    if arguments.chain:
+        import bench_chain  # noqa: PLC0415
+
+        return bench_chain.measure(arguments)
     if arguments.control_plane:
         import bench_control  # noqa: PLC0415
 

@@ -861,7 +861,7 @@ def test_a_file_of_a_newer_version_is_kept_and_told(disk: Disk, kind: str) -> No
     sealed_as = "spool" if kind == "spool" else "version"
     with dosvob.PatchFile(path, sealed_as) as file:
         head = file.head
-    write_at(path, 0, dosvob.seal(sealed_as, {**head, "version": 2}))
+    write_at(path, 0, dosvob.seal(sealed_as, {**head, "version": 3}))
     if kind == "spool":
         recover(disk.backups, NAME)
     kept, image = path.read_bytes(), disk.image()

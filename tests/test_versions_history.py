@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import version_reader
+from mount_support import Shown, shown
 from simulator.storage import mounted
+from version_reader import Reader
 from versions_support import MIB, NAME, PAGE, Lineage, digest, killed_at, recover
 
 import dosvob
@@ -70,13 +72,12 @@ class Volume(Lineage):
         self.device.write_bytes(bytes(self.size))
 
 
-def test_sixty_syncs_and_every_version_that_is_listed_is_what_the_volume_was(
-    tmp_path: Path, pytestconfig: pytest.Config
-) -> None:
-    chance = random.Random(pytestconfig.option.seed)
-    exhaustive = pytestconfig.option.exhaustive
-    volume = Volume(tmp_path, chance)
+def go_through_history(
+    volume: Volume, mount: Shown, chance: random.Random, *, exhaustive: bool
+) -> tuple[list[str], str]:
+    """All of it; returns the times of what is there at its end, and the digest of nothing but zeros."""
     cuts = thinned = 0
+    nothing = ""
 
     def check() -> list[str]:
         """By dosvob the newest and the oldest are restored, and one between; all of them under --all."""
@@ -104,12 +105,30 @@ def test_sixty_syncs_and_every_version_that_is_listed_is_what_the_volume_was(
         before = len(list(volume.paths.versions.glob("*"))) if number else 0
         volume.back_up()
         times = check()
+        assert mount.times(NAME) == times
+        for time in {times[0], times[-1], chance.choice(times)}:
+            assert mount.digest(NAME, time) == volume.truth[time], time
         assert volume.truth[times[0]] == volume.truth[max(volume.truth)]
         thinned += len(times) - 1 <= before
         assert not list(volume.paths.metadata.glob("*.new")), "something is left"
     assert cuts >= 5
     assert thinned >= SYNCS // 2
     assert 3 <= len(times) <= 10  # the image, and at least the last two
+    return times, nothing
+
+
+def test_sixty_syncs_and_every_version_that_is_listed_is_what_the_volume_was(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """By dosvob, by the reader that knows the format from README alone, and by one mount that goes on all the time."""
+    chance = random.Random(pytestconfig.option.seed)
+    volume = Volume(tmp_path, chance)
+    volume.backups.mkdir(mode=0o700)
+    with shown(volume.backups, tmp_path / "shown") as mount:
+        times, nothing = go_through_history(volume, mount, chance, exhaustive=pytestconfig.option.exhaustive)
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+        for time, content in Reader(volume.backups, NAME).all():
+            assert mount.path(NAME, time).read_bytes() == content
     with contextlib.closing(dosvob.Chain(volume.paths, from_disk=True)) as chain:
         assert not any(ranges.ranges for ranges in chain.verify(lambda size: None))
     # An older version is a file system, unless it is of when there was none; and it is what the reader writes as a

@@ -7,6 +7,7 @@ damaged there only where it must be.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -241,13 +242,14 @@ class Versions(RuleBasedStateMachine):
             times = [file_name(moment) for moment in moments]
             assert times == sorted(set(times), reverse=True)
             sizes = [chain.size, *(version.snapshot.size if version.snapshot else 0 for version in chain.versions)]
-            for index, contents, soundness in chain.chunks(len(chain.versions)):
-                for time, size, content, is_sound in zip(times, sizes, contents, soundness, strict=True):
-                    if index * MIB >= size:
-                        continue
-                    is_right = content == self.contents[time][index * MIB : (index + 1) * MIB]
-                    assert is_right or not is_sound, f"chunk {index} of {time} is wrong, and not told"
-                    assert is_sound or self.rotten, f"chunk {index} of {time} is said to be damaged"
+            damaged = chain.verify(lambda size: None)
+            for depth, (time, size, ranges) in enumerate(zip(times, sizes, damaged, strict=True)):
+                lost = {place // MIB for start, end in ranges.ranges for place in range(start, end, MIB)}
+                for content in itertools.islice(chain.contents(depth), size // MIB):
+                    is_right = content.chunk == self.contents[time][content.index * MIB : (content.index + 1) * MIB]
+                    assert is_right or not content.is_sound, f"chunk {content.index} of {time} is wrong, and not told"
+                    assert content.is_sound or self.rotten, f"chunk {content.index} of {time} is said to be damaged"
+                    assert content.is_sound == (content.index not in lost), f"chunk {content.index} of {time}"
         if not self.rotten:
             read = {time: digest(content) for time, content in Reader(self.lineage.backups, NAME).all()}
             assert read == {time: self.lineage.truth[time] for time in times}

@@ -19,6 +19,7 @@ from typing import Any
 
 MIB, PAGE, BLOCK = 1 << 20, 4096, 4096
 HEADER = struct.Struct(">4sI32s32s32s16s")
+ROW = struct.Struct(">IQ32s32s32s")
 
 
 class Wrong(Exception):
@@ -52,10 +53,13 @@ class PatchFile:
 
     def patches(self) -> Iterator[tuple[int, dict[int, bytes], bytes]]:
         """Each patch: the chunk's index, its new pages by their numbers, its digest afterwards."""
-        position = BLOCK
-        while position < len(self._content) - BLOCK:
+        position, rows, limit = BLOCK, b"", len(self._content) - BLOCK
+        if self.end is not None and "index" in self.end:
+            limit = self.end["index"]
+        while position < limit:
             header = self._content[position : position + HEADER.size]
             magic, index, pages, filled, digest, checksum = HEADER.unpack(header)
+            rows += ROW.pack(index, position, pages, filled, digest)
             position += HEADER.size
             numbers = [page for page in range(256) if pages[page // 8] >> page % 8 & 1]
             with_data = [page for page in range(256) if filled[page // 8] >> page % 8 & 1]
@@ -67,6 +71,16 @@ class PatchFile:
             contents = dict.fromkeys(numbers, bytes(PAGE))
             contents |= {page: data[at * PAGE : (at + 1) * PAGE] for at, page in enumerate(with_data)}
             yield index, contents, digest
+        if self.end is not None and "index" in self.end:
+            index_digest = hashlib.sha256(self._content[limit:-BLOCK]).hexdigest()
+            if (
+                self.head["version"] != 2
+                or self._content[limit:-BLOCK] != rows
+                or index_digest != self.end["index_digest"]
+            ):
+                raise Wrong(f"{self.path}: the index is not that of the patches")
+        elif self.head["version"] != 1:
+            raise Wrong(f"{self.path} has no index")
 
 
 class Reader:
