@@ -8,6 +8,7 @@ Everything but the account is real: the script, HTTP, SSH, the file system. Exit
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -145,16 +147,42 @@ def demonstrate(directory: Path, simulator: Simulator) -> None:
     delete(volumes, scratch)
     dosvob(home, simulator)
     dosvob(home, simulator, "list", "files")
-    tell("Each backup that was is kept as what differs: the version before brings the letter back")
     time = version_before(home)
-    dosvob(home, simulator, "restore", "files", "files-before.img", "--at", time)
-    print("$ mount -o loop files-before.img /mnt")
-    with mounted(home / "files-before.img", restored) as root:
-        print(list_files(root))
-        if not (root / "letters/to-ada.txt").read_text().endswith("Bernoulli numbers.\n"):
-            sys.exit("The letter did not come back.")
 
     bring_volumes_back(directory, simulator, volumes)
+
+    tell("The deleted letter is in the backup before: every one is there as a file, at once, and can be mounted")
+    with shown(home) as directory_of_versions:
+        file = directory_of_versions / "files" / time
+        print(f"$ ls shown/files\n  {'  '.join(sorted(path.name for path in file.parent.iterdir()))}")
+        print(f"$ mount -o loop shown/files/{time} /mnt")
+        restored.mkdir(exist_ok=True)
+        run("mount", "-o", "loop", file, restored)
+        try:
+            print(list_files(restored))
+            is_there = (restored / "letters/to-ada.txt").read_text().endswith("Bernoulli numbers.\n")
+        finally:
+            run("umount", restored)
+    if not is_there:
+        sys.exit("The letter did not come back.")
+
+
+@contextlib.contextmanager
+def shown(home: Path) -> Iterator[Path]:
+    """Where `mount` shows all versions."""
+    directory = home / "shown"
+    directory.mkdir()
+    print("$ python dosvob.py mount shown &", flush=True)
+    command = ["setpriv", "--pdeathsig", "TERM", sys.executable, str(SCRIPT), "mount", "shown"]
+    with subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        print(process.stdout.readline(), end="", flush=True)
+        try:
+            yield directory
+        finally:
+            run("umount", "--lazy", directory)
+        if process.wait():
+            sys.exit("mount failed.")
 
 
 def bring_volumes_back(directory: Path, simulator: Simulator, volumes: dict[str, Volume]) -> None:
@@ -187,11 +215,11 @@ def bring_volumes_back(directory: Path, simulator: Simulator, volumes: dict[str,
 
 
 def version_before(home: Path) -> str:
-    """When the second backup of the volume files was taken, from what `list --json` tells."""
+    """The name that `mount` gives the second backup of the volume files, by what `list --json` tells."""
     command = [sys.executable, str(SCRIPT), "list", "files", "--json"]
     told = subprocess.run(command, cwd=home, check=True, capture_output=True).stdout
-    time: str = json.loads(told)["volumes"][0]["versions"][1]["time"]
-    return time
+    moment = datetime.datetime.fromisoformat(json.loads(told)["volumes"][0]["versions"][1]["time"])
+    return moment.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H%M%SZ")
 
 
 def unmount_all(directory: Path) -> None:

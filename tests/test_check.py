@@ -236,6 +236,7 @@ def test_damage(disk: Disk, kind: str, damage: Callable[[Path], None], said: str
     found = look(made)
     assert (found.systems, found.came_up) == (kind, False)
     assert said in found.words  # the kernel's own words
+    assert "Mounting" not in found.words  # nor what it always says
     assert len(found.words) <= 300
     assert str(found) == "DOES NOT COME UP"
 
