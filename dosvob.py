@@ -4036,7 +4036,7 @@ def content_of(
         pages = {page: data for page, data in (stored or {}).items() if rest >> page & 1} | laid
         if stored is not None and chunk_digest(digests_of(pages)) == digest:
             return pages, True
-        if not rest:
+        if not rest or stored is None:
             break
     return pages, False
 
