@@ -34,9 +34,9 @@ A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and 
  7. `thin` drops the versions that `keep` does not ask for; it also does so for all volumes before the first is fetched.
  8. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
 
-The way back: `Commands.mount` shows all versions as files, by `Kernel`, which the real one asks over FUSE. `Chain.restore`
-writes a version to a file. `Restoration` makes a new volume of it: a `Push` sends what differs to an `Agent` on a
-droplet, until nothing does.
+The way back: `Commands.mount` shows all versions as files; `Kernel` answers what the real one asks over FUSE.
+`Chain.restore` writes a version to a file. `Restoration` makes a new volume of it: a `Push` sends what differs to an
+`Agent` on a droplet, until nothing does.
 
 What it promises:
 

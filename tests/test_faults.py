@@ -862,6 +862,25 @@ def test_clock_is_days_behind(home: Home, sim: Simulator) -> None:
     assert [version["time"] for version in listed["volumes"][0]["versions"]] == taken[::-1]
 
 
+@pytest.mark.parametrize("seconds", [973 * 365 * DAY, -2e9], ids=["far ahead", "before 2000"])
+def test_a_snapshot_has_a_time_that_cannot_be(
+    home: Home, sim: Simulator, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """The image has that of its backup: else versions that come after would be named, and thinned, by such a time."""
+    volume, born = add_volume(sim, "data"), Snapshot.as_json
+    began = datetime.now(UTC).replace(microsecond=0)
+
+    def told(snapshot: Snapshot) -> dict[str, Any]:
+        moment = datetime.fromtimestamp(snapshot.created + seconds, UTC)
+        return {**born(snapshot), "created_at": moment.strftime("%Y-%m-%dT%H:%M:%SZ")}
+
+    monkeypatch.setattr(Snapshot, "as_json", told)
+    run(home)
+    assert_backed_up(home, volume)
+    (version,) = json.loads(run(home, "list", "--json").stdout)["volumes"][0]["versions"]
+    assert began <= datetime.fromisoformat(version["time"]) <= datetime.now(UTC)
+
+
 @behaving(clock_seconds=-1200, snapshot_interval=5)
 def test_clock_is_ahead_when_a_snapshot_was_taken_a_moment_ago(home: Home, sim: Simulator) -> None:
     """By this clock it was long ago; it is asked for when it is due."""
