@@ -6770,8 +6770,7 @@ class Backup:
     def _end_checks(self, *, wait: bool = False) -> None:
         start = time.monotonic()
         for clone, (queued, future) in list(self._checks.items()):
-            while wait and not future.done():
-                self._context.stop.check()
+            while wait and not future.done():  # a stop ends it too
                 waited = human_time(time.monotonic() - start)
                 self._report.progress(f"{queued.name}: looking whether its backup comes up, {waited}")
                 concurrent.futures.wait([future], timeout=0.5)
