@@ -401,6 +401,7 @@ def test_something_is_deleted_between_two_pages_of_what_may_be_left(home: Home, 
     left.listed = 0
     assert running.end() == 0, running.output
     assert left.deleted
+    assert ("left over from an earlier run" in running.output) == (nth == 1)
 
 
 def test_a_list_that_never_stays_as_it_is(home: Home, sim: Simulator) -> None:
