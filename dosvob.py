@@ -6644,8 +6644,8 @@ class Backup:
         keeper.check()  # a clone would be of no use without a droplet
         if size >= self._refused:
             raise DosvobError(
-                f"DigitalOcean refused a clone of {human_size(self._refused)} before, so none of {human_size(size)} is "
-                f"asked for, and no snapshot: have the quota of volumes raised at {LIMITS_PAGE}"
+                f"DigitalOcean refused a clone of {human_size(self._refused)} before, as was told, so none of "
+                f"{human_size(size)} is asked for, and no snapshot is paid for"
             )
         clone, taken_at = self._ephemeral.make_clone(queued.volume, queued.number, make_room=make_room)
         self._needed.add(clone.id)
