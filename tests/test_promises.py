@@ -537,10 +537,10 @@ def compress(data, *options, **named):
     packer = Packer()
     return packer.compress(data) + packer.flush()
 real, zlib.compressobj, zlib.compress = zlib.compressobj, Packer, compress
-def without_zstd(name, library=ctypes.CDLL):
+def without_zstd(name, library=ctypes.CDLL, **how):
     if name and "zstd" in name:
         raise OSError("there is no zstd")
-    return library(name)
+    return library(name, **how)
 ctypes.CDLL = without_zstd
 code = sys.argv[sys.argv.index("-c") + 1]
 sys.argv[:] = ["-c"]
