@@ -8369,6 +8369,8 @@ class Commands:
             ) from None
         with contextlib.closing(FileSystem(home, patterns, arguments.scratch, report)) as files:
             there = {name: files.versions(name) for name in sorted(files.names())}
+            for name in there:
+                self._tell_doubts(ImagePaths(home.path, name))
             fd = point.mount()
             count = sum(map(len, there.values()))
             report.say(
@@ -8381,6 +8383,13 @@ class Commands:
                     "sudo, or put user_allow_other into /etc/fuse.conf"
                 )
             Served(point, files, report, self._stop).run(fd, read_only=arguments.read_only)
+
+    def _tell_doubts(self, paths: ImagePaths) -> None:
+        """Warn of the snapshots that did not come up."""
+        with contextlib.suppress(OSError, DosvobError), contextlib.closing(Chain(paths)) as chain:
+            for depth, moment in enumerate([chain.moment, *(version.moment for version in chain.versions)]):
+                if moment is not None and (doubt := chain.doubt(depth)):
+                    self._report.warn(f"{paths.name} of {local_time(moment)}: {doubt}")
 
     def restore(self) -> None:
         """Bring back an image or an older version."""

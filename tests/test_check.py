@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 from conftest import MIB, Home, same, write_at
+from mount_support import shown
 from simulator import Fault, Simulator, Volume
 from simulator.storage import LoopDevice, copy_sparse, create_sparse, mounted
 from trouble_support import assert_nothing_left, run, start, until
@@ -515,6 +516,11 @@ def test_broken_on_purpose_and_brought_back(sim: Simulator, home: Home, data: Vo
     assert "DOES NOT COME UP" in told
     assert "kept as the last that came up" in told  # though no version is asked for
     assert "it does not come up: EXT4-fs" in home.run("health", expect=1).stderr
+
+    with shown(home.backups, tmp_path / "shown") as files:
+        assert len(files.times("data")) == 2
+    assert files.said.count("does not come up: EXT4-fs") == 1
+    assert "; the last one that does is of " in files.said
 
     bad = home.run("restore", "data", "bad.img")
     assert "warning: data of " in bad.stderr
