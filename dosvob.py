@@ -32,7 +32,7 @@ A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and 
  6. `thin` drops the versions that `keep` does not ask for; it also does so for all volumes before the first is fetched.
  7. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
 
-The way back: `Chain.restore` writes a version to a file. `Restoration` makes a new volume of it: a `Push` sends what
+The way back: `Kernel` shows versions as files; `Chain.restore` writes one to a file. `Restoration` makes a new volume of it: a `Push` sends what
 differs to an `Agent` on a droplet, until nothing does.
 
 What it promises:
@@ -50,7 +50,7 @@ of output has one (`Writer`), and `done_ahead` and `within` start some for a mom
 
 The chapters, each of which uses those before it alone: errors and waiting, reporting, configuration, the DigitalOcean
 API, ephemeral resources, the agent, image files, versions, the home, the update of an image, the conversations, the
-connection, the backup, the way back, commands, main.
+connection, the backup, the way back, the mount, commands, main.
 """
 # ruff: noqa: E402, UP031, UP036 - we report what the user lacks before we import it, in syntax that old Pythons know
 
