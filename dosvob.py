@@ -32,8 +32,8 @@ A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and 
  6. `thin` drops the versions that `keep` does not ask for; it also does so for all volumes before the first is fetched.
  7. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
 
-The way back: `Kernel` shows versions as files; `Chain.restore` writes one to a file. `Restoration` makes a new volume of
-it: a `Push` sends what differs to an `Agent` on a droplet, until nothing does.
+The way back: `Kernel` shows versions as files; `Chain.restore` writes one to a file. `Restoration` makes a new volume
+of it: a `Push` sends what differs to an `Agent` on a droplet, until nothing does.
 
 What it promises:
 
