@@ -272,7 +272,7 @@ class Call:
 
 
 def commits(calls: list[Call]) -> list[bool]:
-    """Which of the calls are a commit: the new state gets its name."""
+    """Which of the calls are a commit: the new state gets its name; also a later note in it does."""
     return [call.name == "rename" and call.succeeded and call.files[0].endswith(".state.new") for call in calls]
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,14 @@ class Shown:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def unmount(directory: Path) -> None:
+    """Unmount; a loop device that was over a file there lets go of it a moment after its own unmount."""
+    for attempt in range(100):
+        if subprocess.run(["umount", directory], check=attempt == 99, capture_output=True).returncode == 0:
+            return
+        time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def shown(backups: Path, directory: Path, *arguments: object, code: int | None = 0) -> Iterator[Shown]:
     """The images and versions as files, by the command, without any package; it ends with this code, None for any."""
@@ -56,7 +65,7 @@ def shown(backups: Path, directory: Path, *arguments: object, code: int | None =
             this.said += line
         yield this
         if process.poll() is None:
-            subprocess.run(["umount", directory], check=True)
+            unmount(directory)
         this.said += process.communicate(timeout=60)[0]
         assert code in (None, process.returncode), this.said
         assert "Traceback" not in this.said
