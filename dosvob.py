@@ -23,17 +23,20 @@ A run, which is `Run.run` once `main` and `Commands.back_up` have begun it, and 
  1. `Config.load` checks conf.json, `Home.locked` keeps other runs of this home out.
  2. `sweep` removes this home's leftovers; `Home.recover` takes back what a crash left half done; `Selection` chooses.
  3. `Misplaced.move` follows a change of "region"; then for each region `Backup.run` takes the volumes in turn. In the
-    background `DropletKeeper` makes a key and a droplet, and `Backup._prepare` makes a clone of the next volume
-    (`Ephemeral.make_clone`) and attaches it.
+    background `DropletKeeper` makes a key and a droplet, `Backup._make_clone` makes clones of the next volumes, and
+    `Backup._attach` attaches one after the other. They stay attached until the droplet goes.
  4. `Update` opens the volume's image. `converse` starts an `Agent` on the droplet and has a `Pull` talk with it: chunks
     whose digest is the image's stay as they are; of the others the pages that differ are fetched, as patches.
  5. `Update.finish` writes the undo, then the spool to the image. The new state is the commit, and makes the undo a
     version.
- 6. `thin` drops the versions that `keep` does not ask for; it also does so for all volumes before the first is fetched.
- 7. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
+ 6. A `Checker` on the droplet mounts the clone: does the backup come up? `Backup._take_note` writes what it found into
+    the state, while the next volume is fetched.
+ 7. `thin` drops the versions that `keep` does not ask for; it also does so for all volumes before the first is fetched.
+ 8. `Ephemeral.__exit__` removes all that was created, until lists show nothing of it; the table, the exit code.
 
-The way back: `Kernel` shows versions as files; `Chain.restore` writes one to a file. `Restoration` makes a new volume
-of it: a `Push` sends what differs to an `Agent` on a droplet, until nothing does.
+The way back: `Commands.mount` shows all versions as files; `Kernel` answers what the real one asks over FUSE.
+`Chain.restore` writes a version to a file. `Restoration` makes a new volume of it: a `Push` sends what differs to an
+`Agent` on a droplet, until nothing does.
 
 What it promises:
 
@@ -42,11 +45,13 @@ What it promises:
 - All that a run creates is named `dosvob-ephemeral-HOME-RUN-…` and removed however the run ends. What could not be
   removed is named loudly. A new volume, which is to stay, is whole from its birth.
 
-What it does not promise: a snapshot of a volume in use is as consistent as a disk after a power cut, not more.
+What it does not promise: a snapshot of a volume in use is as consistent as a disk after a power cut, not more. Whether
+its file systems come up after that is tried each time, and told.
 
-The threads. Here: the main thread decides, talks with the agent and changes images. One thread prepares the next clone,
-one releases the last one, one (of `DropletKeeper`) makes the droplet. paramiko has one for each connection, each stream
-of output has one (`Writer`), and `done_ahead` and `within` start some for a moment. On the droplet: see `Agent`.
+The threads. Here: the main thread decides, talks with the agent and changes images. One thread makes clones, one
+attaches them, one releases those that would cost another hour, one (of `DropletKeeper`) makes the droplet, some wait
+for a `Checker`. paramiko has one for each connection, each stream of output has one (`Writer`), and `done_ahead` and
+`within` start some for a moment. On the droplet: see `Agent`.
 
 The chapters, each of which uses those before it alone: errors and waiting, reporting, configuration, the DigitalOcean
 API, ephemeral resources, the agent, image files, versions, the home, the update of an image, the conversations, the
@@ -98,15 +103,18 @@ import errno
 import fcntl
 import hashlib
 import itertools
+import json
 import os  # noqa: F811 - which begins the agent's own part
 import queue
+import re
 import stat
 import struct
+import subprocess
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, ClassVar, Protocol, TypeVar
 # isort: on
 
 # agent: end
@@ -116,23 +124,21 @@ import bisect
 import dataclasses
 import datetime
 import difflib
+import email.utils
 import fnmatch
 import functools
 import heapq
 import importlib
 import io
-import json
 import logging
 import operator
 import random
-import re
 import secrets
 import select
 import shlex
 import shutil
 import socket
 import ssl
-import subprocess
 import tempfile
 import traceback
 import urllib.parse
@@ -140,7 +146,7 @@ from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import paramiko
@@ -288,6 +294,11 @@ def utc_now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 
 
+def running_time() -> float:
+    """Seconds that go on while this machine is suspended, which those of time.monotonic do not."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.time()
+
+
 def parse_time(text: str) -> datetime.datetime | None:
     """An RFC 3339 time, such as the API's; None if it is none."""
     try:
@@ -296,10 +307,10 @@ def parse_time(text: str) -> datetime.datetime | None:
         return None
 
 
-def age(moment: str) -> float:
-    """Seconds since an RFC 3339 time; infinite if it is none."""
+def age(moment: str, now: datetime.datetime | None = None) -> float:
+    """Seconds from an RFC 3339 time to `now`, which is by default that of this machine; infinite if it is none."""
     parsed = parse_time(moment)
-    return float("inf") if parsed is None else (utc_now() - parsed).total_seconds()
+    return float("inf") if parsed is None else ((now or utc_now()) - parsed).total_seconds()
 
 
 def human_size(size: float) -> str:
@@ -688,7 +699,8 @@ class Config:
     `regions` are slugs; empty means all in which the account has volumes; with `by_region` each has a directory for
     its images. `include` and `exclude` are shell patterns of volume names; an empty `include` means all. `droplet_size`
     and `droplet_image` are slugs, or None for the cheapest and the newest that will do. `healthchecks` is the address
-    of a monitoring service that we ping about each run; whoever knows it can ping too.
+    of a monitoring service that we ping about each run; whoever knows it can ping too. `check` is how a droplet looks
+    whether a backup comes up: by a mount, also by the file system's own tool, or not at all.
     """
 
     token: str = field(repr=False)
@@ -702,7 +714,9 @@ class Config:
     api_url: str
     healthchecks: str | None = field(repr=False)
     keep: Keep
+    check: str = "mount"
 
+    CHECKS = ("mount", "fsck", "none")
     PLACEHOLDER = "dop_v1_PUT-YOUR-TOKEN-HERE"  # in conf.json.example
     TOKEN_VARIABLES = ("DIGITALOCEAN_ACCESS_TOKEN", "DIGITALOCEAN_TOKEN")  # doctl's and the Terraform provider's
     URL_VARIABLE = "DIGITALOCEAN_API_URL"
@@ -717,6 +731,7 @@ class Config:
         "droplet_image": TEXT,
         "healthchecks": TEXT,
         "keep": ((dict,), f"an object such as {json.dumps(dataclasses.asdict(Keep()))}"),
+        "check": TEXT,
     }
 
     @classmethod
@@ -748,6 +763,9 @@ class Config:
             raise UsageError(
                 f'{path}: "healthchecks" must be an https:// address such as "https://hc-ping.com/YOUR-UUID"'
             )
+        check = content.get("check", cls.check)
+        if check not in cls.CHECKS:
+            raise UsageError(f'{path}: "check" must be one of {", ".join(map(json.dumps, cls.CHECKS))}')
         return cls(
             token=token,
             token_from=f"the environment variable {variable}" if variable else f'"do_token" in {path}',
@@ -760,6 +778,7 @@ class Config:
             api_url=url.rstrip("/").removesuffix("/v2"),
             healthchecks=ping,
             keep=Keep(**{**dict.fromkeys(numbers, 0), **content["keep"]}) if "keep" in content else Keep(),
+            check=check,
         )
 
     @classmethod
@@ -851,11 +870,16 @@ SCOPES = {
 
 
 class ApiError(DosvobError):
-    """A call failed. `status` is that of HTTP; None: no usable answer came. `wait`: seconds that a 429 asks for."""
+    """A call failed. `status` is that of HTTP; None: no usable answer came.
 
-    def __init__(self, status: int | None, text: str, wait: float | None = None) -> None:
+    Of a 429 `wait` is the seconds that it asks for, and `is_accounts` tells that the account's limit is reached. If it
+    is not, it is that of the call's own kind, or with a `wait` perhaps the account's for a minute.
+    """
+
+    def __init__(self, status: int | None, text: str, wait: float | None = None, *, is_accounts: bool = False) -> None:
         self.status = status
         self.wait = wait
+        self.is_accounts = is_accounts
         super().__init__(text)
 
     @property
@@ -896,11 +920,15 @@ class Api:
     RATE_LIMIT_PATIENCE = 7200  # seconds for which a call that meets 429 is repeated: the longest limit is by the hour
     RATE_LIMIT_WAIT = 15  # seconds to wait after a 429 that does not say how long
     LONGEST_WAIT = 3600  # seconds; whatever a 429 asks for
+    CLOCK_TOLERANCE = 120  # seconds that this machine's clock may be off before that is told
     CALL_TIMEOUT = (10, 60)  # seconds to connect, and between bytes of the answer
     CALL_LIMIT = 120  # seconds for all of a call
     FIRST_BACKOFF, MAX_BACKOFF = 0.5, 30  # seconds between repetitions, doubling
+    IDLE_LIMIT = 60  # seconds after which a connection is not used again: a router may have forgotten it, silently
     PAGE_SIZE = 200  # the API's maximum
     MOST_PAGES = 1000  # of a list, which holds 25 droplets or 100 volumes for most accounts
+    MOST_READINGS = 10  # of a list that changes meanwhile
+    READING_PAUSE = 1  # seconds between them
 
     def __init__(
         self, config: Config, stop: Stop, say: Callable[[str], None], detail: Callable[[str], None], patience: float
@@ -911,23 +939,28 @@ class Api:
         self._detail = detail
         self._patience = patience
         self._is_token_known = False  # whether a call was let through
+        self._ahead: float | None = None  # seconds that DigitalOcean's clock is ahead of this machine's, once known
         self.limited_since: float | None = None  # the first 429 of an unbroken row; None after any other answer
         self._sessions = threading.local()  # requests does not promise that a session can be shared by threads
 
     def with_stop(self, stop: Stop, patience: float | None = None) -> Api:
         """A copy with another stop, and another patience if one is given."""
         api = Api(self._config, stop, self._say, self._detail, self._patience if patience is None else patience)
-        api._is_token_known = self._is_token_known
+        api._is_token_known, api._ahead = self._is_token_known, self._ahead
         return api
+
+    def now(self) -> datetime.datetime:
+        """The time by DigitalOcean's clock, as its last answer told: machines at home are hours or days off."""
+        return utc_now() + datetime.timedelta(seconds=self._ahead or 0)
 
     def get(self, path: str, **params: str | int) -> Json:
         """GET, repeated while it fails in a way that may pass."""
         return self._repeated("GET", path, params=params)
 
-    def get_fresh(self, path: str, key: str) -> Json | None:
-        """An item by its id; None if the API does not know it: not yet, or not any more."""
+    def get_fresh(self, path: str, key: str, *, is_patient: bool = True) -> Json | None:
+        """An item by its id; None if the API does not know it: not yet, or not any more. If impatient it asks once."""
         try:
-            return Api.required(self.get(path), key, dict)
+            return Api.required(self.get(path) if is_patient else self._once("GET", path, None, None), key, dict)
         except ApiError as problem:
             if problem.status != 404:
                 raise
@@ -942,21 +975,41 @@ class Api:
                 raise
 
     def list(self, path: str, key: str, **params: str | int) -> list[Json]:
-        """All items of a list, from all its pages."""
-        items: list[Json] = []
+        """All items of a list, from all its pages, none twice.
+
+        While pages are read others change the list, and what they delete on one page hides an item of the next. So
+        several pages count if they have as many items as each says that there are, or the same as at the last reading.
+        """
+        last: Collection[str] = ()
+        for _ in range(self.MOST_READINGS):
+            items, totals = self._pages(path, key, params)
+            if totals <= {str(len(items))} or items.keys() == last:
+                return [*items.values()]
+            last = items.keys()
+            self.stop.sleep(self.READING_PAUSE)
+        raise DosvobError(f"the list of GET {path} changed each time that it was read: try again later")
+
+    def _pages(self, path: str, key: str, params: Json) -> tuple[dict[str, Json], set[str]]:
+        """The items of all pages, by what identifies each, and how many there are, as each of several pages says."""
+        items: dict[str, Json] = {}
+        totals: set[str] = set()
         for page in range(1, self.MOST_PAGES + 1):
             answer = self.get(path, **params, per_page=self.PAGE_SIZE, page=page)
             found, links = answer.get(key), answer.get("links") or {}
             pages = (links.get("pages") or {}) if isinstance(links, dict) else None  # each may be missing, or null
             if not isinstance(found, list) or not all(isinstance(item, dict) for item in [*found, pages]):
                 raise DosvobError(f'DigitalOcean answered GET {path} without a list of "{key}": try again later')
-            items += found
-            if not found or not pages or not pages.get("next"):
-                return items
+            items |= {str(item.get("id") or item.get("slug") or f"{page}/{n}"): item for n, item in enumerate(found)}
+            has_next = bool(found and pages and pages.get("next"))
+            if has_next or page > 1:
+                meta = answer.get("meta")
+                totals.add(str(meta.get("total") if isinstance(meta, dict) else None))
+            if not has_next:
+                return items, totals
         raise DosvobError(f"DigitalOcean's answers to GET {path} have no end: try again later")
 
     def post(self, path: str, body: Json) -> Json:
-        """POST, repeated after a 429 only, and not even then for a snapshot: the caller waits for that limit.
+        """POST, repeated after a 429 only, for a snapshot if that is the account's: the caller waits for the volume's.
 
         If it fails with `may_exist`, the caller must find out whether it took effect.
         """
@@ -964,12 +1017,13 @@ class Api:
 
     def _repeated(self, method: str, path: str, body: Json | None = None, params: Json | None = None) -> Json:
         start, intervals = time.monotonic(), self.backoff()
-        heeds_limit = not (method == "POST" and path.endswith("/snapshots"))
+        takes_snapshot = method == "POST" and path.endswith("/snapshots")
         while True:
             try:
                 return self._once(method, path, body, params)
             except ApiError as problem:
-                if not (heeds_limit if problem.status == 429 else problem.may_exist and method != "POST"):
+                is_limited = problem.status == 429 and (problem.is_accounts or not takes_snapshot)
+                if not is_limited and not (problem.may_exist and method != "POST"):
                     raise
                 self.pause(problem, next(intervals), start)
 
@@ -1000,12 +1054,19 @@ class Api:
         except TimeoutError:
             del self._sessions.session  # the abandoned call still uses it
             raise ApiError(None, f"{call}: no complete answer from {url} within {limit:.0f} s") from None
-        except requests.RequestException as problem:
+        except OSError as problem:  # which those of requests are, too
             cause = root_cause(problem)
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise DosvobError(f"{url} has no certificate to be trusted: {cause}") from None
+            if isinstance(problem, ValueError):  # as requests has it for what can be seen without a connection
+                names = f"HTTPS_PROXY and ALL_PROXY in the environment, and {Config.URL_VARIABLE}"
+                raise UsageError(f"{url} cannot be reached so: {cause} Look at {names}") from None
+            if not isinstance(problem, requests.RequestException) or getattr(cause, "library", "") == "X509":
+                names = "REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE in the environment"
+                raise UsageError(f"the certificates to be trusted cannot be read: {cause}: look at {names}") from None
             raise ApiError(None, f"{call}: no answer from {url}: {reason(cause)}") from problem
         self._detail(f"{call} → {response.status_code}")
+        self._heed_clock(response)
         self.limited_since = (self.limited_since or time.monotonic()) if response.status_code == 429 else None
         return self._answer(call, response)
 
@@ -1025,11 +1086,23 @@ class Api:
             said = str(told.get("message") or told.get("id") or "no message")
             request = f", request {told['request_id']}" if told.get("request_id") else ""
             text = f'DigitalOcean refused {call}: "{said}" (HTTP {status}{request}).{ApiError.advice(call, status)}'
-            raise ApiError(status, text, self._wait_told(response))
+            is_accounts = response.headers.get("ratelimit-remaining") == "0"
+            raise ApiError(status, text, self._wait_told(response), is_accounts=is_accounts)
         self._is_token_known = True
         if not isinstance(answer, dict):
             raise ApiError(None, f"{call}: the answer is not a JSON object")
         return answer
+
+    def _heed_clock(self, response: requests.Response) -> None:
+        """Note what DigitalOcean's clock says; tells once if this machine's is minutes off."""
+        try:
+            ahead = email.utils.parsedate_to_datetime(response.headers["date"]).timestamp() - time.time()
+        except (KeyError, ValueError):
+            return
+        if self._ahead is None and abs(ahead) > self.CLOCK_TOLERANCE:
+            how = f"{human_time(abs(ahead))} {'behind' if ahead > 0 else 'ahead of'}"
+            self._say(f"warning: this machine's clock is {how} DigitalOcean's, whose times count; set it right")
+        self._ahead = ahead
 
     def _wait_told(self, response: requests.Response) -> float | None:
         """The seconds to wait that a 429 tells: `retry-after` (burst limit), or `ratelimit-reset` (hourly limit)."""
@@ -1038,8 +1111,15 @@ class Api:
             return min(max(1.0, float(headers["retry-after"])), self.LONGEST_WAIT)
         with contextlib.suppress(KeyError, ValueError):
             if int(headers.get("ratelimit-remaining", 0)) == 0:
-                return min(max(1.0, float(headers["ratelimit-reset"]) - time.time()), self.LONGEST_WAIT)
+                now = time.time() + (self._ahead or 0)
+                return min(max(1.0, float(headers["ratelimit-reset"]) - now), self.LONGEST_WAIT)
         return None
+
+    @property
+    def is_proxied(self) -> bool:
+        """Whether the calls go through a proxy, as the environment asks for."""
+        proxies = requests.utils.get_environ_proxies(self._config.api_url)
+        return requests.utils.select_proxy(self._config.api_url, proxies) is not None
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["Authorization"] = f"Bearer {self._config.token}"
@@ -1047,10 +1127,11 @@ class Api:
 
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._sessions, "session", None)
-        if session is None:
+        if session is None or time.monotonic() - self._sessions.used_at > self.IDLE_LIMIT:
             session = self._sessions.session = requests.Session()
             session.auth = self._authorize  # a ~/.netrc would replace a plain header
             session.headers["User-Agent"] = f"dosvob/{VERSION}"
+        self._sessions.used_at = time.monotonic()
         return session
 
     @staticmethod
@@ -1101,7 +1182,7 @@ class NoDroplet(DosvobError):
 
 
 class DropletLost(DosvobError):
-    """The droplet is gone, or did not come up: another one may do."""
+    """The droplet is gone, did not come up, or takes no more events: another one may do."""
 
 
 @dataclass(frozen=True)
@@ -1192,6 +1273,14 @@ class Resource:
         return f"{self.kind} {self.name} (id {self.id}{cost})"
 
 
+def reached_limit(api: Api, kind: str) -> str:
+    """What to say if the account has as many of a kind as it may have; empty if not."""
+    limit = Api.required(api.get("/v2/account"), "account", dict).get(f"{kind}_limit")
+    count = len(api.list(KINDS[kind].path, KINDS[kind].key))
+    is_reached = isinstance(limit, int) and count >= limit
+    return f"your account may have {limit} {kind}s and has {count}: see {LIMITS_PAGE}" if is_reached else ""
+
+
 class Removal:
     """Deletes the resources that are known, then those that are listed, until the lists show none of ours.
 
@@ -1236,7 +1325,8 @@ class Removal:
             if left and (is_hopeless or begun - since > self.LIMIT):  # a round may take long
                 return self._named(left, asked or {})
             if self._kinds:
-                self._api.stop.sleep(next(intervals) if left else max(self._not_before - time.monotonic(), 0))
+                pause = next(intervals) if any(left.values()) else 1  # once all was accepted it is gone soon
+                self._api.stop.sleep(pause if left else max(self._not_before - time.monotonic(), 0))
         return {}
 
     def _round(self) -> dict[Resource, Exception | None]:
@@ -1316,7 +1406,8 @@ class DropletPlan:
     sizes: tuple[tuple[str, float], ...]
     image: str
 
-    DEFAULT_SIZES = ("s-1vcpu-512mb-10gb", "s-1vcpu-1gb")  # the two smallest; the first is not in all regions
+    # The smallest, of which the first is not in all regions. A run of less than half an hour costs the same with each.
+    DEFAULT_SIZES = ("s-1vcpu-512mb-10gb", "s-1vcpu-1gb", "s-1vcpu-2gb")
 
     @classmethod
     def make(cls, api: Api, config: Config, region: str) -> DropletPlan:
@@ -1375,23 +1466,27 @@ class Ephemeral:
     late for the sweep at the beginning. It does not wait again for what could not be removed before.
     """
 
-    ACTION_LIMIT = 600  # seconds that an action, such as an attach, may take
+    ACTION_LIMIT = 150  # seconds after which an action, such as an attach, has no end: it takes some 7
+    LOOK_INTERVAL = 12  # polls of an action, some 9 s, between looks whether the droplet lives
     ADDRESS_LIMIT = 600  # seconds until a new droplet must have an address
     FRESH_LIMIT = 60  # seconds for which something freshly created may answer 404
     NEW_PATIENCE = 1800  # seconds for which it repeats the creation of what will stay: hours of work precede it
+    HOUR_ENDS = 3300  # seconds into an hour of a volume's life after which it is let go: its next hour costs as much
 
     def __init__(self, api: Api, home: str, report: Reporter) -> None:
         self.prefix = f"{TAG}-{home}-{secrets.token_hex(4)}-"
         self._home = home
         self._api = api
         self._report = report
-        self._created: dict[Resource, float] = {}  # with the times (time.monotonic)
+        self._created: dict[Resource, float] = {}  # with the times (`running_time`)
         self._removed: dict[Resource, float] = {}
         self._asked: dict[str, str] = {}  # kinds by name of what was asked for, and not answered yet
         self._last_post = time.monotonic()
         self._key: int | None = None  # the id of the run's one-time key
         self._attached: dict[str, int] = {}  # droplets by clone
-        self._events = threading.Lock()  # a droplet takes one at a time, and one may last longer than BUSY_LIMIT
+        self._events = threading.RLock()  # a droplet takes one at a time, and one may last longer than BUSY_LIMIT
+        self._quickest = 0.0  # seconds of the quickest action so far, before which no other one is expected to end
+        self._lost: dict[int, str] = {}  # why droplets, by id, are gone or take no more events
 
     def __enter__(self) -> Ephemeral:
         return self
@@ -1411,7 +1506,7 @@ class Ephemeral:
             left = dict.fromkeys([*existing, *unknown], str(problem))
         for resource in existing:
             if resource not in left:
-                self._removed[resource] = time.monotonic()
+                self._removed[resource] = running_time()
         tell_left_behind(left, self._report)
 
     def _is_ours(self, resource: Resource) -> bool:
@@ -1419,7 +1514,7 @@ class Ephemeral:
 
     def cost(self) -> float:
         """Dollars for all that was created, by the seconds that it existed until now."""
-        now = time.monotonic()
+        now = running_time()
         return sum(resource.cost(self._removed.get(resource, now) - since) for resource, since in self._created.items())
 
     def create_droplet(self, plan: DropletPlan, public_key: str, user_data: str) -> Droplet:
@@ -1449,13 +1544,19 @@ class Ephemeral:
             try:
                 item = self._create(DROPLET, body)
             except ApiError as problem:
-                if problem.status != 422 or not sizes:
+                if problem.status != 422 or not sizes or self._has_all_droplets():
                     raise NoDroplet(f"the droplet could not be had: {problem}") from problem
                 self._report.say(f"{size} is not to be had in {plan.region} now; trying the next size")
         droplet = Droplet(Api.required(item, "id", int), Api.required(item, "name", str), "")
         actions = (item.get("links") or {}).get("actions") or [{}]  # what was found in a list has none
         address = self._await_address(droplet, str(actions[0].get("id", "")))
         return dataclasses.replace(droplet, address=address)
+
+    def _has_all_droplets(self) -> bool:
+        """Whether the account has as many droplets as it may have, as far as the token lets us see."""
+        with contextlib.suppress(DosvobError):
+            return bool(reached_limit(self._api, DROPLET))
+        return False
 
     def _await_address(self, droplet: Droplet, action: str) -> str:
         """The public address of a droplet that was created; raises DropletLost if it, or its action, has failed."""
@@ -1482,17 +1583,22 @@ class Ephemeral:
         return found
 
     def is_gone(self, droplet: Droplet) -> bool:
-        """Whether the droplet does not run any more, as far as DigitalOcean can tell."""
+        """Whether the droplet does not run any more, as far as DigitalOcean can tell at once."""
         try:
-            item = self._api.get_fresh(f"/v2/droplets/{droplet.id}", "droplet")
+            item = self._api.get_fresh(f"/v2/droplets/{droplet.id}", "droplet", is_patient=False)
         except ApiError:
             return False
         return item is None or item.get("status") != "active"
 
-    def _refuse_lost(self, droplet: Droplet, problem: DosvobError) -> None:
-        """Raise DropletLost if that is what the problem comes from."""
+    def _refuse_lost(self, droplet: Droplet) -> None:
+        """Raise DropletLost if the droplet is gone."""
         if self.is_gone(droplet):
-            raise DropletLost(f"the droplet {droplet.name} {GONE}") from problem
+            self._give_up(droplet, f"the droplet {droplet.name} {GONE}")
+
+    def _give_up(self, droplet: Droplet, why: str) -> NoReturn:
+        """Raise DropletLost, and let nobody else try."""
+        self._lost[droplet.id] = why
+        raise DropletLost(why)
 
     def remove_droplets(self) -> None:
         """Remove the run's droplets that are still there; nothing is attached to them any more."""
@@ -1500,30 +1606,45 @@ class Ephemeral:
             if resource.kind == DROPLET and resource not in self._removed:
                 self._remove_now(resource)
 
-    def make_clone(self, volume: Volume, number: int, size: int = 0) -> tuple[Volume, str]:
+    def make_clone(
+        self, volume: Volume, number: int, size: int = 0, make_room: Callable[[], bool] = lambda: False
+    ) -> tuple[Volume, str]:
         """Clone the volume as it is now; returns the clone and the time of the snapshot between, which is removed.
 
-        It has at least `size` bytes. Raises ApiError with the status 429 if the volume's last snapshot is less than ten
+        It has at least `size` bytes. `make_room` frees some of the account's quota if that refuses the clone, and
+        returns whether it could. Raises ApiError with the status 429 if the volume's last snapshot is less than ten
         minutes old.
         """
         name = f"{self.prefix}{number}"  # the device is named by it: unique and short
         snapshot = self._take_snapshot(volume, name)
         body = {"name": name, "region": volume.region, "size_gigabytes": max(volume.size, size) // GIB, "tags": [TAG]}
-        clone = self._make_of(snapshot, body)
+        clone = self._make_of(snapshot, body, make_room=make_room)
         self._remove_now(Resource.parse(SNAPSHOT, snapshot))
-        return Volume.parse(clone), str(snapshot.get("created_at", ""))
+        return Volume.parse(clone), self._time_of(snapshot)
+
+    def _time_of(self, snapshot: Json) -> str:
+        """When it was taken; now, by DigitalOcean's clock, if the time that it gives is impossible.
+
+        Versions are named and thinned by it, so a time that is far in the future would spoil all that come after.
+        """
+        text, now = str(snapshot.get("created_at")), self._api.now()
+        taken = parse_time(text)
+        is_possible = taken is not None and taken.year >= 2000 and taken - now < datetime.timedelta(days=1)
+        return text if is_possible else now.isoformat()
 
     def make_empty(self, region: str, size: int) -> Volume:
         """A throwaway volume of so many bytes that has nothing."""
         body = {"name": f"{self.prefix}0", "region": region, "size_gigabytes": size // GIB, "tags": [TAG]}
         return Volume.parse(self._create(VOLUME, body))
 
-    def make_new(self, name: str, description: str, volume: Volume) -> Volume:
+    def make_new(self, name: str, description: str, volume: Volume, try_out: Callable[[], None]) -> Volume:
         """Create a volume with the content of a throwaway one; it stays, for the teardown does not know of it.
 
-        If DigitalOcean refuses, which may be for a quota, the throwaway one goes first: its snapshot has all.
+        `try_out` may change the throwaway one: it is called as soon as a snapshot has the content. If DigitalOcean
+        refuses, which may be for a quota, the throwaway one goes first: its snapshot has all.
         """
         snapshot = self._take_snapshot(volume, f"{self.prefix}new")
+        try_out()
         body = {"name": name, "region": volume.region, "size_gigabytes": volume.size // GIB}
         body["description"] = description  # tells it from somebody else's if the answer is lost
         patient = self._api.with_stop(self._api.stop, self.NEW_PATIENCE)
@@ -1549,41 +1670,57 @@ class Ephemeral:
     def _take_snapshot(self, volume: Volume, name: str) -> Json:
         return self._create(SNAPSHOT, {"name": name, "tags": [TAG]}, f"/v2/volumes/{volume.id}/snapshots")
 
-    def _make_of(self, snapshot: Json, body: Json, api: Api | None = None, *, stays: bool = False) -> Json:
+    def _make_of(
+        self,
+        snapshot: Json,
+        body: Json,
+        api: Api | None = None,
+        *,
+        stays: bool = False,
+        make_room: Callable[[], bool] = lambda: False,
+    ) -> Json:
         """The volume that a body describes, with the content of a snapshot."""
         least = max(body["size_gigabytes"], int(snapshot.get("min_disk_size") or 0))
         body = {**body, "snapshot_id": Api.required(snapshot, "id", str), "size_gigabytes": least}
 
         def create() -> Json | None:
-            try:
-                return self._create(VOLUME, body, api=api, stays=stays)
-            except ApiError as problem:
-                if problem.status != 404:
-                    raise
-                return None  # the snapshot is so fresh that it is not known yet
+            while True:
+                try:
+                    return self._create(VOLUME, body, api=api, stays=stays)
+                except ApiError as problem:
+                    if problem.status == 404:
+                        return None  # the snapshot is so fresh that it is not known yet
+                    if not (problem.status == 403 and make_room()):
+                        raise
 
         item = self._api.stop.wait_until(self.FRESH_LIMIT, create)
         if item is None:
             raise DosvobError("DigitalOcean lost the snapshot that it had just made: try again later")
         return item
 
-    def attach(self, volume: Volume, droplet: Droplet) -> None:
-        """Attach the volume to the droplet, unless it is."""
+    def attach(self, volume: Volume, droplet: Droplet, make_room: Callable[[], bool] = lambda: False) -> None:
+        """Attach the volume to the droplet, unless it is; `make_room` detaches another one if it may have too many."""
         if self._attached.get(volume.id) != droplet.id:
-            self._volume_event("attach", volume, droplet)
+            self._volume_event("attach", volume, droplet, make_room)
             self._attached[volume.id] = droplet.id
 
-    def detach(self, volume: Volume, droplet: Droplet) -> None:
-        """Detach the volume from the droplet; it keeps its content."""
-        self._volume_event("detach", volume, droplet)
-
     def release(self, clone: Volume, droplet: Droplet) -> None:
-        """Detach the clone and delete it."""
-        self.detach(clone, droplet)
+        """Detach the clone, unless the droplet that it was attached to is gone, and delete it."""
+        if self._attached.get(clone.id) == droplet.id:
+            self._volume_event("detach", clone, droplet)
+            del self._attached[clone.id]
         self._remove_volume(clone)
 
+    def has_cost_an_hour(self, clone: Volume) -> bool:
+        """Whether the started hour of a clone, which is paid for, is nearly over."""
+        return (running_time() - self._created[self._resource(clone)]) % 3600 > self.HOUR_ENDS
+
     def _remove_volume(self, volume: Volume) -> None:
-        self._remove_now(next(r for r in list(self._created) if r.kind == VOLUME and r.id == volume.id))
+        self._remove_now(self._resource(volume))
+
+    @staticmethod
+    def _resource(volume: Volume) -> Resource:
+        return Resource(VOLUME, volume.id, volume.name)
 
     def _create(
         self, kind: str, body: Json, post_path: str | None = None, *, api: Api | None = None, stays: bool = False
@@ -1591,7 +1728,8 @@ class Ephemeral:
         """Create a resource, and note it for the teardown unless it `stays`; returns it with the answer's links.
 
         After no answer, or a 5xx, it may exist: then we look for its unique name, until a list must show it, before we
-        ask for it again. `_asked` has its name while it may exist without our knowing.
+        ask for it again. `_asked` has its name while it may exist without our knowing. So long a refusal may come of
+        that it does exist, and means to look again.
         """
         where, name, api = KINDS[kind], body["name"], api or self._api
         start, intervals, is_doubtful = time.monotonic(), api.backoff(), name in self._asked
@@ -1618,15 +1756,15 @@ class Ephemeral:
                     raise
                 is_doubtful, self._last_post = True, time.monotonic()
                 item = api.stop.wait_until(LIST_LAG, find)
-                if item is None and not problem.may_exist:
+                if item is None and not (problem.may_exist or problem.status in (403, 409, 422)):
                     raise
-                if item is None:
-                    api.pause(problem, next(intervals), start)
+                if item is None:  # a refusal is not waited for as long as what will stay may be
+                    (api if problem.may_exist else self._api).pause(problem, next(intervals), start)
             finally:
                 self._last_post = time.monotonic()
         resource = Resource.parse(kind, item)
         if not stays:
-            self._created[resource] = time.monotonic()
+            self._created[resource] = running_time()
         del self._asked[name]
         self._report.detail(f"created {resource}")
         return item
@@ -1643,54 +1781,85 @@ class Ephemeral:
             return True
 
         if self._api.stop.wait_until(BUSY_LIMIT, delete):
-            self._removed[resource] = time.monotonic()
+            self._removed[resource] = running_time()
 
-    def _volume_event(self, event: str, volume: Volume, droplet: Droplet) -> None:
-        """Attach or detach, however often it takes until the volume is as wished."""
-        path = f"/v2/volumes/{volume.id}/actions"
-        body = {"type": event, "droplet_id": droplet.id, "region": volume.region}
-        problem: list[DosvobError] = []
+    def _volume_event(
+        self, event: str, volume: Volume, droplet: Droplet, make_room: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Attach or detach, however often it takes until the volume is as wished.
 
-        def done() -> bool | None:
-            try:
-                action = Api.required(self._api.post(path, body), "action", dict)
-            except ApiError as refused:
-                # busy with another event, attached or detached already, too fresh to be known, or an answer lost
-                if not (refused.may_exist or refused.status in (404, 409, 422, 429)):
-                    raise
-                problem[:] = [refused]
-                self._refuse_lost(droplet, refused)
-                item = self._api.get_fresh(f"/v2/volumes/{volume.id}", "volume")
-                is_attached = None if item is None else droplet.id in Volume.parse(item).droplet_ids
-                return True if is_attached == (event == "attach") else None
-            try:
-                self._await_action(f"{path}/{Api.required(action, 'id', int)}", f"the {event} of {volume.name}")
-            except DosvobError as failed:
-                self._refuse_lost(droplet, failed)
-                raise
-            return True
-
+        Raises DropletLost if the droplet is gone, or takes no more events: one has no end, or it stays busy.
+        """
+        failures: list[DosvobError] = []
         with self._events:
-            if self._api.stop.wait_until(BUSY_LIMIT, done) is None:
-                raise problem[0]
+            work = functools.partial(self._try_event, event, volume, droplet, make_room, failures)
+            if self._api.stop.wait_until(BUSY_LIMIT, work) is None:
+                if isinstance(failures[-1], ApiError) and failures[-1].status in (409, 422):
+                    self._give_up(droplet, f"{droplet.name} was busy for {BUSY_LIMIT} s: {failures[-1]}")
+                raise failures[-1]
 
-    def _await_action(self, path: str, what: str) -> None:
+    def _try_event(
+        self, event: str, volume: Volume, droplet: Droplet, make_room: Callable[[], bool], failures: list[DosvobError]
+    ) -> bool | None:
+        """Ask for the event and await its end; True if the volume is as wished, None if it should be asked again."""
+        if droplet.id in self._lost:
+            raise DropletLost(self._lost[droplet.id])
+        path, body = f"/v2/volumes/{volume.id}/actions", {"droplet_id": droplet.id, "region": volume.region}
+        try:
+            action = Api.required(self._api.post(path, {"type": event, **body}), "action", dict)
+        except ApiError as refused:
+            # busy with another event, attached or detached already, too fresh to be known, or an answer lost
+            if not (refused.may_exist or refused.status in (404, 409, 422, 429)):
+                raise
+            failures.append(refused)
+            self._refuse_lost(droplet)
+            if self._is_done(event, volume, droplet):
+                return True
+            if refused.status == 422 and make_room():  # it may have as many volumes as it can have
+                return self._try_event(event, volume, droplet, make_room, failures)
+            return None
+        status = self._await_action(f"{path}/{Api.required(action, 'id', int)}", droplet)
+        if status == "completed" or self._is_done(event, volume, droplet):
+            return True
+        self._refuse_lost(droplet)
+        if status is None:
+            self._give_up(droplet, f"the {event} of {volume.name} did not end within {self.ACTION_LIMIT} s")
+        failed = DosvobError(f"the {event} of {volume.name} failed on DigitalOcean's side ({status}): try again later")
+        if failures and not isinstance(failures[-1], ApiError):  # for the second time
+            raise failed
+        failures.append(failed)
+        return None
+
+    def _is_done(self, event: str, volume: Volume, droplet: Droplet) -> bool:
+        """Whether the volume is as wished, as itself tells."""
+        item = self._api.get_fresh(f"/v2/volumes/{volume.id}", "volume")
+        return item is not None and (droplet.id in Volume.parse(item).droplet_ids) == (event == "attach")
+
+    def _await_action(self, path: str, droplet: Droplet) -> str | None:
+        """What the status of an action of a droplet is when it has ended; None if that takes too long."""
+        looks = itertools.count(1)
+
         def status() -> str | None:
             action = self._api.get_fresh(path, "action") or {}
-            return None if action.get("status") in (None, "in-progress") else str(action.get("status"))
+            if action.get("status") not in (None, "in-progress"):
+                return str(action["status"])
+            if next(looks) % self.LOOK_INTERVAL == 0:
+                self._refuse_lost(droplet)
+            return None
 
-        result = self._api.stop.wait_until(self.ACTION_LIMIT, status)
-        if result is None:
-            raise DosvobError(f"{what} did not end within {self.ACTION_LIMIT} s: DigitalOcean's fault, try again later")
-        if result != "completed":
-            raise DosvobError(f"{what} failed on DigitalOcean's side ({result}): try again later")
+        begun = time.monotonic()
+        self._api.stop.sleep(0.8 * self._quickest)
+        ended = self._api.stop.wait_until(self.ACTION_LIMIT, status)
+        self._quickest = min(self._quickest or self.ACTION_LIMIT, time.monotonic() - begun)
+        return ended
 
 
 # ── The agent ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The part that runs on the droplet: it reads the volume once (what it must send of a large change: twice), sends a
-# digest for each chunk, sends the pages that it is asked for, and writes those that it is given. Its source stands
-# between the marks "agent: begin" and "agent: end" in this file. We send it over SSH, and the droplet's own python3
-# runs it: so it uses the standard library of Python 3.8 alone.
+# digest for each chunk, sends the pages that it is asked for, and writes those that it is given. Another program, the
+# `Checker`, then tries whether what is on the volume comes up. Their source stands between the marks "agent: begin" and
+# "agent: end" in this file. We send it over SSH, and the droplet's own python3 runs it: so it uses the standard library
+# of Python 3.8 alone.
 #
 # Frames (agent to here) are FRAME (kind, index, length of the payload), then the payload:
 #   HELLO    AGENT_MAGIC, the device's size in bytes (8 bytes),      the first frame
@@ -2216,22 +2385,253 @@ class Agent:
         self.put(kind, index, bitmap.to_bytes(PAGES // 8, "little"), packed)
 
 
+CHECK_LIMIT = 600.0  # seconds for a `Checker`: no billed droplet waits longer
+CHECKED_PARTS = 8  # partitions that it looks at
+CHECKED_ENTRIES = 1000  # of the top directory
+CHECKED_WORDS = 300  # characters of what the kernel, or a tool, says
+
+
+class Checker:
+    """Tries whether what is on a device comes up: mounts each file system on it as after a power cut, and looks in.
+
+    So the journal is replayed, which changes the device. It answers with one line of JSON, after `limit` seconds
+    whatever hangs; spaces before that say that it lives. It ends with its input. What it mounts is in a namespace of
+    its own, so nothing is left behind. If memory is short, it goes before any agent.
+    """
+
+    PLACE = "/mnt"  # where it has a small file system of its own
+    READ_ONLY = ("cramfs", "erofs", "iso9660", "squashfs")
+    NOT_TRIED = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EBUSY, errno.ENODEV, errno.ENOMEM, errno.ENOTBLK)
+    # What kernels, from 5.10 to 6.18, say if they lack something, if something is wrong, and if all is well
+    LACKS = re.compile(r"unsupported optional features|unknown \S+( \S+)? features|safely mounted|without CONFIG_")
+    WRONG = re.compile(r"EXT4-fs error|BTRFS (error|critical)|XFS .*(orruption|rror|hut ?down)|I/O error")
+    USUAL = re.compile(
+        r"mounted filesystem|Mounting V|[Uu]nmounting|first mount of|recovery complete|(Starting|Ending) |using |"
+        r"orphan|enabling|checking UUID|free.space.tree|last unmount"
+    )
+    TOOLS: ClassVar[Mapping[str, tuple[tuple[str, ...], int]]] = {  # with the exit code that tells of damage
+        **dict.fromkeys(("ext2", "ext3", "ext4"), (("e2fsck", "-fn"), 4)),
+        "xfs": (("xfs_repair", "-n"), 1),
+        "btrfs": (("btrfs", "check", "--readonly"), 1),
+    }
+
+    def __init__(self, device: str, with_fsck: bool, limit: float) -> None:
+        self.device = device
+        self.with_fsck = with_fsck
+        self.limit = limit
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.doing = "looking for file systems"
+        self.problem = ""  # why nothing was tried
+        self.parts: list[dict[str, Any]] = []  # what was found
+
+    def run(self, output: int) -> None:
+        """Answer; the process ends with it."""
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+        os.nice(10)  # the next volume is being read
+        worker = threading.Thread(target=self.work, daemon=True)
+        worker.start()
+        end = time.monotonic() + self.limit
+        while worker.is_alive() and time.monotonic() < end:
+            os.write(output, b" ")
+            worker.join(min(HEARTBEAT, max(end - time.monotonic(), 0)))
+        if worker.is_alive():
+            self.problem = "%s did not end within %d s" % (self.doing, self.limit)
+        answer = {"kernel": os.uname().release, "parts": self.parts, "problem": self.problem}
+        os.write(output, json.dumps(answer).encode() + b"\n")
+        os.read(0, 1)
+        os._exit(0)
+
+    def work(self) -> None:
+        """Look at all that there is."""
+        try:
+            self.enter_namespace()
+            self.look_at_all()
+        except Exception as problem:  # noqa: BLE001 - whatever it is, the other side is to know
+            self.problem = "%s: %s" % (self.doing, problem)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call the C library; raises OSError."""
+        if getattr(self.libc, name)(*arguments) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def mount(self, source: str, place: str, kind: str, flags: int = 0, options: str = "") -> None:
+        """Mount; raises OSError."""
+        texts = [text.encode() for text in (source, place, kind)]
+        self.call("mount", *texts, ctypes.c_ulong(flags), options.encode())
+
+    def enter_namespace(self) -> None:
+        """Have mounts of one's own, and a place for them."""
+        self.call("unshare", 0x20000)  # CLONE_NEWNS
+        self.mount("", "/", "", 0x44000)  # MS_REC | MS_PRIVATE
+        self.mount("dosvob", self.PLACE, "tmpfs")
+        os.mkdir(self.PLACE + "/tried")
+
+    def tool(self, *command: str) -> tuple[int, str]:
+        """Run a tool; returns its exit code, and the beginning of what it says. Raises FileNotFoundError."""
+        path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+        said = b""
+        with subprocess.Popen(  # noqa: S603 - commands of ours
+            command, env=path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            while data := os.read(process.stdout.fileno(), CHUNK):  # type: ignore[union-attr]
+                said = (said + data)[:PAGE]
+        return process.returncode, said.decode(errors="replace")
+
+    def look_at_all(self) -> None:
+        """Look at the device, or at its partitions, all made writable."""
+        device = os.path.realpath(self.device)
+        self.make_writable(device)
+        facts = self.probe(device)
+        if "TYPE" in facts or "PTTYPE" not in facts:
+            self.look_at(device, facts)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self.tool("partx", "--update", device)  # the table may be younger than the device
+        name = os.path.basename(device)
+        parts = "/sys/class/block/%s" % name
+        names = [each for each in os.listdir(parts) if os.path.exists("%s/%s/partition" % (parts, each))]
+        for each in sorted(names, key=lambda part: (len(part), part))[:CHECKED_PARTS]:
+            with open("%s/%s/dev" % (parts, each)) as file:
+                major, minor = map(int, file.read().split(":"))
+            node = "%s/%s" % (self.PLACE, each)  # udev may not have made one yet
+            os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(major, minor))
+            self.make_writable(node)
+            self.look_at(node, self.probe(node))
+
+    @staticmethod
+    def make_writable(node: str) -> None:
+        """As blockdev --setrw: an agent has set it read-only."""
+        fd = os.open(node, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, 0x125D, struct.pack("i", 0))  # BLKROSET
+        finally:
+            os.close(fd)
+
+    def probe(self, node: str) -> dict[str, str]:
+        """What is there, in the words of blkid."""
+        code, said = self.tool("blkid", "-p", "-o", "export", node)
+        if code in (0, 2):  # 2: nothing is
+            return dict(line.partition("=")[::2] for line in said.splitlines())
+        return {"TYPE": "several signatures" if code == 8 else "unknown", "USAGE": "other"}
+
+    def look_at(self, node: str, facts: Mapping[str, str]) -> None:
+        """Note what is on a node, and try it if it is a file system."""
+        kind = facts.get("TYPE", "")
+        is_file_system = facts.get("USAGE") == "filesystem" and not kind.endswith("_member")  # as of ZFS
+        part = {"kind": kind, "is_file_system": is_file_system, "came_up": None, "words": "", "used": 0, "size": 0}
+        self.parts.append(part)
+        if is_file_system:
+            self.doing = "the mount of %s" % kind
+            part.update(self.tried(node, kind))
+            if self.with_fsck and part["came_up"] and kind in self.TOOLS:
+                part.update(self.checked(node, kind))
+
+    def tried(self, node: str, kind: str) -> dict[str, Any]:
+        """Whether a file system comes up: `came_up`, None if that could not be tried, `words`, `used` and `size`."""
+        found: dict[str, Any] = {}
+        problem = None
+        log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+        os.lseek(log, 0, os.SEEK_END)
+        try:
+            found = self.looked_into(node, kind)
+        except OSError as failure:
+            problem = failure
+        words = self.kernel_words(log, os.path.basename(node))
+        os.close(log)
+        if problem is None:
+            is_wrong = bool(self.WRONG.search(words))  # the first ones, if any are
+            return {**found, "came_up": not is_wrong, "words": words if is_wrong or "with errors" in words else ""}
+        if problem.errno == errno.ENODEV:
+            words = "this droplet's kernel has no %s" % kind
+        is_untried = problem.errno in self.NOT_TRIED or self.LACKS.search(words) or self.is_one_of_many(node, kind)
+        return {"came_up": None if is_untried else False, "words": words or str(problem.strerror)}
+
+    def looked_into(self, node: str, kind: str) -> dict[str, Any]:
+        """Mount a file system, read its top directory, unmount it; the bytes `used`, and its `size`."""
+        place, flags = self.PLACE + "/tried", 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
+        if kind == "btrfs":  # the kernel may know a namesake, such as the volume's last clone
+            with contextlib.suppress(OSError), open("/dev/btrfs-control", "r+b", buffering=0) as control:
+                fcntl.ioctl(control, 0x50009405, bytearray(4096))  # BTRFS_IOC_FORGET_DEV
+        end = time.monotonic() + EXCLUSIVE_LIMIT
+        while True:
+            try:
+                self.mount(node, place, kind, flags | (kind in self.READ_ONLY), "nouuid" if kind == "xfs" else "")
+                break
+            except OSError as problem:
+                if problem.errno != errno.EBUSY or time.monotonic() > end:
+                    raise
+            time.sleep(0.1)
+        try:
+            with os.scandir(place) as entries:
+                for entry in itertools.islice(entries, CHECKED_ENTRIES):
+                    entry.stat(follow_symlinks=False)
+            status = os.statvfs(place)
+        finally:
+            self.call("umount2", place.encode(), 0)
+        used = (status.f_blocks - status.f_bfree) * status.f_frsize
+        return {"used": used, "size": used + status.f_bavail * status.f_frsize}
+
+    def kernel_words(self, log: int, name: str) -> str:
+        """What the kernel has said of a device since, but for what it always says; first what is wrong."""
+        lines: dict[str, bool] = {}  # and whether they tell that all may be well
+        for _ in range(10_000):
+            try:
+                record = os.read(log, 2 * PAGE)
+            except BlockingIOError:
+                break
+            except BrokenPipeError:  # some were lost
+                continue
+            line = record.partition(b";")[2].partition(b"\n")[0].decode(errors="replace")
+            is_well = not self.WRONG.search(line)
+            if re.search(r"\b%s\b" % re.escape(name), line) and not (is_well and self.USUAL.search(line)):
+                lines[line] = is_well
+        return "; ".join(sorted(lines, key=lines.__getitem__))[:CHECKED_WORDS]
+
+    @staticmethod
+    def is_one_of_many(node: str, kind: str) -> bool:
+        """Whether it is a part of a Btrfs that has other devices."""
+        if kind != "btrfs":
+            return False
+        with open(node, "rb") as file:
+            file.seek(65536 + 136)  # `num_devices` of the superblock
+            return int.from_bytes(file.read(8), "little") > 1
+
+    def checked(self, node: str, kind: str) -> dict[str, Any]:
+        """Whether a file system is sound, by its own tool."""
+        command, damaged = self.TOOLS[kind]
+        self.doing = command[0]
+        try:
+            code, said = self.tool(*command, node)
+        except FileNotFoundError:
+            return {"words": "there is no %s on the droplet" % command[0]}
+        if code == 0:
+            return {}
+        lines = [line for line in said.splitlines() if line.strip() and not re.match(r"e2fsck |Pass |Phase ", line)]
+        words = "%s: %s" % (command[0], "; ".join(lines) or "exit code %d" % code)
+        return {"came_up": code < 0 or not code & damaged, "words": words[:CHECKED_WORDS]}
+
+
 # agent: end
 # Read while this file is loaded: an update may have changed it by the time an agent starts.
 AGENT = "".join(re.findall(r"(?ms)^# agent: begin$(.*?)^# agent: end$", Path(__file__).read_text(encoding="utf-8")))
 
 
 def agent_source(device: str, parts: Sequence[tuple[int, int]], window: int, *, writes: bool = False) -> bytes:
-    """The agent's program; if the droplet's Python is too old for it, it says so in a FAILED frame."""
+    """The agent's program."""
     packer = f"Packer({LIBZSTD is not None})"
-    start = f"Agent({device!r}, {parts!r}, {window}, {packer}, sys.stdin.buffer, 1).run(writes={writes})\n"
-    source = f"from __future__ import annotations\nimport sys\n{AGENT}"
+    return droplet_source(f"Agent({device!r}, {parts!r}, {window}, {packer}, sys.stdin.buffer, 1).run(writes={writes})")
+
+
+def droplet_source(start: str) -> bytes:
+    """A program for the droplet; if its Python is too old, that says so in a FAILED frame."""
+    source = f"from __future__ import annotations\nimport sys\n{AGENT}{start}\n"
     return f"""import struct, sys
 if sys.version_info < (3, 8):
     text = "it has Python %d.%d, and 3.8 is needed: set \\"droplet_image\\" in conf.json" % sys.version_info[:2]
     sys.stdout.buffer.write(struct.pack({FRAME!r}, {FAILED}, 0, len(text)) + text.encode())
     sys.exit()
-exec({source + start!r})
+exec({source!r})
 """.encode()
 
 
@@ -2442,14 +2842,94 @@ class Snapshot:
     taken_at: str
 
     def moment(self, known_at: datetime.datetime) -> datetime.datetime:
-        """When it was taken; `known_at` if the time that DigitalOcean gives is impossible.
+        """When it was taken; `known_at` if that is no time."""
+        return (parse_time(self.taken_at) or known_at).replace(microsecond=0)  # as it is listed
 
-        Versions are named and thinned by it, so a time that is far in the future would spoil all that come after.
-        """
-        taken = parse_time(self.taken_at)
-        if taken is None or taken.year < 2000 or taken - known_at > datetime.timedelta(days=1):
-            taken = known_at
-        return taken.replace(microsecond=0)  # as it is listed
+
+@dataclass(frozen=True)
+class Finding:
+    """What a droplet found on a volume, and whether it comes up.
+
+    `systems` names its file systems, which hold `used` of `size` bytes; `rest` what else there is. `came_up` is None if
+    there was nothing to try, or it could not be tried. `words` say why not, mostly the kernel's, of the release
+    `kernel`. `before` and `used_before`: the file systems of the last backup before it that came up.
+    """
+
+    systems: str = ""
+    rest: str = ""
+    used: int = 0
+    size: int = 0
+    came_up: bool | None = None
+    words: str = ""
+    kernel: str = ""
+    before: str = ""
+    used_before: int = 0
+
+    MOST_ANSWER: ClassVar[int] = 64 << 10  # bytes
+    NAMES: ClassVar[Mapping[str, str]] = {
+        "crypto_LUKS": "LUKS",
+        "LVM2_member": "LVM",
+        "linux_raid_member": "a RAID member",
+        "zfs_member": "ZFS",
+    }
+
+    @classmethod
+    def parse(cls, answer: bytes) -> Finding:
+        """From a `Checker`'s answer, of which nothing is trusted; raises ValueError."""
+
+        def text(value: object, most: int) -> str:
+            return "".join(char if " " <= char <= "~" else "?" for char in str(value)[:most])
+
+        named: dict[bool, list[str]] = {True: [], False: []}  # file systems, and the rest
+        try:
+            content = json.loads(answer)
+            parts = content["parts"][:CHECKED_PARTS]
+            for part in parts:
+                kind = text(part["kind"], 20)
+                named[part["is_file_system"] is True] += [cls.NAMES.get(kind, kind)] if kind else []
+            used, size = (sum(min(max(int(part[key]), 0), 1 << 60) for part in parts) for key in ("used", "size"))
+            came_up = [part["came_up"] for part in parts]
+            words = "; ".join(
+                text(each, CHECKED_WORDS) for each in (content["problem"], *(part["words"] for part in parts)) if each
+            )
+            kernel, is_tried = text(content["kernel"], 60), not content["problem"]
+        except (TypeError, KeyError, AttributeError, RecursionError, OverflowError) as problem:
+            raise ValueError(str(problem)) from None
+        if is_tried and not any(named.values()):
+            named[False] = ["no file system"]
+        result = False if False in came_up else True if True in came_up else None
+        return cls(", ".join(named[True]), ", ".join(named[False]), used, size, result, words[:CHECKED_WORDS], kernel)
+
+    @classmethod
+    def unpack(cls, content: Json | None) -> Finding | None:
+        """From a state or a version; None if it has none."""
+        known = {item.name for item in dataclasses.fields(cls)}
+        return None if content is None else cls(**{key: value for key, value in content.items() if key in known})
+
+    def after(self, last: Finding) -> Finding:
+        """The same with what was there before; where nothing is left of that, it does not come up."""
+        before, used = (last.systems, last.used) if last.came_up else (last.before, last.used_before)
+        found = dataclasses.replace(self, before=before, used_before=used)
+        if before and self.rest and not self.systems:
+            words = f"{self.rest}, where there was {before} with {human_size(used)}"
+            return dataclasses.replace(found, came_up=False, words=words)
+        return found
+
+    @property
+    def change(self) -> str:
+        """What somebody may miss of what was there before; nothing if all is as it was, or more."""
+        if not self.came_up or not self.before or (self.systems == self.before and 2 * self.used >= self.used_before):
+            return ""
+        had = f"{self.before} with {human_size(self.used_before)}"
+        return f"it has {self.systems} with {human_size(self.used)}, and the last one that came up had {had}"
+
+    def __str__(self) -> str:
+        if self.came_up is False:
+            return "DOES NOT COME UP"
+        names = ", ".join(filter(None, (self.systems, self.rest)))
+        fill = f"{100 * self.used / self.size:.0f} % full" if self.size else ""
+        untried = "not tried" * (self.came_up is None and (not names or bool(self.systems)))
+        return ", ".join(filter(None, (names, fill, untried)))
 
 
 @dataclass(frozen=True)
@@ -2457,7 +2937,8 @@ class State:
     """What is known of an image; the digests are in the file, behind this block.
 
     `reread` is the part of the image that the last sync read again; `digests` the SHA-256 of the table of digests;
-    `identity` what `identity_of` said of the image, None if somebody wrote to it during the sync.
+    `identity` what `identity_of` said of the image, None if somebody wrote to it during the sync; `found` what a
+    droplet found on it, None if it was not to look.
     """
 
     snapshot: Snapshot
@@ -2465,6 +2946,7 @@ class State:
     reread: int
     digests: str
     identity: dict[str, int] | None
+    found: Finding | None = None
 
     @classmethod
     def unpack(cls, block: bytes, path: Path) -> State:
@@ -2472,7 +2954,8 @@ class State:
         content = unseal("state", block, path) or {}
         content.pop("journal", None)  # of dosvob before it had an undo
         try:
-            return cls(snapshot=Snapshot(**content.pop("snapshot")), **content)
+            found = Finding.unpack(content.pop("found", None))
+            return cls(snapshot=Snapshot(**content.pop("snapshot")), found=found, **content)
         except (TypeError, KeyError):
             raise Damaged(
                 f"{path} is damaged; the image was left as it is. Delete that file, and the next run compares all of "
@@ -2499,6 +2982,24 @@ class State:
         with contextlib.closing(SparseFile(path, os.O_WRONLY)) as file:
             file.write(seal("state", dataclasses.asdict(self)), 0)
             os.fsync(file.fd)
+
+    @classmethod
+    def note(cls, paths: ImagePaths, found: Finding | None) -> Finding | None:
+        """Write what a droplet found into an image's state; returns it with what was there before.
+
+        None: it was not to look, so nothing counts as it was before. Raises OSError, DosvobError.
+        """
+        state = cls.load(paths.state)
+        if state is None:
+            return found
+        found = found.after(state.found or Finding()) if found else None
+        with paths.state.open("rb") as old, os.fdopen(create_private(paths.new_state), "wb") as new:
+            new.truncate()
+            shutil.copyfileobj(old, new)
+        dataclasses.replace(state, found=found).write(paths.new_state)
+        paths.new_state.rename(paths.state)
+        sync_directory(paths.metadata)
+        return found
 
     @property
     def moment(self) -> datetime.datetime:
@@ -3107,7 +3608,7 @@ class Version:
     """A version as its file tells; sizes in bytes. It is not whole if its head or its footer is damaged.
 
     `newer` is the snapshot that it leads back from, `changed` how much differed between the two, `occupied` what the
-    file takes. Without a head nothing is known but the time, by the file's name.
+    file takes, `found` what a droplet found on it. Without a head nothing is known but the time, by the file's name.
     """
 
     path: Path
@@ -3117,6 +3618,7 @@ class Version:
     newer: Snapshot | None
     changed: int
     occupied: int
+    found: Finding | None = None
 
     TIME = "%Y%m%dT%H%M%SZ"
 
@@ -3131,7 +3633,8 @@ class Version:
             raise Damaged(f"{path} is damaged") from None
         snapshot, newer = (Snapshot(**head[key]) if head else None for key in ("snapshot", "newer"))
         is_whole, changed = bool(head) and footer is not None, footer["changed"] if footer else 0
-        return cls(path, moment, is_whole, snapshot, newer, changed, path.stat().st_size)
+        found = Finding.unpack(head.get("found"))
+        return cls(path, moment, is_whole, snapshot, newer, changed, path.stat().st_size, found)
 
     def lacks_newer(self, newer: Sequence[Snapshot | None]) -> bool:
         """Whether one between is missing: this version leads back from none of the newer snapshots.
@@ -3164,11 +3667,21 @@ class Versions:
         return versions
 
     def unwanted(self, keep: Keep, upcoming: datetime.datetime | None = None) -> list[datetime.datetime]:
-        """The times of those that `keep` does not ask for: now, or once there is an image of the time `upcoming`."""
-        versions = self.all()
-        image = Versions.moment_of_image(State.load(self._paths.state, whole=False), versions) or utc_now()
+        """The times of those that `keep` does not ask for: now, or once there is an image of the time `upcoming`.
+
+        The newest one that came up stays in any case, if the image does not come up, or that is not known yet.
+        """
+        versions, state = self.all(), State.load(self._paths.state, whole=False)
+        image = Versions.moment_of_image(state, versions) or utc_now()
         moments = [*([upcoming] if upcoming else []), image, *(version.moment for version in versions)]
-        return [moment for moment, stays in zip(moments, keep.wanted(moments), strict=True) if not stays]
+        wanted = keep.wanted(moments)
+        if state is not None and state.found is not None:
+            came_up = [
+                found is not None and found.came_up for found in (state.found, *(each.found for each in versions))
+            ]
+            if True in came_up:
+                wanted[came_up.index(True) + bool(upcoming)] = True
+        return [moment for moment, stays in zip(moments, wanted, strict=True) if not stays]
 
     def thin(self, keep: Keep, tick: Callable[[int], None] = lambda _: None) -> None:
         """Drop those that `keep` does not ask for. If it raises OSError or Damaged, no other one is lost.
@@ -3602,6 +4115,17 @@ class Chain:
             f"{local_time(moments[-1])}"
         )
 
+    def doubt(self, depth: int) -> str:
+        """What to say of a snapshot that did not come up, and which one did; nothing of others."""
+        moments = [self.moment, *(version.moment for version in self.versions)]
+        found = [self.state.found if self.state else None, *(version.found for version in self.versions)]
+        this = found[depth]
+        if this is None or this.came_up is not False:
+            return ""
+        good = [moment for moment, each in zip(moments, found, strict=True) if moment and each and each.came_up]
+        the_last = f"the last one that does is of {local_time(good[0])}" if good else "none that is kept does"
+        return f"it does not come up: {this.words}; {the_last}"
+
     @contextlib.contextmanager
     def _steps(self, depth: int) -> Iterator[list[PatchFile]]:
         """What leads back from the image as it is to `depth` versions before, with their indexes.
@@ -3835,8 +4359,8 @@ class Source:
     """The content for a new volume; `size` in bytes.
 
     `region`, `volume_id` and `volume_name` are those of the original volume, as far as they are known; `snapshot_at` is
-    when its last snapshot was taken here. Each call of `chunks` starts from the beginning; for a hole it yields
-    ZERO_CHUNK. It raises Damaged.
+    when its last snapshot was taken here; `doubt` is what `Chain.doubt` says. Each call of `chunks` starts from the
+    beginning; for a hole it yields ZERO_CHUNK. It raises Damaged.
     """
 
     name: str
@@ -3847,6 +4371,7 @@ class Source:
     volume_id: str = ""
     volume_name: str = ""
     snapshot_at: str = ""
+    doubt: str = ""
 
     FORMATS: ClassVar[Mapping[tuple[int, bytes], str]] = {
         # what a file that is no raw image has, and where; the command that makes one of it
@@ -3930,6 +4455,7 @@ class Source:
                 volume_id=snapshot.volume_id if snapshot else "",
                 volume_name=(snapshot.name if snapshot else paths.image.name).rpartition("/")[2],
                 snapshot_at=chain.state.snapshot.taken_at if chain.state else "",
+                doubt=chain.doubt(depth),
             )
 
 
@@ -4359,6 +4885,7 @@ class Update:
     """
 
     SPACE_FOR_OTHERS = 1 << 30  # bytes that a first sync on a full disk leaves to the changes of other volumes
+    REST_OF_HEAD = 1600  # bytes, at most, of a version's head beside its two snapshots
 
     def __init__(
         self,
@@ -4380,13 +4907,16 @@ class Update:
         self._warn = warn
         self._tick = tick
         described = dataclasses.asdict(snapshot)
-        seal("version", {"snapshot": described, "newer": described, "more": "." * 400})  # must be possible
+        seal(
+            "version", {"snapshot": described, "newer": described, "more": "." * self.REST_OF_HEAD}
+        )  # must be possible
         paths.check_link()
         paths.check_unread()
         self._state = self._fitting_state()
+        self._found = (self._state.found if self._state else None) or Finding()
         self.is_first = not paths.image.exists()  # whether there is no image yet
         self._makes_version = bool(Versions(paths).all()) or (
-            any(dataclasses.astuple(keep)) and self._state is not None
+            (any(dataclasses.astuple(keep)) or bool(self._found.came_up)) and self._state is not None
         )
         flags = os.O_RDWR | (os.O_CREAT if self.is_first else 0)
         is_new = self.is_first and not paths.partial.exists()
@@ -4539,6 +5069,7 @@ class Update:
             "newer": dataclasses.asdict(newer),
             "newer_digests": digests,
             "base": image,
+            "found": dataclasses.asdict(state.found) if state and state.found else None,
         }
 
     def _differing(self, spool: Spool) -> Iterator[tuple[int, int, bytes]]:
@@ -4592,7 +5123,8 @@ class Update:
 
     def _complete_state(self, digests: str, identity: dict[str, int] | None) -> None:
         now = utc_now().isoformat()
-        State(self._snapshot, now, self.image_digests.part, digests, identity).write(self._paths.new_state)
+        found = Finding().after(self._found)
+        State(self._snapshot, now, self.image_digests.part, digests, identity, found).write(self._paths.new_state)
 
     def give_up_space(self) -> None:
         """Free space for the other volumes, after this sync met a full disk.
@@ -4636,11 +5168,18 @@ MOST_PAYLOAD = {  # bytes, by kind of frame
 }
 
 
-class ConnectionLost(DosvobError):
+class FromDroplet(DosvobError):
+    """Something that may quote the droplet: it stays on one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.split()))
+
+
+class ConnectionLost(FromDroplet):
     """The stream broke or stands still; another one to the same droplet may do."""
 
 
-class BadAgent(DosvobError):
+class BadAgent(FromDroplet):
     """What came from the droplet makes no sense, or it says that it cannot go on."""
 
 
@@ -5165,6 +5704,7 @@ REKEY_BYTES = 32 << 30
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr")  # GCM is three times as fast
 ATTEMPTS = 5  # connections in a row that break before one more chunk is finished
 
+SENT_SEGMENT = 1240  # bytes of data in a packet that we send: what passes through any tunnel
 FIRST_PACKETS = 100  # packets that the droplet sends before the first acknowledgement; Linux's default is 10
 DISARM = (
     # DigitalOcean's images mount a volume that appears, which writes to it.
@@ -5178,8 +5718,10 @@ USER_DATA_COMMANDS = (
     # Stock buffers of 4 MiB allow 33 MB/s at a round trip of 80 ms; BBR does not take every lost packet for congestion.
     "sysctl -q -w net.ipv4.tcp_wmem='4096 1048576 67108864' || true",
     "modprobe -q tcp_bbr && sysctl -q -w net.ipv4.tcp_congestion_control=bbr || true",
-    # Three round trips less until a long link is full.
-    f"ip route change $(ip -4 route show default | head -n 1) initcwnd {FIRST_PACKETS} || true",
+    # A tunnel, or a container's bridge, may lose large packets silently: the droplet tries smaller ones after seconds.
+    "sysctl -q -w net.ipv4.tcp_mtu_probing=1 || true",
+    # Three round trips less until a long link is full; and what we send never is large.
+    f"ip route change $(ip -4 route show default | head -n 1) initcwnd {FIRST_PACKETS} advmss {SENT_SEGMENT} || true",
 )
 
 
@@ -5345,6 +5887,25 @@ class AgentStream:
             self._channel.close()
 
 
+class CheckerStream(AgentStream):
+    """A running `Checker`. The connection outlives it, for a volume's sync goes on over it."""
+
+    def _lost(self, what: str) -> ConnectionLost:
+        return ConnectionLost(what)
+
+    def finding(self) -> Finding:
+        """What it found; raises ConnectionLost, BadAgent."""
+        answer, end = b"", time.monotonic() + CHECK_LIMIT + STALL_LIMIT
+        while not answer.endswith(b"\n"):
+            if len(answer) > Finding.MOST_ANSWER or time.monotonic() > end:
+                raise BadAgent("the droplet does not say what it found")
+            answer = (answer + self.receive()).lstrip()
+        try:
+            return Finding.parse(answer)
+        except ValueError as problem:
+            raise BadAgent(f"what the droplet says that it found makes no sense: {problem}") from None
+
+
 class ReadAheadSocket(socket.socket):
     """A socket that reads ahead: paramiko asks for 16 bytes, then for the rest of a packet, a system call for each."""
 
@@ -5374,14 +5935,16 @@ class Link:
         self._address = address
         self._keys = keys
         self._stop = stop
+        self._opening = threading.Lock()
         self._transport: paramiko.Transport | None = None
 
     def open(self, limit: float) -> paramiko.Transport:
         """The connection that there is, or a new one within `limit` seconds; raises ConnectionLost."""
-        if self._transport is None or not self._transport.is_active():
-            self.close()
-            self._transport = self._connect_when_up(limit)
-        return self._transport
+        with self._opening:  # a check may find it broken while a sync does
+            if self._transport is None or not self._transport.is_active():
+                self.close()
+                self._transport = self._connect_when_up(limit)
+            return self._transport
 
     @staticmethod
     def device(volume_name: str) -> str:
@@ -5403,6 +5966,12 @@ class Link:
         """An agent with this program; raises ConnectionLost."""
         self._stop.check()
         return AgentStream(self.open(RECONNECT_LIMIT), program, self._stop)
+
+    def check(self, volume_name: str, *, with_fsck: bool) -> Finding:
+        """What is on an attached volume, and whether it comes up; raises ConnectionLost, BadAgent."""
+        program = droplet_source(f"Checker({self.device(volume_name)!r}, {with_fsck}, {CHECK_LIMIT}).run(1)")
+        with contextlib.closing(CheckerStream(self.open(RECONNECT_LIMIT), program, self._stop)) as stream:
+            return stream.finding()
 
     def _connect_when_up(self, limit: float) -> paramiko.Transport:
         """Connect to a droplet that may still be starting; raises the last ConnectionLost after `limit` seconds.
@@ -5708,17 +6277,16 @@ class Course:
 
 
 class DropletKeeper:
-    """Makes the run's droplet, and the `Link` to it, in the background; replaces a lost one, once.
+    """Makes the run's droplet, and the `Link` to it, in the background; replaces a lost one. To be closed."""
 
-    To be closed.
-    """
+    MOST_LOST = 3  # droplets in one conversation, which fails then: the reason may be its volume's
 
     def __init__(self, context: Context, ephemeral: Ephemeral, plan: DropletPlan) -> None:
         self._context = context
         self._ephemeral = ephemeral
         self._plan = plan
         self._keys = RunKeys.generate()
-        self._is_replaced = False
+        self._lost = 0  # droplets since the last conversation that came to its end
         self._links = contextlib.ExitStack()
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._future = self._pool.submit(self._make)
@@ -5732,33 +6300,45 @@ class DropletKeeper:
         if self._future.done():
             self._future.result()
 
-    def _give_up_on(self, problem: DosvobError) -> None:
-        """Remove the droplet, for another one to be made; raises NoDroplet if this is not the first that was lost."""
-        if self._is_replaced:
-            raise NoDroplet(f"nothing can be done for want of a droplet, a second one too: {problem}")
-        self._is_replaced = True
+    def replace(self, problem: DosvobError) -> None:
+        """Remove the droplet and have another one made, unless too many were lost in a row."""
+        self._lost += 1
+        if self._lost > self.MOST_LOST:
+            lost = f"{self._lost} were lost in a row: {problem}"
+            self._future = concurrent.futures.Future()
+            self._future.set_exception(NoDroplet(f"nothing can be done for want of a droplet, {lost}"))
+        else:
+            self._remove(problem)
+            self._future = self._pool.submit(self._make)
+
+    def _remove(self, problem: DosvobError) -> None:
         self._context.report.warn(f"{problem}; making another one")
         self._ephemeral.remove_droplets()
 
     def _make(self) -> Host:
-        """Create the droplet, and another one if it is lost meanwhile, and wait until it lets us in."""
-        while True:
+        """Create the droplet, and a second one if it is lost meanwhile, and wait until it lets us in."""
+        for is_second in itertools.count():
             try:
                 droplet = self._ephemeral.create_droplet(self._plan, self._keys.public, self._keys.user_data())
                 link = self._links.enter_context(
                     contextlib.closing(Link(droplet.address, self._keys, self._context.stop))
                 )
-                link.open(SSH_LIMIT)
+                self._reach(link)
                 self._disarm(link, droplet)
             except NoDroplet:
                 raise
             except (DropletLost, ConnectionLost) as problem:
-                self._give_up_on(problem)
+                if is_second:
+                    raise NoDroplet(
+                        f"nothing can be done for want of a droplet, a second one too: {problem}"
+                    ) from problem
+                self._remove(problem)
             except DosvobError as problem:
                 raise NoDroplet(f"nothing can be done for want of a droplet: {problem}") from problem
             else:
                 self._context.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
                 return droplet, link
+        raise AssertionError("never ends")
 
     def converse(self, volume: Volume, conversation: Conversation, what: str, number: str = "") -> int:
         """As `converse`, with the volume attached to the droplet, or to another one if that is lost.
@@ -5767,23 +6347,51 @@ class DropletKeeper:
         """
         self.get()  # before anything is measured
         progress = Course(self._context.report, self._context.stop, what, number, conversation)
+        lost = 0
 
         def start_agent() -> AgentStream:
             droplet, link = self.get()
             self._ephemeral.attach(volume, droplet)
             return link.start_agent(conversation.program(Link.device(volume.name)))
 
-        return converse(start_agent, conversation, self._context.report.warn, progress, self._replace_lost)
+        def replace_lost(problem: DosvobError) -> bool:
+            nonlocal lost
+            if not isinstance(problem, DropletLost):
+                if not self._ephemeral.is_gone(self.get()[0]):
+                    return False
+                problem = DropletLost(f"{problem}; the droplet {GONE}")
+            self.replace(problem)
+            lost += 1
+            if lost == self.MOST_LOST:
+                raise DosvobError(f"{problem}; {lost} droplets were lost over it")
+            return True
 
-    def _replace_lost(self, problem: DosvobError) -> bool:
-        """Have another droplet made if this one is lost; returns whether it is. Raises NoDroplet."""
-        if not isinstance(problem, DropletLost):
-            if not self._ephemeral.is_gone(self.get()[0]):
-                return False
-            problem = DropletLost(f"{problem}; the droplet {GONE}")
-        self._give_up_on(problem)
-        self._future = self._pool.submit(self._make)
-        return True
+        received = converse(start_agent, conversation, self._context.report.warn, progress, replace_lost)
+        self._lost = 0
+        return received
+
+    def _reach(self, link: Link) -> None:
+        try:
+            link.open(SSH_LIMIT)
+        except ConnectionLost as problem:
+            if self._context.api.is_proxied:  # another droplet would be as far away
+                raise NoDroplet(
+                    f"{problem}. DigitalOcean's API is reached through a proxy, and SSH uses none: let port {SSH_PORT} "
+                    "go out, or run dosvob where it does"
+                ) from problem
+            raise
+
+    def look_at(self, volume: Volume) -> Finding:
+        """What is on a volume that is attached to the droplet, and whether it comes up."""
+        for is_last in (False, True):
+            try:
+                droplet, link = self.get()
+                return link.check(volume.name, with_fsck=self._context.config.check == "fsck")
+            except DosvobError as problem:
+                told = str(problem)
+                if is_last or not isinstance(problem, ConnectionLost) or self._ephemeral.is_gone(droplet):
+                    break
+        return Finding(words=told[:CHECKED_WORDS])
 
     def _disarm(self, link: Link, droplet: Droplet) -> None:
         """Run DISARM again, in case something wrote the rule after bootcmd."""
@@ -5803,7 +6411,7 @@ class DropletKeeper:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up.
+    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up, `found` what is on it.
 
     `is_thinned`: whether its versions could be thinned before; if not, that was told.
     """
@@ -5815,19 +6423,20 @@ class Result:
     fetched: int = 0
     seconds: float = 0.0
     is_thinned: bool = True
+    found: str = "-"
 
     def row(self) -> tuple[str, ...]:
         """Its line in the table at the end of a run."""
-        figures = (human_size(self.changed), human_size(self.fetched), human_time(self.seconds))
-        return self.name, human_size(self.size), *(figures if self.outcome == "ok" else ("-",) * 3), self.outcome
+        figures = (human_size(self.changed), human_size(self.fetched), human_time(self.seconds), self.found)
+        return self.name, human_size(self.size), *(figures if self.outcome == "ok" else ("-",) * 4), self.outcome
 
 
 @dataclass
 class Queued:
     """A volume that waits for its turn; times are time.monotonic.
 
-    Its snapshot is not asked for before `not_before`, nor after `give_up`: then it fails. `until` is the time that the
-    user has read of, 0 for none.
+    Its snapshot is not asked for before `not_before`, nor after `give_up` or `at_last`: then it fails. `until` is the
+    time that the user has read of, 0 for none.
     """
 
     volume: Volume
@@ -5836,9 +6445,12 @@ class Queued:
     not_before: float = 0.0
     until: float = 0.0
     give_up: float = float("inf")
+    at_last: float = float("inf")
 
 
 Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
+
+Checked = concurrent.futures.Future[Finding]
 
 
 Dropped = collections.defaultdict[str, set[datetime.datetime]]  # the versions that a run dropped, by image
@@ -5873,7 +6485,9 @@ class Backup:
 
     SNAPSHOT_INTERVAL = 600  # seconds; DigitalOcean takes one snapshot of a volume per 10 minutes
     SNAPSHOT_RETRY = 20  # seconds between attempts when it is too soon for a snapshot and nobody says by how much
-    RELEASE_DELAY = 60  # seconds at most that a synced clone stays, so that the next one is attached first
+    SNAPSHOT_GRACE = 60  # seconds for which a snapshot may still be refused when it is due
+    AHEAD = 3  # volumes whose clones are made and attached while one syncs: a droplet takes one event at a time
+    MOST_CHECKS = 4  # at a time, if some hang; sshd allows ten sessions
 
     def __init__(
         self,
@@ -5897,6 +6511,10 @@ class Backup:
         )
         self._ephemeral = Ephemeral(self._context.api, context.home.id, context.report)
         self._has_no_droplet = False
+        self._refused = sys.maxsize  # bytes of the smallest clone that the account has no quota for
+        self._needed: set[str] = set()  # the ids of clones that wait for their sync or are at it
+        self._spent: dict[str, Volume] = {}  # the clones that nothing needs any more, by id
+        self._checks: dict[str, tuple[Queued, Checked]] = {}  # by clone
 
     def run(self) -> float:
         """Back up all volumes and remove what was created for that; returns what it cost, in dollars."""
@@ -5910,27 +6528,35 @@ class Backup:
         return self._ephemeral.cost()
 
     def _back_up_all(self) -> None:
-        """One volume after the other; the next one is prepared, and the last one released, while one syncs."""
+        """One volume after the other; the next ones' clones are made and attached while one syncs."""
         pool = concurrent.futures.ThreadPoolExecutor
         keeper = DropletKeeper(self._context, self._ephemeral, self._plan)
-        with contextlib.closing(keeper), pool(1) as ahead, pool(1) as behind:
+        ahead: collections.deque[tuple[Queued, Prepared]] = collections.deque()
+        with (
+            contextlib.closing(keeper),
+            pool(1) as maker,
+            pool(1) as attacher,
+            pool(1) as saver,
+            pool(self.MOST_CHECKS) as beside,
+        ):
 
-            def start() -> tuple[Queued, Prepared] | None:
-                queued = self._queue.popleft() if self._queue else None
-                return (queued, ahead.submit(self._prepare, queued, keeper)) if queued else None
+            def prepare() -> bool:
+                while self._queue and len(ahead) < self.AHEAD:
+                    queued = self._queue.popleft()
+                    made = maker.submit(self._make_clone, queued, keeper)
+                    ahead.append((queued, attacher.submit(self._attach, made, keeper)))
+                return bool(ahead)
 
             try:
-                upcoming, last = start(), None
-                while upcoming is not None:
-                    queued, future = upcoming
+                saver.submit(self._save_hours, keeper)
+                while prepare():
+                    queued, future = ahead.popleft()
                     prepared = self._await(queued, future)
-                    upcoming = start()
-                    if prepared is None:
-                        continue
-                    if last is not None and upcoming is not None:  # the last clones go with the droplet
-                        behind.submit(self._release, last, keeper, upcoming[1])
-                    self._sync(queued, *prepared, keeper)
-                    last = prepared[0]
+                    if prepared is not None:
+                        prepare()
+                        self._sync(queued, *prepared, keeper)
+                        self._look_at(queued, prepared[0], keeper, beside)
+                self._end_checks(wait=True)
             finally:
                 self._context.stop.request()  # what goes on in the background is of no use any more
 
@@ -5947,21 +6573,21 @@ class Backup:
             return future.result()
         except DosvobError as problem:
             if isinstance(problem, ApiError) and problem.status == 429:
-                self._put_off(queued, problem.wait)
+                self._put_off(queued, problem)
             else:
                 self._fail(queued, problem)
         return None
 
-    def _put_off(self, queued: Queued, wait: float | None) -> None:
+    def _put_off(self, queued: Queued, problem: ApiError) -> None:
         """Put a volume's turn off until DigitalOcean takes its next snapshot.
 
-        `wait` is in how many seconds that is, which DigitalOcean seldom says; else the state tells, if the last
-        snapshot was ours.
+        In how many seconds that is DigitalOcean seldom says; else the state tells, if the last snapshot was ours. If it
+        does say it, the limit may be the account's, and that takes nothing from the volume's time.
         """
-        now, path = time.monotonic(), ImagePaths(self._context.home.path, queued.name).state
+        wait, now, path = problem.wait, time.monotonic(), ImagePaths(self._context.home.path, queued.name).state
         with contextlib.suppress(OSError, DosvobError):
             state = State.load(path, whole=False)
-            since = age(state.snapshot.taken_at) if state else -1.0
+            since = age(state.snapshot.taken_at, self._context.api.now()) if state else -1.0
             if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
                 wait = self.SNAPSHOT_INTERVAL - since
         rule = "DigitalOcean takes one snapshot of a volume per 10 minutes"
@@ -5973,8 +6599,10 @@ class Backup:
             queued.until = now + seconds
         wait = self.SNAPSHOT_RETRY if wait is None else wait
         queued.not_before = now + wait
-        queued.give_up = min(queued.give_up, now + max(self.SNAPSHOT_INTERVAL, wait) + 60)
-        if queued.not_before > queued.give_up:
+        give_up = now + max(self.SNAPSHOT_INTERVAL, wait) + self.SNAPSHOT_GRACE
+        queued.give_up = min(queued.give_up, give_up) if problem.wait is None else give_up
+        queued.at_last = min(queued.at_last, now + max(Api.RATE_LIMIT_PATIENCE, wait))
+        if queued.not_before > min(queued.give_up, queued.at_last):
             self._fail(queued, DosvobError(f"{rule}, and did not take this one for longer: try again later"))
         else:
             self._queue.append(queued)
@@ -6001,22 +6629,80 @@ class Backup:
 
     # In the background
 
-    def _prepare(self, queued: Queued, keeper: DropletKeeper) -> tuple[Volume, str]:
-        """Make the volume's clone and attach it."""
+    def _make_clone(self, queued: Queued, keeper: DropletKeeper) -> tuple[Volume, str]:
+        """Make the volume's clone, when its turn and the account's quota allow it."""
         ImagePaths(self._context.home.path, queued.name).check_unread()  # before that costs anything
+        size = queued.volume.size
+
+        def make_room() -> bool:
+            has_room = self._let_one_go(keeper, patiently=True)
+            if not has_room:
+                self._refused = min(self._refused, size)
+            return has_room
+
         self._context.stop.sleep(queued.not_before - time.monotonic())
         keeper.check()  # a clone would be of no use without a droplet
-        clone, taken_at = self._ephemeral.make_clone(queued.volume, queued.number)
-        with contextlib.suppress(DropletLost):  # then it is attached to another one, before its sync
-            self._ephemeral.attach(clone, keeper.get()[0])
+        if size >= self._refused:
+            raise DosvobError(
+                f"DigitalOcean refused a clone of {human_size(self._refused)} before, as was told, so none of "
+                f"{human_size(size)} is asked for, and no snapshot is paid for"
+            )
+        clone, taken_at = self._ephemeral.make_clone(queued.volume, queued.number, make_room=make_room)
+        self._needed.add(clone.id)
         return clone, taken_at
 
-    def _release(self, clone: Volume, keeper: DropletKeeper, upcoming: Prepared) -> None:
-        """Detach a synced clone and delete it, after the next one's attachment, for which the run waits sooner."""
-        concurrent.futures.wait([upcoming], timeout=self.RELEASE_DELAY)
+    def _attach(self, made: Prepared, keeper: DropletKeeper) -> tuple[Volume, str]:
+        """Attach a volume's clone, once it is made."""
+        clone, taken_at = made.result()
+        try:
+            self._ephemeral.attach(clone, keeper.get()[0], lambda: self._let_one_go(keeper))
+        except DropletLost:
+            pass  # its sync has another one made
+        except DosvobError:
+            self._end_use(clone)
+            raise
+        return clone, taken_at
+
+    def _end_use(self, clone: Volume) -> None:
+        """Nothing needs the clone any more: it may be let go, and is removed with the droplet at the latest."""
+        self._spent[clone.id] = clone
+        self._needed.discard(clone.id)
+
+    def _let_one_go(self, keeper: DropletKeeper, *, patiently: bool = False) -> bool:
+        """Release a spent clone; returns whether there was one. If it is `patient` it waits for those in use."""
+        while not self._spent:
+            if not (patiently and self._needed):
+                return False
+            self._context.stop.sleep(Stop.NAP)
+        try:
+            self._release(next(iter(self._spent.values())), keeper)
+        except DropletLost as problem:
+            if not patiently:
+                raise
+            if self._needed:  # which has another one made when its turn comes
+                self._context.stop.sleep(Stop.NAP)
+            else:
+                keeper.replace(problem)
+        return True
+
+    def _save_hours(self, keeper: DropletKeeper) -> None:
+        """Release each spent clone before it costs another hour."""
+        while True:
+            self._context.stop.sleep(1)
+            for clone in filter(self._ephemeral.has_cost_an_hour, list(self._spent.values())):
+                with contextlib.suppress(DropletLost):
+                    self._release(clone, keeper)
+
+    def _release(self, clone: Volume, keeper: DropletKeeper) -> None:
+        """Detach and delete a spent clone, unless somebody else does; raises DropletLost."""
+        if self._spent.pop(clone.id, None) is None:
+            return
         try:
             self._ephemeral.release(clone, keeper.get()[0])
-        except (DosvobError, Interrupted) as problem:
+        except DropletLost:
+            self._spent[clone.id] = clone
+            raise
+        except DosvobError as problem:
             self._report.detail(f"{problem}; {clone.name} is removed at the end of the run")
 
     # In the foreground
@@ -6052,18 +6738,66 @@ class Backup:
                     f"cannot be read: {update.differing}. Either it was mounted or opened for writing, or the "
                     "disk is failing; the volume's content was put back"
                 )
-            if self._results[name].is_thinned:
-                thin(self._context, paths, self._dropped)
         except (DosvobError, OSError) as problem:
             self._fail(queued, problem)
         else:
-            result = Result(name, snapshot.size, "ok", update.changed, received, time.monotonic() - start)
+            seconds, was_thinned = time.monotonic() - start, self._results[name].is_thinned
+            result = Result(name, snapshot.size, "ok", update.changed, received, seconds, was_thinned)
             self._results[name] = result
             self._report.end_progress()
             self._report.say(
                 f"{name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
+
+    # Whether it comes up
+
+    def _look_at(
+        self, queued: Queued, clone: Volume, keeper: DropletKeeper, beside: concurrent.futures.Executor
+    ) -> None:
+        """Have the droplet look whether a clone that was backed up comes up; take note of what it has found by now."""
+        is_ok, wants_check = self._results[queued.name].outcome == "ok", self._context.config.check != "none"
+        if is_ok and wants_check:
+            future = beside.submit(keeper.look_at, clone)
+            future.add_done_callback(lambda _: self._end_use(clone))
+            self._checks[clone.id] = (queued, future)
+        else:
+            self._end_use(clone)
+        if is_ok and not wants_check:
+            self._take_note(queued.name, None)
+        self._end_checks()
+
+    def _end_checks(self, *, wait: bool = False) -> None:
+        start = time.monotonic()
+        for clone, (queued, future) in list(self._checks.items()):
+            while wait and not future.done():  # a stop ends it too
+                waited = human_time(time.monotonic() - start)
+                self._report.progress(f"{queued.name}: looking whether its backup comes up, {waited}")
+                concurrent.futures.wait([future], timeout=0.5)
+            if future.done():
+                del self._checks[clone]
+                self._report.end_progress()
+                self._take_note(queued.name, future.result())
+
+    def _take_note(self, name: str, found: Finding | None) -> None:
+        """Record what was found on a volume, None if that was not looked for; say what is wrong; thin its versions."""
+        report, paths, doubt = self._report, ImagePaths(self._context.home.path, name), ""
+        try:
+            found = State.note(paths, found)
+            with contextlib.closing(Chain(paths)) as chain:
+                doubt = chain.doubt(0)
+        except (DosvobError, OSError) as problem:
+            report.warn(f"{name}: what was found on it is not recorded: {explained(problem, paths.state)}")
+        if found is not None:
+            self._results[name] = dataclasses.replace(self._results[name], found=str(found))
+            report.detail(f"{name}: {found}, by Linux {found.kernel or 'of an unknown release'}")
+            untried = "whether it comes up is not known: " * (found.came_up is None)
+            if found.came_up is False:
+                report.error(f"{name}: {doubt or found}; it is backed up all the same, for that is what the volume has")
+            elif told := "; ".join(filter(None, (found.change, found.words and untried + found.words))):
+                report.warn(f"{name}: {told}")
+        if self._results[name].is_thinned:
+            thin(self._context, paths, self._dropped)
 
 
 # ── The way back ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -6096,11 +6830,9 @@ class NewVolume:
         volumes = [Volume.parse(item) for item in items if not Resource.is_ephemeral(item)]
         if any((volume.name, volume.region) == (self.name, self.region) for volume in volumes):
             raise UsageError(f"there is a volume {self.name} in {self.region} already: take another name")
-        account = Api.required(api.get("/v2/account"), "account", dict)
-        for kind, count in ((VOLUME, len(items)), (DROPLET, len(api.list("/v2/droplets", "droplets")))):
-            limit = account.get(f"{kind}_limit")
-            if isinstance(limit, int) and count >= limit:
-                raise UsageError(f"your account may have {limit} {kind}s and has {count}: see {LIMITS_PAGE}")
+        for kind in (VOLUME, DROPLET):
+            if limit := reached_limit(api, kind):
+                raise UsageError(limit)
         return volumes
 
     def base(self, source: Source, volumes: Iterable[Volume], *, from_scratch: bool) -> tuple[Volume | None, str]:
@@ -6158,15 +6890,28 @@ class Restoration:
         with contextlib.closing(DropletKeeper(self._context, self._ephemeral, self._plan)) as keeper:
             try:
                 sent = self._fill(volume, keeper, is_empty=is_empty)
+                report.end_progress()
+                report.say(f"all that {new.name} is to have is there, and was compared: {human_size(sent)} were sent")
+                described = f"restored by dosvob: {self._source.name if self._source.volume_name else 'a file'}"
+                try_out = functools.partial(self._try_out, volume, keeper)
+                make_new = functools.partial(self._ephemeral.make_new, new.name, described, volume, try_out)
+                return self._when_allowed(make_new, new.name)
             except BaseException:
                 self._context.stop.request()  # a droplet that is still being made is of no use any more
                 raise
             finally:
                 report.end_progress()
-        report.say(f"all that {new.name} is to have is there, and was compared: {human_size(sent)} were sent")
-        described = self._source.name if self._source.volume_name else "a file"
-        make_new = functools.partial(self._ephemeral.make_new, new.name, f"restored by dosvob: {described}", volume)
-        return self._when_allowed(make_new, new.name)
+
+    def _try_out(self, volume: Volume, keeper: DropletKeeper) -> None:
+        """Say whether the new volume will come up, by the throwaway one."""
+        name, report = self._new.name, self._context.report
+        if self._context.config.check == "none":
+            return
+        report.progress(f"{name}: looking whether it comes up")
+        found = keeper.look_at(volume)
+        report.end_progress()
+        tell = report.error if found.came_up is False else report.warn if found.words else report.say
+        tell(f"{name}: {found}{f': {found.words}' * bool(found.words)}")
 
     def _throwaway(self) -> tuple[Volume, bool]:
         """A throwaway volume, and whether it is empty."""
@@ -6185,14 +6930,17 @@ class Restoration:
     def _when_allowed(self, work: Callable[[], T], name: str, last: str = "", hint: str = "") -> T:
         """Do work that takes a snapshot, as soon as DigitalOcean allows one; `last` is the time of the last one."""
         interval, retry, report, until = Backup.SNAPSHOT_INTERVAL, Backup.SNAPSHOT_RETRY, self._context.report, 0.0
-        give_up = time.monotonic() + interval + 3 * retry
+        start = time.monotonic()
+        give_up = start + interval + Backup.SNAPSHOT_GRACE
         while True:
             try:
                 return work()
             except ApiError as problem:
+                if problem.wait is not None:  # which may be the account's limit
+                    give_up += min(problem.wait, start + Api.RATE_LIMIT_PATIENCE - time.monotonic())
                 if problem.status != 429 or time.monotonic() > max(give_up, until):
                     raise
-                since = age(last)
+                since = age(last, self._context.api.now())
                 wait = problem.wait or (interval - since if 0 <= since < interval else None)
             if not until:
                 seconds = wait or interval
@@ -7063,7 +7811,7 @@ def sweep(
         if resource in leftovers:
             report.say(f"{'would remove' if dry_run else 'left over from an earlier run:'} {resource}")
             continue
-        seconds = age(resource.created_at)
+        seconds = age(resource.created_at, context.api.now())
         how_old = "of unknown age" if seconds == float("inf") else f"{human_time(max(seconds, 0))} old"
         tell = report.say if seconds < 24 * 3600 or not resource.hourly else report.warn  # no run takes so long
         tell(
@@ -7159,7 +7907,7 @@ def tell_thinning(context: Context, paths: ImagePaths, *, dry_run: bool = False)
                 f'{paths.name}: "keep" in conf.json asks for {count - len(unwanted)} of its {count} older versions; '
                 f"{len(unwanted)} {'would be' if dry_run else 'are'} dropped, {oldest_of(unwanted)}"
             )
-        if dry_run and paths.state.exists() and (unwanted := versions.unwanted(context.config.keep, utc_now())):
+        if dry_run and paths.state.exists() and (unwanted := versions.unwanted(context.config.keep, context.api.now())):
             context.report.say(
                 f"would not keep {counted_versions(unwanted)} of {paths.name} any more, {oldest_of(unwanted)}"
             )
@@ -7215,10 +7963,10 @@ class Run:
             self._tell_dropped()
         if self._results:
             rows = [
-                ("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", ""),
+                ("VOLUME", "SIZE", "CHANGED", "FETCHED", "TIME", "FOUND", ""),
                 *(result.row() for result in self._results.values()),
             ]
-            report.say(table(rows, (0, 5)), is_result=True)
+            report.say(table(rows, (0, 5, 6)), is_result=True)
             report.say(f"this run cost about ${cost:.4f}, DigitalOcean's minimum charges included", is_result=True)
         if not report.left:
             report.say("nothing of this home's is left in the account")
@@ -7339,13 +8087,14 @@ class Listing:
             "versions": [],
         }
 
-        def add(
-            moment: datetime.datetime, version: Version | None = None, frees: int | None = None, **more: Any
-        ) -> None:
+        def add(of: Version | State, frees: int | None = None, **more: Any) -> None:
+            version = of if isinstance(of, Version) else None
             changed, occupied = (version.changed, version.occupied) if version else (None, found["occupied"])
+            seen = of.found
             found["versions"].append(
-                {"time": moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
-                 "frees": frees, "damaged": False, **more}
+                {"time": of.moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
+                 "frees": frees, "damaged": False, "found": str(seen) if seen else None,
+                 "comes_up": seen.came_up if seen else None, "kernel": seen.kernel if seen else None, **more}
             )  # fmt: skip
 
         try:
@@ -7356,7 +8105,7 @@ class Listing:
             if (state := State.load(paths.state, whole=False)) is None:
                 raise FileNotFoundError
             found |= {"region": state.snapshot.region, "size": state.snapshot.size}
-            add(state.moment)
+            add(state)
         except FileNotFoundError:
             missing = "the image is missing" if found["size"] is None else "no snapshot is recorded"
             found["problem"] = found["problem"] or missing
@@ -7365,11 +8114,9 @@ class Listing:
         versions = Versions(paths).all()
         for version, older in itertools.zip_longest(versions, versions[1:]):
             try:
-                add(
-                    version.moment, version, Versions.freed_by(version, older, self._tick), damaged=not version.is_whole
-                )
+                add(version, Versions.freed_by(version, older, self._tick), damaged=not version.is_whole)
             except Damaged:
-                add(version.moment, version, version.occupied, damaged=True)
+                add(version, version.occupied, damaged=True)
             except FileNotFoundError:  # a run that goes on has thinned them meanwhile
                 return self.of(paths)
         return found
@@ -7383,13 +8130,17 @@ class Listing:
         lines = [f"{volume['name']}: {volume['region'] or 'region unknown'}, {size}, takes {here}"]
         if volume["problem"]:
             lines.append(f"  {volume['problem']}")
-        rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "")]
+        rows = [("  TIME", "AGE", "CHANGED SINCE", "REMOVING FREES", "FOUND", "")]
+        last_good = next((version["time"] for version in volume["versions"] if version["comes_up"]), "")
         for version in volume["versions"]:
             moment = datetime.datetime.fromisoformat(version["time"])
             figures = ("-", "-") if version["image"] else (human_size(version["changed"]), human_size(version["frees"]))
             note = "damaged" if version["damaged"] else "the image" * version["image"]
-            rows.append((f"  {local_time(moment)}", human_time(max(age(version["time"]), 0)), *figures, note))
-        return "\n".join([*lines, table(rows, (0, 4))] if volume["versions"] else lines)
+            if version["time"] == last_good and not version["image"]:
+                note = ", ".join(filter(None, (note, "kept as the last that came up")))
+            how_old = human_time(max(age(version["time"]), 0))
+            rows.append((f"  {local_time(moment)}", how_old, *figures, version["found"] or "-", note))
+        return "\n".join([*lines, table(rows, (0, 4, 5))] if volume["versions"] else lines)
 
 
 class Commands:
@@ -7568,6 +8319,12 @@ class Commands:
                 raise DosvobError(
                     f"{told}, but the version {version.path} is damaged, which all older ones need: {verify}"
                 )
+        snapshots: list[State | Version] = [state, *versions]
+        good = next((each.moment for each in snapshots if each.found and each.found.came_up), None)
+        if good:
+            told += f", the last one that came up {human_time(max((utc_now() - good).total_seconds(), 0))}"
+        if state.found and state.found.came_up is False:
+            raise DosvobError(f"{told}; it does not come up: {state.found.words}")
         return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
 
     def list(self) -> None:
@@ -7612,6 +8369,8 @@ class Commands:
             ) from None
         with contextlib.closing(FileSystem(home, patterns, arguments.scratch, report)) as files:
             there = {name: files.versions(name) for name in sorted(files.names())}
+            for name in there:
+                self._tell_doubts(ImagePaths(home.path, name))
             fd = point.mount()
             count = sum(map(len, there.values()))
             report.say(
@@ -7624,6 +8383,13 @@ class Commands:
                     "sudo, or put user_allow_other into /etc/fuse.conf"
                 )
             Served(point, files, report, self._stop).run(fd, read_only=arguments.read_only)
+
+    def _tell_doubts(self, paths: ImagePaths) -> None:
+        """Warn of the snapshots that did not come up."""
+        with contextlib.suppress(OSError, DosvobError), contextlib.closing(Chain(paths)) as chain:
+            for depth, moment in enumerate([chain.moment, *(version.moment for version in chain.versions)]):
+                if moment is not None and (doubt := chain.doubt(depth)):
+                    self._report.warn(f"{paths.name} of {local_time(moment)}: {doubt}")
 
     def restore(self) -> None:
         """Bring back an image or an older version."""
@@ -7657,6 +8423,8 @@ class Commands:
                 base, why = wish.base(source, wish.check(context.api), from_scratch=arguments.from_scratch)
                 would = "would make" if dry_run else "making"
                 report.say(f"{would} {wish.name} in {wish.region}, {wish.size // GIB} GiB, of {source.name}; {why}")
+                if source.doubt:
+                    report.warn(f"{source.name}: {source.doubt}")
                 if dry_run:
                     self._tell_costs(plan, wish, snapshots=1 if base is None else 2)
                     return
@@ -7717,6 +8485,8 @@ class Commands:
                     )
                     meter = Meter(report, self._stop, f"{name}: restored", chain.size)
                     is_recorded = chain.state is not None
+                    if doubt := chain.doubt(depth):
+                        report.warn(f"{told}: {doubt}")
                     final, damaged = chain.restore(depth, target, meter)
             except OSError as problem:
                 raise DosvobError(f"{name} could not be restored: {explained(problem, target)}") from problem

@@ -514,10 +514,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench.md"))
     parser.add_argument("--memory", action="store_true", help="only the memory over 1, 4 and 16 GiB")
     parser.add_argument("--restore", action="store_true", help="only a restore into a new volume")
-    parser.add_argument("--old", type=Path, metavar="DIRECTORY", help="with --restore, --chain: another checkout too")
+    old = "with --restore, --chain and --control-plane: another checkout beside it"
+    parser.add_argument("--old", type=Path, metavar="DIRECTORY", help=old)
     parser.add_argument("--versions", action="store_true", help="only what keeping a version costs")
-    parser.add_argument("--chain", action="store_true", help="only what a long chain of versions costs; also --old")
-    parser.add_argument("--control-plane", action="store_true", help="only a run over 8 volumes of a simulated account")
+    parser.add_argument("--chain", action="store_true", help="only what a long chain of versions costs")
+    parser.add_argument("--control-plane", action="store_true", help="only runs over volumes of a simulated account")
+    parser.add_argument("--volumes", type=words, default=["8", "16"], help="with --control-plane: how many, in turn")
+    parser.add_argument("--attachments", type=int, default=15, help="with --control-plane: most that a droplet has")
     arguments = parser.parse_args()
     result = run(arguments)
     print(result)
@@ -542,7 +545,8 @@ def run(arguments: argparse.Namespace) -> str:
     if arguments.control_plane:
         import bench_control  # noqa: PLC0415
 
-        return bench_control.control_plane(arguments.directory)
+        counts = [int(count) for count in arguments.volumes]
+        return bench_control.control_plane(arguments.directory, counts, arguments.attachments, arguments.old)
     with loopback("L0", keys) as here:
         if arguments.memory:
             return memory_table(here, arguments.directory)

@@ -16,6 +16,7 @@ import pytest
 from conftest import MIB, Home, data_places, same, sampled, wait_for, write_at
 from simulator import FOREVER, Behaviour, Droplet, Fault, Resource, Simulator, Volume
 from simulator.storage import mounted
+from trouble_support import PausingPython
 
 KIB = 1 << 10
 UNITS = {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": 1 << 30}
@@ -28,7 +29,7 @@ STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00 ")
 
 def fetched(output: str) -> dict[str, float]:
     """Bytes fetched per volume, as the table at the end tells."""
-    rows = re.findall(r"^\S+ (\S+) +\S+ \w+ +\S+ \w+ +(\S+) (\w+) +\S+ \S+ +ok$", output, re.MULTILINE)
+    rows = re.findall(r"^\S+ (\S+) +\S+ \w+ +\S+ \w+ +(\S+) (\w+) +\S+ \S+ +\S.* +ok$", output, re.MULTILINE)
     return {name: float(number) * UNITS[unit] for name, number, unit in rows}
 
 
@@ -229,8 +230,8 @@ def test_what_somebody_wrote_to_the_image_is_healed_by_the_next_backup(sim: Simu
 # ── The account
 
 
-def test_many_volumes_one_ahead_at_most(sim: Simulator, home: Home, pytestconfig: pytest.Config) -> None:
-    """By default just more than a droplet can have attached at once."""
+def test_many_volumes(sim: Simulator, home: Home, pytestconfig: pytest.Config) -> None:
+    """By default just more than a droplet can have attached at once: then, and only then, a clone is let go."""
     volumes = [sim.add_volume(f"volume-{number:02}") for number in range(25)]
     volumes = sampled(pytestconfig, volumes, sim.behaviour.volumes_per_droplet + 1)
     home.configure(include=[volume.name for volume in volumes])
@@ -243,15 +244,56 @@ def test_many_volumes_one_ahead_at_most(sim: Simulator, home: Home, pytestconfig
 
     clones = [item for item in sim.ever if isinstance(item, Volume) and not item.decoy]
     assert len(clones) == len(volumes)
-    # One is synced, the next one is prepared, the last one is detached and deleted, which the one before it may have to
-    # wait for where syncs are as short as here: never more than these, as long as preparing takes a moment.
     at_once = [sum(lives_at(clone, other.created) for clone in clones) for other in clones]
-    assert 2 <= max(at_once) <= 4
+    attachments = sim.behaviour.volumes_per_droplet
+    assert attachments < max(at_once) <= attachments + 3  # as many as can be attached, and those made ahead
     assert len([item for item in sim.ever if item.kind == "droplet"]) == 1
+    detached = [record for record in sim.requests if "/actions" in record.path and "detach" in str(record.body)]
+    assert len([record for record in detached if record.status == 202]) == len(volumes) - attachments
     snapshots = [item for item in sim.ever if item.kind == "snapshot"]
     assert max(sum(lives_at(item, other.created) for item in snapshots) for other in snapshots) == 1
     # A droplet takes one attach or detach at a time, and what is gone is not removed again.
-    assert [(record.method, record.path) for record in sim.requests if record.status in (404, 422)] == []
+    refused = [record for record in sim.requests if record.status in (404, 422)]
+    assert {record.answer["message"] for record in refused} == {TOO_MANY}
+
+
+TOO_MANY = "Droplet has reached the maximum number of attached volumes"
+
+
+@pytest.mark.parametrize("behaviour", [Behaviour(boot_seconds=3)])
+def test_three_clones_are_made_ahead(sim: Simulator, home: Home, tmp_path: Path) -> None:
+    """While the droplet boots, and while a volume syncs; they stay attached until the droplet goes."""
+    volumes = [sim.add_volume(f"volume-{number}") for number in range(6)]
+    write_at(volumes[0].path, 0, random.randbytes(9 * MIB))
+    pausing = PausingPython(tmp_path, 4 * MIB)
+    sim.faults.add(pausing.fault)
+    running = home.start()
+    wait_for(lambda: len(clones_of(sim)) == 3)
+    assert [droplet.status for droplet in sim.droplets] == ["new"]
+    pausing.wait()
+    wait_for(lambda: sum(bool(clone.droplet_id) for clone in clones_of(sim)) == 4)  # the first, and three more
+    running.send_signal(signal.SIGTERM)
+    output, _ = running.communicate(timeout=60)
+    assert len(clones_of(sim)) == 4, output
+    assert sim.alive() == []
+
+
+def clones_of(sim: Simulator) -> list[Volume]:
+    """All clones that there ever were."""
+    return [item for item in sim.ever if isinstance(item, Volume) and not item.decoy]
+
+
+def test_a_clone_is_let_go_before_it_costs_another_hour(sim: Simulator, home: Home) -> None:
+    """Those whose volumes are synced, while the next one waits for its snapshot."""
+    volumes = [sim.add_volume(name) for name in ("data", "more", "other", "still")]
+    sim.faults.add(Fault("rate-limit", method="POST", path="/snapshots$", nth=4, times=FOREVER, seconds=1))
+    running = home.start(constants={"HOUR_ENDS": 3})
+    clones = wait_for(lambda: found if len(found := clones_of(sim)) == 3 else None)
+    wait_for(lambda: all(clone.deleted for clone in clones))
+    sim.faults.clear()
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 0, output
+    assert_backed_up(home, *volumes)
 
 
 def lives_at(item: Resource, moment: float) -> bool:
@@ -429,7 +471,7 @@ def test_a_log_has_times_and_lines(sim: Simulator, home: Home) -> None:
     assert "\r" not in done.stdout
     assert any(re.search(r"data: .* of 1\.0 GiB scanned, .* fetched", line) for line in lines)
     assert re.search(r"VOLUME +SIZE +CHANGED +FETCHED +TIME", done.stdout)
-    assert re.search(r"data +1\.0 GiB +2\.0 MiB +2\.0 MiB +\d+ s +ok", done.stdout)
+    assert re.search(r"data +1\.0 GiB +2\.0 MiB +2\.0 MiB +\d+ s +no file system +ok", done.stdout)
     assert re.search(r"this run cost about \$\d\.\d+, DigitalOcean's minimum charges included", lines[-2])
     assert "nothing of this home's is left" in lines[-1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -147,6 +148,17 @@ def test_droplet_that_hears_nothing_on_any_connection_is_given_up(home: Home, si
     else:
         told = "error: nothing can be done .*, a second one too: the connection to the droplet broke"
         assert re.search(told, done.stderr)
+    assert_nothing_left(sim)
+
+
+@pytest.mark.skipif(shutil.which("nft") is None, reason="nft is not installed")
+def test_path_that_loses_large_packets(home: Home, sim: Simulator) -> None:
+    """As a tunnel may: it is logged in, and then the large ones are lost, both ways. It takes seconds to notice."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("small-path", bytes=1400))
+    done = run(home)
+    assert "connecting again" not in done.stdout + done.stderr
+    assert_backed_up(home, volume)
     assert_nothing_left(sim)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Home, sampled
-from simulator import FOREVER, Droplet, Fault, RequestRecord, Simulator, Volume
+from conftest import Home, sampled, write_at
+from simulator import FOREVER, Droplet, Fault, RequestRecord, Simulator, Snapshot, Volume
 from simulator.faults import ActionKind, CallKind, DropletKind
 from trouble_support import (
     FAST,
@@ -172,11 +174,29 @@ def test_answer_is_lost_and_no_list_shows_what_was_created(home: Home, sim: Simu
     """Longer than lists are known to lag: it is not created twice, and removed by whatever run finds it listed."""
     add_volume(sim, "data")
     sim.faults.add(Fault("lost", method="POST", path=f"^/v2/{path}$"))
-    done = run(home, expect=1, constants={"LIST_LAG": 0.3})
+    done = run(home, expect=1, constants={"LIST_LAG": 0.3, "PATIENCE": 3})
     (left,) = sim.alive()
     assert left.kind == UNIQUE[path]
     assert "LEFT BEHIND" not in done.stderr  # the lists were had, and there is nothing in them to be removed
     left.listed = 0
+    run(home, "sweep")
+    assert_nothing_left(sim)
+
+
+@behaving(list_lag_seconds=4)
+@pytest.mark.parametrize("path", UNIQUE)
+def test_answer_is_lost_and_a_list_shows_what_was_created_late(home: Home, sim: Simulator, path: str) -> None:
+    """Until then it is refused when it is asked for again, which means to look again."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("lost", method="POST", path=f"^/v2/{path}$"))
+    run(home, constants={"LIST_LAG": 0.3})
+    refused = [record.status for record in sim.requests if record.method == "POST" and record.path == f"/v2/{path}"]
+    assert set(refused[1:]) <= {409, 422}
+    assert len(refused) > 1
+    assert_backed_up(home, volume)
+    assert len([item for item in sim.ever if item.kind == UNIQUE[path] and not item.decoy]) == 1
+    for item in sim.alive():  # what was created last may be listed too late for a teardown that takes lists to be quick
+        item.listed = 0
     run(home, "sweep")
     assert_nothing_left(sim)
 
@@ -273,7 +293,7 @@ def test_a_refusal_does_not_answer_for_what_was_lost_before(home: Home, sim: Sim
         Fault("error", method="POST", path="^/v2/droplets$", nth=2, status=422, times=FOREVER),
         Fault("delay", method="DELETE", path="^/v2/account/keys/", seconds=2),  # lists come after it
     )
-    running = start(home, constants={"LIST_LAG": 0.3})
+    running = start(home, constants={"LIST_LAG": 0.3, "PATIENCE": 1})
     running.wait_for("removing ")
     sim.token_lacks("droplet:read")
     assert running.end() == 1
@@ -353,6 +373,46 @@ def test_a_list_without_an_end(home: Home, sim: Simulator) -> None:
     assert_nothing_left(sim)
 
 
+def test_a_volume_is_deleted_between_two_pages(home: Home, sim: Simulator) -> None:
+    """It hides the first one of the next page, in the list of what to back up."""
+    for name in ("a", "b"):
+        sim.add_volume(name, region="nyc1")
+    volumes = [add_volume(sim, name) for name in ("data", "other")]
+    sim.faults.add(Fault("removes", path="^/v2/volumes$", nth=3, text="a"))  # the first two are the sweep's
+    run(home, constants={"PAGE_SIZE": 2, "READING_PAUSE": 0.1})
+    assert sim.faults.fired
+    assert_backed_up(home, *volumes)
+    assert_nothing_left(sim)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_something_is_deleted_between_two_pages_of_what_may_be_left(home: Home, sim: Simulator, nth: int) -> None:
+    """Neither the sweep nor the last look takes it for an empty list."""
+    for name in ("a", "b"):
+        sim.add_droplet(name)
+    add_volume(sim, "data")
+    left = sim.add_droplet("dosvob-ephemeral-00000000-droplet")
+    sim.faults.add(Fault("removes", method="GET", path="^/v2/droplets$", nth=nth, text="a"))
+    if nth == 2:  # it is listed at the end only
+        left.listed = math.inf
+        sim.faults.add(Fault("delay", method="POST", path="/snapshots$", seconds=1))
+    running = start(home, constants={"PAGE_SIZE": 2, "READING_PAUSE": 0.1})
+    until(lambda: sim.droplets)
+    left.listed = 0
+    assert running.end() == 0, running.output
+    assert left.deleted
+    assert ("left over from an earlier run" in running.output) == (nth == 1)
+
+
+def test_a_list_that_never_stays_as_it_is(home: Home, sim: Simulator) -> None:
+    for number in range(9):
+        sim.add_volume(f"v{number}", region="nyc1")
+    add_volume(sim, "data")
+    sim.faults.add(*(Fault("removes", path="^/v2/volumes$", nth=n + 1, text=f"v{n}") for n in range(9)))
+    done = run(home, expect=1, constants={"PAGE_SIZE": 4, "READING_PAUSE": 0.1, "MOST_READINGS": 2})
+    assert "error: the list of GET /v2/volumes changed each time that it was read" in done.stderr
+
+
 def test_a_list_that_fails_does_not_keep_the_rest_from_being_removed(home: Home, sim: Simulator) -> None:
     """The lists of the teardown fail for ever: what is known is deleted, and that more may be there is said."""
     volume = add_volume(sim, "data")
@@ -368,33 +428,101 @@ def test_a_list_that_fails_does_not_keep_the_rest_from_being_removed(home: Home,
 # -- actions and droplets
 
 
-def test_attach_fails(home: Home, sim: Simulator) -> None:
-    """The volume fails, the other one is backed up."""
-    add_volume(sim, "data")
-    other = add_volume(sim, "other")
+def test_attach_fails_once(home: Home, sim: Simulator) -> None:
+    """It is tried once more."""
+    volumes = [add_volume(sim, "data"), add_volume(sim, "other")]
     sim.faults.add(Fault("action-errored"))
-    done = run(home, expect=1)
-    assert re.search(r"error: data: the attach of \S+ failed on DigitalOcean's side", done.stderr)
-    assert_backed_up(home, other)
-    assert not home.image("data").exists()
+    run(home)
+    assert sim.faults.fired
+    assert_backed_up(home, *volumes)
     assert_nothing_left(sim)
 
 
-def test_attach_fails_for_a_volume_whose_name_begins_the_message(home: Home, sim: Simulator) -> None:
-    """A message that begins with "the" is not about the volume called so, unless it is said."""
+def test_attach_fails_twice(home: Home, sim: Simulator) -> None:
+    """The volume fails, the other one is backed up. The message is not about a volume that is called "the"."""
     add_volume(sim, "the")
-    sim.faults.add(Fault("action-errored"))
-    assert re.search(r"error: the: the attach of \S+ failed", run(home, expect=1).stderr)
+    other = add_volume(sim, "zzz")
+    sim.faults.add(Fault("action-errored", times=2))
+    done = run(home, expect=1)
+    assert re.search(r"error: the: the attach of \S+ failed on DigitalOcean's side", done.stderr)
+    assert_backed_up(home, other)
+    assert not home.image("the").exists()
+    assert_nothing_left(sim)
 
 
-def test_attach_never_ends(home: Home, sim: Simulator) -> None:
-    """The droplet takes no other event then, so all volumes fail; deleting it works."""
+def droplets_ever(sim: Simulator) -> int:
+    return sum(item.kind == "droplet" for item in sim.ever)
+
+
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_attach_never_ends(home: Home, sim: Simulator, nth: int) -> None:
+    """The droplet takes no other event then; another one does."""
+    volumes = [add_volume(sim, name) for name in ("a", "b", "c", "d", "e")]
+    sim.faults.add(Fault("action-stuck", nth=nth))
+    done = run(home, constants={"ACTION_LIMIT": 0.5})
+    assert "did not end within 0.5 s; making another one" in done.stderr
+    assert droplets_ever(sim) == 2
+    assert_backed_up(home, *volumes)
+    assert_nothing_left(sim)
+
+
+def test_attach_that_never_ends_was_done_all_the_same(home: Home, sim: Simulator) -> None:
+    """Which the volume tells."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("odd", path=r"^/v2/volumes/[^/]+/actions/\d+$", times=FOREVER, text=IN_PROGRESS))
+    run(home, constants={"ACTION_LIMIT": 0.5})
+    assert droplets_ever(sim) == 1
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+IN_PROGRESS = json.dumps({"action": {"id": 1, "status": "in-progress"}})
+
+
+def test_attach_never_ends_on_any_droplet(home: Home, sim: Simulator) -> None:
+    """After three the volume fails, for it may be its own fault; the others have another one."""
     add_volume(sim, "data")
-    add_volume(sim, "other")
+    others = [add_volume(sim, name) for name in ("more", "other", "still")]
+    sim.faults.add(Fault("action-stuck", times=3))
+    done = run(home, expect=1, constants={"ACTION_LIMIT": 0.5})
+    assert re.search("error: data: .* did not end within .*; 3 droplets were lost over it", done.stderr)
+    assert droplets_ever(sim) == 4
+    assert_backed_up(home, *others)
+    assert_nothing_left(sim)
+
+
+def test_attach_never_ends_at_all(home: Home, sim: Simulator) -> None:
+    """It ends after four droplets, and no clones are made for the volumes that are not reached."""
+    volumes = [add_volume(sim, f"volume-{number}") for number in range(7)]
+    sim.faults.add(Fault("action-stuck", times=FOREVER))
+    done = run(home, expect=1, constants={"ACTION_LIMIT": 0.5})
+    assert "nothing can be done for want of a droplet, 4 were lost in a row" in done.stderr
+    assert droplets_ever(sim) == 4
+    assert sum(item.kind == "snapshot" for item in sim.ever) < len(volumes)
+    assert_nothing_left(sim)
+
+
+def test_droplet_dies_while_an_attach_is_pending(home: Home, sim: Simulator) -> None:
+    """Nobody waits until the attach would have had to end."""
+    volumes = [add_volume(sim, "data"), add_volume(sim, "other")]
     sim.faults.add(Fault("action-stuck"))
-    done = run(home, expect=1, constants={"ACTION_LIMIT": 0.5, "BUSY_LIMIT": 1})
-    assert "did not end within" in done.stderr
-    assert "error: other: " in done.stderr
+    running = start(home)
+    until(lambda: any(record.path.endswith("/actions") for record in sim.requests))
+    sim.droplets[0].kill()
+    assert running.end() == 0, running.output  # which waits for less long than an action may take
+    assert_backed_up(home, *volumes)
+    assert_nothing_left(sim)
+
+
+@behaving(volume_limit=5)
+def test_detach_for_the_quota_never_ends(home: Home, sim: Simulator) -> None:
+    """Another droplet frees what is attached to this one."""
+    volumes = [add_volume(sim, name) for name in ("data", "more", "other", "still")]
+    sim.faults.add(Fault("action-stuck", nth=2))
+    done = run(home, constants={"ACTION_LIMIT": 0.5})
+    assert "the detach of" in done.stderr
+    assert droplets_ever(sim) == 2
+    assert_backed_up(home, *volumes)
     assert_nothing_left(sim)
 
 
@@ -403,6 +531,33 @@ def test_snapshot_is_not_known_for_a_moment(home: Home, sim: Simulator) -> None:
     sim.faults.add(Fault("error", method="POST", path="^/v2/volumes$", status=404, times=2))
     run(home)
     assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+SCARCE = [{"volume_limit": 5}, {"capacity_gib": 5}]
+
+
+@pytest.mark.parametrize("behaviour", SCARCE, indirect=True, ids=["by-count", "by-size"])
+def test_quota_has_room_for_one_clone(home: Home, sim: Simulator) -> None:
+    """Each waits for the one before to be synced and let go, with its snapshot, of which none is bought twice."""
+    volumes = [add_volume(sim, name) for name in ("data", "more", "other", "still")]
+    run(home)
+    assert_backed_up(home, *volumes)
+    assert len([item for item in sim.ever if item.kind == "snapshot"]) == len(volumes)
+    assert_nothing_left(sim)
+
+
+@behaving(capacity_gib=12)
+def test_quota_has_no_room_for_the_large_ones(home: Home, sim: Simulator) -> None:
+    """They fail, and the second one costs no snapshot; what is smaller is backed up, before and after."""
+    large = [sim.add_volume(name, size_gib=4) for name in ("b-large", "c-large")]
+    small = [add_volume(sim, name) for name in ("a-small", "d-small")]
+    done = run(home, expect=1)
+    assert 'error: b-large: DigitalOcean refused POST /v2/volumes: "failed to create volume' in done.stderr
+    assert "error: c-large: DigitalOcean refused a clone of" in done.stderr
+    snapshots = [item.volume_id for item in sim.ever if isinstance(item, Snapshot)]
+    assert large[1].id not in snapshots
+    assert_backed_up(home, *small)
     assert_nothing_left(sim)
 
 
@@ -431,8 +586,9 @@ def test_attach_is_refused_for_a_moment(home: Home, sim: Simulator) -> None:
 def test_detach_fails(home: Home, sim: Simulator, kind: ActionKind) -> None:
     """What has been backed up is; the teardown removes the clone."""
     volumes = [add_volume(sim, "data"), add_volume(sim, "more"), add_volume(sim, "other", size=12 << 20)]
-    sim.faults.add(Fault(kind, nth=4))  # the first three are attaches
-    run(home, constants={"ACTION_LIMIT": 3} if kind == "action-stuck" else {})
+    sim.faults.add(Fault("delay", method="POST", path="/snapshots$", nth=3, seconds=3))
+    sim.faults.add(Fault(kind, nth=3))  # the first two are attaches
+    run(home, constants={"ACTION_LIMIT": 3, "HOUR_ENDS": 0})
     assert sim.faults.fired
     assert_backed_up(home, *volumes)
     assert_nothing_left(sim)
@@ -490,7 +646,7 @@ def test_droplet_dies_during_the_sync(home: Home, sim: Simulator, tmp_path: Path
     partial = home.image("data.partial")
     until(lambda: partial.exists() and partial.stat().st_blocks * 512 >= 5 << 20)  # what is on its way is lost
     if kills == 2:
-        sim.faults.add(Fault("ssh-refused"))
+        sim.faults.add(Fault("ssh-refused", times=FOREVER))
     sim.droplets[0].kill()
     if kills == 1:
         assert running.end() == 0, running.output
@@ -522,7 +678,7 @@ LIMITS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"snapshot_limit": 0}, "snapshot limit exceeded"),
     ({"snapshots_per_volume": 0}, "snapshot limit exceeded"),
     ({"droplet_limit": 0}, "exceed your droplet limit"),
-    ({"sold_out": frozenset({"s-1vcpu-512mb-10gb", "s-1vcpu-1gb"})}, "Size is not available in this region"),
+    ({"sold_out": frozenset({"s-1vcpu-512mb-10gb", "s-1vcpu-1gb", "s-1vcpu-2gb"})}, "Size is not available in this"),
 )
 
 
@@ -538,11 +694,21 @@ def test_limit_of_the_account(pytestconfig: pytest.Config, tmp_path: Path) -> No
             assert_nothing_left(sim)
 
 
-@behaving(sold_out=frozenset({"s-1vcpu-512mb-10gb"}))
+@behaving(sold_out=frozenset({"s-1vcpu-512mb-10gb", "s-1vcpu-1gb"}))
 def test_next_size_is_tried(home: Home, sim: Simulator) -> None:
     volume = add_volume(sim, "data")
-    assert "trying the next size" in run(home).stdout
+    assert run(home).stdout.count("trying the next size") == 2
     assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+@behaving(droplet_limit=1)
+def test_a_limit_of_droplets_is_not_told_as_a_size_that_is_not_to_be_had(home: Home, sim: Simulator) -> None:
+    sim.add_droplet("web")
+    add_volume(sim, "data")
+    done = run(home, expect=1)
+    assert "is not to be had" not in done.stdout + done.stderr
+    assert len([record for record in sim.requests if (record.method, record.path) == ("POST", "/v2/droplets")]) == 1
     assert_nothing_left(sim)
 
 
@@ -659,11 +825,83 @@ def test_rate_limit_that_tells_no_time_worth_waiting(home: Home, sim: Simulator)
 
 
 def test_snapshot_meets_the_hourly_limit(home: Home, sim: Simulator) -> None:
-    """Which lasts longer than the ten minutes between two snapshots: it is waited for all the same."""
+    """The account's, which says nothing of the volume: it is waited for as everywhere."""
     volume = add_volume(sim, "data")
     sim.faults.add(Fault("rate-limit-reset", method="POST", path="^/v2/volumes/.*/snapshots$", seconds=2))
-    done = run(home, constants={"SNAPSHOT_INTERVAL": 0.1})
-    assert "the other volumes go first" in done.stdout
+    done = run(home)
+    assert "the other volumes go first" not in done.stdout
+    assert "DigitalOcean's rate limit is reached; trying again in" in done.stdout
+    assert_backed_up(home, volume)
+    assert_nothing_left(sim)
+
+
+DAY = 86400
+
+
+@behaving(clock_seconds=-1200)
+def test_clock_is_ahead(home: Home, sim: Simulator) -> None:
+    """The hour's end, as DigitalOcean tells it, is over by this clock; it is waited for all the same."""
+    volume = add_volume(sim, "data")
+    sim.faults.add(Fault("rate-limit-reset", nth=5, seconds=3))
+    done = run(home)
+    assert re.search("rate limit is reached; trying again in [34] s", done.stdout)
+    assert done.stdout.count("warning: this machine's clock is 2") == 1  # 20:00 or 20:01 min
+    assert_backed_up(home, volume)
+
+
+@behaving(clock_seconds=5 * DAY)
+def test_clock_is_days_behind(home: Home, sim: Simulator) -> None:
+    """An image has the time that DigitalOcean gives its snapshot, and so have versions."""
+    volume = add_volume(sim, "data")
+    taken: list[str] = []
+    for content in (b"1", b"2"):
+        write_at(volume.path, 0, content)
+        run(home)
+        snapshot = next(item for item in reversed(sim.ever) if isinstance(item, Snapshot))
+        taken.append(datetime.fromtimestamp(snapshot.created, UTC).strftime("%Y-%m-%dT%H:%M:%S+00:00"))
+    listed = json.loads(run(home, "list", "--json").stdout)
+    assert [version["time"] for version in listed["volumes"][0]["versions"]] == taken[::-1]
+
+
+@pytest.mark.parametrize("seconds", [973 * 365 * DAY, -2e9], ids=["far ahead", "before 2000"])
+def test_a_snapshot_has_a_time_that_cannot_be(
+    home: Home, sim: Simulator, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """The image has that of its backup: else versions that come after would be named, and thinned, by such a time."""
+    volume, born = add_volume(sim, "data"), Snapshot.as_json
+    began = datetime.now(UTC).replace(microsecond=0)
+
+    def told(snapshot: Snapshot) -> dict[str, Any]:
+        moment = datetime.fromtimestamp(snapshot.created + seconds, UTC)
+        return {**born(snapshot), "created_at": moment.strftime("%Y-%m-%dT%H:%M:%SZ")}
+
+    monkeypatch.setattr(Snapshot, "as_json", told)
+    run(home)
+    assert_backed_up(home, volume)
+    (version,) = json.loads(run(home, "list", "--json").stdout)["volumes"][0]["versions"]
+    assert began <= datetime.fromisoformat(version["time"]) <= datetime.now(UTC)
+
+
+@behaving(clock_seconds=-1200, snapshot_interval=5)
+def test_clock_is_ahead_when_a_snapshot_was_taken_a_moment_ago(home: Home, sim: Simulator) -> None:
+    """By this clock it was long ago; it is asked for when it is due."""
+    volume = add_volume(sim, "data")
+    run(home)
+    run(home, constants={"SNAPSHOT_INTERVAL": 7})
+    asked = [record for record in sim.requests if record.method == "POST" and record.path.endswith("/snapshots")]
+    statuses = [record.status for record in asked]
+    assert statuses.count(201) == 2
+    assert statuses.count(429) <= 1  # none if the machine is slow
+    assert_backed_up(home, volume)
+
+
+def test_a_limit_that_may_be_the_accounts_takes_nothing_from_a_volumes_time(home: Home, sim: Simulator) -> None:
+    """The snapshot is refused as too early, then for longer than that would do for a limit of the one or the other."""
+    volume = add_volume(sim, "data")
+    snapshot = Fault("error", method="POST", path="^/v2/volumes/.*/snapshots$", status=429)
+    sim.faults.add(snapshot, replace(snapshot, kind="rate-limit", nth=2, seconds=3), replace(snapshot, nth=3))
+    run(home, constants={"SNAPSHOT_INTERVAL": 0.1, "SNAPSHOT_GRACE": 1})
+    assert len(sim.faults.fired) == 3
     assert_backed_up(home, volume)
     assert_nothing_left(sim)
 
@@ -690,6 +928,30 @@ def test_keys_are_listed_seldom(home: Home, sim: Simulator) -> None:
     sim.add_key("dosvob-ephemeral-00000000-key")
     add_volume(sim, "data")
     assert "rate limit" not in run(home).stdout
+    assert_nothing_left(sim)
+
+
+@behaving(idle_seconds=2)
+def test_a_router_forgets_what_is_idle(home: Home, sim: Simulator) -> None:
+    """As during a long sync: no request goes over a connection that was idle for long."""
+    volumes = [add_volume(sim, "a", size=8 << 20), *(add_volume(sim, name, size=0) for name in "bcdef")]
+    sim.faults.add(Fault("ssh-slow", bytes=1 << 20))
+    run(home, constants={"IDLE_LIMIT": 1})
+    assert sim.lost_requests == 0
+    assert_backed_up(home, *volumes)
+    assert_nothing_left(sim)
+
+
+def test_a_connection_that_breaks_does_not_wait_for_the_hourly_limit(home: Home, sim: Simulator) -> None:
+    """What it asks of DigitalOcean, whether the droplet lives, can wait."""
+    volume = add_volume(sim, "data", size=12 << 20)
+    sim.faults.add(Fault("ssh-cut", bytes=5 << 20))
+    running = start(home)
+    until(lambda: any(record.path.endswith("/actions") for record in sim.requests))
+    sim.faults.add(Fault("rate-limit-reset", method="GET", path=r"^/v2/droplets/\d+$", seconds=3600, times=FOREVER))
+    assert running.end() == 0, running.output
+    assert "connecting again" in running.output
+    assert_backed_up(home, volume)
     assert_nothing_left(sim)
 
 

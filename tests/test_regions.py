@@ -89,7 +89,7 @@ def test_each_region_has_a_droplet_and_a_directory(home: Home, sim: Simulator) -
 
 
 def test_a_region_that_fails_does_not_stop_the_other(home: Home, sim: Simulator) -> None:
-    sim.faults.add(Fault("error", method="POST", path="^/v2/droplets$", status=422, times=2))  # both sizes
+    sim.faults.add(Fault("error", method="POST", path="^/v2/droplets$", status=422, times=3))  # all sizes
     volumes = [volume_in(sim, region) for region in SEVERAL]
     home.configure(region=SEVERAL)
     done = run(home, expect=1)

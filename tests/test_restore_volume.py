@@ -519,14 +519,14 @@ def test_droplet_that_is_lost_is_replaced_once(home: Home, sim: Simulator, tmp_p
 
 
 def test_droplets_that_are_lost(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
-    halt = Halt(tmp_path, times=2)
+    halt = Halt(tmp_path, times=3)
     sim.faults.add(halt.fault)
     running = start_restore(home)
-    for number in range(2):
+    for number in range(3):
         halt.wait(number)
         sim.droplets[-1].kill()
     assert running.end() == 1
-    assert "a second one too" in running.output
+    assert "3 droplets were lost over it" in running.output
     assert_nothing_left(sim)
 
 
@@ -773,7 +773,7 @@ def test_snapshot_of_the_base_is_waited_for(home: Home, sim: Simulator, there: T
 
 def test_snapshot_of_the_base_is_not_waited_for_without_end(home: Home, sim: Simulator, there: There) -> None:
     sim.faults.add(Fault("rate-limit", method="POST", path="/snapshots$", text="1", times=FOREVER))
-    running = start_restore(home, SNAPSHOT_INTERVAL=1, SNAPSHOT_RETRY=0.2)
+    running = start_restore(home, SNAPSHOT_INTERVAL=1, SNAPSHOT_GRACE=0.6, RATE_LIMIT_PATIENCE=2)
     assert running.end() == 1
     assert_nothing_left(sim)
 
@@ -965,7 +965,7 @@ def test_answer_is_lost(tmp_path: Path, lag: float, answer: str) -> None:
 def test_answer_is_lost_and_no_list_shows_it(home: Home, sim: Simulator, lost: Lost) -> None:
     """It is whole, if it is there; which is told."""
     sim.faults.add(Fault("lost", method="POST", path="^/v2/volumes$", nth=2))
-    done = restore(home, "data", expect=1, constants={"LIST_LAG": 0.3})
+    done = restore(home, "data", expect=1, constants={"LIST_LAG": 0.3, "PATIENCE": 3})
     assert f"it is not known whether the volume {NEW} was made: if it is there, it is whole" in done.stderr
     assert same(new_volume(sim).path, lost.newer)
 
@@ -973,7 +973,7 @@ def test_answer_is_lost_and_no_list_shows_it(home: Home, sim: Simulator, lost: L
 def test_answer_is_lost_and_somebody_takes_the_name(home: Home, sim: Simulator, lost: Lost) -> None:
     """What has the name is not taken for ours."""
     sim.faults.add(Fault("lost", method="POST", path="^/v2/volumes$", nth=2, effect=False))
-    running = start_restore(home)
+    running = start_restore(home, PATIENCE=3)
     until(lambda: sim.faults.fired)
     sim.add_volume(NEW)
     assert running.end() == 1

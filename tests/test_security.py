@@ -21,7 +21,7 @@ from conftest import Home
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from simulator import Droplet, Fault, Simulator
+from simulator import FOREVER, Droplet, Fault, Simulator
 from trouble_support import (
     QUICK,
     PausingPython,
@@ -31,6 +31,8 @@ from trouble_support import (
     run,
     start,
 )
+
+import dosvob
 
 pytestmark = pytest.mark.small
 
@@ -323,6 +325,40 @@ def test_certificate_is_verified(home: Home, sim: Simulator, certificate: Path, 
     assert set(seen) == {f"Bearer {sim.token}"}  # one that is trusted gets it
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "http://", "http://host:port", "ftp://127.0.0.1:9"])
+def test_a_proxy_that_can_never_work(home: Home, sim: Simulator, proxy: str) -> None:
+    """It is told at once, as what it is."""
+    done = run(home, expect=2, HTTP_PROXY=proxy)
+    assert "trying again" not in done.stdout
+    assert len(done.stderr.splitlines()) == 1
+    assert "HTTPS_PROXY and ALL_PROXY in the environment" in done.stderr
+    assert sim.requests == []
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_certificates_that_cannot_be_read(
+    home: Home, tmp_path: Path, https: tuple[str, list[str]], is_there: bool
+) -> None:
+    """There is no such file, or none in it."""
+    bundle = tmp_path / "bundle"
+    if is_there:
+        bundle.write_text("nothing")
+    done = run(home, expect=2, DIGITALOCEAN_API_URL=https[0], REQUESTS_CA_BUNDLE=str(bundle))
+    assert "trying again" not in done.stdout
+    assert len(done.stderr.splitlines()) == 1
+    assert "REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE in the environment" in done.stderr
+    assert https[1] == []
+
+
+def test_only_a_proxy_leads_out(home: Home, sim: Simulator) -> None:
+    """The API is reached, and no droplet: a second one is not bought."""
+    add_volume(sim, "data")
+    sim.faults.add(Fault("ssh-refused", times=FOREVER))
+    done = run(home, expect=1, HTTP_PROXY=sim.url, constants={"SSH_LIMIT": 0.5})
+    assert "SSH uses none: let port 22 go out" in done.stderr
+    assert len([item for item in sim.ever if item.kind == "droplet"]) == 1
+
+
 @pytest.mark.parametrize("url", ["http://api.digitalocean.com", "ftp://127.0.0.1", "api.digitalocean.com", "https://"])
 def test_token_does_not_travel_in_the_clear(home: Home, url: str) -> None:
     done = home.run(expect=2, DIGITALOCEAN_API_URL=url)
@@ -355,3 +391,24 @@ def test_texts_of_the_api_do_not_steer_the_terminal(home: Home, sim: Simulator) 
     done = run(home, "--verbose", expect=1)
     assert "oops" in done.stderr
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", done.stdout + done.stderr)
+
+
+SEVERAL_LINES = """#!/usr/bin/python3
+import struct, sys, time
+words = b"nothing\\nother: backed up\\r\\n  at all"
+sys.stdout.buffer.write(struct.pack(">BII", {kind}, 0, len(words)) + words)
+sys.stdout.flush()
+time.sleep(5)
+"""
+
+
+def test_what_the_droplet_says_stays_on_one_line(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    """It must not write lines of its own into a log."""
+    add_volume(sim, "data")
+    script = tmp_path / "python3"
+    script.write_text(SEVERAL_LINES.format(kind=dosvob.FAILED))
+    script.chmod(0o700)
+    sim.faults.add(Fault("python", text=str(script)))
+    done = run(home, expect=1)
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("error: data: the droplet cannot go on: nothing other: backed up at all")

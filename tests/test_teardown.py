@@ -14,7 +14,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from conftest import Home, sampled
@@ -255,18 +255,18 @@ def test_a_clone_that_is_busy_for_a_moment_is_gone_before_the_end(home: Home, si
     """A volume costs as long as it exists; the next ones may take hours."""
     volumes = [add_volume(sim, name) for name in ("data", "more", "other", "still")]
     sim.faults.add(Fault("error", method="DELETE", path="^/v2/volumes/", status=409))
-    sim.faults.add(Fault("delay", method="POST", path="/snapshots$", nth=4, seconds=5))
-    run(home)
+    sim.faults.add(Fault("delay", method="POST", path="/snapshots$", nth=4, seconds=8))
+    run(home, constants={"HOUR_ENDS": 0})
     gone = [record.path for record in sim.requests if (record.method, record.status) == ("DELETE", 204)]
     assert next(path.split("/")[2] for path in gone if "snapshots" not in path) == "volumes"
     assert_backed_up(home, *volumes)
 
 
 def test_one_attach_or_detach_waits_for_another_however_long_that_takes(tmp_path: Path) -> None:
-    """A clone is detached while the next one but one is attached."""
+    """A clone is to be detached while the next one is attached."""
     with account(tmp_path / "account", replace(FAST, action_seconds=3)) as (sim, home):
         volumes = [add_volume(sim, name) for name in ("data", "more", "other", "still")]
-        run(home, constants={"BUSY_LIMIT": 1})
+        run(home, constants={"BUSY_LIMIT": 1, "HOUR_ENDS": 0})
         assert_backed_up(home, *volumes)
 
 
@@ -714,3 +714,17 @@ def test_what_may_not_be_removed_does_not_end_the_looking_for_what_lists_show_la
         assert f"(id {item.id}" in running.output, item.kind
     sim.token_lacks()
     run(home, "sweep")
+
+
+def test_cost_counts_the_time_of_a_suspended_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the clock does not that most of the program goes by."""
+    ephemeral = dosvob.Ephemeral(cast("dosvob.Api", None), "0" * 8, cast("dosvob.Reporter", None))
+    droplet = dosvob.Resource(dosvob.DROPLET, "1", "droplet", hourly=1.5)
+    slept = 0.0
+    clock_gettime = time.clock_gettime
+    monkeypatch.setattr(
+        "time.clock_gettime", lambda clock: clock_gettime(clock) + slept * (clock == time.CLOCK_BOOTTIME)
+    )
+    ephemeral._created[droplet] = dosvob.running_time()
+    slept = 7200.0
+    assert 3 <= ephemeral.cost() < 3.1

@@ -23,7 +23,6 @@ from versions_support import (
     NAME,
     PAGE,
     Lineage,
-    back_up,
     check_all,
     digest,
     file_name,
@@ -272,24 +271,6 @@ def test_a_snapshot_that_is_said_to_be_older_than_the_last(lineage: Lineage) -> 
         assert not any(ranges.ranges for ranges in chain.verify(lambda size: None))
     for depth, time in enumerate(reversed(listed(lineage.backups)[::-1][: len(before) - 1])):
         assert digest(restored(lineage.backups, depth + 3)) == lineage.truth[time]
-
-
-def test_a_snapshot_that_is_said_to_be_of_a_time_to_come_is_of_the_time_of_its_backup(
-    lineage: Lineage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else all that come after would be named, and thinned, by that time too."""
-    today = datetime.datetime(2026, 1, 15, 12, tzinfo=datetime.UTC)
-    monkeypatch.setattr(dosvob, "utc_now", lambda: today)
-    lineage.change()
-    content = digest(lineage.device.read_bytes())
-    back_up(lineage.backups, lineage.device, datetime.datetime(2999, 1, 1, tzinfo=datetime.UTC), ALL)
-    lineage.now = today
-    lineage.go_on()
-    tomorrow = file_name(lineage.now + datetime.timedelta(days=1))
-    assert max(listed(lineage.backups)) < tomorrow
-    assert digest(restored(lineage.backups, 1)) == content
-    thin(lineage.backups, dosvob.Keep(last=0, daily=0, weekly=0, monthly=2))
-    assert [time[:4] for time in listed(lineage.backups)] == [str(lineage.now.year), "2015"]
 
 
 def test_a_damaged_version_does_not_keep_others_for_ever(lineage: Lineage) -> None:

@@ -26,6 +26,12 @@ class Behaviour:
     list_lag_seconds: float = 0.0
     """How much longer than that a fresh resource is missing from lists."""
 
+    clock_seconds: float = 0.0
+    """How far the cloud's clock is ahead of this machine's; it is behind if this is negative."""
+
+    idle_seconds: float = 0.0
+    """After so long without a request a connection is forgotten on the way: what comes then is lost; 0 for never."""
+
     snapshot_interval: float = 0.0
     """One snapshot per volume in so many seconds; 0 for no limit (DigitalOcean: 600)."""
     snapshot_retry_after: bool = False

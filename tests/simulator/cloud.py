@@ -383,6 +383,7 @@ class Cloud:
             stall_connections=stall.times_on_droplet if stall else 0,
             deaf_connections=deaf.times_on_droplet if deaf else 0,
             bytes_per_second=slow.bytes if slow else 0,
+            largest_packet=by_kind["small-path"].bytes if "small-path" in by_kind else 0,
             python=python.text if python else "",
             sshd_config=by_kind["hardened"].text if "hardened" in by_kind else "",
             late_automount="late-automount" in by_kind,
@@ -551,6 +552,7 @@ class Cloud:
 
     def _add(self, item: R, *, hidden: bool = False) -> R:
         """It exists from now on; `hidden`, nobody sees it before `_show`."""
+        item.created += self.behaviour.clock_seconds
         self.ever.append(item)
         if not hidden:
             return self._show(item)
@@ -564,8 +566,13 @@ class Cloud:
         item.listed = 0.0 if item.decoy else now + behaviour.fresh_seconds + behaviour.list_lag_seconds
         return item
 
+    def remove(self, item: Resource) -> None:
+        """Delete it, whatever it is."""
+        with self.lock:
+            self._delete(item)
+
     def _delete(self, item: Resource) -> None:
-        item.deleted = time.time()
+        item.deleted = time.time() + self.behaviour.clock_seconds
 
 
 def _is_base64(text: str) -> bool:

@@ -22,6 +22,7 @@ CallKind = Literal[
     "html",  # a page of HTML with status `status` (default 200)
     "redirect",  # 302 to `text`, by default another host
     "delay",  # the answer comes `seconds` later
+    "removes",  # once the answer is made, the resource that the test has put there by the name of `text` is deleted
     "sold-out",  # creating a droplet: "Size is not available in this region."
 ]
 ActionKind = Literal[
@@ -39,6 +40,7 @@ DropletKind = Literal[
     "ssh-stalled",  # ... drops all packets once one of its first `times_on_droplet` connections has sent `bytes`
     "ssh-deaf",  # ... opens a channel on each of its first `times_on_droplet` connections and hears nothing after that
     "ssh-slow",  # ... sends `bytes` a second, and no more
+    "small-path",  # ... has a path to it on which packets of more than `bytes` are lost silently, both ways
     "python",  # ... has the command `text` as its python3
     "hardened",  # ... has the line `text` first in its sshd_config
     "late-automount",  # ... gets the auto-mount rule anew when its boot commands are done

@@ -88,6 +88,8 @@ class MachineOptions:
     """So many connections are not heard any more once a channel is open."""
     bytes_per_second: int = 0
     """What a connection takes from it; 0 for no limit."""
+    largest_packet: int = 0
+    """Larger packets are lost on the way, both ways; 0 for no limit."""
     python: str = ""
     """A command to be run as `python3`."""
     sshd_config: str = ""
@@ -137,6 +139,8 @@ class Machine:
             self._network_namespace = os.open(f"/proc/{self._init}/ns/net", os.O_RDONLY)
             self.link: Link = create_link(number, self._init, mark)
             self._prepare()
+            if options.largest_packet:
+                self._narrow(options.largest_packet)
         except BaseException:
             self._kill_processes()
             if self._network_namespace >= 0:
@@ -194,6 +198,23 @@ class Machine:
             if name in command:
                 self._network("sh", "-c", command)
         return self._network("cat", f"/proc/sys/{name.replace('.', '/')}").strip()
+
+    def _narrow(self, largest_packet: int) -> None:
+        """Lose larger packets both ways; obey the boot commands about the network, which goes by a default route."""
+        for run, interface in ((self._here, self.link.interface), (self._network, "eth0")):
+            run("ip", "link", "set", "dev", interface, "gso_max_segs", "1")  # what is sent is what is on the way
+            chain = f"inet {interface} path"
+            hook = f"add table inet {interface}; add chain {chain} {{ type filter hook prerouting priority -300; }}"
+            run("nft", f"{hook}; add rule {chain} iifname {interface} meta length > {largest_packet} drop")
+        self._network("ip", "route", "add", "default", "dev", "eth0")
+        self._network("sh", "-c", "ip route del $(ip -4 route show scope link proto kernel)")
+        for command in self.user_data.bootcmd:
+            if "tcp_mtu_probing" in command or "ip route" in command:
+                self._network("sh", "-c", command)
+
+    @staticmethod
+    def _here(*command: str) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def plug(self, volume_name: str, backing: Path) -> None:
         """A volume's device appears; the auto-mount rule is obeyed if it is there."""
@@ -260,6 +281,8 @@ class Machine:
         with self._changing:
             if self._network_namespace >= 0:
                 self._bytes_sent = self.bytes_sent  # the counters go
+                if self._options.largest_packet:
+                    self._here("nft", f"delete table inet {self.link.interface}")
                 self.link.delete()
                 os.close(self._network_namespace)
                 self._network_namespace = -1

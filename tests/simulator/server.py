@@ -67,6 +67,8 @@ class Front:
         self.requests: list[RequestRecord] = []
         self.contract = contract
         self.errors: list[str] = []
+        self.idle_seconds = behaviour.idle_seconds
+        self.lost = 0
         self._routes = routes
         self._behaviour = behaviour
         self._token = token
@@ -101,15 +103,29 @@ class Front:
         time.sleep(sum(fault.seconds for fault in faults if fault.kind == "delay"))
         spoiling = next((fault for fault in faults if fault.kind in _SPOILERS), None)
         if spoiling and not spoiling.takes_effect:
-            return _faulty(spoiling, record), spoiling
+            return self._faulty(spoiling, record), spoiling
         answer = self._regular(record, authorization, base_url, faults)
+        for fault in faults:
+            if fault.kind == "removes":
+                self._routes.remove(fault.text)
         if not spoiling:
             self.contract.check(record.method, record.path, record.query, record.body, answer.status, answer.body)
         elif spoiling.kind == "odd":
             answer = replace(answer, body=_odd(answer.body or {}, json.loads(spoiling.text)))
         elif spoiling.kind not in _SPOILED_ON_THE_WAY:
-            answer = _faulty(spoiling, record)
+            answer = self._faulty(spoiling, record)
         return answer, spoiling
+
+    def now(self) -> float:
+        """Seconds of the epoch, by the cloud's clock."""
+        return time.time() + self._behaviour.clock_seconds
+
+    def _faulty(self, fault: Fault, record: RequestRecord) -> Answer:
+        """The answer of a fault that replaces the regular one."""
+        if fault.kind == "rate-limit-reset":
+            reset = str(math.ceil(self.now() + fault.seconds))
+            return _refused(_too_many({"ratelimit-remaining": "0", "ratelimit-reset": reset}))
+        return _faulty(fault, record)
 
     def _regular(self, record: RequestRecord, authorization: str, base_url: str, faults: list[Fault]) -> Answer:
         """What DigitalOcean would answer."""
@@ -131,7 +147,7 @@ class Front:
             raise Refusal(401, "Unauthorized", "Unable to authenticate you")
 
     def _check_rate(self, record: RequestRecord) -> None:
-        behaviour, now = self._behaviour, time.time()
+        behaviour, now = self._behaviour, self.now()
         with self._lock:
             self._times.append(now)
             while self._times[0] < now - 3600:
@@ -151,7 +167,7 @@ class Front:
         """The headers of every answer."""
         limit = self._behaviour.requests_per_hour or _HOURLY
         used = len(self._times)
-        reset = math.ceil((self._times[0] if self._times else time.time()) + 3600)
+        reset = math.ceil((self._times[0] if self._times else self.now()) + 3600)
         return {
             "ratelimit-limit": str(limit),
             "ratelimit-remaining": str(max(0, limit - used)),
@@ -173,14 +189,10 @@ def _refused(refusal: Refusal) -> Answer:
 
 
 def _faulty(fault: Fault, record: RequestRecord) -> Answer:
-    """The answer of a fault that replaces the regular one."""
     if fault.kind == "missing":
         return _refused(not_found())
     if fault.kind == "rate-limit":
         return _refused(_too_many({"retry-after": fault.text or str(math.ceil(fault.seconds))}))
-    if fault.kind == "rate-limit-reset":
-        reset = str(math.ceil(time.time() + fault.seconds))
-        return _refused(_too_many({"ratelimit-remaining": "0", "ratelimit-reset": reset}))
     if fault.kind == "redirect":
         location = fault.text or _ELSEWHERE.rstrip("/") + record.path
         return Answer(fault.status or 302, {}, {"location": location})
@@ -211,6 +223,7 @@ class _Connection(BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Remember the connection, so that it can be closed at the end."""
         super().setup()
+        self.served = time.monotonic()
         self.server.connections.add(self.connection)
 
     def finish(self) -> None:
@@ -227,8 +240,17 @@ class _Connection(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         """Say nothing; there is the record."""
 
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        """The time that goes with an answer."""
+        return super().date_time_string(self.server.front.now() if timestamp is None else timestamp)
+
     def _serve(self) -> None:
-        front = self.server.front
+        front, now = self.server.front, time.monotonic()
+        if front.idle_seconds and now - self.served > front.idle_seconds:
+            front.lost += 1
+            self.rfile.read()  # until the client gives up
+            return
+        self.served = now
         headers = {name.lower(): value for name, value in self.headers.items()}
         raw = self.rfile.read(int(headers.get("content-length") or 0))
         record = front.record(self.command, self.path, headers, raw)

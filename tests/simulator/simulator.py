@@ -116,12 +116,24 @@ class Simulator:
         """The snapshots that exist."""
         return self._cloud.living(Snapshot)
 
+    @property
+    def lost_requests(self) -> int:
+        """Requests that came over connections that were forgotten, and were lost."""
+        return self._server.front.lost
+
     # -- limits
 
     def limit_snapshots(self, interval: float, *, retry_after: bool = False) -> None:
         """From now on a volume's next snapshot is refused until so many seconds after its last one."""
-        limited = replace(self.behaviour, snapshot_interval=interval, snapshot_retry_after=retry_after)
-        self.behaviour = self._cloud.behaviour = limited
+        self.behave(replace(self.behaviour, snapshot_interval=interval, snapshot_retry_after=retry_after))
+
+    def limit_volumes(self, count: int) -> None:
+        """From now on the account has at most so many volumes."""
+        self.behave(replace(self.behaviour, volume_limit=count))
+
+    def behave(self, behaviour: Behaviour) -> None:
+        """From now on the account's delays and limits are these; but for those of requests."""
+        self.behaviour = self._cloud.behaviour = behaviour
 
     # -- the token
 
