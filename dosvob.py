@@ -480,10 +480,15 @@ class Reporter:
         self.current = self.clean(text)
         self.detail(text)
 
+    @property
+    def is_progress_due(self) -> bool:
+        """Whether `progress` would show something now."""
+        interval = self.LIVE_INTERVAL if self._output.is_terminal else self.LOG_INTERVAL
+        return not self.quiet and time.monotonic() - self._lined_at >= interval
+
     def progress(self, text: str) -> None:
         """How far something has got: replaces the live line on a terminal, and is a line now and then in a log."""
-        interval = self.LIVE_INTERVAL if self._output.is_terminal else self.LOG_INTERVAL
-        if self.quiet or time.monotonic() - self._lined_at < interval:
+        if not self.is_progress_due:
             return
         self._lined_at = time.monotonic()
         if self._output.is_terminal:
@@ -602,7 +607,10 @@ class Meter:
         if not self.done and self._is_told:
             self._report.say(f"{self._what}; when it is stopped, it goes on next time")
         self.done += size
-        rate, (name, _, doing) = self._rate(self.done), self._what.partition(": ")
+        rate = self._rate(self.done)
+        if not self._report.is_progress_due:  # a text for each chunk would take more than the chunk
+            return
+        name, _, doing = self._what.partition(": ")
         of = f" of {human_size(self._total)}" if self._total else ""
         left = f"{human_time((self._total - self.done) / rate)} left, " if of and rate else ""
         pace = f", {human_size(rate)}/s" if of and rate else ""
@@ -3092,8 +3100,8 @@ class SparseFile:
         data = self.read(index * CHUNK, CHUNK)
         return ZERO_CHUNK if data == ZERO_CHUNK else data
 
-    def pages(self, index: int, *, hints: bool = True) -> dict[int, bytes] | None:
-        """The pages of a chunk that are not zeros, by their numbers; None if the disk cannot read it.
+    def pages(self, index: int, wanted: int = ALL_PAGES, *, hints: bool = True) -> dict[int, bytes] | None:
+        """The wanted pages of a chunk that are not zeros, by their numbers; None if the disk cannot read it.
 
         With `hints` what is said to be a hole is not read: only the chunk's digest tells whether that was right.
         """
@@ -3104,13 +3112,13 @@ class SparseFile:
             if hints:
                 offset = self.end_of_hole(offset, end) // PAGE * PAGE
                 stop = min(max(-(-self._end_of_data(offset, end) // PAGE), offset // PAGE + 1) * PAGE, end)
-            if (data := self.read(offset, stop - offset)) is None:
+            first, count = offset // PAGE % PAGES, (stop - offset) // PAGE
+            asked, offset = wanted >> first & ((1 << count) - 1), stop
+            if asked and (data := self.read(stop - count * PAGE, count * PAGE)) is None:
                 return None
-            first = offset // PAGE % PAGES
-            for place in range(0, len(data), PAGE):
-                if not data.startswith(ZERO_PAGE, place):
-                    found[first + place // PAGE] = data[place : place + PAGE]
-            offset = stop
+            for page in pages_in(asked):
+                if not data.startswith(ZERO_PAGE, page * PAGE):
+                    found[first + page] = data[page * PAGE : (page + 1) * PAGE]
         return found
 
     def write_pages(self, index: int, pages: Mapping[int, bytes], which: int) -> None:
@@ -4032,8 +4040,8 @@ def content_of(
     """
     laid, rest = laid_over(patches)
     for hints in (True, False):
-        stored = image.pages(index, hints=hints) if rest else {}
-        pages = {page: data for page, data in (stored or {}).items() if rest >> page & 1} | laid
+        stored = image.pages(index, rest, hints=hints)
+        pages = {**(stored or {}), **laid}
         if stored is not None and chunk_digest(digests_of(pages)) == digest:
             return pages, True
         if not rest or stored is None:
@@ -4189,18 +4197,18 @@ class Chain:
             is_doubtful = any(step.doubtful for step in steps)
             for spot in self._walk(steps):
                 if is_doubtful or spot.patches or not spot.is_zeros:
-                    for depth in self._wrong(spot, steps):
+                    for depth in self._wrong(spot, steps, self._doubtful(spot, steps) if is_doubtful else ()):
                         if spot.chunk * CHUNK < sizes[depth]:
                             damaged[depth].add(spot.chunk)
                 tick(CHUNK)
         return damaged
 
-    def _wrong(self, spot: Spot, steps: Sequence[PatchFile]) -> Iterator[int]:
+    def _wrong(self, spot: Spot, steps: Sequence[PatchFile], doubtful: Sequence[int]) -> Iterator[int]:
         """How many steps back a chunk is not sound. Each patched page is hashed once."""
         before, own = self._before, dict(spot.patches)
         pages, is_sound = self._of_image(spot, own.pop(0, None) if before else None)
         digests, since = digests_of(pages) if own else bytearray(), 0
-        in_doubt = [number for number in self._doubtful(spot, steps) if number >= before and number not in own]
+        in_doubt = [number for number in doubtful if number >= before and number not in own]
         for number in sorted([*own, *in_doubt]):
             depth = number + 1 - before
             if not is_sound:
