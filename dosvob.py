@@ -3348,6 +3348,7 @@ class PatchFile:
         self._made: tempfile.SpooledTemporaryFile[bytes] | None = None  # the index of a file that has none
         self._count = -1  # of the index's rows; before they are known -1
         self._chunks: array.array[int] | None = None  # of its rows, if `find` was asked
+        self._has = bytearray()  # their bitmap
         try:
             if from_disk:
                 self._opened.forget_cached()
@@ -3552,10 +3553,12 @@ class PatchFile:
                 self._chunks.extend(rows[:: self.ROW.size // 4])
             if sys.byteorder == "little":
                 self._chunks.byteswap()
-        row = bisect.bisect_left(self._chunks, index)
-        if row == len(self._chunks) or self._chunks[row] != index:
-            return None
-        return self.entry_of(self.ROW.unpack(self.rows(row, 1)))
+            self._has = bytearray(max(self._chunks, default=0) // 8 + 1)
+            for chunk in self._chunks:
+                self._has[chunk >> 3] |= 1 << (chunk & 7)
+        if index >> 3 >= len(self._has) or not self._has[index >> 3] >> (index & 7) & 1:
+            return None  # as in most of many versions
+        return self.entry_of(self.ROW.unpack(self.rows(bisect.bisect_left(self._chunks, index), 1)))
 
     def pages_of(self, entry: Entry, wanted: int) -> dict[int, bytes]:
         """Those of the wanted pages that it has data for, not verified; zeros for what cannot be read."""
@@ -7140,13 +7143,14 @@ class Shown:
     @staticmethod
     def _mark(path_or_fd: Path | int) -> tuple[int, ...] | None:
         """What changes with a file; None without one."""
-        with contextlib.suppress(FileNotFoundError):
+        try:
             status = os.stat(path_or_fd)
-            return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        return None
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
-    def _marks(self, image: SparseFile, undo: PatchFile | None) -> tuple[object, ...]:
-        """The marks of state, undo, image and versions.
+    def _marks(self, image: SparseFile, undo: PatchFile | None, *, all_of_it: bool = True) -> tuple[object, ...]:
+        """The marks of state, undo, image and, with `all_of_it`, versions.
 
         An image below an undo may change; an undo that is not whole, or is a version already, does not count.
         """
@@ -7155,12 +7159,12 @@ class Shown:
             with Undo.left(self.paths) as left:
                 has_undo = None if left is None or left.is_committed else has_undo
         told = self._mark(self.paths.state), has_undo, self._mark(image.fd) if undo is None else None
-        return (*told, self._mark(self.paths.versions))
+        return (*told, self._mark(self.paths.versions)) if all_of_it else told
 
     def _is_current(self, view: View, *, all_of_it: bool = False) -> bool:
         """Whether what was read by a view is right; `all_of_it`: and whether there are the same versions."""
-        marks = self._marks(view.image, view.undo)
-        return marks == view.marks if all_of_it else marks[:3] == view.marks[:3]
+        marks = self._marks(view.image, view.undo, all_of_it=all_of_it)
+        return marks == view.marks[: len(marks)]
 
     def _look(self) -> View:
         """See what is there now; raises Replaced, DosvobError, OSError."""
@@ -7685,6 +7689,7 @@ class Served:
 
     def run(self, fd: int, *, read_only: bool) -> None:
         """Serve it."""
+        keep_freed_memory()
         try:
             Kernel(fd, self._files, read_only=read_only).serve(self._end_if_asked)
         except BaseException:
