@@ -3114,7 +3114,8 @@ class SparseFile:
                 stop = min(max(-(-self._end_of_data(offset, end) // PAGE), offset // PAGE + 1) * PAGE, end)
             first, count = offset // PAGE % PAGES, (stop - offset) // PAGE
             asked, offset = wanted >> first & ((1 << count) - 1), stop
-            if asked and (data := self.read(stop - count * PAGE, count * PAGE)) is None:
+            data = self.read(stop - count * PAGE, count * PAGE) if asked else b""
+            if data is None:
                 return None
             for page in pages_in(asked):
                 if not data.startswith(ZERO_PAGE, page * PAGE):
@@ -4281,7 +4282,8 @@ class Chain:
                 for content in itertools.islice(self.contents(depth), size // CHUNK):
                     if content.pages or is_cloned:
                         file.write_pages(content.index, content.pages, content.patched if is_cloned else content.filled)
-                    written.append(content)
+                    if content.pages or is_cloned or not content.is_sound:
+                        written.append(content)
                     held += len(content.pages)
                     if held > self.READ_BACK or len(written) > self.READ_BACK:
                         self._read_back(file, written, damaged, is_cloned=is_cloned)
@@ -4299,8 +4301,8 @@ class Chain:
     def _read_back(file: SparseFile, written: list[Content], damaged: Ranges, *, is_cloned: bool) -> None:
         """Compare what a restored file has on the disk with what it is to have, and write again what it has not.
 
-        `written` are neighbouring chunks. Of a clone all is compared: ZFS has been seen to show in one what was there
-        before. A new file has nothing where nothing was written.
+        `written` are in order. Of a clone all is compared: ZFS has been seen to show in one what was there before. A
+        new file has nothing where nothing was written.
         """
 
         def is_there(content: Content) -> bool:
@@ -4313,7 +4315,7 @@ class Chain:
             )
 
         for attempt in (1, 2) if written else ():
-            file.forget_cached(written[0].index * CHUNK, len(written) * CHUNK)
+            file.forget_cached(written[0].index * CHUNK, (written[-1].index + 1 - written[0].index) * CHUNK)
             wrong = [content for content in written if not is_there(content)]
             for content in wrong if attempt == 1 else ():
                 file.write_pages(content.index, content.pages, ALL_PAGES)
@@ -7271,8 +7273,8 @@ class ShownFile:
             yield index, ((1 << count) - 1) << first
             page += count
 
-    def read(self, offset: int, length: int) -> list[bytes]:
-        """A part of it, in pieces, as far as it goes. Raises as `Shown.pages` does."""
+    def read(self, offset: int, length: int) -> bytes:
+        """A part of it, as far as it goes. Raises as `Shown.pages` does."""
         end, pieces = min(offset + length, self.size), []
         for index, wanted in self._parts(offset, end):
             own = self._written.get(index, 0) & wanted
@@ -7285,7 +7287,7 @@ class ShownFile:
         if pieces:
             pieces[-1] = pieces[-1][: (end - 1) % PAGE + 1]
             pieces[0] = pieces[0][offset % PAGE :]
-        return pieces
+        return b"".join(pieces)
 
     def write(self, offset: int, data: bytes) -> None:
         """Write over a part of it; raises OSError."""
@@ -7293,9 +7295,7 @@ class ShownFile:
         start, stop = offset // PAGE * PAGE, -(-end // PAGE) * PAGE
         if end > self.size:
             raise OSError(errno.EFBIG, "it does not grow")
-        self._scratch_file().write(
-            b"".join([*self.read(start, offset - start), data, *self.read(end, stop - end)]), start
-        )
+        self._scratch_file().write(self.read(start, offset - start) + data + self.read(end, stop - end), start)
         self._mark(start, stop)
 
     def write_zeros(self, offset: int, length: int) -> None:
@@ -7439,7 +7439,7 @@ class Kernel:
         self._files = files
         self._modes = (0o500, 0o400) if read_only else (0o700, 0o600)
         self._began = utc_now().timestamp()
-        self._answers: dict[int, Callable[[int, memoryview], bytes | list[bytes]]] = {
+        self._answers: dict[int, Callable[[int, memoryview], bytes]] = {
             1: self._lookup, 3: self._getattr, 4: self._getattr, 5: self._readlink, 14: self._open, 15: self._read,
             16: self._write, 17: self._statfs, 18: self._release, 20: self._nothing, 25: self._nothing, 26: self._init,
             27: self._opendir, 28: self._readdir, 29: self._nothing, 30: self._nothing, 38: self._nothing,
@@ -7472,8 +7472,7 @@ class Kernel:
         _, opcode, unique, node, *_ = self.IN.unpack(question[: self.IN.size])
         if opcode in self.UNANSWERED:
             return
-        answer: bytes | list[bytes] = b""
-        number = 0
+        answer, number = b"", 0
         try:
             if opcode not in self._answers:
                 raise OSError(errno.ENOSYS, "not needed")
@@ -7488,10 +7487,9 @@ class Kernel:
         except Exception as problem:  # noqa: BLE001 - a bug: whoever reads meets an error, and the mount goes on
             number = errno.EIO
             self._files.tell(f"{self._described(node)}: unexpected {type(problem).__name__}: {problem}")
-        pieces = [] if number else answer if isinstance(answer, list) else [answer]
-        head = self.OUT.pack(self.OUT.size + sum(map(len, pieces)), -number, unique)
+        head = self.OUT.pack(self.OUT.size + len(answer), -number, unique)
         with contextlib.suppress(FileNotFoundError):  # nobody waits for it any more
-            os.writev(self._fd, [head, *pieces])
+            os.writev(self._fd, [head, answer])
 
     def _described(self, number: int) -> str:
         node = self._files.nodes[number]
@@ -7544,7 +7542,7 @@ class Kernel:
         self._files.file(node).release()
         return b""
 
-    def _read(self, node: int, body: memoryview) -> list[bytes]:
+    def _read(self, node: int, body: memoryview) -> bytes:
         _, offset, size = struct.unpack("=QQI", body[:20])
         return self._files.file(node).read(offset, size)
 
