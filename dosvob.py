@@ -3349,7 +3349,7 @@ class PatchFile:
         self._made: tempfile.SpooledTemporaryFile[bytes] | None = None  # the index of a file that has none
         self._count = -1  # of the index's rows; before they are known -1
         self._chunks: array.array[int] | None = None  # of its rows, if `find` was asked
-        self._has = bytearray()  # their bitmap
+        self._may_have = bytearray()  # a bitmap of them, by the remainders
         try:
             if from_disk:
                 self._opened.forget_cached()
@@ -3554,12 +3554,16 @@ class PatchFile:
                 self._chunks.extend(rows[:: self.ROW.size // 4])
             if sys.byteorder == "little":
                 self._chunks.byteswap()
-            self._has = bytearray(max(self._chunks, default=0) // 8 + 1)
-            for chunk in self._chunks:
-                self._has[chunk >> 3] |= 1 << (chunk & 7)
-        if index >> 3 >= len(self._has) or not self._has[index >> 3] >> (index & 7) & 1:
-            return None  # as in most of many versions
-        return self.entry_of(self.ROW.unpack(self.rows(bisect.bisect_left(self._chunks, index), 1)))
+            self._may_have = bytearray(len(self._chunks) + 1)
+            for place in (chunk % (8 * len(self._may_have)) for chunk in self._chunks):
+                self._may_have[place >> 3] |= 1 << (place & 7)
+        place = index % (8 * len(self._may_have))
+        if not self._may_have[place >> 3] >> (place & 7) & 1:
+            return None  # as most of many versions, and soon
+        row = bisect.bisect_left(self._chunks, index)
+        if row == len(self._chunks) or self._chunks[row] != index:
+            return None
+        return self.entry_of(self.ROW.unpack(self.rows(row, 1)))
 
     def pages_of(self, entry: Entry, wanted: int) -> dict[int, bytes]:
         """Those of the wanted pages that it has data for, not verified; zeros for what cannot be read."""
