@@ -480,24 +480,22 @@ class Reporter:
         self.current = self.clean(text)
         self.detail(text)
 
-    @property
-    def is_progress_due(self) -> bool:
-        """Whether `progress` would show something now."""
-        interval = self.LIVE_INTERVAL if self._output.is_terminal else self.LOG_INTERVAL
-        return not self.quiet and time.monotonic() - self._lined_at >= interval
+    def progress(self, tell: Callable[[], str]) -> None:
+        """How far something has got: replaces the live line on a terminal, and is a line now and then in a log.
 
-    def progress(self, text: str) -> None:
-        """How far something has got: replaces the live line on a terminal, and is a line now and then in a log."""
-        if not self.is_progress_due:
+        `tell` is asked for it only then: this is called for each chunk.
+        """
+        interval = self.LIVE_INTERVAL if self._output.is_terminal else self.LOG_INTERVAL
+        if self.quiet or time.monotonic() - self._lined_at < interval:
             return
         self._lined_at = time.monotonic()
         if self._output.is_terminal:
             with self._lock:
                 columns = shutil.get_terminal_size().columns - len("^C") - 1  # which a terminal puts behind it
-                self._live = fitted(self.clean(text), columns)
+                self._live = fitted(self.clean(tell()), columns)
                 self._output.put(f"\r\x1b[2K{self._live}")
         else:
-            self._write(self._output, text)
+            self._write(self._output, tell())
 
     def end_progress(self) -> None:
         """Take the live line away; the next progress shows at once."""
@@ -608,13 +606,14 @@ class Meter:
             self._report.say(f"{self._what}; when it is stopped, it goes on next time")
         self.done += size
         rate = self._rate(self.done)
-        if not self._report.is_progress_due:  # a text for each chunk would take more than the chunk
-            return
+        self._report.progress(lambda: self._told(rate))
+
+    def _told(self, rate: float) -> str:
         name, _, doing = self._what.partition(": ")
         of = f" of {human_size(self._total)}" if self._total else ""
         left = f"{human_time((self._total - self.done) / rate)} left, " if of and rate else ""
         pace = f", {human_size(rate)}/s" if of and rate else ""
-        self._report.progress(f"{name}: {left}{doing} {human_size(self.done)}{of}{pace}")
+        return f"{name}: {left}{doing} {human_size(self.done)}{of}{pace}"
 
 
 def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> None:
@@ -6267,22 +6266,25 @@ class Course:
     def __call__(self, received: int) -> None:
         """Show the progress, given the bytes received so far. Raises Interrupted."""
         self._stop.check()
-        reached, size = self._conversation.position, self._conversation.chunks * CHUNK
+        reached = self._conversation.position
         if reached < self._position:  # what was sent is compared now
             self._scan, self._fetch = Rate(), Rate()
         self._position = reached
-        link, pace = self._link(received), self._scan(reached) * CHUNK
-        told = self._conversation.verb.format(
-            fetched=human_size(received), link=human_size(link), pace=human_size(pace)
-        )
-        told = told if link and pace else told.partition(" at ")[0]
-        told = f"{human_size(reached * CHUNK)} of {human_size(size)} {told}"
-        self._report.progress(f"{self._name}: {', '.join(filter(None, (self._left(reached), self._number, told)))}")
+        link, scan, fetch = self._link(received), self._scan(reached), self._fetch(self._conversation.fetched)
+        self._report.progress(lambda: self._told(received, link, scan, fetch))
 
-    def _left(self, reached: int) -> str:
+    def _told(self, received: int, link: float, scan: float, fetch: float) -> str:
+        reached, size = self._position, self._conversation.chunks * CHUNK
+        told = self._conversation.verb.format(
+            fetched=human_size(received), link=human_size(link), pace=human_size(scan * CHUNK)
+        )
+        told = told if link and scan else told.partition(" at ")[0]
+        told = f"{human_size(reached * CHUNK)} of {human_size(size)} {told}"
+        return f"{self._name}: {', '.join(filter(None, (self._left(scan, fetch), self._number, told)))}"
+
+    def _left(self, scan: float, fetch: float) -> str:
         """The time left; empty while it is unknown."""
-        conversation = self._conversation
-        scan, fetch = self._scan(reached), self._fetch(conversation.fetched)
+        conversation, reached = self._conversation, self._position
         unscanned, outstanding = conversation.chunks - reached, conversation.outstanding
         if (unscanned and not scan) or (outstanding and not fetch):
             return ""
@@ -6584,7 +6586,8 @@ class Backup:
             left = max(queued.until, queued.not_before) - time.monotonic()
             until = f"{human_time(left)} until DigitalOcean takes its next snapshot"
             waiting = f"waiting for its clone and the droplet, {human_time(time.monotonic() - start)}"
-            self._report.progress(f"{queued.name}: {until if left > 0 else waiting}")
+            told = f"{queued.name}: {until if left > 0 else waiting}"
+            self._report.progress(lambda: told)  # noqa: B023 - called at once
             concurrent.futures.wait([future], timeout=0.5)
         try:
             return future.result()
@@ -6789,7 +6792,8 @@ class Backup:
         for clone, (queued, future) in list(self._checks.items()):
             while wait and not future.done():  # a stop ends it too
                 waited = human_time(time.monotonic() - start)
-                self._report.progress(f"{queued.name}: looking whether its backup comes up, {waited}")
+                told = f"{queued.name}: looking whether its backup comes up, {waited}"
+                self._report.progress(lambda: told)  # noqa: B023 - called at once
                 concurrent.futures.wait([future], timeout=0.5)
             if future.done():
                 del self._checks[clone]
@@ -6924,7 +6928,7 @@ class Restoration:
         name, report = self._new.name, self._context.report
         if self._context.config.check == "none":
             return
-        report.progress(f"{name}: looking whether it comes up")
+        report.progress(lambda: f"{name}: looking whether it comes up")
         found = keeper.look_at(volume)
         report.end_progress()
         tell = report.error if found.came_up is False else report.warn if found.words else report.say
@@ -6967,7 +6971,8 @@ class Restoration:
             end = time.monotonic() + (wait or retry)
             while (left := end - time.monotonic()) > 0:
                 seconds = max(until - time.monotonic(), 0)
-                report.progress(f"{name}: {human_time(seconds)} until DigitalOcean takes its next snapshot")
+                told = f"{name}: {human_time(seconds)} until DigitalOcean takes its next snapshot"
+                report.progress(lambda: told)  # noqa: B023 - called at once
                 self._context.stop.sleep(min(left, 0.5))
 
     def _fill(self, volume: Volume, keeper: DropletKeeper, *, is_empty: bool) -> int:

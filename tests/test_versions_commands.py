@@ -179,7 +179,7 @@ def test_list_of_nothing_and_of_what_is_not_there(tmp_path: Path, user: User) ->
     assert "did you mean data?" in user.run("restore", "dato", "file", expect=2)
     (tmp_path / "empty").mkdir()
     assert "no backup" in user.run("--backups", "empty", "list")
-    assert json.loads(user.run("--backups", "empty", "list", "--json")) == {"volumes": []}
+    assert json.loads(user.run("--backups", "empty", "list", "--json")) == {"volumes": [], "remains": []}
     assert "there is no missing" in user.run("--backups", "missing", "list", expect=2)
 
 
