@@ -3099,8 +3099,8 @@ class SparseFile:
         data = self.read(index * CHUNK, CHUNK)
         return ZERO_CHUNK if data == ZERO_CHUNK else data
 
-    def pages(self, index: int, *, hints: bool = True) -> dict[int, bytes] | None:
-        """The pages of a chunk that are not zeros, by their numbers; None if the disk cannot read it.
+    def pages(self, index: int, wanted: int = ALL_PAGES, *, hints: bool = True) -> dict[int, bytes] | None:
+        """The wanted pages of a chunk that are not zeros, by their numbers; None if the disk cannot read it.
 
         With `hints` what is said to be a hole is not read: only the chunk's digest tells whether that was right.
         """
@@ -3111,13 +3111,14 @@ class SparseFile:
             if hints:
                 offset = self.end_of_hole(offset, end) // PAGE * PAGE
                 stop = min(max(-(-self._end_of_data(offset, end) // PAGE), offset // PAGE + 1) * PAGE, end)
-            if (data := self.read(offset, stop - offset)) is None:
+            first, count = offset // PAGE % PAGES, (stop - offset) // PAGE
+            asked, offset = wanted >> first & ((1 << count) - 1), stop
+            data = self.read(stop - count * PAGE, count * PAGE) if asked else b""
+            if data is None:
                 return None
-            first = offset // PAGE % PAGES
-            for place in range(0, len(data), PAGE):
-                if not data.startswith(ZERO_PAGE, place):
-                    found[first + place // PAGE] = data[place : place + PAGE]
-            offset = stop
+            for page in pages_in(asked):
+                if not data.startswith(ZERO_PAGE, page * PAGE):
+                    found[first + page] = data[page * PAGE : (page + 1) * PAGE]
         return found
 
     def write_pages(self, index: int, pages: Mapping[int, bytes], which: int) -> None:
@@ -3347,6 +3348,7 @@ class PatchFile:
         self._made: tempfile.SpooledTemporaryFile[bytes] | None = None  # the index of a file that has none
         self._count = -1  # of the index's rows; before they are known -1
         self._chunks: array.array[int] | None = None  # of its rows, if `find` was asked
+        self._may_have = bytearray()  # a bitmap of them, by the remainders
         try:
             if from_disk:
                 self._opened.forget_cached()
@@ -3551,6 +3553,12 @@ class PatchFile:
                 self._chunks.extend(rows[:: self.ROW.size // 4])
             if sys.byteorder == "little":
                 self._chunks.byteswap()
+            self._may_have = bytearray(len(self._chunks) + 1)
+            for place in (chunk % (8 * len(self._may_have)) for chunk in self._chunks):
+                self._may_have[place >> 3] |= 1 << (place & 7)
+        place = index % (8 * len(self._may_have))
+        if not self._may_have[place >> 3] >> (place & 7) & 1:
+            return None  # as most of many versions, and soon
         row = bisect.bisect_left(self._chunks, index)
         if row == len(self._chunks) or self._chunks[row] != index:
             return None
@@ -4039,8 +4047,8 @@ def content_of(
     """
     laid, rest = laid_over(patches)
     for hints in (True, False):
-        stored = image.pages(index, hints=hints) if rest else {}
-        pages = {page: data for page, data in (stored or {}).items() if rest >> page & 1} | laid
+        stored = image.pages(index, rest, hints=hints)
+        pages = {**(stored or {}), **laid}
         if stored is not None and chunk_digest(digests_of(pages)) == digest:
             return pages, True
         if not rest or stored is None:
@@ -4196,18 +4204,18 @@ class Chain:
             is_doubtful = any(step.doubtful for step in steps)
             for spot in self._walk(steps):
                 if is_doubtful or spot.patches or not spot.is_zeros:
-                    for depth in self._wrong(spot, steps):
+                    for depth in self._wrong(spot, steps, self._doubtful(spot, steps) if is_doubtful else ()):
                         if spot.chunk * CHUNK < sizes[depth]:
                             damaged[depth].add(spot.chunk)
                 tick(CHUNK)
         return damaged
 
-    def _wrong(self, spot: Spot, steps: Sequence[PatchFile]) -> Iterator[int]:
+    def _wrong(self, spot: Spot, steps: Sequence[PatchFile], doubtful: Sequence[int]) -> Iterator[int]:
         """How many steps back a chunk is not sound. Each patched page is hashed once."""
         before, own = self._before, dict(spot.patches)
         pages, is_sound = self._of_image(spot, own.pop(0, None) if before else None)
         digests, since = digests_of(pages) if own else bytearray(), 0
-        in_doubt = [number for number in self._doubtful(spot, steps) if number >= before and number not in own]
+        in_doubt = [number for number in doubtful if number >= before and number not in own]
         for number in sorted([*own, *in_doubt]):
             depth = number + 1 - before
             if not is_sound:
@@ -4277,7 +4285,8 @@ class Chain:
                 for content in itertools.islice(self.contents(depth), size // CHUNK):
                     if content.pages or is_cloned:
                         file.write_pages(content.index, content.pages, content.patched if is_cloned else content.filled)
-                    written.append(content)
+                    if content.pages or is_cloned or not content.is_sound:
+                        written.append(content)
                     held += len(content.pages)
                     if held > self.READ_BACK or len(written) > self.READ_BACK:
                         self._read_back(file, written, damaged, is_cloned=is_cloned)
@@ -4295,8 +4304,8 @@ class Chain:
     def _read_back(file: SparseFile, written: list[Content], damaged: Ranges, *, is_cloned: bool) -> None:
         """Compare what a restored file has on the disk with what it is to have, and write again what it has not.
 
-        `written` are neighbouring chunks. Of a clone all is compared: ZFS has been seen to show in one what was there
-        before. A new file has nothing where nothing was written.
+        `written` are in order. Of a clone all is compared: ZFS has been seen to show in one what was there before. A
+        new file has nothing where nothing was written.
         """
 
         def is_there(content: Content) -> bool:
@@ -4309,7 +4318,7 @@ class Chain:
             )
 
         for attempt in (1, 2) if written else ():
-            file.forget_cached(written[0].index * CHUNK, len(written) * CHUNK)
+            file.forget_cached(written[0].index * CHUNK, (written[-1].index + 1 - written[0].index) * CHUNK)
             wrong = [content for content in written if not is_there(content)]
             for content in wrong if attempt == 1 else ():
                 file.write_pages(content.index, content.pages, ALL_PAGES)
@@ -7145,13 +7154,14 @@ class Shown:
     @staticmethod
     def _mark(path_or_fd: Path | int) -> tuple[int, ...] | None:
         """What changes with a file; None without one."""
-        with contextlib.suppress(FileNotFoundError):
+        try:
             status = os.stat(path_or_fd)
-            return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        return None
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
-    def _marks(self, image: SparseFile, undo: PatchFile | None) -> tuple[object, ...]:
-        """The marks of state, undo, image and versions.
+    def _marks(self, image: SparseFile, undo: PatchFile | None, *, all_of_it: bool = True) -> tuple[object, ...]:
+        """The marks of state, undo, image and, with `all_of_it`, versions.
 
         An image below an undo may change; an undo that is not whole, or is a version already, does not count.
         """
@@ -7160,12 +7170,12 @@ class Shown:
             with Undo.left(self.paths) as left:
                 has_undo = None if left is None or left.is_committed else has_undo
         told = self._mark(self.paths.state), has_undo, self._mark(image.fd) if undo is None else None
-        return (*told, self._mark(self.paths.versions))
+        return (*told, self._mark(self.paths.versions)) if all_of_it else told
 
     def _is_current(self, view: View, *, all_of_it: bool = False) -> bool:
         """Whether what was read by a view is right; `all_of_it`: and whether there are the same versions."""
-        marks = self._marks(view.image, view.undo)
-        return marks == view.marks if all_of_it else marks[:3] == view.marks[:3]
+        marks = self._marks(view.image, view.undo, all_of_it=all_of_it)
+        return marks == view.marks[: len(marks)]
 
     def _look(self) -> View:
         """See what is there now; raises Replaced, DosvobError, OSError."""
@@ -7272,8 +7282,8 @@ class ShownFile:
             yield index, ((1 << count) - 1) << first
             page += count
 
-    def read(self, offset: int, length: int) -> list[bytes]:
-        """A part of it, in pieces, as far as it goes. Raises as `Shown.pages` does."""
+    def read(self, offset: int, length: int) -> bytes:
+        """A part of it, as far as it goes. Raises as `Shown.pages` does."""
         end, pieces = min(offset + length, self.size), []
         for index, wanted in self._parts(offset, end):
             own = self._written.get(index, 0) & wanted
@@ -7286,7 +7296,7 @@ class ShownFile:
         if pieces:
             pieces[-1] = pieces[-1][: (end - 1) % PAGE + 1]
             pieces[0] = pieces[0][offset % PAGE :]
-        return pieces
+        return b"".join(pieces)
 
     def write(self, offset: int, data: bytes) -> None:
         """Write over a part of it; raises OSError."""
@@ -7294,9 +7304,7 @@ class ShownFile:
         start, stop = offset // PAGE * PAGE, -(-end // PAGE) * PAGE
         if end > self.size:
             raise OSError(errno.EFBIG, "it does not grow")
-        self._scratch_file().write(
-            b"".join([*self.read(start, offset - start), data, *self.read(end, stop - end)]), start
-        )
+        self._scratch_file().write(self.read(start, offset - start) + data + self.read(end, stop - end), start)
         self._mark(start, stop)
 
     def write_zeros(self, offset: int, length: int) -> None:
@@ -7440,7 +7448,7 @@ class Kernel:
         self._files = files
         self._modes = (0o500, 0o400) if read_only else (0o700, 0o600)
         self._began = utc_now().timestamp()
-        self._answers: dict[int, Callable[[int, memoryview], bytes | list[bytes]]] = {
+        self._answers: dict[int, Callable[[int, memoryview], bytes]] = {
             1: self._lookup, 3: self._getattr, 4: self._getattr, 5: self._readlink, 14: self._open, 15: self._read,
             16: self._write, 17: self._statfs, 18: self._release, 20: self._nothing, 25: self._nothing, 26: self._init,
             27: self._opendir, 28: self._readdir, 29: self._nothing, 30: self._nothing, 38: self._nothing,
@@ -7473,8 +7481,7 @@ class Kernel:
         _, opcode, unique, node, *_ = self.IN.unpack(question[: self.IN.size])
         if opcode in self.UNANSWERED:
             return
-        answer: bytes | list[bytes] = b""
-        number = 0
+        answer, number = b"", 0
         try:
             if opcode not in self._answers:
                 raise OSError(errno.ENOSYS, "not needed")
@@ -7489,10 +7496,9 @@ class Kernel:
         except Exception as problem:  # noqa: BLE001 - a bug: whoever reads meets an error, and the mount goes on
             number = errno.EIO
             self._files.tell(f"{self._described(node)}: unexpected {type(problem).__name__}: {problem}")
-        pieces = [] if number else answer if isinstance(answer, list) else [answer]
-        head = self.OUT.pack(self.OUT.size + sum(map(len, pieces)), -number, unique)
+        head = self.OUT.pack(self.OUT.size + len(answer), -number, unique)
         with contextlib.suppress(FileNotFoundError):  # nobody waits for it any more
-            os.writev(self._fd, [head, *pieces])
+            os.writev(self._fd, [head, answer])
 
     def _described(self, number: int) -> str:
         node = self._files.nodes[number]
@@ -7545,7 +7551,7 @@ class Kernel:
         self._files.file(node).release()
         return b""
 
-    def _read(self, node: int, body: memoryview) -> list[bytes]:
+    def _read(self, node: int, body: memoryview) -> bytes:
         _, offset, size = struct.unpack("=QQI", body[:20])
         return self._files.file(node).read(offset, size)
 
@@ -7690,6 +7696,7 @@ class Served:
 
     def run(self, fd: int, *, read_only: bool) -> None:
         """Serve it."""
+        keep_freed_memory()
         try:
             Kernel(fd, self._files, read_only=read_only).serve(self._end_if_asked)
         except BaseException:
