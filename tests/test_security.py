@@ -74,7 +74,7 @@ def test_token_is_not_told(home: Home, sim: Simulator, tmp_path: Path, private: 
     sim.add_key(f"dosvob-ephemeral-{sim.token}")
     echo = f"bad token Bearer {sim.token}"
     sim.faults.add(
-        Fault("error", method="POST", path="^/v2/droplets$", status=422, text=echo, times=2),
+        Fault("error", method="POST", path="^/v2/droplets$", status=422, text=echo, times=3),
         Fault("error", method="GET", path="^/v2/regions$", status=500, text=echo),
     )
     done = run(home, "--verbose", expect=None, **private)
@@ -387,7 +387,7 @@ def test_name_of_a_volume_is_not_a_path(home: Home, sim: Simulator) -> None:
 def test_texts_of_the_api_do_not_steer_the_terminal(home: Home, sim: Simulator) -> None:
     add_volume(sim, "data")
     text = "oops\x1b]0;title\x07\x1b[2J\u202e\x9b31m"
-    sim.faults.add(Fault("error", method="POST", path="^/v2/droplets$", status=422, text=text, times=2))
+    sim.faults.add(Fault("error", method="POST", path="^/v2/droplets$", status=422, text=text, times=3))
     done = run(home, "--verbose", expect=1)
     assert "oops" in done.stderr
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", done.stdout + done.stderr)
