@@ -432,6 +432,7 @@ def test_the_whole_script_killed_in_a_later_sync(home: Home, pytestconfig: pytes
     script = WholeScript(home, home.simulator.add_volume(NAME))
     script.put(script.old)
     home.run()
+    script.paths.versions.mkdir()  # which is made but once
     script.put(script.new)
     calls = script.run(expect=0)
     check_durability(calls, script.paths)
