@@ -2408,10 +2408,16 @@ class Checker:
 
     PLACE = "/mnt"  # where it has a small file system of its own
     READ_ONLY = ("cramfs", "erofs", "iso9660", "squashfs")
-    NOT_TRIED = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EBUSY, errno.ENODEV, errno.ENOMEM, errno.ENOTBLK)
+    TAKEN = (errno.EBUSY, errno.EEXIST)  # for a while; EEXIST: by a Btrfs of the same UUID, before Linux 6.7
+    NOT_TRIED = (*TAKEN, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENODEV, errno.ENOMEM, errno.ENOTBLK)
     # What kernels, from 5.10 to 6.18, say if they lack something, if something is wrong, and if all is well
-    LACKS = re.compile(r"unsupported optional features|unknown \S+( \S+)? features|safely mounted|without CONFIG_")
-    WRONG = re.compile(r"EXT4-fs error|BTRFS (error|critical)|XFS .*(orruption|rror|hut ?down)|I/O error")
+    LACKS = re.compile(
+        r"unsupported optional features|unknown \S+( \S+)? features|safely mounted|without CONFIG_|"
+        r"external (journal|log)"
+    )
+    WRONG = re.compile(
+        r"EXT4-fs error|BTRFS (error|critical)(?!.* already reg)|XFS .*(orruption|rror|hut ?down)|I/O error"
+    )
     USUAL = re.compile(
         r"mounted filesystem|Mounting V|[Uu]nmounting|first mount of|recovery complete|(Starting|Ending) |using |"
         r"orphan|enabling|checking UUID|free.space.tree|last unmount"
@@ -2557,16 +2563,16 @@ class Checker:
     def looked_into(self, node: str, kind: str) -> dict[str, Any]:
         """Mount a file system, read its top directory, unmount it; the bytes `used`, and its `size`."""
         place, flags = self.PLACE + "/tried", 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
-        if kind == "btrfs":  # the kernel may know a namesake, such as the volume's last clone
-            with contextlib.suppress(OSError), open("/dev/btrfs-control", "r+b", buffering=0) as control:
-                fcntl.ioctl(control, 0x50009405, bytearray(4096))  # BTRFS_IOC_FORGET_DEV
         end = time.monotonic() + EXCLUSIVE_LIMIT
         while True:
+            if kind == "btrfs":  # the kernel may know a namesake, such as the volume's last clone
+                with contextlib.suppress(OSError), open("/dev/btrfs-control", "r+b", buffering=0) as control:
+                    fcntl.ioctl(control, 0x50009405, bytearray(4096))  # BTRFS_IOC_FORGET_DEV
             try:
                 self.mount(node, place, kind, flags | (kind in self.READ_ONLY), "nouuid" if kind == "xfs" else "")
                 break
             except OSError as problem:
-                if problem.errno != errno.EBUSY or time.monotonic() > end:
+                if problem.errno not in self.TAKEN or time.monotonic() > end:
                     raise
             time.sleep(0.1)
         try:

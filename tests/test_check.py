@@ -340,6 +340,19 @@ def test_a_file_system_that_the_kernel_lacks(tmp_path: Path) -> None:
     assert found.words == "this droplet's kernel has no exfat"
 
 
+def test_a_journal_on_another_device(tmp_path: Path) -> None:
+    """Which the droplet has not: so it cannot be tried."""
+    paths = [tmp_path / "journal", tmp_path / "disk"]
+    for path in paths:
+        create_sparse(path, 64 * MIB)
+    with contextlib.closing(LoopDevice(paths[0])) as journal, contextlib.closing(LoopDevice(paths[1])) as disk:
+        call("mkfs.ext4", "-q", "-O", "journal_dev", journal.path)
+        call("mkfs.ext4", "-q", "-J", f"device={journal.path}", disk.path)
+    found = look(tmp_path / "disk")
+    assert (found.systems, found.came_up) == ("ext4", None)
+    assert "external journal" in found.words
+
+
 def test_a_part_of_a_larger_btrfs(tmp_path: Path) -> None:
     needs("btrfs")
     for name in ("one", "two"):
