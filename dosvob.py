@@ -2677,7 +2677,8 @@ exec({source!r})
 # `Undo.recover` is all that a crash needs. To put an undo back twice is the same as once.
 
 BLOCK = 4096  # bytes of a sealed block
-FORMATS = {"version": 2}  # of the files, by their kinds, 1 of all others; versions of format 1 have no index
+# Of the files, by their kinds, 1 of all others. Versions of format 1 have no index, states of format 1 nothing `found`.
+FORMATS = {"version": 2, "state": 2}
 ALL_PAGES = (1 << PAGES) - 1
 ZERO_CHUNK = bytes(CHUNK)
 ZERO_PAGES = ZERO_PAGE_DIGEST * PAGES

@@ -260,7 +260,7 @@ def test_many_volumes(sim: Simulator, home: Home, pytestconfig: pytest.Config) -
 TOO_MANY = "Droplet has reached the maximum number of attached volumes"
 
 
-@pytest.mark.parametrize("behaviour", [Behaviour(boot_seconds=3)])
+@pytest.mark.parametrize("behaviour", [Behaviour(boot_seconds=10)])
 def test_three_clones_are_made_ahead(sim: Simulator, home: Home, tmp_path: Path) -> None:
     """While the droplet boots, and while a volume syncs; they stay attached until the droplet goes."""
     volumes = [sim.add_volume(f"volume-{number}") for number in range(6)]

@@ -1348,7 +1348,7 @@ def test_a_damaged_state_is_told_and_the_image_is_left_as_it_is(disk: Disk, pyte
 def test_a_state_of_a_newer_version_is_kept_and_told(disk: Disk) -> None:
     state = dosvob.State.load(disk.paths.state)
     assert state is not None
-    write_at(disk.paths.state, 0, dosvob.seal("state", {"version": 2, **dataclasses.asdict(state)}))
+    write_at(disk.paths.state, 0, dosvob.seal("state", {"version": 3, **dataclasses.asdict(state)}))
     kept = disk.paths.state.read_bytes()
     with pytest.raises(dosvob.DosvobError, match="newer dosvob"):
         disk.back_up()
