@@ -601,10 +601,10 @@ def test_what_was_there_and_is_not(sim: Simulator, home: Home, data: Volume) -> 
 def test_what_hangs_holds_nothing_up(sim: Simulator, home: Home, data: Volume, tmp_path: Path) -> None:
     other = file_system(sim, "other", tmp_path)
     sim.faults.add(Droplet(tmp_path, r"import re, time; re.search(rb'-0\W', program[-60:]) and time.sleep(3600)").fault)
-    done = run(home, constants={"STALL_LIMIT": 2})
+    done = run(home, constants={"STALL_LIMIT": 5})
     assert cells(done.stdout, "data")[-2:] == ["not tried", "ok"]
     assert cells(done.stdout, "other")[-2:] == ["ext4, 0 % full", "ok"]
-    silent = "the connection to the droplet was silent for 2 s"
+    silent = "the connection to the droplet was silent for 5 s"
     assert f"warning: data: whether it comes up is not known: {silent}" in done.stderr
     logs = [path.read_text() for path in (tmp_path / "cloud").rglob("droplet-*.log")]
     assert "".join(logs).count("Accepted publickey") == 1  # the connection is the other volume's too
