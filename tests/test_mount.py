@@ -563,17 +563,18 @@ def test_what_cannot_be_mounted_is_told(
 
 
 AS_USER = """
+# As nobody, for fusermount3 wants a user with a name.
 set -e
 mknod "$1/fuse" c 10 229 && chmod 666 "$1/fuse" && mount --bind "$1/fuse" /dev/fuse
 [ -z "$2" ] || { echo "$2" > "$1/fuse.conf" && touch /etc/fuse.conf && mount --bind "$1/fuse.conf" /etc/fuse.conf; }
-mount --bind "$1" /mnt && cd /mnt && chmod 755 . && chown -R 1000:1000 backups shown  # whoever may not get to $1
+mount --bind "$1" /mnt && cd /mnt && chmod 755 . && chown -R 65534:65534 backups shown  # whoever may not get to $1
 shift 2
-setpriv --reuid 1000 --regid 1000 --clear-groups env HOME=/tmp "$@" backups mount shown > said 2>&1 &
+setpriv --reuid 65534 --regid 65534 --clear-groups env HOME=/tmp "$@" backups mount shown > said 2>&1 &
 while kill -0 $! && ! grep -q " shows " said; do sleep 0.05; done
 grep " fuse.dosvob " /proc/self/mountinfo > /dev/null
-setpriv --reuid 1000 --regid 1000 --clear-groups sha256sum shown/data/latest > digest
+setpriv --reuid 65534 --regid 65534 --clear-groups sha256sum shown/data/latest > digest
 cat shown/data/latest > by-root 2> /dev/null || true
-setpriv --reuid 1000 --regid 1000 --clear-groups fusermount3 -u shown
+setpriv --reuid 65534 --regid 65534 --clear-groups fusermount3 -u shown
 wait $!
 """
 
@@ -582,7 +583,7 @@ def python_for_all() -> str:
     """A Python that others than root can run."""
     for path in (os.path.realpath(sys.executable), "/usr/bin/python3"):
         program = "import sys; sys.exit(sys.version_info < (3, 11))"
-        command = ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", "env", path, "-I", "-c", program]
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", path, "-I", "-c", program]
         if subprocess.run(command, check=False, capture_output=True).returncode == 0:
             return path
     pytest.skip("there is no Python 3.11 that others than root can run")
