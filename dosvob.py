@@ -3819,6 +3819,11 @@ class Versions:
         return data + (len(new) - len(both)) * (Patch.HEADER.size + PatchFile.ROW.size)
 
     @staticmethod
+    def next_moment(taken: datetime.datetime, versions: Sequence[Version]) -> datetime.datetime:
+        """The time that a snapshot has as the next version: versions are in the order of their names."""
+        return max(taken, versions[0].moment + datetime.timedelta(seconds=1)) if versions else taken
+
+    @staticmethod
     def moment_of_image(state: State | None, versions: Sequence[Version]) -> datetime.datetime | None:
         """When the image's snapshot was taken; without a state by what the newest version leads back from."""
         newer = versions[0].newer if versions else None
@@ -5083,9 +5088,7 @@ class Update:
         if snapshot is None:  # known is only that it is later than the newest version, if there is one
             taken_at = older[0].moment.isoformat() if older else ""
             snapshot = dataclasses.replace(newer, size=image["size"] // CHUNK * CHUNK, taken_at=taken_at)
-        moment = state.moment if state else snapshot.moment(utc_now())
-        if older:  # versions are in the order of their names
-            moment = max(moment, older[0].moment + datetime.timedelta(seconds=1))
+        moment = Versions.next_moment(state.moment if state else snapshot.moment(utc_now()), older)
         return {
             "time": moment.strftime(Version.TIME) if self._makes_version else "",
             "snapshot": dataclasses.asdict(snapshot),
@@ -6812,8 +6815,9 @@ class Backup:
         report, paths, doubt = self._report, ImagePaths(self._context.home.path, name), ""
         try:
             found = State.note(paths, found)
-            with contextlib.closing(Chain(paths)) as chain:
-                doubt = chain.doubt(0)
+            if found is not None and found.came_up is False:
+                with contextlib.closing(Chain(paths)) as chain:
+                    doubt = chain.doubt(0)
         except (DosvobError, OSError) as problem:
             report.warn(f"{name}: what was found on it is not recorded: {explained(problem, paths.state)}")
         if found is not None:
@@ -7214,9 +7218,7 @@ class Shown:
     @staticmethod
     def _named(state: State, versions: Sequence[Version]) -> dict[str, Snapshot]:
         """The snapshots by the names of their files: the image's is the one that it has later, as a version."""
-        moment = state.moment
-        if versions:
-            moment = max(moment, versions[0].moment + datetime.timedelta(seconds=1))
+        moment = Versions.next_moment(state.moment, versions)
         moments = [(moment, state.snapshot), *((version.moment, version.snapshot) for version in versions)]
         return {each.strftime(FileSystem.TIME): snapshot for each, snapshot in moments if snapshot is not None}
 
@@ -7370,10 +7372,8 @@ class FileSystem:
         self._report = report
         self._pool = OpenFiles()
         self._shown: dict[str, Shown] = {}
-        self.nodes: list[str | tuple[str, str] | ShownFile] = [
-            "",
-            "",
-        ]  # directories by their paths, links; 1 is the root
+        # Directories by their paths, links and files; 1 is the root
+        self.nodes: list[str | tuple[str, str] | ShownFile] = ["", ""]
         self._numbers: dict[object, int] = {"": 1}
         self._told: set[str] = set()
 

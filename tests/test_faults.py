@@ -454,16 +454,21 @@ def droplets_ever(sim: Simulator) -> int:
     return sum(item.kind == "droplet" for item in sim.ever)
 
 
+def assert_one_droplet_is_lost(home: Home, sim: Simulator, volumes: list[Volume], told: str) -> None:
+    """An action that has no end is told, and costs a droplet and no volume."""
+    done = run(home, constants={"ACTION_LIMIT": 0.5})
+    assert told in done.stderr
+    assert droplets_ever(sim) == 2
+    assert_backed_up(home, *volumes)
+    assert_nothing_left(sim)
+
+
 @pytest.mark.parametrize("nth", [1, 2, 5])
 def test_attach_never_ends(home: Home, sim: Simulator, nth: int) -> None:
     """The droplet takes no other event then; another one does."""
     volumes = [add_volume(sim, name) for name in ("a", "b", "c", "d", "e")]
     sim.faults.add(Fault("action-stuck", nth=nth))
-    done = run(home, constants={"ACTION_LIMIT": 0.5})
-    assert "did not end within 0.5 s; making another one" in done.stderr
-    assert droplets_ever(sim) == 2
-    assert_backed_up(home, *volumes)
-    assert_nothing_left(sim)
+    assert_one_droplet_is_lost(home, sim, volumes, "did not end within 0.5 s; making another one")
 
 
 def test_attach_that_never_ends_was_done_all_the_same(home: Home, sim: Simulator) -> None:
@@ -519,11 +524,7 @@ def test_detach_for_the_quota_never_ends(home: Home, sim: Simulator) -> None:
     """Another droplet frees what is attached to this one."""
     volumes = [add_volume(sim, name) for name in ("data", "more", "other", "still")]
     sim.faults.add(Fault("action-stuck", nth=2))
-    done = run(home, constants={"ACTION_LIMIT": 0.5})
-    assert "the detach of" in done.stderr
-    assert droplets_ever(sim) == 2
-    assert_backed_up(home, *volumes)
-    assert_nothing_left(sim)
+    assert_one_droplet_is_lost(home, sim, volumes, "the detach of")
 
 
 def test_snapshot_is_not_known_for_a_moment(home: Home, sim: Simulator) -> None:

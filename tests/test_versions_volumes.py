@@ -455,9 +455,11 @@ def test_what_an_undo_makes_of_a_chunk_that_cannot_be_read_is_not_sound_without_
     leave_written(lineage.backups, lineage.device, lineage.now, keep=ALL)
     lineage.paths.state.unlink()
     pages = dosvob.SparseFile.pages
-    monkeypatch.setattr(
-        dosvob.SparseFile, "pages", lambda file, index, **hints: None if index == 2 else pages(file, index, **hints)
-    )
+
+    def unreadable(file: dosvob.SparseFile, index: int, *wanted: int, **hints: bool) -> dict[int, bytes] | None:
+        return None if index == 2 else pages(file, index, *wanted, **hints)
+
+    monkeypatch.setattr(dosvob.SparseFile, "pages", unreadable)
     with contextlib.closing(dosvob.Chain(lineage.paths)) as chain:
         assert str(chain.verify(lambda size: None)[0]) == f"bytes {2 * MIB} to {3 * MIB - 1}"
 
