@@ -6561,13 +6561,8 @@ class Backup:
         pool = concurrent.futures.ThreadPoolExecutor
         keeper = DropletKeeper(self._context, self._ephemeral, self._plan)
         ahead: collections.deque[tuple[Queued, Prepared]] = collections.deque()
-        with (
-            contextlib.closing(keeper),
-            pool(1) as maker,
-            pool(1) as attacher,
-            pool(1) as saver,
-            pool(self.MOST_CHECKS) as beside,
-        ):
+        beside = pool(self.MOST_CHECKS)
+        with contextlib.closing(keeper), pool(1) as maker, pool(1) as attacher, pool(1) as saver, beside:
 
             def prepare() -> bool:
                 while self._queue and len(ahead) < self.AHEAD:

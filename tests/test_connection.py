@@ -116,7 +116,8 @@ def test_what_had_arrived_is_not_fetched_again(home: Home, sim: Simulator, tmp_p
     assert ("was silent for 8 s" in running.output) == (how != "cut")
     assert_backed_up(home, volume)
     assert_nothing_left(sim)
-    assert bytes_sent(sim) - arrived < (SIZE - 5 * MIB) * OVERHEAD
+    more = running.output.count("connecting again") - 1  # a slow machine is silent for a while too, and loses a window
+    assert bytes_sent(sim) - arrived < (SIZE - 5 * MIB) * OVERHEAD + more * 2 * MIB
 
 
 # -- the start of an agent

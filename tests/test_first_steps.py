@@ -5,6 +5,7 @@ And whose leftovers are whose, where two directories back up one account.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import datetime
 import math
@@ -133,6 +134,11 @@ def test_an_older_python_is_told_which_one_is_needed(home: Home, minor: int, arg
     done = run_bare(home, [python, str(SCRIPT), *arguments])
     assert_python_refused(done, f"3.{minor}")
     assert done.stdout == ""
+
+
+def test_an_older_python_can_read_the_script() -> None:
+    """Else it tells of a wrong syntax, instead of itself."""
+    ast.parse(SCRIPT.read_text(), feature_version=(3, 8))
 
 
 PRETENDING = """

@@ -185,9 +185,7 @@ def test_a_first_backup_does_not_read_what_it_has_just_made(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM])
-def test_where_holes_cannot_be_asked_for_all_is_data(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_where_holes_cannot_be_asked_for_all_is_data(disk: Disk, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refuse(*_: Any) -> int:
         raise OSError(number, os.strerror(number))
 
@@ -462,9 +460,7 @@ def leave_written_by(paths: dosvob.ImagePaths, device: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["EIO", "EBADMSG", "EUCLEAN"])
-def test_a_state_that_the_disk_cannot_read_is_no_matter_of_other_volumes(
-    home: Home, tmp_path: Path, name: str
-) -> None:
+def test_a_state_that_the_disk_cannot_read_is_no_matter_of_other_volumes(home: Home, tmp_path: Path, name: str) -> None:
     volumes = [home.simulator.add_volume(each) for each in (NAME, "other")]
     for _ in range(2):
         for volume in volumes:

@@ -34,7 +34,6 @@ KEEP = dosvob.Keep(last=3, daily=4, weekly=3, monthly=3)
 COMMAND_SIZE = struct.calcsize(dosvob.COMMAND)
 
 
-
 class InlineAgent:
     """The agent's own code as a stream, without threads that go on: it has scanned all before the first answer."""
 
