@@ -6,8 +6,11 @@ A volume of 4 GiB is synced over real OpenSSH; in turns of 8 MiB it has noise, f
   S2  nothing changed               S4  205 MB changed in one piece, half of it noise and half files
 
 With `--peers` each is done by others too, as far as they are installed: `ssh zstd -1`, which can only copy all of it,
-`rsync`, `rsync -z`, and for S3 `rsync -B 4096`; in turns with ours, and on the same data. H is what one thread takes on
-the droplet's side to read the volume once in 1 MiB reads with SHA-256. Compared are medians of the same run.
+`rsync`, `rsync -z`, and for S3 `rsync -B 4096`; in turns with ours, on the same data and with the same cipher. H is
+what one thread takes on the droplet's side to read the volume once in 1 MiB reads with SHA-256. In brackets are the
+seconds of CPU that this end and the droplet's take, without those of an emulated link. Compared are medians of one run.
+
+With `--apart` each end has one core, as in the field, where the droplet has no more; an emulated link runs on both.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import json
 import os
 import platform
 import random
+import resource
 import shlex
 import shutil
 import statistics
@@ -26,7 +30,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -58,7 +62,7 @@ PEERS = {
     "S4": (RSYNC, RSYNC_Z),
 }
 GOALS = {  # of the time that the best of the peers takes, or of S3's last one; S2's is measured by H
-    "S1": {"L0": 0.95, "L1": 0.80, "L2": 0.97},
+    "S1": {"L0": 0.90, "L1": 0.80, "L2": 0.97},
     "S3": {"L1": 0.75, "L2": 0.50},
     "S4": {"L0": 0.70, "L1": 0.70, "L2": 0.70},
 }
@@ -145,13 +149,25 @@ class Link:
     port: int
     directory: Path  # with the keys `id` and `hostkey`
     there: tuple[str, ...]
+    server: int  # the process of its sshd
 
     def ssh(self) -> list[str]:
         """The ssh command, but for `root@address`."""
         return [
             *("ssh", "-F", "none", "-p", str(self.port), "-i", str(self.directory / "id"), "-o", "BatchMode=yes"),
             *("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"),
+            *("-c", dosvob.CIPHERS[0]),
         ]
+
+    def cpu_there(self) -> float:
+        """Seconds of CPU that connections which have ended took on the droplet's side; waits for the end of all."""
+        end = time.monotonic() + 60
+        while Path(f"/proc/{self.server}/task/{self.server}/children").read_text():
+            if time.monotonic() > end:
+                sys.exit("a connection does not end")
+            time.sleep(0.05)
+        fields = Path(f"/proc/{self.server}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[13:15])) / os.sysconf("SC_CLK_TCK")  # cutime, cstime
 
 
 @contextlib.contextmanager
@@ -166,7 +182,7 @@ def emulated(name: str, script: Path, directory: Path) -> Iterator[Link]:
         if "tcp_wmem" in command or command == first_packets:
             subprocess.run([*there, "sh", "-c", command], check=True, stdout=subprocess.DEVNULL)
     try:
-        yield Link(name, "10.77.0.2", 22, directory, there)
+        yield Link(name, "10.77.0.2", 22, directory, there, int((directory / "sshd_droplet.pid").read_text()))
     finally:
         subprocess.run([script, "down"], env=environment, check=True)
 
@@ -193,7 +209,7 @@ def loopback(name: str, directory: Path) -> Iterator[Link]:
     words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
     server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-f", "/dev/null", *words])
     try:
-        link = Link(name, "127.0.0.1", port, directory, ())
+        link = Link(name, "127.0.0.1", port, directory, (), server.pid)
         while subprocess.run(
             [*link.ssh(), f"root@{link.address}", "true"], check=False, stderr=subprocess.DEVNULL
         ).returncode:
@@ -215,13 +231,36 @@ def reference_h(link: Link, path: Path) -> float:
     return time.monotonic() - start
 
 
-def peer(name: str, link: Link, before: Path | None, source: Path, target: Path) -> float:
-    """Seconds that another program takes to make the target, which has what was there before, the source."""
+@dataclass(frozen=True)
+class Cost:
+    """What something took: seconds, and seconds of CPU at this end and at the droplet's."""
+
+    seconds: float
+    here: float = 0.0
+    there: float = 0.0
+
+    @classmethod
+    def median(cls, costs: Sequence[Cost]) -> Cost:
+        """The median of each."""
+        return cls(*map(statistics.median, zip(*map(dataclasses.astuple, costs), strict=True)))
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f}" + f" ({self.here:.1f}, {self.there:.1f})" * bool(self.here)
+
+
+def cpu_here() -> float:
+    """Seconds of CPU that the processes took which were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def peer(name: str, link: Link, before: Path | None, source: Path, target: Path) -> Cost:
+    """What another program takes to make the target, which has what was there before, the source."""
     target.unlink(missing_ok=True)
     if before is not None:
         copy(before, target)
     remote = f"root@{link.address}"
-    start = time.monotonic()
+    there, here, start = link.cpu_there(), cpu_here(), time.monotonic()
     if name == SSH_ZSTD:
         with subprocess.Popen([*link.ssh(), remote, f"zstd -q -1 -c {source}"], stdout=subprocess.PIPE) as sender:
             subprocess.run(["zstd", "-q", "-d", "--sparse", "-o", target], stdin=sender.stdout, check=True)
@@ -229,10 +268,10 @@ def peer(name: str, link: Link, before: Path | None, source: Path, target: Path)
         how = "--inplace" if before is not None else "--sparse"
         options = [*name.split(), how, "--ignore-times", "-e", shlex.join(link.ssh())]
         subprocess.run([*options, f"{remote}:{source}", target], check=True)
-    seconds = time.monotonic() - start
+    cost = Cost(time.monotonic() - start, cpu_here() - here, link.cpu_there() - there)
     check_equal(source, target)
     target.unlink()
-    return seconds
+    return cost
 
 
 def is_installed(name: str) -> bool:
@@ -245,9 +284,9 @@ def is_installed(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One sync: seconds, bytes received, peak memory here and on the droplet, bytes read and written by calls."""
+    """One sync: its cost, bytes received, peak memory here and on the droplet, bytes read and written by calls."""
 
-    seconds: float
+    cost: Cost
     received: int
     memory: int
     agent_memory: int
@@ -258,7 +297,7 @@ class Measurement:
 def sync_once(link: Link, source: Path, backups: Path, size: int, *, keep: bool = True) -> Measurement:
     """Sync in a process of its own, so that its memory can be measured."""
     command = [sys.executable, __file__, "--one", json.dumps(dataclasses.asdict(link), default=str)]
-    watcher = AgentWatcher()
+    watcher, there = AgentWatcher(), link.cpu_there()
     with watcher:
         done = subprocess.run(
             [*command, str(source), str(backups), str(size), "keep" if keep else "none"],
@@ -266,7 +305,9 @@ def sync_once(link: Link, source: Path, backups: Path, size: int, *, keep: bool 
             stdout=subprocess.PIPE,
             text=True,
         )
-    return Measurement(agent_memory=watcher.peak, **json.loads(done.stdout.splitlines()[-1]))
+    told = json.loads(done.stdout.splitlines()[-1])
+    cost = Cost(told.pop("seconds"), told.pop("cpu"), link.cpu_there() - there)
+    return Measurement(cost, agent_memory=watcher.peak, **told)
 
 
 class AgentWatcher(threading.Thread):
@@ -309,17 +350,17 @@ def sync_here(link: Link, source: Path, backups: Path, size: int, keep: dosvob.K
     read_before, written_before = bytes_moved("rchar"), bytes_moved("wchar")
     with contextlib.closing(dosvob.Link(link.address, keys, dosvob.Stop())) as way:
         way.open(60)  # as a run does it while the clone is being made
-        start = time.monotonic()
+        start, cpu = time.monotonic(), time.process_time()
         with contextlib.closing(dosvob.Update(paths, snapshot, keep, report.warn)) as update:
             pull = dosvob.Pull(update)
             received = dosvob.converse(
                 lambda: way.start_agent(pull.program(str(source))), pull, report.warn, lambda _: None, lambda _: False
             )
             update.finish()
-        seconds = time.monotonic() - start
+        seconds, cpu = time.monotonic() - start, time.process_time() - cpu
     memory = peak_memory(Path("/proc/self"))
     moved = {"read": bytes_moved("rchar") - read_before, "written": bytes_moved("wchar") - written_before}
-    print(json.dumps({"seconds": seconds, "received": received, "memory": memory, **moved}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "received": received, "memory": memory, **moved}))
 
 
 def peak_memory(process: Path) -> int:
@@ -338,46 +379,47 @@ def bytes_moved(field: str) -> int:
 
 
 class Cell:
-    """What was measured of one cell of the table: ours, and seconds by the name of a peer, or H."""
+    """What was measured of one cell of the table: ours, and costs by the name of a peer, or H."""
 
     def __init__(self) -> None:
         self.ours: list[Measurement] = []
-        self.others: dict[str, list[float]] = {}
+        self.others: dict[str, list[Cost]] = {}
 
-    def note(self, name: str, seconds: float) -> None:
+    def note(self, name: str, cost: Cost) -> None:
         """Keep what somebody else took."""
-        self.others.setdefault(name, []).append(seconds)
+        self.others.setdefault(name, []).append(cost)
 
     @property
-    def seconds(self) -> float:
+    def cost(self) -> Cost:
         """The median of ours."""
-        return statistics.median(measured.seconds for measured in self.ours)
+        return Cost.median([measured.cost for measured in self.ours])
 
-    def median(self, name: str) -> float:
+    def seconds(self, name: str) -> float:
         """The median of somebody else's."""
-        return statistics.median(self.others[name])
+        return Cost.median(self.others[name]).seconds
 
     def line(self, link: str, name: str) -> str:
         """It as a line of the table."""
         received = statistics.median(measured.received for measured in self.ours) / 1e6
         memory = [max(sizes) / 1e6 for sizes in zip(*((m.memory, m.agent_memory) for m in self.ours), strict=True)]
-        fields = [link, name, f"{self.seconds:.1f}", f"{received:.1f}", f"{memory[0]:.0f}, {memory[1]:.0f}"]
+        fields = [link, name, str(self.cost), f"{received:.1f}", f"{memory[0]:.0f}, {memory[1]:.0f}"]
         fields += [
-            f"{self.median(peer):.1f}" if peer in self.others else "" for peer in ("H", *PEERS["S1"], RSYNC_4096)
+            str(Cost.median(self.others[peer])) if peer in self.others else ""
+            for peer in ("H", *PEERS["S1"], RSYNC_4096)
         ]
         return f"| {' | '.join((*fields, self.verdict(link, name)))} |"
 
     def verdict(self, link: str, name: str) -> str:
         """How it compares with the goal, if what that is measured by was measured."""
         if name == "S2":
-            return f"{self.seconds / (1.25 * self.median('H') + 0.5):.2f} of 1.25 H + 0.5 s"
+            return f"{self.cost.seconds / (1.25 * self.seconds('H') + 0.5):.2f} of 1.25 H + 0.5 s"
         peers = [peer for peer in PEERS[name] if peer in self.others]
         if not peers:
             return ""
-        best = RSYNC_4096 if name == "S3" else min(peers, key=self.median)
+        best = RSYNC_4096 if name == "S3" else min(peers, key=self.seconds)
         goal = GOALS[name].get(link)
         of_goal = f"; the goal is {goal:.2f}" if goal else ""
-        return f"{self.seconds / self.median(best):.2f} of {best}{of_goal}"
+        return f"{self.cost.seconds / self.seconds(best):.2f} of {best}{of_goal}"
 
 
 @dataclass(frozen=True)
@@ -401,7 +443,7 @@ class Bench:
                 if holds != before:
                     holds = self.prepare(before)
                 subprocess.run(["cat", *self.data.values()], stdout=subprocess.DEVNULL, check=True)  # they are cached
-                cell.note("H", reference_h(link, self.data[after]))
+                cell.note("H", Cost(reference_h(link, self.data[after])))
                 cell.ours.append(sync_once(link, self.data[after], self.backups, self.size))
                 check_equal(self.data[after], self.backups / "bench")
                 holds = after
@@ -427,7 +469,7 @@ class Bench:
 
     def table(self, measured: dict[str, dict[str, Cell]]) -> str:
         """The table in Markdown."""
-        heads = ["link", "what", "seconds", "MB received", "memory here, droplet (MB)"]
+        heads = ["link", "what", "seconds (CPU here, droplet)", "MB received", "memory here, droplet (MB)"]
         heads += ["H", *PEERS["S1"], RSYNC_4096, "compared"]
         lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         lines += [cell.line(link, name) for link, cells in measured.items() for name, cell in cells.items()]
@@ -448,10 +490,9 @@ def versions_table(bench: Bench, rounds: int) -> str:
             runs[keep].append(sync_once(bench.here, bench.data["piece"], bench.backups, bench.size, keep=keep))
     lines = ["| 205 MB changed | seconds | MB read | MB written |", "|---|---|---|---|"]
     for keep, name in ((False, "without versions"), (True, "with a version")):
-        figures = [
-            statistics.median(getattr(run, what) for run in runs[keep]) for what in ("seconds", "read", "written")
-        ]
-        lines.append(f"| {name} | {figures[0]:.1f} | {figures[1] / 1e6:.0f} | {figures[2] / 1e6:.0f} |")
+        figures = [statistics.median(getattr(run, what) for run in runs[keep]) for what in ("read", "written")]
+        cost = Cost.median([run.cost for run in runs[keep]])
+        lines.append(f"| {name} | {cost} | {figures[0] / 1e6:.0f} | {figures[1] / 1e6:.0f} |")
     return "\n".join(lines)
 
 
@@ -509,6 +550,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gib", type=int, default=4, help="of the volume, and a part of the changes with it")
+    parser.add_argument("--apart", action="store_true", help="one core for each end")
     parser.add_argument("--peers", action="store_true", help="measure others beside it")
     parser.add_argument("--directory", type=Path, default=Path("/var/tmp/dosvob-bench"))
     parser.add_argument("--output", type=Path, default=Path("/var/tmp/dosvob-bench.md"))
@@ -561,7 +603,11 @@ def run(arguments: argparse.Namespace) -> str:
             return versions_table(bench, arguments.rounds)
         measured: dict[str, dict[str, Cell]] = {}
         for name in arguments.links if arguments.link else ["L0"]:
+            os.sched_setaffinity(0, range(os.cpu_count() or 1))  # an emulated link has all
             with emulated(name, arguments.link, keys) if arguments.link else contextlib.nullcontext(here) as link:
+                if arguments.apart:
+                    os.sched_setaffinity(link.server, {0})
+                    os.sched_setaffinity(0, {1})  # and what this process starts
                 measured[name] = bench.run(link, arguments.rounds)
         return f"{bench.table(measured)}\n\n{machine()}; the median of {arguments.rounds}."
 
