@@ -19,6 +19,7 @@ from signals import ignore_for_ourselves_only
 from simulator import Behaviour, Simulator
 
 SCRIPT = Path(__file__).resolve().parent.parent / "dosvob.py"
+LEAN = Path(__file__).resolve().parent / "lean"
 WITH_CONSTANTS = Path(__file__).resolve().parent / "with_constants.py"
 OPENAPI = os.environ.get("DIGITALOCEAN_OPENAPI")
 MIB = 1 << 20
@@ -89,15 +90,18 @@ class Home:
         path.chmod(0o600)
 
     def command(self, *arguments: str, constants: Mapping[str, Any] | None = None) -> list[str]:
-        """The command line that runs the script, with other values for some of its constants if so wished."""
+        """The command line that runs the script, with other values for some of its constants if so wished.
+
+        In this environment `-m dosvob` is what `dosvob.py` is, but compiled once: half of what starting takes.
+        """
         if constants:
             return [sys.executable, str(WITH_CONSTANTS), json.dumps(dict(constants)), *arguments]
-        return [sys.executable, str(SCRIPT), *arguments]
+        return [sys.executable, "-m", SCRIPT.stem, *arguments]
 
     def environment(self, **variables: str) -> dict[str, str]:
         """The environment to run the script in, without a real token that may be in ours."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("DIGITALOCEAN_")}
-        return {**ours, **self.simulator.environment(), **variables}
+        return {**ours, "PYTHONPATH": f"{LEAN}:{SCRIPT.parent}", **self.simulator.environment(), **variables}
 
     def run(
         self,
