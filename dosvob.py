@@ -1882,7 +1882,7 @@ class Ephemeral:
 # Digests (and ZEROS) come in the order of `parts`, without gaps, and overtake queued answers. Those come in any order.
 # Commands (from here to the agent) are COMMAND (kind, index, count, bitmap), all of one length:
 #   DROP     forget `count` chunks from the index on                 COMPARE   send the chunk's SHORT
-#   SEND     send the pages in the bitmap, forget the chunk
+#   SEND     send the pages in the bitmap, forget the chunk; `count` is the percentage of this end's reads that waited
 #   WRITE    write the pages in the bitmap, forget the chunk: they are in the frame that follows, as in answer to SEND
 # The agent obeys a command that follows a WRITE after it. It ends when its input does.
 #
@@ -1921,10 +1921,13 @@ AGENT_MAGIC = b"dosvob agent 3\n"
 FRAME = ">BII"
 COMMAND = ">BII32s"
 HELLO, DIGEST, ZEROS, SHORT, RAW, ZLIB, ZSTD, ALIVE, FAILED = range(1, 10)
-LEVELS = {  # of compression, each with its cost in multiples of the lowest one's; those above gain hardly anything
-    ZLIB: ((1, 1.0), (6, 2.0)),
-    ZSTD: ((1, 1.0), (3, 2.0), (6, 7.0)),
+# How hard to compress: the level, what that costs and how long the result is, in multiples of the lowest level's; those
+# above gain hardly anything
+LEVELS = {
+    ZLIB: ((1, 1.0, 1.0), (6, 2.0, 0.95)),
+    ZSTD: ((1, 1.0, 1.0), (3, 2.0, 0.9), (6, 7.0, 0.87)),
 }
+NOT_AT_ALL = (0, 0.0, 1.0)
 DROP, COMPARE, SEND, WRITE = range(1, 5)
 
 
@@ -2027,21 +2030,25 @@ except (OSError, AttributeError):
 
 
 class Packer:
-    """Prepares data for the link: raw, or compressed as hard as it can be while the link stays the bottleneck.
+    """Prepares data for the link: raw, or compressed so that it is through soonest.
 
-    It decides for each piece, by what compressing and sending took of late. Any thread may use it.
+    It decides for each piece, by what compressing and sending took of late. Any thread may use it. `waits` is the share
+    of the receiver's reads that found nothing yet: if it is small, the receiver takes longer than the link, and to
+    unpack as well would take it longer still.
     """
 
-    SHARE = 0.6  # of the time that the link takes for the data; the cores have reading, hashing and SSH to do as well
+    WAITS = 0.1  # the share from which on sending is taken to wait for the link
     SAMPLES, SAMPLE = 4, 2 << 10  # pieces, and bytes of each, that are compressed to see whether it makes a difference
     FADING = 0.9  # of the sums below, with each piece; sums, and not a mean of rates, which a buffer that fills spoils
 
     def __init__(self, with_zstd: bool) -> None:
         """`with_zstd` tells whether the other side can unpack it."""
         self.kind = ZSTD if with_zstd and LIBZSTD is not None else ZLIB
-        self.cores = os.cpu_count() or 1
+        self.cores = len(os.sched_getaffinity(0))
+        self.waits = 1.0
         self._lock = threading.Lock()
-        self._packed = self._packing = 0.0  # bytes compressed of late, and the seconds that the lowest level takes
+        self._packed = 0.0  # bytes compressed of late
+        self._packing, self._got = 0.0, 0.0  # the seconds that the lowest level takes for these, and bytes it makes
         self._sent = self._sending = 0.0  # bytes sent of late, and the seconds that it took
 
     def sent(self, size: int, seconds: float) -> None:
@@ -2052,7 +2059,7 @@ class Packer:
 
     def pack(self, data: bytes) -> tuple[int, bytes]:
         """What to send for the data: the kind of the frame (RAW, ZLIB, ZSTD) and the bytes."""
-        level, cost = self._level(len(data))
+        level, cost, length = self._level(len(data))
         if not level or not self._gets_shorter(data):
             return RAW, data
         start = time.thread_time()  # which does not count waiting for the interpreter's lock
@@ -2061,19 +2068,23 @@ class Packer:
         with self._lock:
             self._packed = self.FADING * self._packed + len(data)
             self._packing = self.FADING * self._packing + seconds / cost
+            self._got = self.FADING * self._got + len(packed) / length
         return (self.kind, packed) if len(packed) < len(data) else (RAW, data)
 
-    def _level(self, size: int) -> tuple[int, float]:
-        """How hard to compress so many bytes, and what that costs; level 0 for not at all."""
+    def _level(self, size: int) -> tuple[int, float, float]:
+        """How hard to compress so many bytes, what that costs, and how long the result is; level 0 for not at all."""
         with self._lock:
             on_link = size * self._sending / (self._sent or 1.0)
-            lowest = size * self._packing / (self._packed or 1.0)
-        levels = [
-            (level, cost) for level, cost in LEVELS[self.kind] if lowest * cost < on_link * self.SHARE * self.cores
-        ]
-        if not levels:
-            return 0, 0.0
-        return levels[-1 if self._packed else 0]
+            packing = size * self._packing / (self._packed or 1.0) / self.cores
+            on_link_packed = on_link * self._got / (self._packed or 1.0)
+        if not on_link or self.waits < self.WAITS:
+            return NOT_AT_ALL
+        if not self._packed:
+            return LEVELS[self.kind][0]
+        return min(
+            NOT_AT_ALL, *LEVELS[self.kind],
+            key=lambda by: max(packing * by[1], on_link_packed * by[2]) if by[0] else on_link,
+        )  # fmt: skip
 
     def _gets_shorter(self, data: bytes) -> bool:
         step = max(len(data) // self.SAMPLES, 1)
@@ -2323,6 +2334,8 @@ class Agent:
                 self.write_pages(index, pages)
                 self.forget(index, 1)
             else:
+                if kind == SEND:
+                    self.packer.waits = count / 100
                 self.requests.put((kind, index, pages))
 
     def write_pages(self, index: int, wanted: int) -> None:
@@ -3200,6 +3213,11 @@ class SparseFile:
             with contextlib.suppress(OSError):  # what is not on the disk yet would not be forgotten
                 os.fdatasync(self.fd)
             os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def write_out(self) -> None:
+        """Have the kernel begin to write what it has of the file, so that to wait for all of it at the end is short."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close it; once more does no harm."""
@@ -4913,6 +4931,7 @@ class Update:
     """
 
     SPACE_FOR_OTHERS = 1 << 30  # bytes that a first sync on a full disk leaves to the changes of other volumes
+    WRITE_OUT = 64 << 20  # bytes
     REST_OF_HEAD = 1600  # bytes, at most, of a version's head beside its two snapshots
 
     def __init__(
@@ -4956,6 +4975,7 @@ class Update:
         self._new_state = os.fdopen(new_state, "wb", buffering=128 << 10)
         self._new_state.write(bytes(BLOCK))
         self._table = hashlib.sha256()
+        self._unwritten = 0  # bytes that the kernel may keep in memory
         self.image_digests = ImageDigests(paths, self._image, self.chunks, self._state, self.spool, reread=reread)
         self.image_digests.is_new = is_new
 
@@ -5026,6 +5046,10 @@ class Update:
             self.spool.append(patch)
         else:
             patch.write_to(self._image)
+            self._unwritten += len(patch.data)
+            if self._unwritten > self.WRITE_OUT:
+                self._image.write_out()
+                self._unwritten = 0
         self._record(patch.index, patch.digest)
 
     def _record(self, index: int, digest: bytes) -> None:
@@ -5218,6 +5242,9 @@ class Stream(Protocol):
     def receive(self) -> bytes:
         """At least one byte; raises ConnectionLost when no more come."""
 
+    waits: float
+    """The share of the reads of late, from 0 to 1, that found nothing yet."""
+
 
 class FrameParser:
     """Cuts received bytes into frames; a length that a frame of its kind cannot have is refused before it is read.
@@ -5352,6 +5379,9 @@ class Conversation:
     def _command(self, kind: int, index: int, count: int = 0, bitmap: int = 0) -> None:
         self._commands.append((kind, index, count, bitmap))
 
+    def _ask_for(self, index: int, pages: int) -> None:
+        self._command(SEND, index, round(100 * self._stream.waits), pages)
+
     def _flush(self) -> None:
         """Send what is to be sent by now."""
         if self._commands:
@@ -5453,7 +5483,7 @@ class Pull(Conversation):
             self._update.store(Patch(index, zeroed, 0, b"", digest))
         elif self._update.has_nothing_at(index, ours):
             self._pending[index] = Pending(digest, ZERO_PAGES, ALL_PAGES, is_unknown=ours == b"")
-            self._command(SEND, index, 1, ALL_PAGES)
+            self._ask_for(index, ALL_PAGES)
         else:
             self._pending[index] = Pending(digest)
             self._command(COMPARE, index)
@@ -5471,7 +5501,7 @@ class Pull(Conversation):
             self._drop(index)
         else:
             pending.wanted = differing or ALL_PAGES
-            self._command(SEND, index, 1, pending.wanted)
+            self._ask_for(index, pending.wanted)
 
     def _on_data(self, kind: int, index: int, payload: bytes) -> None:
         pending = self._pending.get(index)
@@ -5492,7 +5522,7 @@ class Pull(Conversation):
         elif pending.wanted != ALL_PAGES:  # two pages with the same short digest, or the image changed just now
             pending.is_unknown = True
             pending.wanted = ALL_PAGES
-            self._command(SEND, index, 1, ALL_PAGES)
+            self._ask_for(index, ALL_PAGES)
         else:
             raise BadAgent(f"chunk {index} does not have the digest that was announced for it")
 
@@ -5502,17 +5532,19 @@ class Pull(Conversation):
 
         Also returns a bitmap of the pages that this changes.
         """
-        digests, fetched = bytearray(ours), page_digests(data)
-        changed = position = 0
+        digests, fetched = bytearray(ours), memoryview(page_digests(data))
+        for first, count in runs(wanted & ~included):
+            digests[first * DIGEST_SIZE : (first + count) * DIGEST_SIZE] = ZERO_PAGE_DIGEST * count
+        for first, count in runs(included):
+            length = count * DIGEST_SIZE
+            digests[first * DIGEST_SIZE : first * DIGEST_SIZE + length] = fetched[:length]
+            fetched = fetched[length:]
+        if ours is ZERO_PAGES:
+            return digests, included
+        changed = 0
         for page in pages_in(wanted):
-            digest = ZERO_PAGE_DIGEST
-            if included >> page & 1:
-                digest = fetched[position : position + DIGEST_SIZE]
-                position += DIGEST_SIZE
             place = slice(page * DIGEST_SIZE, (page + 1) * DIGEST_SIZE)
-            if digests[place] != digest:
-                digests[place] = digest
-                changed |= 1 << page
+            changed |= (digests[place] != ours[place]) << page
         return digests, changed
 
 
@@ -5722,7 +5754,6 @@ RECONNECT_LIMIT = 60  # seconds until a droplet that was up must let us in again
 STALL_LIMIT = 30  # seconds of silence after which a connection is given up; the agent speaks every HEARTBEAT
 LEAST_WINDOW, MOST_WINDOW = 4 << 20, 32 << 20  # bytes under way: enough for 1 Gbit/s over 30 ms, and over 200 ms
 SEND_SIZE = 32 << 10  # bytes given to paramiko at once: the most that OpenSSH takes in a packet
-RECEIVE_SIZE = 4 << 20  # bytes taken at once: paramiko moves all the rest of what has come, each time
 PACKET_SIZE = 256 << 10  # bytes; fewer packets, each of which costs paramiko some Python
 # Bytes after which keys are renewed. Each time the stream stops for three round trips: with paramiko's 512 MiB that is
 # 10 % of the time over 200 ms. 64 GiB are safe: https://www.rfc-editor.org/rfc/rfc4344#section-3.2
@@ -5820,8 +5851,11 @@ class RunKeys:
 class AgentStream:
     """A running agent at the other end of an SSH connection. To be closed, by which the agent ends."""
 
+    FADING = 0.98  # of `waits`, with each read
+
     def __init__(self, transport: paramiko.Transport, program: bytes, stop: Stop) -> None:
         self.received = 0  # bytes
+        self.waits = 1.0
         self._window = LEAST_WINDOW  # bytes that may be under way
         self._measured = (0, time.monotonic())  # bytes received at the last look at how fast they come, and its time
         self._transport = transport
@@ -5832,6 +5866,7 @@ class AgentStream:
             self._channel = transport.open_session(self._window, PACKET_SIZE, SSH_TIMEOUT)
             opened = time.monotonic()
             self._channel.settimeout(Stop.NAP)
+            self._channel.in_buffer = Received()  # type: ignore[assignment]
             # paramiko waits for the answer without a limit
             within(SSH_TIMEOUT, lambda: self._channel.exec_command(f"exec python3 -I -c '{bootstrap}'"))
             self._round_trip = min(opened - start, time.monotonic() - opened)  # seconds; either may have had to wait
@@ -5848,7 +5883,8 @@ class AgentStream:
 
     def receive(self) -> bytes:
         """What has come in."""
-        data = self._patiently(lambda: self._channel.recv(RECEIVE_SIZE))
+        self.waits = self.FADING * self.waits + (1 - self.FADING) * (not self.has_received())
+        data = self._patiently(lambda: self._channel.recv(PACKET_SIZE))
         if not data:
             raise self._lost(f"the connection to the droplet ended{self._last_words()}")
         self.received += len(data)
@@ -5911,6 +5947,39 @@ class AgentStream:
         """End the agent. It never ends by itself: paramiko stands still if a channel ends while keys are renewed."""
         with contextlib.suppress(paramiko.SSHException, OSError, EOFError):  # the connection is gone, and the agent too
             self._channel.close()
+
+
+class Received:
+    """What has come over a channel, in pieces: paramiko's buffer for it copies each byte twice, and moves the rest."""
+
+    def __init__(self) -> None:
+        self._pieces: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def feed(self, data: bytes) -> None:
+        """More has come."""
+        self._pieces.put(data)
+
+    def read(self, _most: int, timeout: float | None = None) -> bytes:
+        """A piece, which is no longer than a packet; nothing after the end."""
+        try:
+            data = self._pieces.get(timeout=timeout)
+        except queue.Empty:
+            raise paramiko.buffered_pipe.PipeTimeout from None
+        if not data:
+            self.close()  # whoever asks again is told again
+        return data
+
+    def read_ready(self) -> bool:
+        """Whether something has come."""
+        return not self._pieces.empty()
+
+    def __len__(self) -> int:
+        """How many pieces there are."""
+        return self._pieces.qsize()
+
+    def close(self) -> None:
+        """No more comes."""
+        self._pieces.put(b"")
 
 
 class CheckerStream(AgentStream):

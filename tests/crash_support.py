@@ -95,6 +95,8 @@ class AgentProcess:
             while view:
                 view = view[os.write(self._process.stdin.fileno(), view) :]
 
+    waits = 1.0
+
     def has_received(self) -> bool:
         """Whether something has come in."""
         assert self._process.stdout is not None

@@ -100,6 +100,8 @@ class Script:
         """Nobody listens."""
         self.sent += data
 
+    waits = 1.0
+
     def receive(self) -> bytes:
         """The next piece."""
         self.pieces += 1
@@ -456,6 +458,8 @@ class FakeAgent:
                 chunk = self._chunk(index)
                 parts = [chunk[page * PAGE : (page + 1) * PAGE] for page in range(PAGES) if wanted >> page & 1]
                 self._put(bitmap + b"".join(parts), RAW, index)
+
+    waits = 1.0
 
     def receive(self) -> bytes:
         """The next frame."""
@@ -888,7 +892,7 @@ def zstd_program(*options: str, data: bytes) -> bytes:
 @pytest.mark.parametrize("data", [TEXT, NOISE, bytes(CHUNK), TEXT[:PAGE]], ids=["text", "noise", "zeros", "a page"])
 def test_what_zstd_packs_is_what_the_zstd_program_unpacks_and_the_other_way(data: bytes) -> None:
     library = dosvob.Zstd()
-    for level, _ in dosvob.LEVELS[ZSTD]:
+    for level, *_ in dosvob.LEVELS[ZSTD]:
         packed = library.compress(data, level)
         if data == NOISE:
             assert packed == data  # it does not become shorter
@@ -957,11 +961,12 @@ def test_damaged_data_is_unpacked_to_its_size_or_refused(kind: int, data: st.Dat
 
 
 def clocked_packer(patches: pytest.MonkeyPatch, seconds: float, *, with_zstd: bool = True) -> dosvob.Packer:
-    """A packer on one core, whose lowest level takes so long for a chunk, as it has found out."""
+    """A packer on one core, whose lowest level takes so long for a chunk and makes half of it, as it has found out."""
     ticks = itertools.count()
-    patches.setattr(os, "cpu_count", lambda: 1)
+    patches.setattr(os, "sched_getaffinity", lambda _: {0})
     patches.setattr(time, "thread_time", lambda: next(ticks) * seconds)
     packer = dosvob.Packer(with_zstd)
+    patches.setattr(packer, "_compress", lambda data, level: bytes([level]) * (len(data) // 2))
     packer.sent(CHUNK, 1e9)
     assert packer.pack(TEXT)[0] == (ZSTD if with_zstd else ZLIB)
     for _ in range(1000):  # which is forgotten
@@ -969,15 +974,39 @@ def clocked_packer(patches: pytest.MonkeyPatch, seconds: float, *, with_zstd: bo
     return packer
 
 
-@pytest.mark.parametrize(("link", "level"), [(1, 0), (1.6, 0), (1.7, 1), (3, 1), (4, 3), (11, 3), (12, 6), (1e6, 6)])
-def test_it_is_compressed_as_hard_as_the_link_is_slow(monkeypatch: pytest.MonkeyPatch, link: float, level: int) -> None:
-    """One core has 0.6 of the time that the link takes."""
+def level_of(packer: dosvob.Packer) -> int:
+    """How hard it compresses text; 0 for not at all."""
+    kind, packed = packer.pack(TEXT)
+    return packed[0] if kind != RAW else 0
+
+
+@pytest.mark.parametrize(("link", "level"), [(0.9, 0), (1.1, 1), (3.9, 1), (4.2, 3), (15, 3), (16.5, 6), (1e6, 6)])
+def test_it_is_compressed_so_that_it_is_through_soonest(
+    monkeypatch: pytest.MonkeyPatch, link: float, level: int
+) -> None:
+    """Level 1 takes 1 s and leaves a half for the link, level 3 takes 2 s and leaves 9/20, level 6 7 s and 87/200."""
     packer = clocked_packer(monkeypatch, 1)
     packer.sent(CHUNK, link)
-    expected = (ZSTD, dosvob.Zstd().compress(TEXT, level)) if level else (RAW, TEXT)
-    assert packer.pack(TEXT) == expected
-    packer.sent(1 << 40, 0)  # now it is fast
-    assert packer.pack(TEXT) == (RAW, TEXT)
+    assert level_of(packer) == level
+    packer.sent(1 << 50, 0)  # now it is fast
+    assert level_of(packer) == 0
+
+
+@pytest.mark.parametrize(("waits", "level"), [(1.0, 6), (0.2, 6), (0.05, 0), (0.0, 0)])
+def test_a_receiver_that_is_slower_than_the_link_has_nothing_to_unpack(
+    monkeypatch: pytest.MonkeyPatch, waits: float, level: int
+) -> None:
+    packer = clocked_packer(monkeypatch, 1)
+    packer.sent(CHUNK, 1e6)
+    packer.waits = waits
+    assert level_of(packer) == level
+
+
+def test_what_little_compressing_leaves_is_no_reason_to_do_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece that takes as long to be compressed as to be sent is sent as it is."""
+    packer = clocked_packer(monkeypatch, 1)
+    packer.sent(CHUNK, 1)
+    assert level_of(packer) == 0
 
 
 @pytest.mark.parametrize("with_zstd", [True, False])
@@ -994,17 +1023,18 @@ def test_what_compressing_hard_took_tells_what_it_would_take_less_hard(monkeypat
     packer = clocked_packer(monkeypatch, 1)
     ticks = itertools.count()
     monkeypatch.setattr(time, "thread_time", lambda: next(ticks) * 7)  # what the hardest level takes
+    monkeypatch.setattr(packer, "_compress", lambda data, level: bytes([level]) * round(len(data) * 0.435))
     packer.sent(CHUNK, 1e9)
     for _ in range(100):
-        packer.pack(TEXT)
+        assert level_of(packer) == 6
     for _ in range(1000):
         packer.sent(0, 0)
-    packer.sent(CHUNK, 9)
-    assert packer.pack(TEXT) == (ZSTD, dosvob.Zstd().compress(TEXT, 3))
+    packer.sent(CHUNK, 15)
+    assert level_of(packer) == 3
 
 
 def test_only_a_sample_of_noise_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
-    packer = clocked_packer(monkeypatch, 1)
+    packer = dosvob.Packer(True)
     packer.sent(CHUNK, 1e6)
     compress, sizes = packer._compress, set()
 
@@ -1030,7 +1060,8 @@ def test_zstd_is_used_where_both_have_it(
         monkeypatch.setattr(dosvob, "LIBZSTD", None)
 
     def edit(source: str) -> str:
-        source = edited(source, "SHARE = 0.6", "SHARE = 1e18")  # it pays in any case
+        source = edited(source, "if not on_link or self.waits < self.WAITS:", "if False:")
+        source = edited(source, "if not self._packed:", "if True:")  # it pays in any case
         return source if there else edited(source, '"libzstd.so.1"', '"libzstd.so.none"')
 
     stream = AgentProcess(device, 0, dosvob.WINDOW, edit=edit)

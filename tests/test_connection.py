@@ -120,6 +120,18 @@ def test_what_had_arrived_is_not_fetched_again(home: Home, sim: Simulator, tmp_p
     assert bytes_sent(sim) - arrived < (SIZE - 5 * MIB) * OVERHEAD + more * 2 * MIB
 
 
+def test_what_has_come_is_read_in_order_to_its_end() -> None:
+    received = dosvob.Received()
+    with pytest.raises(paramiko.buffered_pipe.PipeTimeout):
+        received.read(MIB, 0.01)
+    assert not received.read_ready()
+    for piece in (b"ab", b"c", b"def"):
+        received.feed(piece)
+    received.close()
+    assert received.read_ready()
+    assert [received.read(MIB, 1) for _ in range(5)] == [b"ab", b"c", b"def", b"", b""]
+
+
 # -- the start of an agent
 
 

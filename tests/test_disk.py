@@ -1714,3 +1714,15 @@ def test_space_is_made_of_the_end_of_a_first_sync(tmp_path: Path, monkeypatch: p
         assert file.read(2 * MIB) == paths.partial.read_bytes()[: 2 * MIB]
     back_up(tmp_path, NAME, device)
     assert same(paths.image, device)
+
+
+def test_the_disk_writes_while_a_first_sync_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would all be waited for at the end."""
+    device, size = tmp_path / "device", 12 * MIB
+    device.write_bytes(os.urandom(size))
+    told: list[int] = []  # the length of the file, each time
+    monkeypatch.setattr(dosvob.Update, "WRITE_OUT", 3 * MIB)
+    monkeypatch.setattr(dosvob.SparseFile, "write_out", lambda file: told.append(os.fstat(file.fd).st_blocks * 512))
+    back_up(tmp_path, NAME, device)
+    assert same(tmp_path / NAME, device)
+    assert [round(length / MIB) for length in told] == [4, 8, 12]

@@ -57,6 +57,8 @@ class InlineAgent:
             else:
                 self._agent.answer(kind, index, int.from_bytes(bitmap, "little"))
 
+    waits = 1.0
+
     def receive(self) -> bytes:
         """The next frames."""
         frame = b""
