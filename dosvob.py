@@ -51,7 +51,7 @@ its file systems come up after that is tried each time, and told.
 The threads. Here: the main thread decides, talks with the agent and changes images. One thread makes clones, one
 attaches them, one releases those that would cost another hour, one (of `DropletKeeper`) makes the droplet, some wait
 for a `Checker`. paramiko has one for each connection, each stream of output has one (`Writer`), and `done_ahead` and
-`within` start some for a moment. On the droplet: see `Agent`.
+`within` start some for a moment. Of a mount one reads ahead. On the droplet: see `Agent`.
 
 The chapters, each of which uses those before it alone: errors and waiting, reporting, configuration, the DigitalOcean
 API, ephemeral resources, the agent, image files, versions, the home, the update of an image, the conversations, the
@@ -2044,7 +2044,7 @@ class Packer:
     def __init__(self, with_zstd: bool) -> None:
         """`with_zstd` tells whether the other side can unpack it."""
         self.kind = ZSTD if with_zstd and LIBZSTD is not None else ZLIB
-        self.cores = len(os.sched_getaffinity(0))
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.waits = 1.0
         self._lock = threading.Lock()
         self._packed = 0.0  # bytes compressed of late
@@ -3187,6 +3187,11 @@ class SparseFile:
         except OSError:
             return end
 
+    def is_full(self, index: int) -> bool:
+        """Whether a chunk is said to have no hole, likewise a hint."""
+        offset, end = index * CHUNK, (index + 1) * CHUNK
+        return self.end_of_hole(offset, end) == offset and self._end_of_data(offset, end) == end
+
     def chunk_holes(self, first: int, end: int) -> Iterator[bool]:
         """For each of these chunks, in order, whether it is said to be a hole; a hole of many chunks takes one look.
 
@@ -3213,6 +3218,11 @@ class SparseFile:
             with contextlib.suppress(OSError):  # what is not on the disk yet would not be forgotten
                 os.fdatasync(self.fd)
             os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def will_read(self, offset: int, length: int) -> None:
+        """Have the kernel begin to read what will be asked for."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def write_out(self) -> None:
         """Have the kernel begin to write what it has of the file, so that to wait for all of it at the end is short."""
@@ -3374,6 +3384,7 @@ class PatchFile:
         self._count = -1  # of the index's rows; before they are known -1
         self._chunks: array.array[int] | None = None  # of its rows, if `find` was asked
         self._may_have = bytearray()  # a bitmap of them, by the remainders
+        self._places = 0  # its bits
         try:
             if from_disk:
                 self._opened.forget_cached()
@@ -3579,10 +3590,10 @@ class PatchFile:
             if sys.byteorder == "little":
                 self._chunks.byteswap()
             self._may_have = bytearray(len(self._chunks) + 1)
-            for place in (chunk % (8 * len(self._may_have)) for chunk in self._chunks):
-                self._may_have[place >> 3] |= 1 << (place & 7)
-        place = index % (8 * len(self._may_have))
-        if not self._may_have[place >> 3] >> (place & 7) & 1:
+            self._places = 8 * len(self._may_have)
+            for chunk in self._chunks:
+                self._may_have[chunk % self._places >> 3] |= 1 << (chunk & 7)
+        if not self._may_have[index % self._places >> 3] >> (index & 7) & 1:
             return None  # as most of many versions, and soon
         row = bisect.bisect_left(self._chunks, index)
         if row == len(self._chunks) or self._chunks[row] != index:
@@ -7088,6 +7099,9 @@ class View:
     versions: dict[str, Snapshot]  # by the names of their files; the image's among them
     marks: tuple[object, ...]
     paths: dict[Snapshot, list[PatchFile]] = field(default_factory=dict)  # those that were looked for
+    ahead: dict[int, concurrent.futures.Future[tuple[bytes, bytes]]] = field(
+        default_factory=dict
+    )  # chunks of the image, and digests
 
 
 class Shown:
@@ -7101,6 +7115,7 @@ class Shown:
 
     ATTEMPTS = 100
     CACHED = 48  # chunks
+    AHEAD = 3  # chunks of the image that are read and hashed beforehand, while one is asked for after the other
     JUST_NOW = 50_000_000  # ns; a change within the clock's step of another one might not show
 
     def __init__(self, paths: ImagePaths, pool: OpenFiles) -> None:
@@ -7109,7 +7124,9 @@ class Shown:
         self._view: View | None = None
         self._leading: dict[tuple[Snapshot, Snapshot], PatchFile] = {}  # from one to an older one
         self._checked: dict[Snapshot, set[int]] = {}  # chunks that were as recorded
-        self._cache: dict[tuple[Snapshot, int], dict[int, bytes]] = {}
+        self._cache: dict[tuple[Snapshot, int], bytes | dict[int, bytes]] = {}  # chunks, or what is no zeros of them
+        self._last = -1  # the chunk that was read last, not to count those that are as recorded
+        self._reader = concurrent.futures.ThreadPoolExecutor(1)
         self._held: dict[Snapshot, list[PatchFile]] = {}  # of those that are open, what leads to them
         self._files = contextlib.ExitStack()  # the view's
 
@@ -7118,33 +7135,35 @@ class Shown:
         view = self._view
         return (view if view is not None and self._is_current(view, all_of_it=True) else self._look()).versions
 
-    def pages(self, snapshot: Snapshot, index: int, wanted: int) -> dict[int, bytes]:
-        """Those of the wanted pages of a chunk that are not zeros, as the snapshot has them.
+    def read(self, snapshot: Snapshot, index: int, first: int, count: int) -> bytes:
+        """So many pages of a chunk, from the `first` on, as the snapshot has them.
 
         Raises Damaged if they are not what was recorded, Replaced if the snapshot is not there any more, OSError.
         """
         if (cached := self._cache.pop((snapshot, index), None)) is not None:
             self._cache[snapshot, index] = cached  # the last one that was used
-            return cached
+            return self._part_of(cached, first, count)
         checked, damage = self._checked.setdefault(snapshot, set()), None
         for _ in range(self.ATTEMPTS):
             view, is_known = self._view or self._look(), index in checked
             try:
                 path = self._path(view, snapshot)
                 patches = [(file, entry) for file in path if (entry := file.find(index)) is not None]
-                pages = (self._some_of if is_known else self._whole)(view, index, patches, wanted)
+                some = self._some(view, index, patches, first, count) if is_known else None
+                data = self._all(view, index, patches) if some is None else b""
             except Damaged as problem:
                 if damage is not None and self._is_current(view):
                     raise
                 damage = problem  # unless it goes with another look: a version was replaced, the image changed
             else:
                 if self._is_current(view):
-                    if not is_known:
-                        checked.add(index)
-                        self._cache[snapshot, index] = pages
-                        if len(self._cache) > self.CACHED:
-                            del self._cache[next(iter(self._cache))]
-                    return pages
+                    if some is not None:
+                        return some
+                    checked.add(index)
+                    self._cache[snapshot, index] = data
+                    if len(self._cache) > self.CACHED:
+                        del self._cache[next(iter(self._cache))]
+                    return self._part_of(data, first, count)
             self._look()
         raise Damaged(f"{self.paths.name} changes faster than it can be read")
 
@@ -7159,10 +7178,23 @@ class Shown:
     def _recorded(view: View, index: int) -> bytes:
         return view.table.read(BLOCK + index * DIGEST_SIZE, DIGEST_SIZE) or b""
 
-    def _whole(self, view: View, index: int, patches: list[tuple[PatchFile, Entry]], _wanted: int) -> dict[int, bytes]:
-        """All of a chunk; raises Damaged if it is not as recorded."""
+    @staticmethod
+    def _part_of(chunk: bytes | dict[int, bytes], first: int, count: int) -> bytes:
+        if isinstance(chunk, bytes):
+            return chunk[first * PAGE : (first + count) * PAGE]
+        return b"".join([chunk.get(page, ZERO_PAGE) for page in range(first, first + count)])
+
+    def _all(self, view: View, index: int, patches: list[tuple[PatchFile, Entry]]) -> bytes | dict[int, bytes]:
+        """All of a chunk, or what is no zeros of it; raises Damaged if it is not as recorded."""
         digest = patches[-1][1].digest if patches else self._recorded(view, index)
-        pages, is_sound = ({}, True) if digest == ZERO_DIGEST else content_of(view.image, index, patches, digest)
+        is_next, self._last = index == self._last + 1, index
+        if digest == ZERO_DIGEST:
+            return {}
+        if not patches and view.image.is_full(index):
+            chunk, found = self._of_image(view, index, is_next=is_next)
+            if found == digest:
+                return chunk
+        pages, is_sound = content_of(view.image, index, patches, digest)
         if not is_sound:
             raise Damaged(
                 f"bytes {index * CHUNK} to {(index + 1) * CHUNK - 1} are not what was backed up: to see what is "
@@ -7170,16 +7202,44 @@ class Shown:
             )
         return pages
 
+    def _of_image(self, view: View, index: int, *, is_next: bool) -> tuple[bytes, bytes]:
+        """A chunk of the image, and its digest; b"" for what cannot be read. A thread goes ahead of who reads on."""
+
+        def read(index: int) -> tuple[bytes, bytes]:
+            chunk = view.image.chunk(index)
+            return (b"", b"") if chunk is None else (chunk, digest_of(chunk))
+
+        coming = view.ahead.pop(index, None)
+        if is_next:
+            for ahead in range(index + 1, min(index + 1 + self.AHEAD, view.state.snapshot.size // CHUNK)):
+                if ahead not in view.ahead and view.image.is_full(ahead):
+                    view.ahead[ahead] = self._reader.submit(read, ahead)
+        elif view.ahead:
+            self._end_reading(view)
+        return coming.result() if coming else read(index)
+
     @staticmethod
-    def _some_of(view: View, index: int, patches: list[tuple[PatchFile, Entry]], wanted: int) -> dict[int, bytes]:
+    def _end_reading(view: View) -> None:
+        for coming in view.ahead.values():
+            coming.cancel()
+        concurrent.futures.wait(view.ahead.values())
+        view.ahead.clear()
+
+    @staticmethod
+    def _some(view: View, index: int, patches: list[tuple[PatchFile, Entry]], first: int, count: int) -> bytes:
         """Some pages of a chunk that is as recorded."""
-        pages, rest = laid_over(patches, wanted)
-        for first, count in runs(rest):
-            data = view.image.read(index * CHUNK + first * PAGE, count * PAGE)
+        if first + count == PAGES:  # perhaps it goes on
+            view.image.will_read((index + 1) * CHUNK, Shown.AHEAD * CHUNK)
+        pages, rest = laid_over(patches, ((1 << count) - 1) << first)
+        for start, length in runs(rest):
+            offset = index * CHUNK + start * PAGE
+            data = view.image.read(offset, length * PAGE)
             if data is None:
-                raise Damaged(f"{view.image.path} cannot be read at byte {index * CHUNK + first * PAGE}")
-            pages |= {first + number: data[number * PAGE : (number + 1) * PAGE] for number in range(count)}
-        return pages
+                raise Damaged(f"{view.image.path} cannot be read at byte {offset}")
+            if length == count:
+                return data
+            pages |= {start + number: data[number * PAGE : (number + 1) * PAGE] for number in range(length)}
+        return Shown._part_of(pages, first, count)
 
     def _path(self, view: View, snapshot: Snapshot) -> list[PatchFile]:
         """What leads from the image to a snapshot, with indexes; raises Replaced, Damaged."""
@@ -7310,12 +7370,14 @@ class Shown:
     def _close(self) -> None:
         self._checked.clear()
         if self._view is not None:
+            self._end_reading(self._view)
             self._view = None
             self._files.close()
 
     def close(self) -> None:
         """Close all files."""
         self._close()
+        self._reader.shutdown()
         for file in self._leading.values():
             file.close()
 
@@ -7346,30 +7408,35 @@ class ShownFile:
             self.shown.let_go(self.snapshot)
 
     @staticmethod
-    def _parts(offset: int, end: int) -> Iterator[tuple[int, int]]:
-        """The chunks of a range of bytes, each with the bitmap of the pages."""
+    def _parts(offset: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """The chunks of a range of bytes, each with the first page and how many pages."""
         page, last = offset // PAGE, -(-end // PAGE)
         while page < last:
             index, first = divmod(page, PAGES)
             count = min(PAGES - first, last - page)
-            yield index, ((1 << count) - 1) << first
+            yield index, first, count
             page += count
 
     def read(self, offset: int, length: int) -> bytes:
         """A part of it, as far as it goes. Raises as `Shown.pages` does."""
-        end, pieces = min(offset + length, self.size), []
-        for index, wanted in self._parts(offset, end):
-            own = self._written.get(index, 0) & wanted
-            pages = self.shown.pages(self.snapshot, index, wanted & ~own) if own != wanted else {}
-            if own and self._scratch:
-                pages = dict(pages)
-                for page in pages_in(own):
-                    pages[page] = self._scratch.read(index * CHUNK + page * PAGE, PAGE) or ZERO_PAGE
-            pieces += [pages.get(page, ZERO_PAGE) for page in pages_in(wanted)]
+        end = min(offset + length, self.size)
+        pieces = [self._part(*part) for part in self._parts(offset, end)]
         if pieces:
-            pieces[-1] = pieces[-1][: (end - 1) % PAGE + 1]
+            pieces[-1] = pieces[-1][: len(pieces[-1]) - -end % PAGE]
             pieces[0] = pieces[0][offset % PAGE :]
         return b"".join(pieces)
+
+    def _part(self, index: int, first: int, count: int) -> bytes:
+        """So many pages of a chunk, from the `first` on."""
+        own = self._written.get(index, 0) >> first & ((1 << count) - 1)
+        if not own or self._scratch is None:
+            return self.shown.read(self.snapshot, index, first, count)
+        is_all = own == (1 << count) - 1
+        data = bytearray(count * PAGE) if is_all else bytearray(self.shown.read(self.snapshot, index, first, count))
+        for start, length in runs(own):
+            written = self._scratch.read(index * CHUNK + (first + start) * PAGE, length * PAGE)
+            data[start * PAGE : (start + length) * PAGE] = written or bytes(length * PAGE)
+        return bytes(data)
 
     def write(self, offset: int, data: bytes) -> None:
         """Write over a part of it; raises OSError."""
@@ -7392,8 +7459,8 @@ class ShownFile:
                 self.write(first, bytes(last - first))
 
     def _mark(self, start: int, stop: int) -> None:
-        for index, pages in self._parts(start, stop):
-            self._written[index] = self._written.get(index, 0) | pages
+        for index, first, count in self._parts(start, stop):
+            self._written[index] = self._written.get(index, 0) | ((1 << count) - 1) << first
 
     def _scratch_file(self) -> SparseFile:
         if self._scratch is None:

@@ -302,8 +302,7 @@ class Watch:
             content = hashlib.sha256()
             try:
                 for index in range(snapshot.size // MIB):
-                    pages = self.shown.pages(snapshot, index, dosvob.ALL_PAGES)
-                    content.update(b"".join([pages.get(page, bytes(PAGE)) for page in range(256)]))
+                    content.update(self.shown.read(snapshot, index, 0, dosvob.PAGES))
                 assert content.hexdigest() == expected, snapshot.taken_at
                 self.right += 1
             except dosvob.Replaced:
@@ -338,6 +337,42 @@ def test_what_is_shown_stays_right_at_each_step_of_a_run(lineage: Lineage, monke
     watch.shown.close()
     assert watch.right > 100
     assert watch.gone
+
+
+def test_what_is_read_ahead_is_right_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread reads what comes next; meanwhile it may decay, or a run may change the image."""
+    lineage, readers, chunk = Lineage(tmp_path, ALL), set(), dosvob.SparseFile.chunk
+    before = random.Random(1).randbytes(12 * MIB)
+    lineage.device.write_bytes(before)
+    lineage.pass_time()
+    lineage.back_up()
+    flip(lineage.paths.image, 3 * MIB + 5)
+
+    def noted(image: dosvob.SparseFile, index: int) -> bytes | None:
+        readers.add(threading.current_thread())
+        return chunk(image, index)
+
+    monkeypatch.setattr(dosvob.SparseFile, "chunk", noted)
+    with contextlib.closing(dosvob.Shown(lineage.paths, dosvob.OpenFiles())) as shown:
+        (snapshot,) = shown.versions().values()
+
+        def compare(*indices: int) -> None:
+            for index in indices:
+                if index == 3:
+                    with pytest.raises(dosvob.Damaged, match="bytes 3145728 to 4194303 are not what was backed up"):
+                        shown.read(snapshot, index, 0, dosvob.PAGES)
+                else:
+                    found = shown.read(snapshot, index, 2, 100)
+                    assert found == before[index * MIB + 2 * PAGE : index * MIB + 102 * PAGE], index
+
+        compare(0, 1, 2, 3, 4, 5, 9, 3, 0, 10, 11, 6, 7)  # and 8 to 10 are on their way
+        assert len(readers) == 2
+        lineage.device.write_bytes(random.Random(2).randbytes(12 * MIB))
+        lineage.pass_time()
+        lineage.back_up()
+        compare(8, 9, 10, 11, 0, 1, 2, 4)
+        with pytest.raises(dosvob.Damaged):  # what it was is in nothing but the undo, which has the decayed page
+            shown.read(snapshot, 3, 0, dosvob.PAGES)
 
 
 def test_a_mount_follows_runs_that_are_killed_at_any_step(
