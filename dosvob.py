@@ -2048,7 +2048,7 @@ class Packer:
         self.waits = 1.0
         self._lock = threading.Lock()
         self._packed = 0.0  # bytes compressed of late
-        self._packing, self._got = 0.0, 0.0  # the seconds that the lowest level takes for these, and bytes it makes
+        self._packing, self._result = 0.0, 0.0  # the seconds that the lowest level takes for these, and bytes it makes
         self._sent = self._sending = 0.0  # bytes sent of late, and the seconds that it took
 
     def sent(self, size: int, seconds: float) -> None:
@@ -2068,7 +2068,7 @@ class Packer:
         with self._lock:
             self._packed = self.FADING * self._packed + len(data)
             self._packing = self.FADING * self._packing + seconds / cost
-            self._got = self.FADING * self._got + len(packed) / length
+            self._result = self.FADING * self._result + len(packed) / length
         return (self.kind, packed) if len(packed) < len(data) else (RAW, data)
 
     def _level(self, size: int) -> tuple[int, float, float]:
@@ -2076,7 +2076,7 @@ class Packer:
         with self._lock:
             on_link = size * self._sending / (self._sent or 1.0)
             packing = size * self._packing / (self._packed or 1.0) / self.cores
-            on_link_packed = on_link * self._got / (self._packed or 1.0)
+            on_link_packed = on_link * self._result / (self._packed or 1.0)
         if not on_link or self.waits < self.WAITS:
             return NOT_AT_ALL
         if not self._packed:
@@ -7081,11 +7081,15 @@ class Restoration:
 # ── The mount ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Shows images and versions as files. `Shown` knows what a snapshot's bytes are while runs go on, `Scratch` what was
 # written over them, `FileSystem` what is where, and `Kernel` speaks FUSE's protocol with it:
-# https://docs.kernel.org/filesystems/fuse/ and include/uapi/linux/fuse.h. One thread does all of it.
+# https://docs.kernel.org/filesystems/fuse/ and include/uapi/linux/fuse.h. One thread does all of it, and another one reads
+# and hashes ahead.
 
 
 class Replaced(DosvobError):
     """What is to be read is not there any more."""
+
+
+ReadAhead = concurrent.futures.Future[tuple[bytes, bytes]]  # a chunk of the image, and its digest
 
 
 @dataclass(frozen=True)
@@ -7099,9 +7103,7 @@ class View:
     versions: dict[str, Snapshot]  # by the names of their files; the image's among them
     marks: tuple[object, ...]
     paths: dict[Snapshot, list[PatchFile]] = field(default_factory=dict)  # those that were looked for
-    ahead: dict[int, concurrent.futures.Future[tuple[bytes, bytes]]] = field(
-        default_factory=dict
-    )  # chunks of the image, and digests
+    ahead: dict[int, ReadAhead] = field(default_factory=dict)  # by chunk
 
 
 class Shown:
@@ -7143,29 +7145,35 @@ class Shown:
         if (cached := self._cache.pop((snapshot, index), None)) is not None:
             self._cache[snapshot, index] = cached  # the last one that was used
             return self._part_of(cached, first, count)
-        checked, damage = self._checked.setdefault(snapshot, set()), None
+        damage: Damaged | None = None
         for _ in range(self.ATTEMPTS):
-            view, is_known = self._view or self._look(), index in checked
+            view = self._view or self._look()
             try:
                 path = self._path(view, snapshot)
                 patches = [(file, entry) for file in path if (entry := file.find(index)) is not None]
-                some = self._some(view, index, patches, first, count) if is_known else None
-                data = self._all(view, index, patches) if some is None else b""
+                if index in self._checked.setdefault(snapshot, set()):
+                    chunk, part = None, self._some(view, index, patches, first, count)
+                else:
+                    chunk = self._all(view, index, patches)
+                    part = self._part_of(chunk, first, count)
             except Damaged as problem:
                 if damage is not None and self._is_current(view):
                     raise
                 damage = problem  # unless it goes with another look: a version was replaced, the image changed
             else:
                 if self._is_current(view):
-                    if some is not None:
-                        return some
-                    checked.add(index)
-                    self._cache[snapshot, index] = data
-                    if len(self._cache) > self.CACHED:
-                        del self._cache[next(iter(self._cache))]
-                    return self._part_of(data, first, count)
+                    if chunk is not None:
+                        self._keep(snapshot, index, chunk)
+                    return part
             self._look()
         raise Damaged(f"{self.paths.name} changes faster than it can be read")
+
+    def _keep(self, snapshot: Snapshot, index: int, chunk: bytes | dict[int, bytes]) -> None:
+        """Note that a chunk was as recorded, and keep it for a while."""
+        self._checked[snapshot].add(index)
+        self._cache[snapshot, index] = chunk
+        if len(self._cache) > self.CACHED:
+            del self._cache[next(iter(self._cache))]
 
     def is_zeros(self, snapshot: Snapshot, index: int) -> bool:
         """Whether a chunk is recorded to be zeros."""
@@ -7397,7 +7405,7 @@ class ShownFile:
         self._written: dict[int, int] = {}  # the bitmaps of the pages that the scratch file has, by their chunks
 
     def open(self) -> None:
-        """Open it, so that it stays readable; raises as `Shown.pages` does."""
+        """Open it, so that it stays readable; raises as `Shown.read` does."""
         self.shown.hold(self.snapshot)
         self.opened += 1
 
@@ -7418,7 +7426,7 @@ class ShownFile:
             page += count
 
     def read(self, offset: int, length: int) -> bytes:
-        """A part of it, as far as it goes. Raises as `Shown.pages` does."""
+        """A part of it, as far as it goes. Raises as `Shown.read` does."""
         end = min(offset + length, self.size)
         pieces = [self._part(*part) for part in self._parts(offset, end)]
         if pieces:

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SCRIPT
+from conftest import SCRIPT, write_at
 from mount_support import MIB, Direct, Shown, shown
 from simulator.storage import LoopDevice, mounted
 from version_reader import Reader
@@ -272,6 +273,37 @@ def test_a_file_system_that_was_in_use_comes_up(tmp_path: Path, kind: str) -> No
         digest_of_tree(lineage.backups).items()
         >= {path: content for path, content in before.items() if path == str(lineage.paths.image)}.items()
     )
+
+
+def test_a_partition_that_was_in_use_comes_up(tmp_path: Path) -> None:
+    """With README's commands."""
+    lineage = Lineage(tmp_path, ALL, 128)
+    live, place, start = tmp_path / "live", tmp_path / "place", MIB
+    place.mkdir()
+    live.write_bytes(b"")
+    os.truncate(live, lineage.size)
+    subprocess.run(["mkfs.ext4", "-q", "-E", f"offset={start}", live, "100M"], check=True)
+    write_at(live, 446, struct.pack("<B3xB3xII", 0, 0x83, start // 512, 100 * 2048).ljust(64, b"\0") + b"\x55\xaa")
+    run("mount", "-o", f"loop,offset={start},sizelimit={100 * MIB}", live, place)
+    try:
+        with (place / "file").open("w") as file:
+            file.write("content")
+            file.flush()
+            os.fsync(file.fileno())
+        subprocess.run(["cp", "--sparse=always", live, lineage.device], check=True)
+    finally:
+        run("umount", place)
+    lineage.pass_time()
+    lineage.back_up()
+    with shown(lineage.backups, tmp_path / "shown") as mount:
+        latest = mount.directory / NAME / "latest"
+        table = subprocess.run(["partx", "-s", latest], capture_output=True, text=True, check=True).stdout
+        (first,) = (int(line.split()[1]) for line in table.splitlines()[1:])
+        run("mount", "-o", f"loop,offset={first * 512}", latest, place)
+        try:
+            assert (place / "file").read_text() == "content"
+        finally:
+            run("umount", place)
 
 
 # -- while runs go on
