@@ -7079,10 +7079,10 @@ class Restoration:
 
 
 # ── The mount ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Shows images and versions as files. `Shown` knows what a snapshot's bytes are while runs go on, `Scratch` what was
+# Shows images and versions as files. `Shown` knows what a snapshot's bytes are while runs go on, `ShownFile` what was
 # written over them, `FileSystem` what is where, and `Kernel` speaks FUSE's protocol with it:
-# https://docs.kernel.org/filesystems/fuse/ and include/uapi/linux/fuse.h. One thread does all of it, and another one reads
-# and hashes ahead.
+# https://docs.kernel.org/filesystems/fuse/ and include/uapi/linux/fuse.h. One thread does all of it but for reading and
+# hashing ahead, which takes one more.
 
 
 class Replaced(DosvobError):
