@@ -5483,7 +5483,7 @@ class Pull(Conversation):
     def _on_digest(self, index: int, digest: bytes) -> None:
         """Decide what to do about a chunk."""
         ours = next(self._digests_here)
-        if index in self._update.early:  # finished over an earlier connection
+        if index < self._update.frontier or index in self._update.early:  # finished over an earlier connection
             self._drop(index)
         elif ours == digest:
             self._update.leave_as_is(index, digest)
