@@ -124,11 +124,11 @@ def test_what_had_arrived_is_not_fetched_again(home: Home, sim: Simulator, tmp_p
 
 def test_what_had_arrived_is_not_fetched_again_if_it_is_announced_late(tmp_path: Path) -> None:
     """By then what was missing before it may have come."""
-    chunks = [random.Random(number).randbytes(MIB) for number in range(2)]
+    chunks = [random.Random(number).randbytes(MIB) for number in range(3)]
     digests = [dosvob.chunk_digest(dosvob.page_digests(chunk)) for chunk in chunks]
     paths = dosvob.ImagePaths(tmp_path, "data")
     paths.metadata.mkdir()
-    hello = dosvob.framed(dosvob.HELLO, 0, dosvob.AGENT_MAGIC, (2 * MIB).to_bytes(8, "big"), b"\1")
+    hello = dosvob.framed(dosvob.HELLO, 0, dosvob.AGENT_MAGIC, (3 * MIB).to_bytes(8, "big"), b"\1")
     announced = [dosvob.framed(dosvob.DIGEST, index, digest) for index, digest in enumerate(digests)]
     content = [dosvob.framed(dosvob.RAW, index, b"\xff" * 32, chunk) for index, chunk in enumerate(chunks)]
     asked: list[int] = []
@@ -147,14 +147,14 @@ def test_what_had_arrived_is_not_fetched_again_if_it_is_announced_late(tmp_path:
 
         pull.talk(SimpleNamespace(receive=receive, send=send, waits=1.0), lambda: None)
 
-    snapshot = dosvob.Snapshot("id", "data", "fra1", 2 * MIB, "2026-01-01T00:00:00Z")
+    snapshot = dosvob.Snapshot("id", "data", "fra1", 3 * MIB, "2026-01-01T00:00:00Z")
     with contextlib.closing(dosvob.Update(paths, snapshot, dosvob.Keep(), print)) as update:
         pull = dosvob.Pull(update)
         with pytest.raises(dosvob.ConnectionLost):
             talk(hello, *announced, content[1])
-        talk(hello, announced[0], content[0], announced[1])
+        talk(hello, announced[0], content[0], *announced[1:], content[2])
         assert pull.is_done
-        assert asked == [0, 1, 0]
+        assert asked == [0, 1, 2, 0, 2]
         assert not update.early
 
 
