@@ -51,7 +51,7 @@ its file systems come up after that is tried each time, and told.
 The threads. Here: the main thread decides, talks with the agent and changes images. One thread makes clones, one
 attaches them, one releases those that would cost another hour, one (of `DropletKeeper`) makes the droplet, some wait
 for a `Checker`. paramiko has one for each connection, each stream of output has one (`Writer`), and `done_ahead` and
-`within` start some for a moment. Of a mount one reads ahead. On the droplet: see `Agent`.
+`within` start some for a moment. A mount has one for each volume, to read ahead. On the droplet: see `Agent`.
 
 The chapters, each of which uses those before it alone: errors and waiting, reporting, configuration, the DigitalOcean
 API, ephemeral resources, the agent, image files, versions, the home, the update of an image, the conversations, the
@@ -5550,7 +5550,7 @@ class Pull(Conversation):
             length = count * DIGEST_SIZE
             digests[first * DIGEST_SIZE : first * DIGEST_SIZE + length] = fetched[:length]
             fetched = fetched[length:]
-        if ours is ZERO_PAGES:
+        if ours is ZERO_PAGES:  # as most chunks of a first sync, and soon: the agent leaves zeros out
             return digests, included
         changed = 0
         for page in pages_in(wanted):
@@ -5985,7 +5985,7 @@ class Received:
         return not self._pieces.empty()
 
     def __len__(self) -> int:
-        """How many pieces there are."""
+        """How many pieces there are, which paramiko's description of a channel tells."""
         return self._pieces.qsize()
 
     def close(self) -> None:
@@ -7082,7 +7082,7 @@ class Restoration:
 # Shows images and versions as files. `Shown` knows what a snapshot's bytes are while runs go on, `ShownFile` what was
 # written over them, `FileSystem` what is where, and `Kernel` speaks FUSE's protocol with it:
 # https://docs.kernel.org/filesystems/fuse/ and include/uapi/linux/fuse.h. One thread does all of it but for reading and
-# hashing ahead, which takes one more.
+# hashing ahead, for which each volume has one.
 
 
 class Replaced(DosvobError):
