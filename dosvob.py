@@ -3219,11 +3219,6 @@ class SparseFile:
                 os.fdatasync(self.fd)
             os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
 
-    def will_read(self, offset: int, length: int) -> None:
-        """Have the kernel begin to read what will be asked for."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
-
     def write_out(self) -> None:
         """Have the kernel begin to write what it has of the file, so that to wait for all of it at the end is short."""
         if hasattr(os, "posix_fadvise"):
@@ -7236,8 +7231,6 @@ class Shown:
     @staticmethod
     def _some(view: View, index: int, patches: list[tuple[PatchFile, Entry]], first: int, count: int) -> bytes:
         """Some pages of a chunk that is as recorded."""
-        if first + count == PAGES:  # perhaps it goes on
-            view.image.will_read((index + 1) * CHUNK, Shown.AHEAD * CHUNK)
         pages, rest = laid_over(patches, ((1 << count) - 1) << first)
         for start, length in runs(rest):
             offset = index * CHUNK + start * PAGE
