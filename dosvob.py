@@ -51,7 +51,7 @@ its file systems come up after that is tried each time, and told.
 The threads. Here: the main thread decides, talks with the agent and changes images. One thread makes clones, one
 attaches them, one releases those that would cost another hour, one (of `DropletKeeper`) makes the droplet, some wait
 for a `Checker`. paramiko has one for each connection, each stream of output has one (`Writer`), and `done_ahead` and
-`within` start some for a moment. A mount has one for each volume, to read ahead. On the droplet: see `Agent`.
+`within` start some for a moment. On the droplet: see `Agent`.
 
 The chapters, each of which uses those before it alone: errors and waiting, reporting, configuration, the DigitalOcean
 API, ephemeral resources, the agent, image files, versions, the home, the update of an image, the conversations, the
@@ -7076,15 +7076,11 @@ class Restoration:
 # ── The mount ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Shows images and versions as files. `Shown` knows what a snapshot's bytes are while runs go on, `ShownFile` what was
 # written over them, `FileSystem` what is where, and `Kernel` speaks FUSE's protocol with it:
-# https://docs.kernel.org/filesystems/fuse/ and include/uapi/linux/fuse.h. One thread does all of it but for reading and
-# hashing ahead, for which each volume has one.
+# https://docs.kernel.org/filesystems/fuse/ and include/uapi/linux/fuse.h. One thread does all of it.
 
 
 class Replaced(DosvobError):
     """What is to be read is not there any more."""
-
-
-ReadAhead = concurrent.futures.Future[tuple[bytes, bytes]]  # a chunk of the image, and its digest
 
 
 @dataclass(frozen=True)
@@ -7098,7 +7094,6 @@ class View:
     versions: dict[str, Snapshot]  # by the names of their files; the image's among them
     marks: tuple[object, ...]
     paths: dict[Snapshot, list[PatchFile]] = field(default_factory=dict)  # those that were looked for
-    ahead: dict[int, ReadAhead] = field(default_factory=dict)  # by chunk
 
 
 class Shown:
@@ -7112,7 +7107,6 @@ class Shown:
 
     ATTEMPTS = 100
     CACHED = 48  # chunks
-    AHEAD = 3  # chunks of the image that are read and hashed beforehand, while one is asked for after the other
     JUST_NOW = 50_000_000  # ns; a change within the clock's step of another one might not show
 
     def __init__(self, paths: ImagePaths, pool: OpenFiles) -> None:
@@ -7122,8 +7116,6 @@ class Shown:
         self._leading: dict[tuple[Snapshot, Snapshot], PatchFile] = {}  # from one to an older one
         self._checked: dict[Snapshot, set[int]] = {}  # chunks that were as recorded
         self._cache: dict[tuple[Snapshot, int], bytes | dict[int, bytes]] = {}  # chunks, or what is no zeros of them
-        self._last = -1  # the chunk that was read last, not to count those that are as recorded
-        self._reader = concurrent.futures.ThreadPoolExecutor(1)
         self._held: dict[Snapshot, list[PatchFile]] = {}  # of those that are open, what leads to them
         self._files = contextlib.ExitStack()  # the view's
 
@@ -7190,12 +7182,11 @@ class Shown:
     def _all(self, view: View, index: int, patches: list[tuple[PatchFile, Entry]]) -> bytes | dict[int, bytes]:
         """All of a chunk, or what is no zeros of it; raises Damaged if it is not as recorded."""
         digest = patches[-1][1].digest if patches else self._recorded(view, index)
-        is_next, self._last = index == self._last + 1, index
         if digest == ZERO_DIGEST:
             return {}
         if not patches and view.image.is_full(index):
-            chunk, found = self._of_image(view, index, is_next=is_next)
-            if found == digest:
+            chunk = view.image.chunk(index)  # in one piece, which is soonest
+            if chunk is not None and digest_of(chunk) == digest:
                 return chunk
         pages, is_sound = content_of(view.image, index, patches, digest)
         if not is_sound:
@@ -7204,29 +7195,6 @@ class Shown:
                 f"damaged: {command_line('verify', self.paths.name)}"
             )
         return pages
-
-    def _of_image(self, view: View, index: int, *, is_next: bool) -> tuple[bytes, bytes]:
-        """A chunk of the image, and its digest; b"" for what cannot be read. A thread goes ahead of who reads on."""
-
-        def read(index: int) -> tuple[bytes, bytes]:
-            chunk = view.image.chunk(index)
-            return (b"", b"") if chunk is None else (chunk, digest_of(chunk))
-
-        coming = view.ahead.pop(index, None)
-        if is_next:
-            for ahead in range(index + 1, min(index + 1 + self.AHEAD, view.state.snapshot.size // CHUNK)):
-                if ahead not in view.ahead and view.image.is_full(ahead):
-                    view.ahead[ahead] = self._reader.submit(read, ahead)
-        elif view.ahead:
-            self._end_reading(view)
-        return coming.result() if coming else read(index)
-
-    @staticmethod
-    def _end_reading(view: View) -> None:
-        for coming in view.ahead.values():
-            coming.cancel()
-        concurrent.futures.wait(view.ahead.values())
-        view.ahead.clear()
 
     @staticmethod
     def _some(view: View, index: int, patches: list[tuple[PatchFile, Entry]], first: int, count: int) -> bytes:
@@ -7371,14 +7339,12 @@ class Shown:
     def _close(self) -> None:
         self._checked.clear()
         if self._view is not None:
-            self._end_reading(self._view)
             self._view = None
             self._files.close()
 
     def close(self) -> None:
         """Close all files."""
         self._close()
-        self._reader.shutdown()
         for file in self._leading.values():
             file.close()
 
