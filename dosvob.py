@@ -6355,6 +6355,8 @@ class Course:
         if reached < self._position:  # what was sent is compared now
             self._scan, self._fetch = Rate(), Rate()
         self._position = reached
+        if not self._conversation.outstanding:  # it would count time in which nothing was asked for
+            self._fetch = self._fetch if self._conversation.is_first else Rate()
         link, scan, fetch = self._link(received), self._scan(reached), self._fetch(self._conversation.fetched)
         self._report.progress(lambda: self._told(received, link, scan, fetch))
 
@@ -6374,7 +6376,9 @@ class Course:
         if (unscanned and not scan) or (outstanding and not fetch):
             return ""
         word = "" if not (conversation.is_first and unscanned) else "under " if fetch > 0.3 * scan else "over "
-        if word == "over ":
+        if word == "under ":  # as if all the rest were data
+            scan = min(scan, fetch)
+        elif word == "over ":
             scan = max(scan, self._scan.fastest)
         seconds = (unscanned / scan if unscanned else 0) + (outstanding / fetch if outstanding else 0)
         return "" if word and seconds < 1 else f"{word}{human_time(seconds)} left"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pty
-import random
 import re
 import subprocess
-import time
+import types
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
-from conftest import MIB, Home, write_at
+from conftest import MIB, Home
 from simulator import Fault, Simulator
 from trouble_support import QUICK, add_volume, assert_backed_up, assert_nothing_left
 
@@ -115,57 +116,83 @@ def test_an_interrupt_does_not_glue_to_the_live_line(home: Home, sim: Simulator)
     assert_nothing_left(sim)
 
 
-def told(home: Home) -> Iterator[tuple[float, str]]:
-    """The lines of a run, with the times at which they came, and its end."""
-    process = home.start(constants={**QUICK, "LOG_INTERVAL": 0.2})
-    assert process.stdout
-    for line in process.stdout:
-        yield time.monotonic(), line
-    assert process.wait(60) == 0
+class Modelled(dosvob.Conversation):
+    """A sync of a volume of which so many chunks in turn have changed (or are data), or have not.
+
+    300 are scanned in a second, and 10 fetched, at the same time in a later sync.
+    """
+
+    verb = dosvob.Pull.verb
+
+    def __init__(self, *runs: tuple[int, bool], is_first: bool) -> None:
+        super().__init__(sum(count for count, _ in runs), 64)
+        self.is_first = is_first
+        self.clock, self.link = 1000.0, 0  # seconds, and bytes received
+        self._runs = runs
+
+    def steps_of_time(self) -> Iterator[None]:
+        """Do all of it, and pause after each chunk."""
+        free_at = self.clock  # when the link has taken what there is for it
+        for has_changed in itertools.chain.from_iterable([changed] * count for count, changed in self._runs):
+            free_at = max(self.clock, free_at) + has_changed / 10
+            if self.is_first:
+                self.clock = max(free_at, self.clock + 1 / 300)
+                self.fetched += has_changed
+            else:
+                self.clock += 1 / 300
+                self.outstanding += has_changed
+                self._fetch_until(free_at)
+            self.position += 1
+            self.link = self.fetched * MIB
+            yield
+        while self.outstanding:
+            self.clock += 1 / 10
+            self._fetch_until(free_at)
+            self.link = self.fetched * MIB
+            yield
+
+    def _fetch_until(self, free_at: float) -> None:
+        """Finish what has come by now, if the link is free then."""
+        waiting = max(round((free_at - self.clock) * 10), 0)
+        self.fetched += self.outstanding - waiting
+        self.outstanding = waiting
 
 
-def test_what_is_told_of_a_first_backup_comes_true(home: Home, sim: Simulator) -> None:
+def told(modelled: Modelled, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[float, str]]:
+    """What is told at each step, and how many seconds before the end."""
+    lines: list[tuple[float, str]] = []
+    shown = types.SimpleNamespace(progress=lambda tell: lines.append((modelled.clock, tell())))
+    monkeypatch.setattr(dosvob, "time", types.SimpleNamespace(monotonic=lambda: modelled.clock))
+    course = dosvob.Course(cast("dosvob.Reporter", shown), dosvob.Stop(), "data", "", modelled)
+    for _ in modelled.steps_of_time():
+        course(modelled.link)
+    return ((modelled.clock - moment, line) for moment, line in lines)
+
+
+def test_what_is_told_of_a_first_backup_comes_true(monkeypatch: pytest.MonkeyPatch) -> None:
     """With data at both ends, which nobody can know: then it is a bound; and the rate is the link's."""
-    volume = sim.add_volume("data", size_gib=40)
-    for place, size in ((0, 90 * MIB), (40 * 16 * MIB - 30 * MIB, 30 * MIB)):
-        write_at(volume.path, place, random.Random(place).randbytes(size))
-    sim.faults.add(Fault("ssh-slow", bytes=10 * MIB))
-    lines = list(told(home))
-    assert_backed_up(home, volume)
-    end = next(moment for moment, line in lines if "data: backed up" in line)
-    begun = next(moment for moment, line in lines if "scanned" in line)
-    found = 0
-    for moment, line in lines:
+    modelled, words = Modelled((500, True), (30_000, False), (500, True), is_first=True), set()
+    for left, line in told(modelled, monkeypatch):
         if match := re.search(r"data: (under |over )?(\S+ \S+) left", line):
-            found += 1
-            actual, estimated = end - moment, seconds(match[2])
+            words.add(match[1])
+            estimated = seconds(match[2])
             if match[1] != "over ":
-                assert estimated > actual / 2 - 2, (line, actual)
+                assert estimated > left / 2 - 2, (line, left)
             if match[1] != "under ":
-                assert estimated < actual * 2 + 2, (line, actual)
-        if (rate := re.search(r"fetched at ([\d.]+) (\w+)/s", line)) and moment - begun > 2:
-            assert rate[2] in ("KiB", "MiB"), line
-            assert rate[2] == "KiB" or float(rate[1]) < 12, line
-    assert found > 5
-    assert any("under " in line for _, line in lines), lines
-    assert any("over " in line for _, line in lines), lines
+                assert estimated < left * 2 + 2, (line, left)
+        if rate := re.search(r"fetched at ([\d.]+) (\w+)/s", line):
+            assert rate[2] in ("B", "KiB") or (rate[2] == "MiB" and float(rate[1]) < 12), line
+    assert {"under ", "over "} <= words
 
 
-def test_what_is_told_of_a_later_backup_comes_true(home: Home, sim: Simulator) -> None:
+def test_what_is_told_of_a_later_backup_comes_true(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that changed lies at the end, and is known to be outstanding when all is scanned."""
-    volume = sim.add_volume("data", size_gib=8)
-    list(told(home))
-    sim.limit_snapshots(0)
-    write_at(volume.path, 100 * MIB, random.Random(1).randbytes(20 * MIB))
-    sim.faults.add(Fault("ssh-slow", bytes=2 * MIB))
-    lines = list(told(home))
-    assert_backed_up(home, volume)
-    end = next(moment for moment, line in lines if "data: backed up" in line)
-    scanned = [(moment, line) for moment, line in lines if "128.0 MiB of 128.0 MiB scanned" in line]
-    estimates = [(moment, match[1]) for moment, line in scanned if (match := re.search(r"data: (\S+ \S+) left", line))]
-    assert len(estimates) > 5
-    for moment, text in estimates:
-        assert abs(seconds(text) - (end - moment)) < (end - moment) / 2 + 3, (text, end - moment)
+    modelled, estimates = Modelled((2_000, False), (200, True), is_first=False), 0
+    for left, line in told(modelled, monkeypatch):
+        if "2.1 GiB of 2.1 GiB scanned" in line and (match := re.search(r"data: (\S+ \S+) left", line)):
+            estimates += 1
+            assert abs(seconds(match[1]) - left) < left / 2 + 3, (line, left)
+    assert estimates > 150
 
 
 def test_sizes_read_as_what_they_are() -> None:
