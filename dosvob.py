@@ -48,10 +48,10 @@ What it promises:
 What it does not promise: a snapshot of a volume in use is as consistent as a disk after a power cut, not more. Whether
 its file systems come up after that is tried each time, and told.
 
-The threads. Here: the main thread decides, talks with the agent and changes images. One thread makes clones, one
-attaches them, one releases those that would cost another hour, one (of `DropletKeeper`) makes the droplet, some wait
-for a `Checker`. paramiko has one for each connection, each stream of output has one (`Writer`), and `done_ahead` and
-`within` start some for a moment. On the droplet: see `Agent`.
+The threads. Here: the main thread decides. In a backup two others talk with an agent each and change an image each; one
+makes clones, one attaches them, one releases those that would cost another hour, some wait for a `Checker`. One (of
+`DropletKeeper`) makes the droplet. paramiko has one for each connection, each stream of output has one (`Writer`), and
+`done_ahead` and `within` start some for a moment. On the droplet: see `Agent`.
 
 The chapters, each of which uses those before it alone: errors and waiting, reporting, configuration, the DigitalOcean
 API, ephemeral resources, the agent, image files, versions, the home, the update of an image, the conversations, the
@@ -430,11 +430,11 @@ class Reporter:
         self.left: set[object] = set()  # what could not be removed from the account, see `tell_left_behind`
         self.summary: list[str] = []  # what somebody who was not there must know: warnings, errors, results
         self._lock = threading.Lock()
-        self._live = ""
+        self._live: dict[int, str] = {}  # the live line's parts, by thread
+        self._lined_at: dict[int, float] = {}  # when each thread's part, or its line in a log, was last written
         self._output = Writer(1, sys.stdout.encoding or "utf-8")
         # In one place they keep their order
         self._errors = self._output if os.path.sameopenfile(1, 2) else Writer(2, sys.stderr.encoding or "utf-8")
-        self._lined_at = 0.0 if self._output.is_terminal else time.monotonic()
 
     def close(self) -> bool:
         """Write what is queued, and wait for it; returns whether that ended in time."""
@@ -481,29 +481,34 @@ class Reporter:
         self.detail(text)
 
     def progress(self, tell: Callable[[], str]) -> None:
-        """How far something has got: replaces the live line on a terminal, and is a line now and then in a log.
+        """How far this thread's work has got: its part of the live line on a terminal, a line now and then in a log.
 
         `tell` is asked for it only then: this is called for each chunk.
         """
-        interval = self.LIVE_INTERVAL if self._output.is_terminal else self.LOG_INTERVAL
-        if self.quiet or time.monotonic() - self._lined_at < interval:
+        is_live, thread, now = self._output.is_terminal, threading.get_ident(), time.monotonic()
+        lined_at = self._lined_at.setdefault(thread, 0.0 if is_live else now)
+        if self.quiet or now - lined_at < (self.LIVE_INTERVAL if is_live else self.LOG_INTERVAL):
             return
-        self._lined_at = time.monotonic()
-        if self._output.is_terminal:
+        self._lined_at[thread] = now
+        if is_live:
             with self._lock:
-                columns = shutil.get_terminal_size().columns - len("^C") - 1  # which a terminal puts behind it
-                self._live = fitted(self.clean(tell()), columns)
-                self._output.put(f"\r\x1b[2K{self._live}")
+                self._live[thread] = self.clean(tell())
+                self._output.put(f"\r\x1b[2K{self._live_line()}")
         else:
             self._write(self._output, tell())
 
     def end_progress(self) -> None:
-        """Take the live line away; the next progress shows at once."""
-        self._lined_at = 0.0 if self._output.is_terminal else time.monotonic()
+        """Take this thread's part of the live line away; its next progress shows at once."""
+        thread = threading.get_ident()
+        self._lined_at.pop(thread, None)
         with self._lock:
-            if self._live:
-                self._live = ""
-                self._output.put("\r\x1b[2K")
+            if self._live.pop(thread, None) is not None:
+                self._output.put(f"\r\x1b[2K{self._live_line()}")
+
+    def _live_line(self) -> str:
+        columns, parts, between = shutil.get_terminal_size().columns - len("^C") - 1, self._live.values(), " | "
+        width = (columns + len(between)) // max(len(parts), 1) - len(between)  # a terminal puts the ^C behind it
+        return between.join(fitted(part, width) for part in parts)
 
     def interject(self, text: str) -> None:
         """Report from a signal handler, without the lock: the code that it interrupted may hold it."""
@@ -517,7 +522,8 @@ class Reporter:
     def _write(self, writer: Writer, text: str) -> None:
         lines = self._lines(writer, text)
         with self._lock:
-            writer.put(f"\r\x1b[2K{lines}{self._live}" if self._live and writer.is_terminal else lines)
+            is_below = bool(self._live) and writer.is_terminal
+            writer.put(f"\r\x1b[2K{lines}{self._live_line()}" if is_below else lines)
 
     def clean(self, text: str) -> str:
         """The text without the secret and without what could steer a terminal."""
@@ -5855,17 +5861,27 @@ class RunKeys:
 
 
 class AgentStream:
-    """A running agent at the other end of an SSH connection. To be closed, by which the agent ends."""
+    """A running agent at the other end of an SSH connection that it has for itself.
+
+    To be closed, by which the agent ends; then `let_go` gets the connection.
+    """
 
     FADING = 0.98  # of `waits`, with each read
 
-    def __init__(self, transport: paramiko.Transport, program: bytes, stop: Stop) -> None:
+    def __init__(
+        self,
+        transport: paramiko.Transport,
+        program: bytes,
+        stop: Stop,
+        let_go: Callable[[paramiko.Transport], None],
+    ) -> None:
         self.received = 0  # bytes
         self.waits = 1.0
         self._window = LEAST_WINDOW  # bytes that may be under way
         self._measured = (0, time.monotonic())  # bytes received at the last look at how fast they come, and its time
         self._transport = transport
         self._stop = stop
+        self._let_go = let_go
         bootstrap = f"import sys; exec(sys.stdin.buffer.read({len(program)}))"
         try:
             start = time.monotonic()
@@ -5953,6 +5969,7 @@ class AgentStream:
         """End the agent. It never ends by itself: paramiko stands still if a channel ends while keys are renewed."""
         with contextlib.suppress(paramiko.SSHException, OSError, EOFError):  # the connection is gone, and the agent too
             self._channel.close()
+        self._let_go(self._transport)
 
 
 class Received:
@@ -5989,10 +6006,7 @@ class Received:
 
 
 class CheckerStream(AgentStream):
-    """A running `Checker`. The connection outlives it, for a volume's sync goes on over it."""
-
-    def _lost(self, what: str) -> ConnectionLost:
-        return ConnectionLost(what)
+    """A running `Checker`."""
 
     def finding(self) -> Finding:
         """What it found; raises ConnectionLost, BadAgent."""
@@ -6030,22 +6044,33 @@ class ReadAheadSocket(socket.socket):
 
 
 class Link:
-    """The way to the droplet's agents: one connection, and another one when it has broken. To be closed."""
+    """The way to the droplet: a connection for each agent at a time, kept for the next one. To be closed.
+
+    Over one connection what one agent sends would wait for what another one has under way, on a slow link for longer
+    than an agent may be silent.
+    """
 
     def __init__(self, address: str, keys: RunKeys, stop: Stop) -> None:
         self._address = address
         self._keys = keys
         self._stop = stop
-        self._opening = threading.Lock()
-        self._transport: paramiko.Transport | None = None
+        self._made: list[paramiko.Transport] = []
+        self._free: list[paramiko.Transport] = []  # over which no agent talks; or broken ones
 
-    def open(self, limit: float) -> paramiko.Transport:
-        """The connection that there is, or a new one within `limit` seconds; raises ConnectionLost."""
-        with self._opening:  # a check may find it broken while a sync does
-            if self._transport is None or not self._transport.is_active():
-                self.close()
-                self._transport = self._connect_when_up(limit)
-            return self._transport
+    def open(self, limit: float) -> None:
+        """See to it that there is a free connection, within `limit` seconds; raises ConnectionLost."""
+        self._free.append(self._take(limit))
+
+    def _take(self, limit: float) -> paramiko.Transport:
+        """A free connection, or a new one within `limit` seconds; raises ConnectionLost."""
+        self._stop.check()
+        while self._free:
+            with contextlib.suppress(IndexError):  # which another thread has taken
+                if (transport := self._free.pop()).is_active():
+                    return transport
+        transport = self._connect_when_up(limit)
+        self._made.append(transport)
+        return transport
 
     @staticmethod
     def device(volume_name: str) -> str:
@@ -6054,7 +6079,7 @@ class Link:
 
     def run(self, command: str, limit: float) -> None:
         """Connect within `limit` seconds and run a command to its end, whatever it returns; raises ConnectionLost."""
-        transport = self.open(limit)
+        transport = self._take(limit)
         try:
             with contextlib.closing(transport.open_session(timeout=SSH_TIMEOUT)) as channel:
                 within(SSH_TIMEOUT, lambda: channel.exec_command(command))
@@ -6062,16 +6087,17 @@ class Link:
         except (paramiko.SSHException, OSError, EOFError) as problem:
             transport.close()
             raise ConnectionLost(f"the connection to the droplet broke: {reason(problem)}") from problem
+        self._free.append(transport)
 
     def start_agent(self, program: bytes) -> AgentStream:
         """An agent with this program; raises ConnectionLost."""
-        self._stop.check()
-        return AgentStream(self.open(RECONNECT_LIMIT), program, self._stop)
+        return AgentStream(self._take(RECONNECT_LIMIT), program, self._stop, self._free.append)
 
     def check(self, volume_name: str, *, with_fsck: bool) -> Finding:
         """What is on an attached volume, and whether it comes up; raises ConnectionLost, BadAgent."""
         program = droplet_source(f"Checker({self.device(volume_name)!r}, {with_fsck}, {CHECK_LIMIT}).run(1)")
-        with contextlib.closing(CheckerStream(self.open(RECONNECT_LIMIT), program, self._stop)) as stream:
+        transport = self._take(RECONNECT_LIMIT)
+        with contextlib.closing(CheckerStream(transport, program, self._stop, self._free.append)) as stream:
             return stream.finding()
 
     def _connect_when_up(self, limit: float) -> paramiko.Transport:
@@ -6134,10 +6160,9 @@ class Link:
             raise ConnectionLost(f"the droplet at {self._address} does not let us in: {reason(problem)}") from problem
 
     def close(self) -> None:
-        """Close the connection, and with it whatever runs at its other end."""
-        if self._transport is not None:
-            self._transport.close()
-            self._transport = None
+        """Close the connections, and with them whatever runs at their other end."""
+        for transport in self._made:
+            transport.close()
 
 
 def converse(
@@ -6175,7 +6200,7 @@ def converse(
 
 
 # ── The backup ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# One run: all volumes of a region over one droplet, the next volume's clone being prepared while this one syncs. Puts
+# One run: all volumes of a region over one droplet, two at a time, the next ones' clones being prepared meanwhile. Puts
 # the chapters above together.
 
 
@@ -6395,6 +6420,7 @@ class DropletKeeper:
         self._plan = plan
         self._keys = RunKeys.generate()
         self._lost = 0  # droplets since the last conversation that came to its end
+        self._replacing, self._alone = threading.Lock(), threading.Lock()
         self._links = contextlib.ExitStack()
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._future = self._pool.submit(self._make)
@@ -6408,16 +6434,19 @@ class DropletKeeper:
         if self._future.done():
             self._future.result()
 
-    def replace(self, problem: DosvobError) -> None:
-        """Remove the droplet and have another one made, unless too many were lost in a row."""
-        self._lost += 1
-        if self._lost > self.MOST_LOST:
-            lost = f"{self._lost} were lost in a row: {problem}"
-            self._future = concurrent.futures.Future()
-            self._future.set_exception(NoDroplet(f"nothing can be done for want of a droplet, {lost}"))
-        else:
-            self._remove(problem)
-            self._future = self._pool.submit(self._make)
+    def replace(self, lost: Droplet, problem: DosvobError) -> None:
+        """Remove a lost droplet and have another one made, unless that was done, or too many were lost in a row."""
+        with self._replacing:
+            if self.get()[0] is not lost:
+                return
+            self._lost += 1
+            if self._lost > self.MOST_LOST:
+                told = f"{self._lost} were lost in a row: {problem}"
+                self._future = concurrent.futures.Future()
+                self._future.set_exception(NoDroplet(f"nothing can be done for want of a droplet, {told}"))
+            else:
+                self._remove(problem)
+                self._future = self._pool.submit(self._make)
 
     def _remove(self, problem: DosvobError) -> None:
         self._context.report.warn(f"{problem}; making another one")
@@ -6451,13 +6480,15 @@ class DropletKeeper:
     def converse(self, volume: Volume, conversation: Conversation, what: str, number: str = "") -> int:
         """As `converse`, with the volume attached to the droplet, or to another one if that is lost.
 
-        `what` names it in the progress, `number` says which of several it is.
+        `what` names it in the progress, `number` says which of several it is. Those that lost a droplet go on one at a
+        time, for one of them may be why.
         """
-        self.get()  # before anything is measured
+        droplet, link = self.get()  # before anything is measured
         progress = Course(self._context.report, self._context.stop, what, number, conversation)
         lost = 0
 
         def start_agent() -> AgentStream:
+            nonlocal droplet, link
             droplet, link = self.get()
             self._ephemeral.attach(volume, droplet)
             return link.start_agent(conversation.program(Link.device(volume.name)))
@@ -6465,16 +6496,21 @@ class DropletKeeper:
         def replace_lost(problem: DosvobError) -> bool:
             nonlocal lost
             if not isinstance(problem, DropletLost):
-                if not self._ephemeral.is_gone(self.get()[0]):
+                if not self._ephemeral.is_gone(droplet):
                     return False
                 problem = DropletLost(f"{problem}; the droplet {GONE}")
-            self.replace(problem)
+            self.replace(droplet, problem)
             lost += 1
             if lost == self.MOST_LOST:
                 raise DosvobError(f"{problem}; {lost} droplets were lost over it")
+            if lost == 1:
+                while not self._alone.acquire(timeout=Stop.NAP):
+                    self._context.stop.check()
+                at_end.callback(self._alone.release)
             return True
 
-        received = converse(start_agent, conversation, self._context.report.warn, progress, replace_lost)
+        with contextlib.ExitStack() as at_end:
+            received = converse(start_agent, conversation, self._context.report.warn, progress, replace_lost)
         self._lost = 0
         return received
 
@@ -6544,7 +6580,7 @@ class Queued:
     """A volume that waits for its turn; times are time.monotonic.
 
     Its snapshot is not asked for before `not_before`, nor after `give_up` or `at_last`: then it fails. `until` is the
-    time that the user has read of, 0 for none.
+    time that the user has read of, 0 for none. If it `needs_room`, no other volume is synced beside it.
     """
 
     volume: Volume
@@ -6554,9 +6590,21 @@ class Queued:
     until: float = 0.0
     give_up: float = float("inf")
     at_last: float = float("inf")
+    needs_room: bool = False
 
 
 Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
+
+
+@dataclass
+class Sync:
+    """A sync that is under way; whether another one was under way beside it at any time."""
+
+    queued: Queued
+    prepared: Prepared
+    future: concurrent.futures.Future[Result]
+    had_company: bool
+
 
 Checked = concurrent.futures.Future[Finding]
 
@@ -6594,7 +6642,8 @@ class Backup:
     SNAPSHOT_INTERVAL = 600  # seconds; DigitalOcean takes one snapshot of a volume per 10 minutes
     SNAPSHOT_RETRY = 20  # seconds between attempts when it is too soon for a snapshot and nobody says by how much
     SNAPSHOT_GRACE = 60  # seconds for which a snapshot may still be refused when it is due
-    AHEAD = 3  # volumes whose clones are made and attached while one syncs: a droplet takes one event at a time
+    AHEAD = 3  # volumes whose clones are made and attached while others sync: a droplet takes one event at a time
+    MOST_SYNCS = 2  # at a time: DigitalOcean gives each volume some 200 to 300 MB/s, and the droplet reads more
     MOST_CHECKS = 4  # at a time, if some hang; sshd allows ten sessions
 
     def __init__(
@@ -6636,51 +6685,84 @@ class Backup:
         return self._ephemeral.cost()
 
     def _back_up_all(self) -> None:
-        """One volume after the other; the next ones' clones are made and attached while one syncs."""
+        """Two volumes at a time, or one; the next ones' clones are made and attached while they sync."""
         pool = concurrent.futures.ThreadPoolExecutor
         keeper = DropletKeeper(self._context, self._ephemeral, self._plan)
         ahead: collections.deque[tuple[Queued, Prepared]] = collections.deque()
-        beside = pool(self.MOST_CHECKS)
-        with contextlib.closing(keeper), pool(1) as maker, pool(1) as attacher, pool(1) as saver, beside:
-
-            def prepare() -> bool:
-                while self._queue and len(ahead) < self.AHEAD:
-                    queued = self._queue.popleft()
-                    made = maker.submit(self._make_clone, queued, keeper)
-                    ahead.append((queued, attacher.submit(self._attach, made, keeper)))
-                return bool(ahead)
-
+        syncs: list[Sync] = []
+        since = time.monotonic()
+        syncer, beside = pool(self.MOST_SYNCS), pool(self.MOST_CHECKS)
+        with contextlib.closing(keeper), pool(1) as maker, pool(1) as attacher, pool(1) as saver, beside, syncer:
             try:
                 saver.submit(self._save_hours, keeper)
-                while prepare():
-                    queued, future = ahead.popleft()
-                    prepared = self._await(queued, future)
-                    if prepared is not None:
-                        prepare()
-                        self._sync(queued, *prepared, keeper)
-                        self._look_at(queued, prepared[0], keeper, beside)
+                while self._queue or ahead or syncs:
+                    while self._queue and len(ahead) < self.AHEAD:
+                        queued = self._queue.popleft()
+                        made = maker.submit(self._make_clone, queued, keeper)
+                        ahead.append((queued, attacher.submit(self._attach, made, keeper)))
+                    if ahead and self._may_begin(*ahead[0], syncs):
+                        self._begin(*ahead.popleft(), syncs, syncer, keeper)
+                        since = time.monotonic()
+                        continue
+                    self._wait(ahead, syncs, since)
+                    for sync in [sync for sync in syncs if sync.future.done()]:
+                        syncs.remove(sync)
+                        if not self._end_sync(sync, keeper, beside):
+                            ahead.appendleft((sync.queued, sync.prepared))
+                        since = time.monotonic()
                 self._end_checks(wait=True)
             finally:
                 self._context.stop.request()  # what goes on in the background is of no use any more
 
-    def _await(self, queued: Queued, future: Prepared) -> tuple[Volume, str] | None:
-        """Wait for a volume's clone; None if that failed, or the volume's turn was put off."""
-        start = time.monotonic()
-        while not future.done():
+    def _may_begin(self, queued: Queued, prepared: Prepared, syncs: Sequence[Sync]) -> bool:
+        """Whether a volume's sync can begin now: its clone is there, or failed, and it fits beside what goes on.
+
+        A first backup goes alone: its volume is not what it waits for, and the sooner each one is complete the better.
+        """
+        if not ImagePaths(self._context.home.path, queued.name).image.exists():
+            queued.needs_room = True
+        most = 1 if any(each.needs_room for each in (queued, *(sync.queued for sync in syncs))) else self.MOST_SYNCS
+        return prepared.done() and len(syncs) < most
+
+    def _wait(self, ahead: Sequence[tuple[Queued, Prepared]], syncs: Sequence[Sync], since: float) -> None:
+        """Wait until a sync ends or the next clone is there, for a moment at most; say since when if that is all."""
+        awaited: list[concurrent.futures.Future[Any]] = [sync.future for sync in syncs]
+        awaited += [prepared for _, prepared in itertools.islice(ahead, 1) if not prepared.done()]
+        if not syncs:
+            queued = ahead[0][0]
             left = max(queued.until, queued.not_before) - time.monotonic()
             until = f"{human_time(left)} until DigitalOcean takes its next snapshot"
-            waiting = f"waiting for its clone and the droplet, {human_time(time.monotonic() - start)}"
-            told = f"{queued.name}: {until if left > 0 else waiting}"
-            self._report.progress(lambda: told)  # noqa: B023 - called at once
-            concurrent.futures.wait([future], timeout=0.5)
+            waiting = f"waiting for its clone and the droplet, {human_time(time.monotonic() - since)}"
+            self._report.progress(lambda: f"{queued.name}: {until if left > 0 else waiting}")
+        concurrent.futures.wait(awaited, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED)
+
+    def _begin(
+        self,
+        queued: Queued,
+        prepared: Prepared,
+        syncs: list[Sync],
+        syncer: concurrent.futures.Executor,
+        keeper: DropletKeeper,
+    ) -> None:
+        """Begin the sync of a volume whose clone is there; if that failed, the volume failed or its turn is put off."""
+        name = queued.name
+        self._report.end_progress()
         try:
-            return future.result()
+            clone, taken_at = prepared.result()
         except DosvobError as problem:
             if isinstance(problem, ApiError) and problem.status == 429:
                 self._put_off(queued, problem)
             else:
                 self._fail(queued, problem)
-        return None
+            return
+        self._results[name] = dataclasses.replace(self._results[name], outcome="begun")
+        begun = sum(result.outcome != "not begun" for result in self._results.values())
+        number = f"{begun} of {len(self._results)}" if len(self._results) > 1 else ""
+        future = syncer.submit(self._sync, queued, clone, taken_at, keeper, number)
+        for sync in syncs:
+            sync.had_company = True
+        syncs.append(Sync(queued, prepared, future, had_company=bool(syncs)))
+        self._report.current = f"backing up {' and '.join(sync.queued.name for sync in syncs)}"
 
     def _put_off(self, queued: Queued, problem: ApiError) -> None:
         """Put a volume's turn off until DigitalOcean takes its next snapshot.
@@ -6778,15 +6860,16 @@ class Backup:
             if not (patiently and self._needed):
                 return False
             self._context.stop.sleep(Stop.NAP)
+        droplet = keeper.get()[0]
         try:
-            self._release(next(iter(self._spent.values())), keeper)
+            self._release(next(iter(self._spent.values())), droplet)
         except DropletLost as problem:
             if not patiently:
                 raise
             if self._needed:  # which has another one made when its turn comes
                 self._context.stop.sleep(Stop.NAP)
             else:
-                keeper.replace(problem)
+                keeper.replace(droplet, problem)
         return True
 
     def _save_hours(self, keeper: DropletKeeper) -> None:
@@ -6794,65 +6877,76 @@ class Backup:
         while True:
             self._context.stop.sleep(1)
             for clone in filter(self._ephemeral.has_cost_an_hour, list(self._spent.values())):
-                with contextlib.suppress(DropletLost):
-                    self._release(clone, keeper)
+                with contextlib.suppress(DropletLost, NoDroplet):
+                    self._release(clone, keeper.get()[0])
 
-    def _release(self, clone: Volume, keeper: DropletKeeper) -> None:
+    def _release(self, clone: Volume, droplet: Droplet) -> None:
         """Detach and delete a spent clone, unless somebody else does; raises DropletLost."""
         if self._spent.pop(clone.id, None) is None:
             return
         try:
-            self._ephemeral.release(clone, keeper.get()[0])
+            self._ephemeral.release(clone, droplet)
         except DropletLost:
             self._spent[clone.id] = clone
             raise
         except DosvobError as problem:
             self._report.detail(f"{problem}; {clone.name} is removed at the end of the run")
 
-    # In the foreground
+    # Beside another one
 
-    def _sync(self, queued: Queued, clone: Volume, taken_at: str, keeper: DropletKeeper) -> None:
-        """Make the clone's content the volume's image."""
-        start, volume, name = time.monotonic(), queued.volume, queued.name
-        self._report.current = f"backing up {name}"
-        self._report.detail(f"{name}: syncing its snapshot of {taken_at}")
-        self._results[name] = dataclasses.replace(self._results[name], outcome="begun")
+    def _sync(self, queued: Queued, clone: Volume, taken_at: str, keeper: DropletKeeper, number: str) -> Result:
+        """Make the clone's content the volume's image; `number` says which of several it is."""
+        start, volume, name, report = time.monotonic(), queued.volume, queued.name, self._report
+        report.detail(f"{name}: syncing its snapshot of {taken_at}")
         paths = ImagePaths(self._context.home.path, name)
         snapshot = Snapshot(volume.id, name, volume.region, clone.size, taken_at)
 
         def warn(text: str) -> None:
-            self._report.warn(f"{name}: {text}")
+            report.warn(f"{name}: {text}")
 
-        meter = Meter(self._report, self._context.stop, f"{name}: reading and writing here")
+        meter = Meter(report, self._context.stop, f"{name}: reading and writing here")
         try:
             update = Update(paths, snapshot, self._context.config.keep, warn, meter, reread=self._reread)
             with contextlib.closing(update):
                 try:
-                    begun = sum(result.outcome != "not begun" for result in self._results.values())
-                    number = f"{begun} of {len(self._results)}" if len(self._results) > 1 else ""
                     received = keeper.converse(clone, Pull(update), name, number)
                     update.finish()
                 except OSError as problem:
                     if is_disk_full(problem):
                         update.give_up_space()
                     raise
-            if update.differing.ranges:
-                warn(
-                    f"{human_size(update.differing.size)} of the image differs from what was recorded, or "
-                    f"cannot be read: {update.differing}. Either it was mounted or opened for writing, or the "
-                    "disk is failing; the volume's content was put back"
-                )
+        finally:
+            report.end_progress()
+        if update.differing.ranges:
+            warn(
+                f"{human_size(update.differing.size)} of the image differs from what was recorded, or "
+                f"cannot be read: {update.differing}. Either it was mounted or opened for writing, or the "
+                "disk is failing; the volume's content was put back"
+            )
+        seconds, was_thinned = time.monotonic() - start, self._results[name].is_thinned
+        return Result(name, snapshot.size, "ok", update.changed, received, seconds, was_thinned)
+
+    # In the foreground
+
+    def _end_sync(self, sync: Sync, keeper: DropletKeeper, beside: concurrent.futures.Executor) -> bool:
+        """Report what became of a sync, and have its clone checked; False if it is to be done again, alone."""
+        queued, clone = sync.queued, sync.prepared.result()[0]
+        try:
+            result = sync.future.result()
         except (DosvobError, OSError) as problem:
+            if is_disk_full(problem) and sync.had_company:
+                self._report.say(f"{queued.name}: the disk is full; it is tried again, with no other volume beside it")
+                queued.needs_room = True
+                return False
             self._fail(queued, problem)
         else:
-            seconds, was_thinned = time.monotonic() - start, self._results[name].is_thinned
-            result = Result(name, snapshot.size, "ok", update.changed, received, seconds, was_thinned)
-            self._results[name] = result
-            self._report.end_progress()
+            self._results[queued.name] = result
             self._report.say(
-                f"{name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
+                f"{result.name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
+        self._look_at(queued, clone, keeper, beside)
+        return True
 
     # Whether it comes up
 

@@ -288,10 +288,13 @@ def files_of(backups: Path, name: str) -> list[Path]:
     return list(dict.fromkeys([*images, *versions, *there, paths.directory, paths.metadata, paths.versions]))
 
 
+IN_MAIN_THREAD = {"SYNCS_IN_MAIN_THREAD": True}
+
+
 def strace(backups: Path, name: str, *options: str, calls: str = CHANGING_CALLS) -> tuple[str, ...]:
     """The words to put before a command: its main thread is traced, as far as the files of the volume are concerned.
 
-    The main thread alone makes changes.
+    That alone makes changes, in the script with IN_MAIN_THREAD as constants.
     """
     paths = [word for path in files_of(backups, name) for word in ("-P", str(path))]
     return ("strace", "-y", "-qq", "-s", "0", "-e", f"trace={calls}", *paths, *options)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import MIB, Home, same, sampled
 from crash_support import (
+    IN_MAIN_THREAD,
     Call,
     back_up,
     calls_in,
@@ -388,7 +389,7 @@ class WholeScript:
     def run(self, *options: str, expect: int) -> list[Call]:
         """Run the script under strace."""
         wrapper = strace(self.home.backups, NAME, "-o", str(self.trace), *options)
-        self.home.run("--backups", str(self.home.backups), wrapper=wrapper, expect=expect)
+        self.home.run("--backups", str(self.home.backups), wrapper=wrapper, expect=expect, constants=IN_MAIN_THREAD)
         return calls_in(self.trace)
 
     def forget_volume(self) -> None:

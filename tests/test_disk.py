@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 from conftest import MIB, Home, Tmpfs, data_places, same, sampled, write_at
 from crash_support import (
+    IN_MAIN_THREAD,
     PAGE,
     AgentProcess,
     back_up,
@@ -1386,7 +1387,7 @@ class Trouble:
 def failing_undo(home: Home, volume: Volume) -> tuple[str, ...]:
     """The disk fails when the undo is made durable."""
     undo = str(home.backups / ".dosvob" / f"{NAME}.undo")
-    return ("strace", "-o", "/dev/null", "-P", undo, "-e", "trace=fsync", "--inject=fsync:error=EIO")
+    return ("strace", "-f", "-o", "/dev/null", "-P", undo, "-e", "trace=fsync", "--inject=fsync:error=EIO")
 
 
 def damaged_state(home: Home, volume: Volume) -> tuple[str, ...]:
@@ -1641,7 +1642,8 @@ def test_images_and_states_are_for_their_owner_only(home: Home) -> None:
     trace = home.directory / "trace"
     paths = dosvob.ImagePaths(home.backups, NAME)
     wrapper = (*strace(home.backups, NAME, "-o", str(trace), "--inject=rename:signal=KILL:when=1"),)
-    home.run("--backups", str(home.backups), wrapper=(*wrapper, "sh", "-c", 'umask 0; exec "$@"', "sh"), expect=None)
+    wrapper = (*wrapper, "sh", "-c", 'umask 0; exec "$@"', "sh")
+    home.run("--backups", str(home.backups), wrapper=wrapper, expect=None, constants=IN_MAIN_THREAD)
     assert paths.spool.exists()
     for path in (paths.image, paths.state, paths.new_state, paths.spool, paths.undo):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path

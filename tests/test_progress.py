@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pty
+import random
 import re
 import subprocess
 import types
@@ -12,9 +13,9 @@ from collections.abc import Iterator
 from typing import cast
 
 import pytest
-from conftest import MIB, Home
+from conftest import MIB, Home, write_at
 from simulator import Fault, Simulator
-from trouble_support import QUICK, add_volume, assert_backed_up, assert_nothing_left
+from trouble_support import QUICK, add_volume, assert_backed_up, assert_nothing_left, run
 
 import dosvob
 
@@ -98,6 +99,30 @@ def test_the_live_line_begins_with_what_matters(home: Home, sim: Simulator, colu
         assert re.fullmatch(rf"(, ({parts}))*", told[7] or ""), line
     assert any("scanned" in line for line in lines) == (columns > 40)
     assert any("fetched at" in line for line in lines) == (columns > 80)
+
+
+@pytest.mark.parametrize("columns", [60, 160])
+def test_the_live_line_tells_of_both_that_are_synced(home: Home, sim: Simulator, columns: int) -> None:
+    volumes = [add_volume(sim, name, offset=0, size=12 * MIB) for name in ("a-name-that-is-rather-long", "b")]
+    run(home)
+    sim.limit_snapshots(0)
+    for volume in volumes:
+        write_at(volume.path, 0, random.Random(1).randbytes(12 * MIB))
+    sim.faults.add(Fault("ssh-slow", bytes=4 * MIB))
+    screen = Screen(home, columns)
+    while screen.read():
+        pass
+    assert screen.process.wait(60) == 0, screen.written
+    assert_backed_up(home, *volumes)
+    both = [line for line in screen.live() if line.count(" left") == 2]
+    assert len(both) > 3, screen.live()
+    for line in both:
+        assert len(line) < columns
+        parts = sorted(line.split(" | "))
+        assert [part[:2] for part in parts] == ["a-", "b:"]
+        assert any("of 2, " in part for part in parts) == (columns == 160), line
+    assert [line for line in screen.live() if " | " not in line and " left" in line]  # before or after that
+    assert not [line for line in screen.shown() if "scanned" in line]
 
 
 def test_an_interrupt_does_not_glue_to_the_live_line(home: Home, sim: Simulator) -> None:
