@@ -562,6 +562,7 @@ def main() -> None:
     parser.add_argument("--chain", action="store_true", help="only what a long chain of versions costs")
     parser.add_argument("--control-plane", action="store_true", help="only runs over volumes of a simulated account")
     parser.add_argument("--volumes", type=words, default=["8", "16"], help="with --control-plane: how many, in turn")
+    parser.add_argument("--throttled", action="store_true", help="only two unchanged volumes that give 200 MB/s each")
     parser.add_argument("--attachments", type=int, default=15, help="with --control-plane: most that a droplet has")
     arguments = parser.parse_args()
     result = run(arguments)
@@ -584,11 +585,10 @@ def run(arguments: argparse.Namespace) -> str:
         import bench_chain  # noqa: PLC0415
 
         return bench_chain.measure(arguments)
-    if arguments.control_plane:
+    if arguments.throttled or arguments.control_plane:
         import bench_control  # noqa: PLC0415
 
-        counts = [int(count) for count in arguments.volumes]
-        return bench_control.control_plane(arguments.directory, counts, arguments.attachments, arguments.old)
+        return bench_control.measure(arguments)
     with loopback("L0", keys) as here:
         if arguments.memory:
             return memory_table(here, arguments.directory)

@@ -1,7 +1,8 @@
-"""What a run takes beside its syncs. `tests/bench --control-plane` runs it."""
+"""What a run takes beside its syncs, and what two syncs at a time: `tests/bench --control-plane` and `--throttled`."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -26,6 +27,14 @@ DELAYS = dataclasses.replace(  # 40 s until a droplet lets us in; 7 s for an att
 SNAPSHOT_SECONDS = 4
 
 
+def measure(arguments: argparse.Namespace) -> str:
+    """Measure what is asked for."""
+    if arguments.throttled:
+        return throttled(arguments.directory, arguments.gib, arguments.old)
+    counts = [int(count) for count in arguments.volumes]
+    return control_plane(arguments.directory, counts, arguments.attachments, arguments.old)
+
+
 def control_plane(directory: Path, counts: Sequence[int], attachments: int, old: Path | None) -> str:
     """What runs over some small unchanged volumes take beside their syncs, with delays as DigitalOcean has them.
 
@@ -42,9 +51,7 @@ def measured(directory: Path, count: int, attachments: int, scripts: Sequence[Pa
             volume = simulator.add_volume(f"volume-{number}", size_gib=1)
             with volume.path.open("r+b") as file:
                 file.write(os.urandom(64 * MIB))
-        (directory / "conf.json").write_text(json.dumps({"do_token": simulator.token, "region": "fra1"}))
-        (directory / "conf.json").chmod(0o600)
-        shutil.rmtree(directory / "backups", ignore_errors=True)
+        configure(directory, simulator)
         timed_run(HERE, directory, simulator, count)  # from now on nothing changes
         simulator.behave(dataclasses.replace(DELAYS, volumes_per_droplet=attachments))
         delay = Fault("delay", method="POST", path="/snapshots$", seconds=SNAPSHOT_SECONDS, times=FOREVER)
@@ -52,9 +59,54 @@ def measured(directory: Path, count: int, attachments: int, scripts: Sequence[Pa
         return [f"{script}: {timed_run(script, directory, simulator, count)}" for script in scripts]
 
 
-def timed_run(script: Path, directory: Path, simulator: Simulator, count: int) -> str:
-    """One run of a script over so many volumes, and what it took."""
-    start, before = time.monotonic(), len(simulator.requests)
+THROTTLING_PYTHON = r"""#!/usr/bin/python3
+import os, re, sys, threading, time
+plain, lock, due = os.pread, threading.Lock(), 0.0
+
+def pread(fd, size, offset):
+    global due
+    with lock:
+        due = max(due, time.monotonic()) + size / 200e6
+        wait = due - time.monotonic()
+    time.sleep(max(wait, 0))
+    return plain(fd, size, offset)
+
+os.pread = pread
+exec(sys.stdin.buffer.read(int(re.search(r"read\((\d+)\)", sys.argv[-1])[1])))
+"""
+
+
+def throttled(directory: Path, gib: int, old: Path | None) -> str:
+    """What the syncs of two unchanged volumes take if each gives 200 MB/s; in turns with the checkout `old`."""
+    python, times = directory / "throttling", []
+    python.write_text(THROTTLING_PYTHON)
+    python.chmod(0o755)
+    with Simulator(directory / "cloud", dataclasses.replace(Behaviour(), snapshot_interval=0)) as simulator:
+        for number in range(2):
+            with simulator.add_volume(f"volume-{number}", size_gib=gib).path.open("r+b") as file:
+                for _ in range(gib * 16):
+                    file.write(os.urandom(64 * MIB))
+        configure(directory, simulator)
+        moments_of(HERE, directory, simulator)
+        simulator.faults.add(Fault("python", text=str(python), times=FOREVER))
+        for script in (HERE, *([old.resolve() / HERE.name] if old else [])) * 3:
+            moments = moments_of(script, directory, simulator)
+            begun = next(moment for moment, line in moments if "syncing its snapshot" in line)
+            ended = max(moment for moment, line in moments if ": backed up" in line)
+            times.append(f"{script}: {ended - begun:.1f} s")
+    return "\n".join(sorted(times))
+
+
+def configure(directory: Path, simulator: Simulator) -> None:
+    """A home without backups for runs over the simulated account."""
+    (directory / "conf.json").write_text(json.dumps({"do_token": simulator.token, "region": "fra1"}))
+    (directory / "conf.json").chmod(0o600)
+    shutil.rmtree(directory / "backups", ignore_errors=True)
+
+
+def moments_of(script: Path, directory: Path, simulator: Simulator) -> list[tuple[float, str]]:
+    """The lines of a run, with the seconds since its beginning."""
+    start = time.monotonic()
     running = subprocess.Popen(
         [sys.executable, script, "--verbose"],
         cwd=directory,
@@ -66,6 +118,13 @@ def timed_run(script: Path, directory: Path, simulator: Simulator, count: int) -
     moments = [(time.monotonic() - start, line) for line in running.stdout]
     if running.wait():
         sys.exit("the run failed: " + "".join(line for _, line in moments))
+    return moments
+
+
+def timed_run(script: Path, directory: Path, simulator: Simulator, count: int) -> str:
+    """One run of a script over so many volumes, and what it took."""
+    start, before = time.monotonic(), len(simulator.requests)
+    moments = moments_of(script, directory, simulator)
     total, requests = time.monotonic() - start, len(simulator.requests) - before
     up = next(moment for moment, line in moments if "is up at" in line)
     begun = [moment for moment, line in moments if "syncing its snapshot" in line]
