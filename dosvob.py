@@ -1974,8 +1974,8 @@ def runs(bitmap: int) -> Iterator[tuple[int, int]]:
         yield end - count, count
 
 
-def pages_in(bitmap: int) -> Iterator[int]:
-    """The pages in a bitmap, in order."""
+def numbers_in(bitmap: int) -> Iterator[int]:
+    """The numbers of the bits that are set, of pages for example, in order."""
     for first, count in runs(bitmap):
         yield from range(first, first + count)
 
@@ -2395,7 +2395,7 @@ class Agent:
     def send_pages(self, index: int, wanted: int) -> None:
         """Send the wanted pages, but no zeros."""
         chunk, digests = self.held.get(index), self.pages_of(index)
-        starts = {page: page * DIGEST_SIZE for page in pages_in(wanted)}
+        starts = {page: page * DIGEST_SIZE for page in numbers_in(wanted)}
         filled = [page for page, start in starts.items() if digests[start : start + DIGEST_SIZE] != ZERO_PAGE_DIGEST]
         bitmap = sum(1 << page for page in filled)
         pieces = list(runs(bitmap))
@@ -3142,7 +3142,7 @@ class SparseFile:
             data = self.read(stop - count * PAGE, count * PAGE) if asked else b""
             if data is None:
                 return None
-            for page in pages_in(asked):
+            for page in numbers_in(asked):
                 if not data.startswith(ZERO_PAGE, page * PAGE):
                     found[first + page] = data[page * PAGE : (page + 1) * PAGE]
         return found
@@ -3299,13 +3299,13 @@ class Patch:
         """The wanted pages out of the data, which has those of the bitmap `among`."""
         if wanted == among:
             return data
-        places = enumerate(pages_in(among))
+        places = enumerate(numbers_in(among))
         return b"".join([data[place * PAGE : (place + 1) * PAGE] for place, page in places if wanted >> page & 1])
 
     @classmethod
     def of(cls, index: int, pages: int, data: bytes, digest: bytes) -> Patch:
         """The patch that makes these pages of a chunk what the data has."""
-        places = enumerate(pages_in(pages))
+        places = enumerate(numbers_in(pages))
         filled = sum(1 << page for place, page in places if not data.startswith(ZERO_PAGE, place * PAGE))
         return cls(index, pages, filled, cls.select(data, filled, pages), digest)
 
@@ -3383,9 +3383,7 @@ class PatchFile:
         self._opened = SparseFile(path, flags)
         self._made: tempfile.SpooledTemporaryFile[bytes] | None = None  # the index of a file that has none
         self._count = -1  # of the index's rows; before they are known -1
-        self._chunks: array.array[int] | None = None  # of its rows, if `find` was asked
-        self._may_have = bytearray()  # a bitmap of them, by the remainders
-        self._places = 0  # its bits
+        self._chunks: array.array[int] | None = None  # of its rows, if `chunks` was asked
         try:
             if from_disk:
                 self._opened.forget_cached()
@@ -3581,8 +3579,8 @@ class PatchFile:
         rows = self.rows(start, self.row_of(end) - start)
         return {rows[place : place + 4]: rows[place : place + size] for place in range(0, len(rows), size)}
 
-    def find(self, index: int) -> Entry | None:
-        """What it has of a chunk."""
+    def chunks(self) -> array.array[int]:
+        """The chunks of the index's rows, in order; they are kept."""
         if self._chunks is None:
             self._chunks = array.array("I")
             for first in range(0, self._count, CHUNK // PAGE):
@@ -3590,14 +3588,12 @@ class PatchFile:
                 self._chunks.extend(rows[:: self.ROW.size // 4])
             if sys.byteorder == "little":
                 self._chunks.byteswap()
-            self._may_have = bytearray(len(self._chunks) + 1)
-            self._places = 8 * len(self._may_have)
-            for chunk in self._chunks:
-                self._may_have[chunk % self._places >> 3] |= 1 << (chunk & 7)
-        if not self._may_have[index % self._places >> 3] >> (index & 7) & 1:
-            return None  # as most of many versions, and soon
-        row = bisect.bisect_left(self._chunks, index)
-        if row == len(self._chunks) or self._chunks[row] != index:
+        return self._chunks
+
+    def find(self, index: int) -> Entry | None:
+        """What it has of a chunk."""
+        row = bisect.bisect_left(self.chunks(), index)
+        if row == len(self.chunks()) or self.chunks()[row] != index:
             return None
         return self.entry_of(self.ROW.unpack(self.rows(row, 1)))
 
@@ -3617,7 +3613,7 @@ class PatchFile:
         stored = self._file.read(entry.position, size + entry.filled.bit_count() * PAGE) or b""
         patch = Patch(entry.chunk, entry.pages, entry.filled, memoryview(stored)[size:], entry.digest)
         data = stored[size:]
-        places = enumerate(pages_in(entry.filled))
+        places = enumerate(numbers_in(entry.filled))
         pages = {page: data[place * PAGE : (place + 1) * PAGE] for place, page in places}
         return pages, patch.pack(self.head.get("id", "")) == stored[:size]
 
@@ -4267,7 +4263,7 @@ class Chain:
                 data, is_whole = steps[number].checked_pages(entry)
                 if not is_whole:
                     self.flawed.add(depth)
-                for page in pages_in(entry.pages):
+                for page in numbers_in(entry.pages):
                     at = page * DIGEST_SIZE
                     digest = hashlib.sha256(data[page]).digest() if page in data else ZERO_PAGE_DIGEST
                     digests[at : at + DIGEST_SIZE] = digest
@@ -5554,7 +5550,7 @@ class Pull(Conversation):
         if ours is ZERO_PAGES:  # as most chunks of a first sync, and soon: the agent leaves zeros out
             return digests, included
         changed = 0
-        for page in pages_in(wanted):
+        for page in numbers_in(wanted):
             place = slice(page * DIGEST_SIZE, (page + 1) * DIGEST_SIZE)
             changed |= (digests[place] != ours[place]) << page
         return digests, changed
@@ -7181,6 +7177,25 @@ class Replaced(DosvobError):
     """What is to be read is not there any more."""
 
 
+class Steps:
+    """The files with an index that lead from an image to a snapshot, the newest first."""
+
+    BUCKETS = 1 << 16
+
+    def __init__(self, files: Sequence[PatchFile]) -> None:
+        self.files = files
+        self._having = [0] * self.BUCKETS  # bitmaps of files, by the remainders of the chunks that they have
+        for number, file in enumerate(files):
+            bit = 1 << number
+            for chunk in file.chunks():
+                self._having[chunk % self.BUCKETS] |= bit
+
+    def find(self, index: int) -> list[tuple[PatchFile, Entry]]:
+        """What they have of a chunk; without asking each one, for there may be thousands."""
+        having = [self.files[number] for number in numbers_in(self._having[index % self.BUCKETS])]
+        return [(file, entry) for file in having if (entry := file.find(index)) is not None]
+
+
 @dataclass(frozen=True)
 class View:
     """What there was of a volume at a moment: its image, state and undo, and the marks by which a change is noticed."""
@@ -7191,7 +7206,7 @@ class View:
     undo: PatchFile | None  # it is laid over the image, which is what the state says then
     versions: dict[str, Snapshot]  # by the names of their files; the image's among them
     marks: tuple[object, ...]
-    paths: dict[Snapshot, list[PatchFile]] = field(default_factory=dict)  # those that were looked for
+    steps: dict[Snapshot, Steps] = field(default_factory=dict)  # to those that were looked for
 
 
 class Shown:
@@ -7214,7 +7229,7 @@ class Shown:
         self._leading: dict[tuple[Snapshot, Snapshot], PatchFile] = {}  # from one to an older one
         self._checked: dict[Snapshot, set[int]] = {}  # chunks that were as recorded
         self._cache: dict[tuple[Snapshot, int], bytes | dict[int, bytes]] = {}  # chunks, or what is no zeros of them
-        self._held: dict[Snapshot, list[PatchFile]] = {}  # of those that are open, what leads to them
+        self._held: dict[Snapshot, Steps] = {}  # to those that are open
         self._files = contextlib.ExitStack()  # the view's
 
     def versions(self) -> dict[str, Snapshot]:
@@ -7234,8 +7249,7 @@ class Shown:
         for _ in range(self.ATTEMPTS):
             view = self._view or self._look()
             try:
-                path = self._path(view, snapshot)
-                patches = [(file, entry) for file in path if (entry := file.find(index)) is not None]
+                patches = self._steps(view, snapshot).find(index)
                 if index in self._checked.setdefault(snapshot, set()):
                     chunk, part = None, self._some(view, index, patches, first, count)
                 else:
@@ -7263,9 +7277,8 @@ class Shown:
     def is_zeros(self, snapshot: Snapshot, index: int) -> bool:
         """Whether a chunk is recorded to be zeros."""
         view = self._view or self._look()
-        entries = (file.find(index) for file in reversed(self._path(view, snapshot)))
-        newest = next((entry.digest for entry in entries if entry is not None), None)
-        return (newest or self._recorded(view, index)) == ZERO_DIGEST
+        patches = self._steps(view, snapshot).find(index)
+        return (patches[-1][1].digest if patches else self._recorded(view, index)) == ZERO_DIGEST
 
     @staticmethod
     def _recorded(view: View, index: int) -> bytes:
@@ -7308,19 +7321,19 @@ class Shown:
             pages |= {start + number: data[number * PAGE : (number + 1) * PAGE] for number in range(length)}
         return Shown._part_of(pages, first, count)
 
-    def _path(self, view: View, snapshot: Snapshot) -> list[PatchFile]:
-        """What leads from the image to a snapshot, with indexes; raises Replaced, Damaged."""
-        if snapshot in view.paths:
-            return view.paths[snapshot]
-        path = [*self._way(view.state.snapshot, snapshot), *([view.undo] if view.undo else [])]
-        for file in path:
+    def _steps(self, view: View, snapshot: Snapshot) -> Steps:
+        """What leads from the image to a snapshot; raises Replaced, Damaged."""
+        if snapshot in view.steps:
+            return view.steps[snapshot]
+        files = [*self._way(view.state.snapshot, snapshot), *([view.undo] if view.undo else [])]
+        for file in files:
             file.load_index()
             if file.doubtful:
                 raise Damaged(f"{file.path} is damaged: {command_line('verify', self.paths.name)}")
-        view.paths[snapshot] = path[::-1]
+        view.steps[snapshot] = steps = Steps(files[::-1])
         if snapshot in self._held:
-            self._held[snapshot] = view.paths[snapshot]
-        return view.paths[snapshot]
+            self._held[snapshot] = steps
+        return steps
 
     def _way(self, newest: Snapshot, oldest: Snapshot) -> list[PatchFile]:
         """The shortest way between two snapshots, the last step first; raises Replaced."""
@@ -7345,7 +7358,7 @@ class Shown:
 
     def hold(self, snapshot: Snapshot) -> None:
         """Keep what leads to a snapshot open, for it to be read even if a run drops it; raises Replaced, Damaged."""
-        self._held[snapshot] = self._path(self._view or self._look(), snapshot)
+        self._held[snapshot] = self._steps(self._view or self._look(), snapshot)
 
     def let_go(self, snapshot: Snapshot) -> None:
         """It is not open any more."""
@@ -7426,7 +7439,7 @@ class Shown:
                         file.close()
                         raise FileNotFoundError(version.path)  # it was replaced since it was listed
                 found[key] = file
-        held = {id(file) for path in self._held.values() for file in path}
+        held = {id(file) for steps in self._held.values() for file in steps.files}
         for key, file in self._leading.items():
             if key not in found and id(file) in held:
                 found[key] = file
