@@ -576,9 +576,9 @@ class Rate:
     def __init__(self) -> None:
         self._seen: collections.deque[tuple[float, float]] = collections.deque()  # times and counts
 
-    def __call__(self, count: float) -> float:
+    def __call__(self, count: float, now: float | None = None) -> float:
         """The rate, given the count now; 0 if it has not grown, or in the first second."""
-        now = time.monotonic()
+        now = time.monotonic() if now is None else now
         if not self._seen or now - self._seen[-1][0] >= self.STEP:
             self._seen.append((now, count))
         while len(self._seen) > 2 and self._seen[1][0] < now - self.SPAN:
@@ -4965,7 +4965,7 @@ class Update:
         seal(
             "version", {"snapshot": described, "newer": described, "more": "." * self.REST_OF_HEAD}
         )  # must be possible
-        paths.check_link()
+        Undo.recover(paths, tick)  # what an earlier sync of this run may have left: to begin anew would lose it
         paths.check_unread()
         self._state = self._fitting_state()
         self._found = (self._state.found if self._state else None) or Finding()
@@ -5076,7 +5076,7 @@ class Update:
         """Steps 2 to 6 of a sync. All chunks must be finished.
 
         An error before the commit is raised after the undo was put back. A signal does not wait for that: the next
-        command puts it back.
+        command puts it back. One after the commit is a DosvobError.
         """
         assert self.frontier == self.chunks
         self._new_state.flush()
@@ -5100,8 +5100,14 @@ class Update:
                     self._drop_spool(self.spool)
                 undo.put_back(self._tick)
                 raise
-            sync_directory(paths.metadata)
-            undo.settle()
+            try:
+                sync_directory(paths.metadata)
+                undo.settle()
+            except OSError as problem:
+                raise DosvobError(
+                    "it is backed up; the version before gets its name with the next backup or verify: "
+                    + explained(problem, paths.versions)
+                ) from problem
 
     def _drop_spool(self, spool: Spool) -> None:
         """Free what it takes, for the undo to be put back there: some file systems need space to overwrite."""
@@ -5859,7 +5865,7 @@ class RunKeys:
 class AgentStream:
     """A running agent at the other end of an SSH connection that it has for itself.
 
-    To be closed, by which the agent ends; then `let_go` gets the connection.
+    To be closed, by which the agent ends; then, or when the connection is lost, `give_back` gets that.
     """
 
     FADING = 0.98  # of `waits`, with each read
@@ -5869,7 +5875,7 @@ class AgentStream:
         transport: paramiko.Transport,
         program: bytes,
         stop: Stop,
-        let_go: Callable[[paramiko.Transport], None],
+        give_back: Callable[[paramiko.Transport], None],
     ) -> None:
         self.received = 0  # bytes
         self.waits = 1.0
@@ -5877,7 +5883,7 @@ class AgentStream:
         self._measured = (0, time.monotonic())  # bytes received at the last look at how fast they come, and its time
         self._transport = transport
         self._stop = stop
-        self._let_go = let_go
+        self._give_back = give_back
         bootstrap = f"import sys; exec(sys.stdin.buffer.read({len(program)}))"
         try:
             start = time.monotonic()
@@ -5950,6 +5956,7 @@ class AgentStream:
         Also if only the agent may have ended: paramiko reports the end of a connection after that of its channels.
         """
         self._transport.close()
+        self._give_back(self._transport)
         return ConnectionLost(what)
 
     def _last_words(self) -> str:
@@ -5965,7 +5972,8 @@ class AgentStream:
         """End the agent. It never ends by itself: paramiko stands still if a channel ends while keys are renewed."""
         with contextlib.suppress(paramiko.SSHException, OSError, EOFError):  # the connection is gone, and the agent too
             self._channel.close()
-        self._let_go(self._transport)
+        if self._transport.is_active():
+            self._give_back(self._transport)
 
 
 class Received:
@@ -6050,23 +6058,35 @@ class Link:
         self._address = address
         self._keys = keys
         self._stop = stop
-        self._made: list[paramiko.Transport] = []
-        self._free: list[paramiko.Transport] = []  # over which no agent talks; or broken ones
+        self._made: set[paramiko.Transport] = set()
+        self._free: list[paramiko.Transport] = []  # over which no agent talks
 
     def open(self, limit: float) -> None:
         """See to it that there is a free connection, within `limit` seconds; raises ConnectionLost."""
-        self._free.append(self._take(limit))
+        self._give_back(self._take(limit))
 
     def _take(self, limit: float) -> paramiko.Transport:
         """A free connection, or a new one within `limit` seconds; raises ConnectionLost."""
         self._stop.check()
-        while self._free:
-            with contextlib.suppress(IndexError):  # which another thread has taken
+        with contextlib.suppress(IndexError):
+            while True:
                 if (transport := self._free.pop()).is_active():
                     return transport
         transport = self._connect_when_up(limit)
-        self._made.append(transport)
+        self._made.add(transport)
         return transport
+
+    def _give_back(self, transport: paramiko.Transport) -> None:
+        """Keep a connection for the next agent. If it is broken, so may the free ones be, and it takes long to show."""
+        if transport.is_active():
+            self._free.append(transport)
+            return
+        self._made.discard(transport)
+        with contextlib.suppress(IndexError):
+            while True:
+                broken = self._free.pop()
+                self._made.discard(broken)
+                broken.close()
 
     @staticmethod
     def device(volume_name: str) -> str:
@@ -6083,17 +6103,18 @@ class Link:
         except (paramiko.SSHException, OSError, EOFError) as problem:
             transport.close()
             raise ConnectionLost(f"the connection to the droplet broke: {reason(problem)}") from problem
-        self._free.append(transport)
+        finally:
+            self._give_back(transport)
 
     def start_agent(self, program: bytes) -> AgentStream:
         """An agent with this program; raises ConnectionLost."""
-        return AgentStream(self._take(RECONNECT_LIMIT), program, self._stop, self._free.append)
+        return AgentStream(self._take(RECONNECT_LIMIT), program, self._stop, self._give_back)
 
     def check(self, volume_name: str, *, with_fsck: bool) -> Finding:
         """What is on an attached volume, and whether it comes up; raises ConnectionLost, BadAgent."""
         program = droplet_source(f"Checker({self.device(volume_name)!r}, {with_fsck}, {CHECK_LIMIT}).run(1)")
         transport = self._take(RECONNECT_LIMIT)
-        with contextlib.closing(CheckerStream(transport, program, self._stop, self._free.append)) as stream:
+        with contextlib.closing(CheckerStream(transport, program, self._stop, self._give_back)) as stream:
             return stream.finding()
 
     def _connect_when_up(self, limit: float) -> paramiko.Transport:
@@ -6157,7 +6178,7 @@ class Link:
 
     def close(self) -> None:
         """Close the connections, and with them whatever runs at their other end."""
-        for transport in self._made:
+        for transport in list(self._made):
             transport.close()
 
 
@@ -6368,6 +6389,7 @@ class Course:
         self._conversation = conversation
         self._position = 0
         self._scan, self._fetch, self._link = Rate(), Rate(), Rate()  # chunks, chunks, and bytes
+        self._called, self._fetching = time.monotonic(), 0.0  # seconds in which something was there to be fetched
 
     def __call__(self, received: int) -> None:
         """Show the progress, given the bytes received so far. Raises Interrupted."""
@@ -6376,9 +6398,12 @@ class Course:
         if reached < self._position:  # what was sent is compared now
             self._scan, self._fetch = Rate(), Rate()
         self._position = reached
-        if not self._conversation.outstanding:  # it would count time in which nothing was asked for
-            self._fetch = self._fetch if self._conversation.is_first else Rate()
-        link, scan, fetch = self._link(received), self._scan(reached), self._fetch(self._conversation.fetched)
+        now = time.monotonic()
+        if self._conversation.outstanding or self._conversation.is_first:
+            self._fetching += now - self._called
+        self._called = now
+        fetch = self._fetch(self._conversation.fetched, self._fetching)
+        link, scan = self._link(received), self._scan(reached)
         self._report.progress(lambda: self._told(received, link, scan, fetch))
 
     def _told(self, received: int, link: float, scan: float, fetch: float) -> str:
@@ -6416,7 +6441,8 @@ class DropletKeeper:
         self._plan = plan
         self._keys = RunKeys.generate()
         self._lost = 0  # droplets since the last conversation that came to its end
-        self._replacing, self._alone = threading.Lock(), threading.Lock()
+        self._lost_over: collections.Counter[str] = collections.Counter()  # droplets by the volumes that were attached
+        self._replacing = threading.Lock()
         self._links = contextlib.ExitStack()
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._future = self._pool.submit(self._make)
@@ -6473,15 +6499,21 @@ class DropletKeeper:
                 return droplet, link
         raise AssertionError("never ends")
 
-    def converse(self, volume: Volume, conversation: Conversation, what: str, number: str = "") -> int:
+    def converse(
+        self,
+        volume: Volume,
+        conversation: Conversation,
+        what: str,
+        number: str = "",
+        has_company: Callable[[], bool] = lambda: False,
+    ) -> int:
         """As `converse`, with the volume attached to the droplet, or to another one if that is lost.
 
-        `what` names it in the progress, `number` says which of several it is. Those that lost a droplet go on one at a
-        time, for one of them may be why.
+        `what` names it in the progress, `number` says which of several it is. If it `has_company` when a droplet is
+        lost, another one is made all the same, and DropletLost is raised: either may be why.
         """
         droplet, link = self.get()  # before anything is measured
         progress = Course(self._context.report, self._context.stop, what, number, conversation)
-        lost = 0
 
         def start_agent() -> AgentStream:
             nonlocal droplet, link
@@ -6490,23 +6522,19 @@ class DropletKeeper:
             return link.start_agent(conversation.program(Link.device(volume.name)))
 
         def replace_lost(problem: DosvobError) -> bool:
-            nonlocal lost
             if not isinstance(problem, DropletLost):
                 if not self._ephemeral.is_gone(droplet):
                     return False
                 problem = DropletLost(f"{problem}; the droplet {GONE}")
             self.replace(droplet, problem)
-            lost += 1
-            if lost == self.MOST_LOST:
-                raise DosvobError(f"{problem}; {lost} droplets were lost over it")
-            if lost == 1:
-                while not self._alone.acquire(timeout=Stop.NAP):
-                    self._context.stop.check()
-                at_end.callback(self._alone.release)
+            self._lost_over[volume.id] += 1
+            if self._lost_over[volume.id] == self.MOST_LOST:
+                raise DosvobError(f"{problem}; {self.MOST_LOST} droplets were lost over it")
+            if has_company():
+                raise problem
             return True
 
-        with contextlib.ExitStack() as at_end:
-            received = converse(start_agent, conversation, self._context.report.warn, progress, replace_lost)
+        received = converse(start_agent, conversation, self._context.report.warn, progress, replace_lost)
         self._lost = 0
         return received
 
@@ -6576,7 +6604,8 @@ class Queued:
     """A volume that waits for its turn; times are time.monotonic.
 
     Its snapshot is not asked for before `not_before`, nor after `give_up` or `at_last`: then it fails. `until` is the
-    time that the user has read of, 0 for none. If it `needs_room`, no other volume is synced beside it.
+    time that the user has read of, 0 for none. If it `goes_alone` no other volume is synced beside it; whether one was,
+    at any time, `had_company` tells. `place` is "2 of 5", if there are several.
     """
 
     volume: Volume
@@ -6586,7 +6615,9 @@ class Queued:
     until: float = 0.0
     give_up: float = float("inf")
     at_last: float = float("inf")
-    needs_room: bool = False
+    goes_alone: bool = False
+    had_company: bool = False
+    place: str = ""
 
 
 Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
@@ -6594,12 +6625,11 @@ Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, an
 
 @dataclass
 class Sync:
-    """A sync that is under way; whether another one was under way beside it at any time."""
+    """A sync that is under way."""
 
     queued: Queued
     prepared: Prepared
     future: concurrent.futures.Future[Result]
-    had_company: bool
 
 
 Checked = concurrent.futures.Future[Finding]
@@ -6627,6 +6657,7 @@ def thin(context: Context, paths: ImagePaths, dropped: Dropped) -> bool:
         )
         return False
     finally:
+        context.report.end_progress()
         with contextlib.suppress(OSError, DosvobError):
             dropped[paths.name] |= before - {version.moment for version in Versions(paths).all()}
     return True
@@ -6640,7 +6671,7 @@ class Backup:
     SNAPSHOT_GRACE = 60  # seconds for which a snapshot may still be refused when it is due
     AHEAD = 3  # volumes whose clones are made and attached while others sync: a droplet takes one event at a time
     MOST_SYNCS = 2  # at a time: DigitalOcean gives each volume some 200 to 300 MB/s, and the droplet reads more
-    MOST_CHECKS = 4  # at a time, if some hang; sshd allows ten sessions
+    MOST_CHECKS = 4  # at a time, if some hang
 
     def __init__(
         self,
@@ -6695,30 +6726,29 @@ class Backup:
                     while self._queue and len(ahead) < self.AHEAD:
                         queued = self._queue.popleft()
                         made = maker.submit(self._make_clone, queued, keeper)
-                        ahead.append((queued, attacher.submit(self._attach, made, keeper)))
+                        ahead.append((queued, attacher.submit(self._attach, queued, made, keeper)))
                     if ahead and self._may_begin(*ahead[0], syncs):
                         self._begin(*ahead.popleft(), syncs, syncer, keeper)
                         since = time.monotonic()
                         continue
                     self._wait(ahead, syncs, since)
-                    for sync in [sync for sync in syncs if sync.future.done()]:
+                    ended = [sync for sync in syncs if sync.future.done()]
+                    for sync in sorted(ended, key=lambda sync: sync.future.exception() is not None):
                         syncs.remove(sync)
                         if not self._end_sync(sync, keeper, beside):
                             ahead.appendleft((sync.queued, sync.prepared))
                         since = time.monotonic()
+                    self._end_checks()
                 self._end_checks(wait=True)
             finally:
                 self._context.stop.request()  # what goes on in the background is of no use any more
 
     def _may_begin(self, queued: Queued, prepared: Prepared, syncs: Sequence[Sync]) -> bool:
-        """Whether a volume's sync can begin now: its clone is there, or failed, and it fits beside what goes on.
-
-        A first backup goes alone: its volume is not what it waits for, and the sooner each one is complete the better.
-        """
-        if not ImagePaths(self._context.home.path, queued.name).image.exists():
-            queued.needs_room = True
-        most = 1 if any(each.needs_room for each in (queued, *(sync.queued for sync in syncs))) else self.MOST_SYNCS
-        return prepared.done() and len(syncs) < most
+        """Whether a volume's sync can begin now: its clone is there, or failed, and it may go beside what goes on."""
+        if not prepared.done():
+            return False
+        alone = any(each.goes_alone for each in (queued, *(sync.queued for sync in syncs)))
+        return len(syncs) < (1 if alone else self.MOST_SYNCS)
 
     def _wait(self, ahead: Sequence[tuple[Queued, Prepared]], syncs: Sequence[Sync], since: float) -> None:
         """Wait until a sync ends or the next clone is there, for a moment at most; say since when if that is all."""
@@ -6745,19 +6775,20 @@ class Backup:
         self._report.end_progress()
         try:
             clone, taken_at = prepared.result()
-        except DosvobError as problem:
+        except (DosvobError, OSError) as problem:
             if isinstance(problem, ApiError) and problem.status == 429:
                 self._put_off(queued, problem)
             else:
                 self._fail(queued, problem)
             return
         self._results[name] = dataclasses.replace(self._results[name], outcome="begun")
-        begun = sum(result.outcome != "not begun" for result in self._results.values())
-        number = f"{begun} of {len(self._results)}" if len(self._results) > 1 else ""
-        future = syncer.submit(self._sync, queued, clone, taken_at, keeper, number)
+        if len(self._results) > 1 and not queued.place:
+            begun = sum(result.outcome != "not begun" for result in self._results.values())
+            queued.place = f"{begun} of {len(self._results)}"
+        queued.had_company = bool(syncs)
         for sync in syncs:
-            sync.had_company = True
-        syncs.append(Sync(queued, prepared, future, had_company=bool(syncs)))
+            sync.queued.had_company = True
+        syncs.append(Sync(queued, prepared, syncer.submit(self._sync, queued, clone, taken_at, keeper)))
         self._report.current = f"backing up {' and '.join(sync.queued.name for sync in syncs)}"
 
     def _put_off(self, queued: Queued, problem: ApiError) -> None:
@@ -6813,7 +6844,10 @@ class Backup:
 
     def _make_clone(self, queued: Queued, keeper: DropletKeeper) -> tuple[Volume, str]:
         """Make the volume's clone, when its turn and the account's quota allow it."""
-        ImagePaths(self._context.home.path, queued.name).check_unread()  # before that costs anything
+        paths = ImagePaths(self._context.home.path, queued.name)
+        paths.check_unread()  # before that costs anything
+        # The volume is not what a first backup waits for, and the sooner each one is complete the better.
+        queued.goes_alone = not paths.image.exists()
         size = queued.volume.size
 
         def make_room() -> bool:
@@ -6833,13 +6867,13 @@ class Backup:
         self._needed.add(clone.id)
         return clone, taken_at
 
-    def _attach(self, made: Prepared, keeper: DropletKeeper) -> tuple[Volume, str]:
+    def _attach(self, queued: Queued, made: Prepared, keeper: DropletKeeper) -> tuple[Volume, str]:
         """Attach a volume's clone, once it is made."""
         clone, taken_at = made.result()
         try:
             self._ephemeral.attach(clone, keeper.get()[0], lambda: self._let_one_go(keeper))
         except DropletLost:
-            pass  # its sync has another one made
+            queued.goes_alone = True  # its sync has another one made, when no other one needs this one
         except DosvobError:
             self._end_use(clone)
             raise
@@ -6888,10 +6922,10 @@ class Backup:
         except DosvobError as problem:
             self._report.detail(f"{problem}; {clone.name} is removed at the end of the run")
 
-    # Beside another one
+    # In the two threads of the syncs
 
-    def _sync(self, queued: Queued, clone: Volume, taken_at: str, keeper: DropletKeeper, number: str) -> Result:
-        """Make the clone's content the volume's image; `number` says which of several it is."""
+    def _sync(self, queued: Queued, clone: Volume, taken_at: str, keeper: DropletKeeper) -> Result:
+        """Make the clone's content the volume's image."""
         start, volume, name, report = time.monotonic(), queued.volume, queued.name, self._report
         report.detail(f"{name}: syncing its snapshot of {taken_at}")
         paths = ImagePaths(self._context.home.path, name)
@@ -6905,7 +6939,7 @@ class Backup:
             update = Update(paths, snapshot, self._context.config.keep, warn, meter, reread=self._reread)
             with contextlib.closing(update):
                 try:
-                    received = keeper.converse(clone, Pull(update), name, number)
+                    received = keeper.converse(clone, Pull(update), name, queued.place, lambda: queued.had_company)
                     update.finish()
                 except OSError as problem:
                     if is_disk_full(problem):
@@ -6925,14 +6959,18 @@ class Backup:
     # In the foreground
 
     def _end_sync(self, sync: Sync, keeper: DropletKeeper, beside: concurrent.futures.Executor) -> bool:
-        """Report what became of a sync, and have its clone checked; False if it is to be done again, alone."""
+        """Report what became of a sync, and have its clone checked; False if it is to be done again, alone.
+
+        That is so if the disk was full or the droplet lost, of which another one beside it may be the reason.
+        """
         queued, clone = sync.queued, sync.prepared.result()[0]
         try:
             result = sync.future.result()
         except (DosvobError, OSError) as problem:
-            if is_disk_full(problem) and sync.had_company:
-                self._report.say(f"{queued.name}: the disk is full; it is tried again, with no other volume beside it")
-                queued.needs_room = True
+            if queued.had_company and (is_disk_full(problem) or isinstance(problem, DropletLost)):
+                why = "the disk is full" if is_disk_full(problem) else "the droplet was lost"
+                self._report.say(f"{queued.name}: {why}; it is tried again, with no other volume beside it")
+                queued.goes_alone = True
                 return False
             self._fail(queued, problem)
         else:
@@ -6959,7 +6997,6 @@ class Backup:
             self._end_use(clone)
         if is_ok and not wants_check:
             self._take_note(queued.name, None)
-        self._end_checks()
 
     def _end_checks(self, *, wait: bool = False) -> None:
         start = time.monotonic()
@@ -7177,22 +7214,37 @@ class Replaced(DosvobError):
     """What is to be read is not there any more."""
 
 
-class Steps:
-    """The files with an index that lead from an image to a snapshot, the newest first."""
+class Steps(NamedTuple):
+    """The files that lead from an image to a snapshot, the newest first; a bitmap of their numbers in a `Lookup`."""
+
+    files: Sequence[PatchFile]
+    numbers: int
+
+
+class Lookup:
+    """Finds what files with an index have of a chunk, without asking each one: there may be thousands."""
 
     BUCKETS = 1 << 16
 
-    def __init__(self, files: Sequence[PatchFile]) -> None:
-        self.files = files
+    def __init__(self) -> None:
+        self._files: list[PatchFile] = []
+        self._numbers: dict[PatchFile, int] = {}
         self._having = [0] * self.BUCKETS  # bitmaps of files, by the remainders of the chunks that they have
-        for number, file in enumerate(files):
-            bit = 1 << number
-            for chunk in file.chunks():
-                self._having[chunk % self.BUCKETS] |= bit
 
-    def find(self, index: int) -> list[tuple[PatchFile, Entry]]:
-        """What they have of a chunk; without asking each one, for there may be thousands."""
-        having = [self.files[number] for number in numbers_in(self._having[index % self.BUCKETS])]
+    def steps(self, files: Sequence[PatchFile]) -> Steps:
+        """Make steps of these."""
+        for file in files:
+            if file not in self._numbers:
+                number = self._numbers[file] = len(self._files)
+                self._files.append(file)
+                for chunk in file.chunks():
+                    self._having[chunk % self.BUCKETS] |= 1 << number
+        return Steps(files, sum(1 << self._numbers[file] for file in files))
+
+    def find(self, steps: Steps, index: int) -> list[tuple[PatchFile, Entry]]:
+        """What the steps have of a chunk, the newest first."""
+        numbers = self._having[index % self.BUCKETS] & steps.numbers
+        having = sorted((self._files[number] for number in numbers_in(numbers)), key=steps.files.index)
         return [(file, entry) for file in having if (entry := file.find(index)) is not None]
 
 
@@ -7207,6 +7259,7 @@ class View:
     versions: dict[str, Snapshot]  # by the names of their files; the image's among them
     marks: tuple[object, ...]
     steps: dict[Snapshot, Steps] = field(default_factory=dict)  # to those that were looked for
+    lookup: Lookup = field(default_factory=Lookup)
 
 
 class Shown:
@@ -7249,7 +7302,7 @@ class Shown:
         for _ in range(self.ATTEMPTS):
             view = self._view or self._look()
             try:
-                patches = self._steps(view, snapshot).find(index)
+                patches = view.lookup.find(self._steps(view, snapshot), index)
                 if index in self._checked.setdefault(snapshot, set()):
                     chunk, part = None, self._some(view, index, patches, first, count)
                 else:
@@ -7277,7 +7330,7 @@ class Shown:
     def is_zeros(self, snapshot: Snapshot, index: int) -> bool:
         """Whether a chunk is recorded to be zeros."""
         view = self._view or self._look()
-        patches = self._steps(view, snapshot).find(index)
+        patches = view.lookup.find(self._steps(view, snapshot), index)
         return (patches[-1][1].digest if patches else self._recorded(view, index)) == ZERO_DIGEST
 
     @staticmethod
@@ -7330,7 +7383,7 @@ class Shown:
             file.load_index()
             if file.doubtful:
                 raise Damaged(f"{file.path} is damaged: {command_line('verify', self.paths.name)}")
-        view.steps[snapshot] = steps = Steps(files[::-1])
+        view.steps[snapshot] = steps = view.lookup.steps(files[::-1])
         if snapshot in self._held:
             self._held[snapshot] = steps
         return steps

@@ -220,6 +220,14 @@ def test_what_is_told_of_a_later_backup_comes_true(monkeypatch: pytest.MonkeyPat
     assert estimates > 150
 
 
+def test_the_time_left_is_told_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though most of the time nothing waits to be fetched."""
+    modelled = Modelled(*[(100, False), (1, True)] * 200, is_first=False)
+    lines = [line for left, line in told(modelled, monkeypatch) if left < 50]
+    assert len(lines) > 10_000
+    assert all(" left" in line for line in lines)
+
+
 def test_sizes_read_as_what_they_are() -> None:
     assert dosvob.human_size(1023) == "1023 B"
     assert dosvob.human_size(1024 * 1024 - 1) == "1.0 MiB"

@@ -92,12 +92,14 @@ def test_two_are_synced_at_a_time_and_not_three(
 
 
 def test_a_third_waits(home: Home, sim: Simulator, volumes: list[Volume], gates: Gates) -> None:
-    running = start(home)
+    running = start(home, "--verbose")
     gates.wait(running, 0, 1)
     until(lambda: len(sim.droplets[0].volume_ids) == 3)
-    assert not gates.begun(2)  # though its clone is attached
-    gates.open(0, 1, 2)
+    gates.open(1)
+    running.wait_for(": backed up")
+    gates.open(0, 2)
     assert running.end() == 0, running.output
+    assert running.output.index("c: syncing") > running.output.index(": backed up")
     assert_backed_up(home, *volumes)
 
 
@@ -173,9 +175,45 @@ def test_a_volume_over_which_each_droplet_is_lost_fails_and_no_other(
     assert running.end() == 1, running.output
     assert running.output.count("droplets were lost over it") == 1
     assert f"error: {volumes[deadly].name}: " in running.output
+    assert len(gates.begun(1 - deadly)) == 2, "only the first loss was met together"
     del volumes[deadly]
     assert_backed_up(home, *volumes)
     assert sum(item.kind == "droplet" for item in sim.ever) == 1 + 4
+    assert_nothing_left(sim)
+
+
+def test_an_attach_that_hangs_costs_neither(home: Home, sim: Simulator, volumes: list[Volume], gates: Gates) -> None:
+    """The droplet is no good for more, but what is being synced over it goes on to its end."""
+    sim.faults.add(Fault("action-stuck", nth=3))
+    running = start(home, constants={"ACTION_LIMIT": 1})
+    gates.wait(running, 0, 1)
+    until(lambda: any(fault.kind == "action-stuck" for _, fault in sim.faults.fired))
+    gates.open(1)
+    running.wait_for("b: backed up")
+    gates.open(0, 2)
+    assert running.end() == 0, running.output
+    assert running.output.count("making another one") == 1
+    assert "tried again" not in running.output
+    assert [len(gates.begun(volume)) for volume in (0, 1, 2)] == [1, 1, 1]
+    assert_backed_up(home, *volumes)
+    assert_nothing_left(sim)
+
+
+def test_a_connection_that_waited_is_not_tried_after_another_one_broke(
+    home: Home, sim: Simulator, volumes: list[Volume], gates: Gates
+) -> None:
+    running = start(home, constants={"STALL_LIMIT": 2, "SSH_TIMEOUT": 3, "RECONNECT_LIMIT": 3})
+    gates.wait(running, 0, 1)
+    gates.open(0, 1)
+    running.wait_for("b: backed up")
+    gates.wait(running, 2)
+    sim.droplets[0].stall()
+    running.wait_for("no connection to the droplet")
+    sim.droplets[0].resume()
+    gates.open(2)
+    assert running.end() == 0, running.output
+    assert "could not be started" not in running.output
+    assert_backed_up(home, *volumes)
     assert_nothing_left(sim)
 
 

@@ -6,6 +6,8 @@ The work is done in a process that is forked, and killed at one of its calls, of
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -213,3 +215,34 @@ def test_a_restore_killed_anywhere(tmp_path: Path, lineage: Lineage, depth: int,
         assert {path.name for path in target.parent.iterdir()} <= {"file", "file.partial"}
         assert not target.exists() or target.read_bytes() == content, told[-1]
         assert target.exists() or restored(lineage.backups, depth) == content
+
+
+@pytest.mark.parametrize("where", ["in the image", "at the name"])
+def test_a_sync_that_is_done_again_in_the_same_run_loses_nothing(
+    lineage: Lineage, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The disk was full, and that even for what was to be put back; after the commit nothing is to be done again."""
+    full, patches, write_to = OSError(errno.ENOSPC, "No space left on device"), itertools.count(), dosvob.Patch.write_to
+
+    def write(patch: dosvob.Patch, file: dosvob.SparseFile) -> None:
+        if next(patches) > 1:
+            raise full
+        write_to(patch, file)
+
+    def settle(_undo: dosvob.Undo) -> None:
+        raise full
+
+    lineage.change()
+    lineage.pass_time()
+    with monkeypatch.context() as patched:
+        if where == "in the image":
+            patched.setattr(dosvob.Patch, "write_to", write)
+        else:
+            patched.setattr(dosvob.Undo, "settle", settle)
+        with pytest.raises(OSError if where == "in the image" else dosvob.DosvobError, match="No space"):
+            lineage.back_up()
+    assert lineage.paths.undo.exists()
+    if where == "in the image":
+        lineage.back_up()
+    lineage.go_on()
+    assert len(lineage.check()) == 9

@@ -101,7 +101,6 @@ def back_up(
     snapshot = dosvob.Snapshot(volume_id, name, "fra1", device.stat().st_size, text_of(moment))
     paths = dosvob.ImagePaths(backups, name)
     with dosvob.Home(backups).locked():
-        dosvob.Undo.recover(paths, lambda size: None)
         with contextlib.closing(dosvob.Update(paths, snapshot, keep, warn, reread=reread)) as update:
             sync_device(functools.partial(InlineAgent, device), update, warn)
             update.finish()
