@@ -190,6 +190,8 @@ def test_an_attach_that_hangs_costs_neither(home: Home, sim: Simulator, volumes:
     until(lambda: any(fault.kind == "action-stuck" for _, fault in sim.faults.fired))
     gates.open(1)
     running.wait_for("b: backed up")
+    asked = r"GET /v2/volumes/[^/ ]+ GET /v2/droplets/"  # at last, before it gives up
+    until(lambda: re.search(asked, " ".join(f"{request.method} {request.path}" for request in sim.requests)))
     gates.open(0, 2)
     assert running.end() == 0, running.output
     assert running.output.count("making another one") == 1
@@ -202,10 +204,11 @@ def test_an_attach_that_hangs_costs_neither(home: Home, sim: Simulator, volumes:
 def test_a_connection_that_waited_is_not_tried_after_another_one_broke(
     home: Home, sim: Simulator, volumes: list[Volume], gates: Gates
 ) -> None:
-    running = start(home, constants={"STALL_LIMIT": 2, "SSH_TIMEOUT": 3, "RECONNECT_LIMIT": 3})
+    running = start(home, "--verbose", constants={"STALL_LIMIT": 2, "SSH_TIMEOUT": 3, "RECONNECT_LIMIT": 3})
     gates.wait(running, 0, 1)
     gates.open(0, 1)
-    running.wait_for("b: backed up")
+    for volume in ("a", "b"):
+        running.wait_for(f"{volume}: no file system, by")  # by then its connection is free
     gates.wait(running, 2)
     sim.droplets[0].stall()
     running.wait_for("no connection to the droplet")
