@@ -5948,6 +5948,8 @@ class AgentStream:
                 if time.monotonic() > end:
                     raise self._lost(f"the connection to the droplet was silent for {STALL_LIMIT} s") from None
             except (OSError, EOFError, paramiko.SSHException) as problem:
+                if self._channel.closed:  # as after an agent that ended before it had its program
+                    raise self._lost(f"the connection to the droplet ended{self._last_words()}") from problem
                 raise self._lost(f"the connection to the droplet broke: {reason(problem)}") from problem
 
     def _lost(self, what: str) -> ConnectionLost:
