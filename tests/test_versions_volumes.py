@@ -339,10 +339,14 @@ def test_a_disk_that_is_full_while_versions_are_thinned(tmp_path: Path, tmpfs: T
     assert state is not None
     keep = dosvob.Keep(last=0, daily=0, weekly=3, monthly=0)
     config = types.SimpleNamespace(keep=keep)
-    report = types.SimpleNamespace(warn=warnings.append, progress=lambda text: None)
+    told: list[object] = []
+    report = types.SimpleNamespace(
+        warn=warnings.append, progress=told.append, end_progress=lambda: told.append("the end")
+    )
     job: Any = types.SimpleNamespace(config=config, stop=dosvob.Stop(), report=report)
     tmpfs.leave_free(PAGE)
     dosvob.thin(job, lineage.paths, collections.defaultdict(set))
+    assert told[-1] == "the end"  # else it would stay on the live line
     tmpfs.leave_free(60 * MIB)
     assert lineage.check() == before
     assert len(warnings) == 1
