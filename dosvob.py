@@ -577,7 +577,7 @@ class Rate:
         self._seen: collections.deque[tuple[float, float]] = collections.deque()  # times and counts
 
     def __call__(self, count: float, now: float | None = None) -> float:
-        """The rate, given the count now; 0 if it has not grown, or in the first second."""
+        """The rate, given the count now, or by another clock; 0 if it has not grown, or in the first second."""
         now = time.monotonic() if now is None else now
         if not self._seen or now - self._seen[-1][0] >= self.STEP:
             self._seen.append((now, count))
@@ -6435,7 +6435,7 @@ class Course:
 class DropletKeeper:
     """Makes the run's droplet, and the `Link` to it, in the background; replaces a lost one. To be closed."""
 
-    MOST_LOST = 3  # droplets in one conversation, which fails then: the reason may be its volume's
+    MOST_LOST = 3  # droplets over one volume, which may be why and fails then
 
     def __init__(self, context: Context, ephemeral: Ephemeral, plan: DropletPlan) -> None:
         self._context = context
@@ -6625,7 +6625,7 @@ class Queued:
 Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sync:
     """A sync that is under way."""
 
@@ -6756,7 +6756,9 @@ class Backup:
         """Wait until a sync ends or the next clone is there, for a moment at most; say since when if that is all."""
         awaited: list[concurrent.futures.Future[Any]] = [sync.future for sync in syncs]
         awaited += [prepared for _, prepared in itertools.islice(ahead, 1) if not prepared.done()]
-        if not syncs:
+        if syncs:
+            self._report.current = f"backing up {' and '.join(sync.queued.name for sync in syncs)}"
+        else:
             queued = ahead[0][0]
             left = max(queued.until, queued.not_before) - time.monotonic()
             until = f"{human_time(left)} until DigitalOcean takes its next snapshot"
@@ -6791,7 +6793,6 @@ class Backup:
         for sync in syncs:
             sync.queued.had_company = True
         syncs.append(Sync(queued, prepared, syncer.submit(self._sync, queued, clone, taken_at, keeper)))
-        self._report.current = f"backing up {' and '.join(sync.queued.name for sync in syncs)}"
 
     def _put_off(self, queued: Queued, problem: ApiError) -> None:
         """Put a volume's turn off until DigitalOcean takes its next snapshot.

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from simulator import FOREVER, Behaviour, Fault, Simulator
+from trouble_support import droplet_python
 
 import dosvob
 
@@ -60,10 +61,9 @@ def measured(directory: Path, count: int, attachments: int, scripts: Sequence[Pa
         return [f"{script}: {timed_run(script, directory, simulator, count)}" for script in scripts]
 
 
-THROTTLING_PYTHON = r"""#!/usr/bin/python3
-import os, re, sys, threading, time
+THROTTLED = """
+import os, threading, time
 plain, lock, due = os.pread, threading.Lock(), 0.0
-
 def pread(fd, size, offset):
     global due
     with lock:
@@ -71,9 +71,7 @@ def pread(fd, size, offset):
         wait = due - time.monotonic()
     time.sleep(max(wait, 0))
     return plain(fd, size, offset)
-
 os.pread = pread
-exec(sys.stdin.buffer.read(int(re.search(r"read\((\d+)\)", sys.argv[-1])[1])))
 """
 
 
@@ -87,16 +85,13 @@ def throttled(directory: Path, gib: int, old: Path | None) -> str:
         tempfile.TemporaryDirectory() as place,
         Simulator(directory / "cloud", dataclasses.replace(Behaviour(), snapshot_interval=0)) as simulator,
     ):
-        python = Path(place, "throttling")
-        python.write_text(THROTTLING_PYTHON)
-        python.chmod(0o755)
         for number in range(2):
             with simulator.add_volume(f"volume-{number}", size_gib=gib).path.open("r+b") as file:
                 for _ in range(gib * 16):
                     file.write(os.urandom(64 * MIB))
         configure(directory, simulator)
         moments_of(HERE, directory, simulator)
-        simulator.faults.add(Fault("python", text=str(python), times=FOREVER))
+        simulator.faults.add(droplet_python(Path(place), THROTTLED))
         for script in (HERE, *([old.resolve() / HERE.name] if old else [])) * 3:
             moments = moments_of(script, directory, simulator)
             begun = next(moment for moment, line in moments if "syncing its snapshot" in line)

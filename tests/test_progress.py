@@ -57,6 +57,12 @@ class Screen:
         self.written += data
         return bool(data)
 
+    def end(self) -> int:
+        """Read to the command's end; returns its exit code."""
+        while self.read():
+            pass
+        return self.process.wait(60)
+
     def live(self) -> list[str]:
         """All live lines."""
         return re.findall(r"\r\x1b\[2K([^\r\n]+)(?=\r\x1b)", self.written.decode(errors="replace"))
@@ -79,9 +85,7 @@ def test_the_live_line_begins_with_what_matters(home: Home, sim: Simulator, colu
     volumes = [add_volume(sim, name, size=12 * MIB), add_volume(sim, "b")]
     sim.faults.add(Fault("ssh-slow", bytes=3 * MIB))
     screen = Screen(home, columns)
-    while screen.read():
-        pass
-    assert screen.process.wait(60) == 0, screen.written
+    assert screen.end() == 0, screen.written
     assert_backed_up(home, *volumes)
     lines = [line for line in screen.live() if " left" in line]
     assert len(lines) > 3, screen.live()
@@ -110,9 +114,7 @@ def test_the_live_line_tells_of_both_that_are_synced(home: Home, sim: Simulator,
         write_at(volume.path, 0, random.Random(1).randbytes(12 * MIB))
     sim.faults.add(Fault("ssh-slow", bytes=4 * MIB))
     screen = Screen(home, columns)
-    while screen.read():
-        pass
-    assert screen.process.wait(60) == 0, screen.written
+    assert screen.end() == 0, screen.written
     assert_backed_up(home, *volumes)
     both = [line for line in screen.live() if line.count(" left") == 2]
     assert len(both) > 3, screen.live()
@@ -132,9 +134,7 @@ def test_an_interrupt_does_not_glue_to_the_live_line(home: Home, sim: Simulator)
     while b"scanned" not in screen.written:
         assert screen.read()
     os.write(screen.ours, b"\x03")
-    while screen.read():
-        pass
-    assert screen.process.wait(60) == 130
+    assert screen.end() == 130
     assert b"^C" in screen.written
     assert "SIGINT: stopping, and removing what was created" in [line.strip() for line in screen.shown()]
     assert not [line for line in screen.shown() if "^C" in line or ("scanned" in line and "data: backed" not in line)]

@@ -23,6 +23,7 @@ from trouble_support import (
     Running,
     account,
     assert_nothing_left,
+    droplet_python,
     run,
     small_volumes,
     start,
@@ -427,25 +428,6 @@ def test_chunk_that_is_damaged(home: Home, sim: Simulator, lost: Lost) -> None:
 # -- the droplet and the way to it
 
 
-PYTHON = r"""#!/usr/bin/python3
-import builtins, re, sys
-size = int(re.search(r"read\((\d+)\)", sys.argv[-1])[1])
-program = sys.stdin.buffer.read(size).decode()
-def run(source):
-    start = source.rindex("\n", 0, -1) + 1
-    builtins.exec(source[:start] + BODY + source[start:], {})
-exec(program, {"exec": run})
-"""
-
-
-def python(directory: Path, body: str) -> Fault:
-    """A droplet's python3 that runs something between the agent's program and its start."""
-    script = directory / "python3"
-    script.write_text(PYTHON.replace("BODY", repr(body + "\n")))
-    script.chmod(0o700)
-    return Fault("python", text=str(script), times=FOREVER)
-
-
 HALTING = """
 import os
 work = CLASS.METHOD
@@ -471,7 +453,7 @@ class Halt:
     def __init__(self, directory: Path, times: int = 1, what: str = "Agent.write_pages") -> None:
         self._directory = directory
         body = HALTING.replace("TIMES", str(times)).replace("DIRECTORY", str(directory))
-        self.fault = python(directory, body.replace("CLASS.METHOD", what))
+        self.fault = droplet_python(directory, body.replace("CLASS.METHOD", what))
 
     def wait(self, number: int = 0) -> None:
         """Wait until that one has stopped."""
@@ -554,14 +536,14 @@ except FileExistsError:
 
 def test_what_is_sent_into_silence_is_not_waited_for(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
     """It is in the kernel's hands by then: here the droplet's sshd stands still before it has taken anything."""
-    sim.faults.add(python(tmp_path, STOPPING.replace("DIRECTORY", str(tmp_path))))
+    sim.faults.add(droplet_python(tmp_path, STOPPING.replace("DIRECTORY", str(tmp_path))))
     done = restore(home, "data", constants={"STALL_LIMIT": 2, "ENDING_LIMIT": 2})
     assert "connecting again" in done.stderr
     assert same(new_volume(sim).path, lost.newer)
 
 
 def test_droplet_without_zstd(home: Home, sim: Simulator, tmp_path: Path, lost: Lost) -> None:
-    sim.faults.add(python(tmp_path, "LIBZSTD = None"))
+    sim.faults.add(droplet_python(tmp_path, "LIBZSTD = None"))
     restore(home, "data")
     assert same(new_volume(sim).path, lost.newer)
 
@@ -607,7 +589,7 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 def test_droplet_that_lies(home: Home, sim: Simulator, tmp_path: Path, lost: Lost, lie: str) -> None:
     body, message = LIES[lie]
-    sim.faults.add(python(tmp_path, body.replace("LIE", "what[0].put(DIGEST, 0, bytes(32))")))
+    sim.faults.add(droplet_python(tmp_path, body.replace("LIE", "what[0].put(DIGEST, 0, bytes(32))")))
     done = restore(home, "data", expect=1)
     assert message in done.stderr
     assert ("written once more" in done.stderr) == ("once more" in message)
@@ -626,7 +608,7 @@ def wrong(self, index, pages, data):
         write(self, index - 1, 4, b"!" * PAGE)
 Agent.write_runs = wrong
 """
-    sim.faults.add(python(tmp_path, body))
+    sim.faults.add(droplet_python(tmp_path, body))
     done = restore(home, "data")
     assert "are not what was written, the first one at byte" in done.stderr
     assert "they are written once more" in done.stderr
@@ -649,7 +631,7 @@ def dirty(self, index, pages, data):
     write(self, index, pages, data)
 Agent.write_runs = dirty
 """
-    sim.faults.add(python(tmp_path, body))
+    sim.faults.add(droplet_python(tmp_path, body))
     done = restore(home, "data", "--size", 2)
     assert f"{NEW}: 1 MiB are not what was written, the first one at byte {GIB + 3 * MIB}; they are" in done.stderr
     with new_volume(sim).path.open("rb") as file:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 from conftest import MIB, OPENAPI, Home, same, write_at
-from simulator import Behaviour, Fault, Simulator, Volume
+from simulator import FOREVER, Behaviour, Fault, Simulator, Volume
 
 T = TypeVar("T")
 PATIENCE = 60.0  # seconds for what comes soon, on a slow machine too
@@ -122,6 +122,25 @@ def assert_backed_up(home: Home, *volumes: Volume) -> None:
     """The images are what the volumes are."""
     for volume in volumes:
         assert same(home.image(volume.name), volume.path), volume.name
+
+
+DROPLET_PYTHON = r"""#!/usr/bin/python3
+import builtins, re, sys
+size = int(re.search(r"read\((\d+)\)", sys.argv[-1])[1])
+program = sys.stdin.buffer.read(size).decode()
+def run(source):
+    start = source.rindex("\n", 0, -1) + 1
+    builtins.exec(source[:start] + BODY + source[start:], {})
+exec(program, {"exec": run})
+"""
+
+
+def droplet_python(directory: Path, body: str) -> Fault:
+    """A droplet's python3 that runs something between the agent's program and its start."""
+    script = directory / "python3"
+    script.write_text(DROPLET_PYTHON.replace("BODY", repr(body + "\n")))
+    script.chmod(0o700)
+    return Fault("python", text=str(script), times=FOREVER)
 
 
 PAUSING_PYTHON = """#!/usr/bin/python3
