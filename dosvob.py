@@ -382,11 +382,10 @@ class Writer:
         if self._queue.qsize() < self.MOST_QUEUED:
             self._queue.put(text)
 
-    def close(self) -> bool:
-        """Write what is queued, and wait for it; returns whether that ended in time."""
+    def close(self) -> None:
+        """Write what is queued, and wait for that, for STUCK_LIMIT at most."""
         self._queue.put(None)
         self._thread.join(self.STUCK_LIMIT)
-        return not self._thread.is_alive()
 
     def flush(self, stop: Stop) -> None:
         """Wait, without a limit, until each text is written or has failed; raises Interrupted."""
@@ -436,10 +435,10 @@ class Reporter:
         # In one place they keep their order
         self._errors = self._output if os.path.sameopenfile(1, 2) else Writer(2, sys.stderr.encoding or "utf-8")
 
-    def close(self) -> bool:
-        """Write what is queued, and wait for it; returns whether that ended in time."""
-        closed = [writer.close() for writer in {self._output, self._errors}]
-        return all(closed)
+    def close(self) -> None:
+        """Write what is queued, and wait for that, for STUCK_LIMIT at most."""
+        for writer in {self._output, self._errors}:
+            writer.close()
 
     def flush(self, stop: Stop) -> None:
         """Wait, without a limit, until each text is written or has failed; raises Interrupted."""
@@ -596,6 +595,8 @@ class Rate:
 class Meter:
     """Counts the bytes that some work has done, shows its progress, and ends it when a stop was requested."""
 
+    INTERVAL = 0.1  # seconds between looks at the rate
+
     def __init__(self, report: Reporter, stop: Stop, what: str, total: int = 0, *, is_announced: bool = False) -> None:
         self.done = 0
         self._is_told = is_announced
@@ -604,15 +605,19 @@ class Meter:
         self._what = what
         self._total = total
         self._rate = Rate()
+        self._next = 0.0  # when it looks at the rate again
 
     def __call__(self, size: int) -> None:
-        """So many bytes more. Raises Interrupted."""
+        """So many bytes more: this is called for each chunk. Raises Interrupted."""
         self._stop.check()
         if not self.done and self._is_told:
             self._report.say(f"{self._what}; when it is stopped, it goes on next time")
         self.done += size
-        rate = self._rate(self.done)
-        self._report.progress(lambda: self._told(rate))
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + self.INTERVAL
+            rate = self._rate(self.done, now)
+            self._report.progress(lambda: self._told(rate))
 
     def _told(self, rate: float) -> str:
         name, _, doing = self._what.partition(": ")
@@ -923,8 +928,8 @@ class ApiError(DosvobError):
 class Api:
     """The calls. It repeats a failing one for `patience` seconds, if that is safe and may help.
 
-    `say` gets a line for every wait, `detail` for every call. A stop ends the waiting with `Interrupted`,
-    never a call that is under way.
+    It reports every wait, and in detail every call. A stop ends the waiting with `Interrupted`, never a call that is
+    under way.
     """
 
     PATIENCE = 300  # seconds
@@ -943,13 +948,10 @@ class Api:
     MOST_READINGS = 10  # of a list that changes meanwhile
     READING_PAUSE = 1  # seconds between them
 
-    def __init__(
-        self, config: Config, stop: Stop, say: Callable[[str], None], detail: Callable[[str], None], patience: float
-    ) -> None:
+    def __init__(self, config: Config, stop: Stop, report: Reporter, patience: float) -> None:
         self.stop = stop
         self._config = config
-        self._say = say
-        self._detail = detail
+        self._report = report
         self._patience = patience
         self._is_token_known = False  # whether a call was let through
         self._ahead: float | None = None  # seconds that DigitalOcean's clock is ahead of this machine's, once known
@@ -958,7 +960,7 @@ class Api:
 
     def with_stop(self, stop: Stop, patience: float | None = None) -> Api:
         """A copy with another stop, and another patience if one is given."""
-        api = Api(self._config, stop, self._say, self._detail, self._patience if patience is None else patience)
+        api = Api(self._config, stop, self._report, self._patience if patience is None else patience)
         api._is_token_known, api._ahead = self._is_token_known, self._ahead
         return api
 
@@ -1053,7 +1055,7 @@ class Api:
             what = "DigitalOcean's rate limit is reached"
         if time.monotonic() + pause > limit:
             raise problem
-        self._say(f"{what}; trying again in {pause:.0f} s")
+        self._report.say(f"{what}; trying again in {pause:.0f} s")
         self.stop.sleep(pause)
 
     def _once(self, method: str, path: str, body: Json | None, params: Json | None) -> Json:
@@ -1078,7 +1080,7 @@ class Api:
                 names = "REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE in the environment"
                 raise UsageError(f"the certificates to be trusted cannot be read: {cause}: look at {names}") from None
             raise ApiError(None, f"{call}: no answer from {url}: {reason(cause)}") from problem
-        self._detail(f"{call} → {response.status_code}")
+        self._report.detail(f"{call} → {response.status_code}")
         self._heed_clock(response)
         self.limited_since = (self.limited_since or time.monotonic()) if response.status_code == 429 else None
         return self._answer(call, response)
@@ -1114,7 +1116,7 @@ class Api:
             return
         if self._ahead is None and abs(ahead) > self.CLOCK_TOLERANCE:
             how = f"{human_time(abs(ahead))} {'behind' if ahead > 0 else 'ahead of'}"
-            self._say(f"warning: this machine's clock is {how} DigitalOcean's, whose times count; set it right")
+            self._report.warn(f"this machine's clock is {how} DigitalOcean's, whose times count; set it right")
         self._ahead = ahead
 
     def _wait_told(self, response: requests.Response) -> float | None:
@@ -1619,17 +1621,24 @@ class Ephemeral:
             if resource.kind == DROPLET and resource not in self._removed:
                 self._remove_now(resource)
 
+    def take_snapshot(self, volume: Volume, name: str) -> Json:
+        """A snapshot of a volume as it is now; `name` tells it from the run's others.
+
+        Raises ApiError with the status 429 if the volume's last one is less than ten minutes old.
+        """
+        body = {"name": f"{self.prefix}{name}", "tags": [TAG]}
+        return self._create(SNAPSHOT, body, f"/v2/volumes/{volume.id}/snapshots")
+
     def make_clone(
         self, volume: Volume, number: int, size: int = 0, make_room: Callable[[], bool] = lambda: False
     ) -> tuple[Volume, str]:
         """Clone the volume as it is now; returns the clone and the time of the snapshot between, which is removed.
 
         It has at least `size` bytes. `make_room` frees some of the account's quota if that refuses the clone, and
-        returns whether it could. Raises ApiError with the status 429 if the volume's last snapshot is less than ten
-        minutes old.
+        returns whether it could. Raises as `take_snapshot` does.
         """
+        snapshot = self.take_snapshot(volume, str(number))
         name = f"{self.prefix}{number}"  # the device is named by it: unique and short
-        snapshot = self._take_snapshot(volume, name)
         body = {"name": name, "region": volume.region, "size_gigabytes": max(volume.size, size) // GIB, "tags": [TAG]}
         clone = self._make_of(snapshot, body, make_room=make_room)
         self._remove_now(Resource.parse(SNAPSHOT, snapshot))
@@ -1650,14 +1659,11 @@ class Ephemeral:
         body = {"name": f"{self.prefix}0", "region": region, "size_gigabytes": size // GIB, "tags": [TAG]}
         return Volume.parse(self._create(VOLUME, body))
 
-    def make_new(self, name: str, description: str, volume: Volume, try_out: Callable[[], None]) -> Volume:
-        """Create a volume with the content of a throwaway one; it stays, for the teardown does not know of it.
+    def make_new(self, name: str, description: str, volume: Volume, snapshot: Json) -> Volume:
+        """Create a volume of the snapshot of a throwaway one; it stays, for the teardown does not know of it.
 
-        `try_out` may change the throwaway one: it is called as soon as a snapshot has the content. If DigitalOcean
-        refuses, which may be for a quota, the throwaway one goes first: its snapshot has all.
+        If DigitalOcean refuses, which may be for a quota, the throwaway one goes first: its snapshot has all.
         """
-        snapshot = self._take_snapshot(volume, f"{self.prefix}new")
-        try_out()
         body = {"name": name, "region": volume.region, "size_gigabytes": volume.size // GIB}
         body["description"] = description  # tells it from somebody else's if the answer is lost
         patient = self._api.with_stop(self._api.stop, self.NEW_PATIENCE)
@@ -1679,9 +1685,6 @@ class Ephemeral:
         finally:
             if self._asked.pop(name, None):
                 self._report.warn(f"it is not known whether the volume {name} was made: if it is there, it is whole")
-
-    def _take_snapshot(self, volume: Volume, name: str) -> Json:
-        return self._create(SNAPSHOT, {"name": name, "tags": [TAG]}, f"/v2/volumes/{volume.id}/snapshots")
 
     def _make_of(
         self,
@@ -2523,6 +2526,8 @@ class Checker:
         name = os.path.basename(device)
         parts = "/sys/class/block/%s" % name
         names = [each for each in os.listdir(parts) if os.path.exists("%s/%s/partition" % (parts, each))]
+        if more := len(names[CHECKED_PARTS:]):
+            self.look_at("", {"TYPE": "%d more partition%s" % (more, "s" * (more > 1))})
         for each in sorted(names, key=lambda part: (len(part), part))[:CHECKED_PARTS]:
             with open("%s/%s/dev" % (parts, each)) as file:
                 major, minor = map(int, file.read().split(":"))
@@ -2710,9 +2715,9 @@ def digest_of(chunk: bytes) -> bytes:
     return ZERO_DIGEST if chunk is ZERO_CHUNK else chunk_digest(page_digests(chunk))
 
 
-def digests_of(pages: Mapping[int, bytes]) -> bytearray:
-    """The digests of the pages of a chunk, those that are not zeros given by their numbers."""
-    digests = bytearray(ZERO_PAGES)
+def digests_of(pages: Mapping[int, bytes], others: bytes | bytearray = ZERO_PAGES) -> bytearray:
+    """The digests of the pages of a chunk, given those that are not zeros by their numbers, and the others' digests."""
+    digests = bytearray(others)
     for page, data in pages.items():
         digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] = hashlib.sha256(data).digest()
     return digests
@@ -2720,6 +2725,10 @@ def digests_of(pages: Mapping[int, bytes]) -> bytearray:
 
 class Damaged(DosvobError):
     """A file of ours is not what we wrote."""
+
+
+class Unread(Damaged):
+    """The disk could not read it, which may pass."""
 
 
 def seal(kind: str, content: Json) -> bytes:
@@ -2750,6 +2759,37 @@ def is_unreadable(problem: OSError) -> bool:
     return problem.errno in (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
 
 
+def mode_of(path: Path, *, follow_symlinks: bool = True) -> int:
+    """What `st_mode` says of it; 0 if there is nothing. Raises OSError if nobody can tell."""
+    try:
+        return path.stat(follow_symlinks=follow_symlinks).st_mode
+    except OSError as problem:
+        if problem.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return 0
+
+
+def exists(path: Path, *, follow_symlinks: bool = True) -> bool:
+    """Whether there is something. Raises OSError if nobody can tell, which `Path.exists` does not promise."""
+    return bool(mode_of(path, follow_symlinks=follow_symlinks))
+
+
+def may_be_file(path: Path) -> bool:
+    """Whether it is a file; also if nobody can tell: whoever opens it meets that."""
+    try:
+        return stat.S_ISREG(mode_of(path))
+    except OSError:
+        return True
+
+
+def names_in(directory: Path) -> list[str]:
+    """The names in a directory, in order; none without it. Raises OSError, which pathlib's `glob` may hide."""
+    try:
+        return sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def sync_directory(path: Path) -> None:
     """Make renames, new and removed names in a directory durable; some file systems cannot be asked for that."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -2769,12 +2809,16 @@ def create_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
 
 @dataclass(frozen=True)
 class Mount:
-    """A mount, as /proc/self/mountinfo has it: the device by its numbers, where it is, its type, what it is made of."""
+    """A mount, as /proc/self/mountinfo has it: the device by its numbers, where it is, its type, what it is made of.
+
+    `root` is what of the file system is mounted there: / for all of it.
+    """
 
     device: str
     place: str
     kind: str
     source: str
+    root: str = "/"
 
     @classmethod
     def all(cls) -> list[Mount]:
@@ -2783,10 +2827,10 @@ class Mount:
         with contextlib.suppress(OSError):
             for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
                 before, _, after = line.partition(" - ")
-                _, _, device, _, place, *_ = before.split()
+                _, _, device, *places, _ = before.split()[:6]
                 kind, source, *_ = after.split()
-                place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), place)
-                mounts.append(cls(device, place, kind, source))
+                root, place = (re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), each) for each in places)
+                mounts.append(cls(device, place, kind, source, root))
         return mounts
 
     @classmethod
@@ -2795,6 +2839,16 @@ class Mount:
         device = os.stat(path_or_fd).st_dev
         numbers = f"{os.major(device)}:{os.minor(device)}"
         return next((mount for mount in cls.all() if mount.device == numbers), cls(numbers, "", "", ""))
+
+    @classmethod
+    def path_elsewhere(cls, path: str) -> str:
+        """How a file's path ends where all of its file system is mounted; "" if that is here.
+
+        Of the host's files a container has only a directory, which has another path there.
+        """
+        around = [each for each in cls.all() if os.path.commonpath([each.place, path]) == each.place]
+        mount = max(around, key=lambda each: len(each.place), default=cls("", "/", "", ""))
+        return "" if mount.root == "/" else os.path.join(mount.root, os.path.relpath(path, mount.place))
 
     @property
     def keeps_inodes(self) -> bool:
@@ -2826,10 +2880,13 @@ class LoopDevices:
         """Those that are over a file, each with where it is mounted."""
         status = path.stat()
         file, name = (status.st_dev, status.st_ino), os.path.realpath(path)
+        elsewhere = Mount.path_elsewhere(name)
         return [
             cls._described(device)
             for device in sorted(Path("/sys/block").glob("loop*"))
-            if cls._told(device / "loop" / "backing_file") == name or cls._file(device.name) == file
+            if (told := cls._told(device / "loop" / "backing_file")) == name
+            or (elsewhere and told.endswith(elsewhere))
+            or cls._file(device.name) == file
         ]
 
     @staticmethod
@@ -2916,7 +2973,7 @@ class Finding:
         named: dict[bool, list[str]] = {True: [], False: []}  # file systems, and the rest
         try:
             content = json.loads(answer)
-            parts = content["parts"][:CHECKED_PARTS]
+            parts = content["parts"][: CHECKED_PARTS + 1]  # with what says that there are more
             for part in parts:
                 kind = text(part["kind"], 20)
                 named[part["is_file_system"] is True] += [cls.NAMES.get(kind, kind)] if kind else []
@@ -2981,6 +3038,11 @@ class State:
     identity: dict[str, int] | None
     found: Finding | None = None
 
+    DAMAGED: ClassVar[str] = (
+        "{} is damaged; the image was left as it is. Delete that file, and the next run compares all of the image with "
+        "the volume"
+    )
+
     @classmethod
     def unpack(cls, block: bytes, path: Path) -> State:
         """From the block that a state file begins with; raises Damaged, or DosvobError for a newer dosvob's."""
@@ -2990,14 +3052,11 @@ class State:
             found = Finding.unpack(content.pop("found", None))
             return cls(snapshot=Snapshot(**content.pop("snapshot")), found=found, **content)
         except (TypeError, KeyError):
-            raise Damaged(
-                f"{path} is damaged; the image was left as it is. Delete that file, and the next run compares all of "
-                "the image with the volume"
-            ) from None
+            raise Damaged(cls.DAMAGED.format(path)) from None
 
     @classmethod
     def load(cls, path: Path, *, whole: bool = True) -> State | None:
-        """Read and verify a state file, its table only if `whole`; None if there is none."""
+        """Read and verify a state file, its table only if `whole`; None if there is none. Raises Damaged, Unread."""
         try:
             with path.open("rb") as file:
                 state = cls.unpack(file.read(BLOCK), path)
@@ -3007,7 +3066,7 @@ class State:
         except OSError as problem:
             if not is_unreadable(problem):
                 raise
-            is_sound = False
+            raise Unread(cls.DAMAGED.format(path)) from problem
         return state if is_sound else cls.unpack(b"", path)
 
     def write(self, path: Path) -> None:
@@ -3069,7 +3128,7 @@ class ImagePaths:
         """Raise DosvobError if the image is a directory, or a link that leads nowhere: its target may be unmounted."""
         if self.image.is_dir():
             raise DosvobError(f"{self.image} is a directory, and its name is that of an image: move it elsewhere")
-        if self.image.is_symlink() and not self.image.exists():
+        if self.image.is_symlink() and not exists(self.image):
             raise DosvobError(f"{self.image} leads to {self.image.readlink()}, which is not there: is it mounted?")
 
     def check_unread(self) -> None:
@@ -3091,10 +3150,10 @@ class ImagePaths:
         for number in itertools.count():
             aside = ImagePaths(self.directory, f"{stamp}{f'-{number}' * bool(number)}")
             moves = [(self.image, aside.image), (self.versions, aside.versions), (self.state, aside.state)]
-            if not aside.state.exists() and not any(old.exists() and new.exists() for old, new in moves):
+            if not exists(aside.state) and not any(exists(old) and exists(new) for old, new in moves):
                 break
         for old, new in moves:
-            if old.exists():
+            if exists(old):
                 old.rename(new)
         sync_directory(self.directory)
         sync_directory(self.metadata)
@@ -3135,7 +3194,8 @@ class SparseFile:
         while offset < end:
             stop = end
             if hints:
-                offset = self.end_of_hole(offset, end) // PAGE * PAGE
+                if (offset := self.end_of_hole(offset, end) // PAGE * PAGE) == end:
+                    break
                 stop = min(max(-(-self._end_of_data(offset, end) // PAGE), offset // PAGE + 1) * PAGE, end)
             first, count = offset // PAGE % PAGES, (stop - offset) // PAGE
             asked, offset = wanted >> first & ((1 << count) - 1), stop
@@ -3224,6 +3284,11 @@ class SparseFile:
             with contextlib.suppress(OSError):  # what is not on the disk yet would not be forgotten
                 os.fdatasync(self.fd)
             os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def read_ahead(self, offset: int, length: int) -> None:
+        """Have the kernel begin to read a part of it: many reads at once take a disk hardly longer than one."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def write_out(self) -> None:
         """Have the kernel begin to write what it has of the file, so that to wait for all of it at the end is short."""
@@ -3388,8 +3453,11 @@ class PatchFile:
             if from_disk:
                 self._opened.forget_cached()
             size = os.fstat(self._opened.fd).st_size
-            self.head = unseal(kind, self._opened.read(0, BLOCK) or b"", path) or {}
-            footer = unseal("end", self._opened.read(size - BLOCK, BLOCK) or b"", path) if size >= 2 * BLOCK else None
+            first = self._opened.read(0, BLOCK)
+            last = self._opened.read(size - BLOCK, BLOCK) if size >= 2 * BLOCK else b""
+            self.is_unread = first is None or last is None  # or a patch, later; that may pass
+            self.head = unseal(kind, first or b"", path) or {}
+            footer = unseal("end", last or b"", path)
         except BaseException:
             self.close()
             raise
@@ -3404,14 +3472,26 @@ class PatchFile:
     @property
     def _file(self) -> SparseFile:
         if self.is_parked:
+            first: bytes | None = b""
             with contextlib.suppress(FileNotFoundError):
                 self._opened = SparseFile(self.path)
-            if self.is_parked or unseal(self._kind, self._opened.read(0, BLOCK) or b"", self.path) != self.head:
+                first = self._opened.read(0, BLOCK)
+            if self.is_parked or first is None or (unseal(self._kind, first, self.path) or {}) != self.head:
                 self._opened.close()
-                raise Damaged(f"{self.path} was replaced or removed")
+                raise Damaged(f"{self.path} {'cannot be read' if first is None else 'was replaced or removed'}")
         if self._pool is not None:
             self._pool.use(self)
         return self._opened
+
+    @classmethod
+    def of_version(cls, path: Path, *, from_disk: bool = False, pool: OpenFiles | None = None) -> PatchFile:
+        """A version's file; in place of one that the disk cannot open an empty one, which counts as damaged."""
+        try:
+            return cls(path, "version", from_disk=from_disk, pool=pool)
+        except OSError as problem:
+            if not is_unreadable(problem):
+                raise
+            return cls(Path(os.devnull), "version")
 
     @classmethod
     def create(cls, path: Path, kind: str, head: Json) -> PatchFile:
@@ -3457,7 +3537,7 @@ class PatchFile:
 
     def header_at(self, position: int) -> Patch:
         """The patch at a position, without its data and not verified; raises Damaged if there is none."""
-        header = self._file.read(position, Patch.HEADER.size) or bytes(Patch.HEADER.size)
+        header = self._stored(position, Patch.HEADER.size)
         magic, index, pages, filled, digest, _ = Patch.HEADER.unpack(header)
         if magic != Patch.MAGIC:
             raise Damaged(f"{self.path} is damaged at byte {position}")
@@ -3466,16 +3546,23 @@ class PatchFile:
     def patch_at(self, position: int) -> Patch:
         """The patch at a position; raises Damaged if it is not whole."""
         header = self.header_at(position)
-        stored = self._file.read(position, header.length) or b""
+        stored = self._stored(position, header.length)
         patch = dataclasses.replace(header, data=memoryview(stored)[Patch.HEADER.size :])
         if patch.filled & ~patch.pages or patch.pack(self.head.get("id", "")) != stored[: Patch.HEADER.size]:
             raise Damaged(f"{self.path} is damaged at byte {position}")
         return patch
 
+    def _stored(self, position: int, length: int) -> bytes:
+        """What the file has there; zeros, which are no patch, for what cannot be read now."""
+        stored = self._file.read(position, length)
+        self.is_unread |= stored is None
+        return bytes(length) if stored is None else stored
+
     def find_patch(self, position: int) -> int:
         """Where the next whole patch at or behind a position begins; `limit` if there is none."""
         while position < self.limit:
             block = self._file.read(position, min(CHUNK, self.limit - position))
+            self.is_unread |= block is None
             found = block.find(Patch.MAGIC) if block is not None else -1
             if found >= 0:
                 with contextlib.suppress(Damaged):
@@ -3592,8 +3679,9 @@ class PatchFile:
 
     def find(self, index: int) -> Entry | None:
         """What it has of a chunk."""
-        row = bisect.bisect_left(self.chunks(), index)
-        if row == len(self.chunks()) or self.chunks()[row] != index:
+        chunks = self.chunks()
+        row = bisect.bisect_left(chunks, index)
+        if row == len(chunks) or chunks[row] != index:
             return None
         return self.entry_of(self.ROW.unpack(self.rows(row, 1)))
 
@@ -3673,8 +3761,8 @@ class Version:
     @classmethod
     def load(cls, path: Path) -> Version:
         """From its file; raises FileNotFoundError, DosvobError for a newer dosvob's, Damaged without even a time."""
-        with PatchFile(path, "version") as file:
-            head, footer = file.head, file.footer
+        with PatchFile.of_version(path) as file:
+            head, footer, occupied = file.head, file.footer, os.fstat(file.fd).st_size
         try:
             moment = datetime.datetime.strptime(head.get("time", path.name), cls.TIME).replace(tzinfo=datetime.UTC)
         except ValueError:
@@ -3682,7 +3770,7 @@ class Version:
         snapshot, newer = (Snapshot(**head[key]) if head else None for key in ("snapshot", "newer"))
         is_whole, changed = bool(head) and footer is not None, footer["changed"] if footer else 0
         found = Finding.unpack(head.get("found"))
-        return cls(path, moment, is_whole, snapshot, newer, changed, path.stat().st_size, found)
+        return cls(path, moment, is_whole, snapshot, newer, changed, occupied, found)
 
     def lacks_newer(self, newer: Sequence[Snapshot | None]) -> bool:
         """Whether one between is missing: this version leads back from none of the newer snapshots.
@@ -3708,57 +3796,76 @@ class Versions:
         with Undo.left(self._paths) as undo:
             if undo is not None and undo.is_committed and undo.is_version:
                 versions.append(Version.load(self._paths.undo))
-        for path in sorted(self._paths.versions.glob("*"), reverse=True):
+        for name in reversed(names_in(self._paths.versions)):
+            path = self._paths.versions / name
             with contextlib.suppress(FileNotFoundError, Damaged):  # thinned by a run that goes on; not ours
-                if re.fullmatch(r"\d{8}T\d{6}Z", path.name) and path.is_file():
+                if re.fullmatch(r"\d{8}T\d{6}Z", name) and may_be_file(path):
                     versions.append(Version.load(path))
         return versions
 
     def unwanted(self, keep: Keep, upcoming: datetime.datetime | None = None) -> list[datetime.datetime]:
         """The times of those that `keep` does not ask for: now, or once there is an image of the time `upcoming`.
 
-        The newest one that came up stays in any case, if the image does not come up, or that is not known yet.
+        The newest one that came up stays in any case, if the image does not come up, or that is not known. If one has
+        come up, those newer than it that cannot be read stay too.
         """
         versions, state = self.all(), State.load(self._paths.state, whole=False)
         image = Versions.moment_of_image(state, versions) or utc_now()
         moments = [*([upcoming] if upcoming else []), image, *(version.moment for version in versions)]
         wanted = keep.wanted(moments)
-        if state is not None and state.found is not None:
-            came_up = [
-                found is not None and found.came_up for found in (state.found, *(each.found for each in versions))
-            ]
-            if True in came_up:
-                wanted[came_up.index(True) + bool(upcoming)] = True
+        found = [state.found if state else None, *(each.found for each in versions)]
+        unknown = [False, *(each.snapshot is None for each in versions)]
+        has_before = any(each is not None and each.before for each in found)
+        for place, (each, is_unknown) in enumerate(zip(found, unknown, strict=True), int(upcoming is not None)):
+            has_come_up = each is not None and bool(each.came_up)
+            wanted[place] |= has_come_up or (is_unknown and has_before)
+            if has_come_up:
+                break
         return [moment for moment, stays in zip(moments, wanted, strict=True) if not stays]
 
     def thin(self, keep: Keep, tick: Callable[[int], None] = lambda _: None) -> None:
-        """Drop those that `keep` does not ask for. If it raises OSError or Damaged, no other one is lost.
+        """Drop those that `keep` does not ask for, as far as that can be; then raise the last OSError or Damaged.
 
         It merges the patches of a version that goes into the next older one that stays: first the merged file replaces
         that one, then the other is removed. In between the chain leads to the same contents, since for each page an
-        older patch overrides a newer one.
+        older patch overrides a newer one. Whatever it raises, none that stays is lost.
         """
-        for unfinished in self._paths.versions.glob("*.new"):
-            unfinished.unlink()
+        for name in names_in(self._paths.versions):
+            if name.endswith(".new"):
+                with contextlib.suppress(OSError):  # whoever writes it anew meets that
+                    (self._paths.versions / name).unlink()
         unwanted = self.unwanted(keep)
         groups: list[list[Version]] = [[]]  # each ends with one that stays, the last one has none
         for version in self.all():
             groups[-1].append(version)
             if version.moment not in unwanted:
                 groups.append([])
-        self._remove(groups.pop())  # first: that takes no space, and frees some
-        damaged: Damaged | None = None
+        met: list[OSError | Damaged] = []
+        for version in reversed(groups.pop()):  # first: that takes no space, and frees some
+            with self._going_on(met):
+                self._remove([version])
         for group in groups:
-            try:
-                while len(group) > 1:
-                    parts = [
-                        group[first : first + self.MOST_JOINED] for first in range(0, len(group), self.MOST_JOINED)
-                    ]
-                    group = [self._join(part, tick) for part in parts]  # noqa: PLW2901
-            except Damaged as problem:  # which is no reason to keep others for ever
-                damaged = problem
-        if damaged:
-            raise damaged
+            with self._going_on(met):
+                self._join_all(group, tick)
+        if met:
+            raise met[-1]
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _going_on(met: list[OSError | Damaged]) -> Iterator[None]:
+        """Note what one version meets: that is no reason to keep others for ever, but for a full disk."""
+        try:
+            yield
+        except (OSError, Damaged) as problem:
+            if is_disk_full(problem):
+                raise
+            met.append(problem)
+
+    def _join_all(self, versions: Sequence[Version], tick: Callable[[int], None]) -> None:
+        """Make one of versions, given the newest first, the oldest, MOST_JOINED at a time."""
+        while len(versions) > 1:
+            starts = range(0, len(versions), self.MOST_JOINED)
+            versions = [self._join(versions[first : first + self.MOST_JOINED], tick) for first in starts]
 
     def _join(self, versions: Sequence[Version], tick: Callable[[int], None]) -> Version:
         """Merge versions, given the newest first, into the oldest, and remove the others; returns what that is now."""
@@ -3883,16 +3990,21 @@ class Undo:
         self.file = file
         self.is_version = bool(file.head["time"])
         self.is_committed = self.is_stray = False
-        with contextlib.suppress(Damaged):  # a state that nobody can read says nothing
+        self.state_problem: Unread | None = None  # for which it is not known whether it is either
+        try:
             if (state := State.load(paths.state, whole=False)) is not None:
                 snapshot, newer = dataclasses.asdict(state.snapshot), (file.head["newer"], file.head["newer_digests"])
                 self.is_committed = (snapshot, state.digests) == newer
                 self.is_stray = not self.is_committed and snapshot != file.head["snapshot"]
+        except Unread as problem:
+            self.state_problem = problem
+        except Damaged:
+            pass  # a state that is damaged says nothing
 
     @classmethod
     @contextlib.contextmanager
     def left(cls, paths: ImagePaths, *, from_disk: bool = False) -> Iterator[Undo | None]:
-        """The undo that is there, if it is whole and of the image; else None."""
+        """The undo that is there, if it is whole and of the image; else None. Raises Unread if nobody can tell now."""
         with contextlib.ExitStack() as files:
             undo = None
             with contextlib.suppress(FileNotFoundError):
@@ -3900,6 +4012,8 @@ class Undo:
                 # An undo without a footer was being written when the crash came, or its footer decayed since.
                 is_needed = file.footer is not None or (file.head and file.head["base"] != identity_of(paths.image))
                 undo = cls(paths, file) if file.head and is_needed else None
+                if undo is None:
+                    cls._check_read(file)
             yield undo if undo is not None and not undo.is_stray else None
 
     @classmethod
@@ -3941,9 +4055,11 @@ class Undo:
         with cls.left(paths, from_disk=True) as undo:
             if undo is None:
                 paths.undo.unlink(missing_ok=True)
+            elif undo.state_problem:
+                raise undo.state_problem
             elif undo.is_committed:
                 undo.settle()
-            elif not paths.image.exists():
+            elif not exists(paths.image):
                 undo.drop()
             else:
                 paths.check_unread()
@@ -3955,7 +4071,8 @@ class Undo:
         """Make the image what it was.
 
         It also gets its old time, so that its state and the spool still fit it. If a part of the undo decayed it does
-        not, for then the next sync must compare all of the image.
+        not, for then the next sync must compare all of the image. A part that cannot be read now may be the next time:
+        the undo stays for that, and Unread is raised.
         """
         base = self.file.head["base"]
         self.file.load_index()
@@ -3972,15 +4089,25 @@ class Undo:
                 tick(patch.length)
             os.ftruncate(image.fd, base["size"])
             os.fsync(image.fd)  # before its time says that it is the old one
+            self._check_read(self.file)
             if is_whole:
                 os.utime(image.fd, ns=(base["mtime_ns"], base["mtime_ns"]))
                 os.fsync(image.fd)
         self.drop()
 
+    @staticmethod
+    def _check_read(file: PatchFile) -> None:
+        """Raise Unread if a part of it could not be read."""
+        if file.is_unread:
+            raise Unread(
+                f"{file.path} cannot be read: the disk may be failing. If it stays so, delete that file, and the next "
+                "run compares all of the image with the volume"
+            )
+
     def settle(self) -> None:
         """Step 6 of a sync: the undo becomes a version, or goes if none is kept; the spool goes."""
         if self.is_version:
-            if not self.paths.versions.exists():
+            if not exists(self.paths.versions):
                 self.paths.versions.mkdir(mode=0o700)
                 sync_directory(self.paths.metadata)
             self.paths.undo.rename(self.paths.versions / self.file.head["time"])
@@ -4008,7 +4135,7 @@ def drop_journal(paths: ImagePaths) -> None:
     """
     journal = paths.metadata / f"{paths.image.name}.journal"
     with contextlib.suppress(FileNotFoundError), PatchFile(journal, "journal") as file:
-        if file.footer is not None or (file.limit and not file.head):
+        if file.footer is not None or file.is_unread or (file.limit and not file.head):
             raise DosvobError(
                 f"{journal} was left by an older dosvob, which must finish it: run that one's `dosvob.py verify` once "
                 f"with this directory, then this one. Or delete {journal}, and the next run compares all of the image "
@@ -4053,7 +4180,7 @@ class Content:
     is_sound: bool
     patched: int = 0
 
-    @property
+    @functools.cached_property
     def filled(self) -> int:
         """The bitmap of its pages that are not zeros."""
         return sum(1 << page for page in self.pages)
@@ -4071,27 +4198,37 @@ def laid_over(patches: Sequence[tuple[PatchFile, Entry]], wanted: int = ALL_PAGE
     """
     pages: dict[int, bytes] = {}
     for file, entry in reversed(patches):
-        pages |= file.pages_of(entry, wanted & entry.pages)
-        wanted &= ~entry.pages
+        if wanted & entry.pages:
+            pages |= file.pages_of(entry, wanted & entry.pages)
+            wanted &= ~entry.pages
     return pages, wanted
 
 
 def content_of(
-    image: SparseFile, index: int, patches: Sequence[tuple[PatchFile, Entry]], digest: bytes
-) -> tuple[dict[int, bytes], bool]:
-    """The pages of a chunk of an image with patches laid over it, and whether they have this digest.
+    image: SparseFile,
+    index: int,
+    patches: Sequence[tuple[PatchFile, Entry]],
+    digest: bytes,
+    *,
+    tries_zeros: bool = False,
+) -> tuple[dict[int, bytes], bytearray, bool]:
+    """The pages of a chunk of an image with patches laid over it, their digests, and whether they have this digest.
 
-    Holes are believed as far as the digest proves them.
+    Holes are believed as far as the digest proves them. If it `tries_zeros` all pages that no patch has are first taken
+    for zeros: if the digest agrees the image is not read, and what is wrong with it there is not seen.
     """
     laid, rest = laid_over(patches)
-    for hints in (True, False):
-        stored = image.pages(index, rest, hints=hints)
-        pages = {**(stored or {}), **laid}
-        if stored is not None and chunk_digest(digests_of(pages)) == digest:
-            return pages, True
-        if not rest or stored is None:
+    digests_laid = digests_of(laid)
+    if (not rest or tries_zeros) and chunk_digest(digests_laid) == digest:
+        return laid, digests_laid, True
+    pages, digests = laid, digests_laid
+    for hints in (True, False) if rest else ():
+        if (stored := image.pages(index, rest, hints=hints)) is None:
             break
-    return pages, False
+        pages, digests = laid | stored, digests_of(stored, digests_laid)
+        if chunk_digest(digests) == digest:
+            return pages, digests, True
+    return pages, digests, False
 
 
 class Spot(NamedTuple):
@@ -4110,9 +4247,9 @@ class Chain:
     """An image and all that leads back from it: what each snapshot was, chunk by chunk. To be closed.
 
     If an undo must be put back, it lays that over what it reads, and changes no file. `versions` are the newest first;
-    `problem` is what is wrong with the state: versions can be restored without one; `moment` is when the image's
-    snapshot was taken, None if unknown; `size` is that of the snapshot in bytes, `length` what there is of it. Raises
-    FileNotFoundError without an image.
+    `problem` is what is wrong with the state: versions can be restored without one; `no_versions` why these cannot even
+    be listed. `moment` is when the image's snapshot was taken, None if unknown; `size` is that of the snapshot in
+    bytes, `length` what there is of it. Raises FileNotFoundError without an image.
     """
 
     READ_BACK = 8192  # pages that a restore writes before it reads them from the disk, or chunks
@@ -4121,6 +4258,7 @@ class Chain:
         self.paths = paths
         self.state: State | None = None
         self.problem: Damaged | None = None
+        self.no_versions = ""
         self._from_disk = from_disk
         self._table: SparseFile | None = None
         self._digests, self._digests_at = b"", -1  # a part of the table
@@ -4130,7 +4268,13 @@ class Chain:
             self.image = files.enter_context(contextlib.closing(SparseFile(paths.image)))
             if from_disk:
                 self.image.forget_cached()
-            self.versions = Versions(paths).all()
+            self.versions: list[Version] = []
+            try:
+                self.versions = Versions(paths).all()
+            except OSError as problem:
+                if not is_unreadable(problem):
+                    raise
+                self.no_versions = f"its older versions cannot be read: {explained(problem, paths.versions)}"
             undo = files.enter_context(Undo.left(paths, from_disk=from_disk))
             self._undo = undo.file if undo is not None and not undo.is_committed else None
             self._before = int(self._undo is not None)  # how many steps lead to the image's own snapshot
@@ -4153,10 +4297,12 @@ class Chain:
     def depth_at(self, moment: datetime.datetime | None) -> int:
         """How many steps back the newest snapshot at or before `moment` is; without one 0, the image's.
 
-        Raises UsageError if there is none as old as that.
+        Raises UsageError if there is none as old as that, Damaged if nobody knows.
         """
         if moment is None:
             return 0
+        if self.no_versions and (self.moment is None or self.moment > moment):
+            raise Damaged(f"{self.paths.name}: {self.no_versions}")
         if self.moment is None:
             raise UsageError(f"no snapshot is recorded for {self.paths.image}, so there is no version by time")
         moments = [self.moment, *(version.moment for version in self.versions)]
@@ -4176,7 +4322,8 @@ class Chain:
         if this is None or this.came_up is not False:
             return ""
         good = [moment for moment, each in zip(moments, found, strict=True) if moment and each and each.came_up]
-        the_last = f"the last one that does is of {local_time(good[0])}" if good else "none that is kept does"
+        none = self.no_versions or "none that is kept does"
+        the_last = f"the last one that does is of {local_time(good[0])}" if good else none
         return f"it does not come up: {this.words}; {the_last}"
 
     @contextlib.contextmanager
@@ -4189,7 +4336,7 @@ class Chain:
         with contextlib.ExitStack() as files:
             steps = [self._undo] if self._undo else []
             for version in self.versions[:depth]:
-                step = PatchFile(version.path, "version", from_disk=self._from_disk, pool=pool)
+                step = PatchFile.of_version(version.path, from_disk=self._from_disk, pool=pool)
                 steps.append(files.enter_context(step))
                 if version.lacks_newer(known):
                     step.doubtful.append((-1, float("inf")))
@@ -4221,15 +4368,19 @@ class Chain:
             self._digests = self._table.read(BLOCK + first * 4096 * DIGEST_SIZE, 4096 * DIGEST_SIZE) or b""
         return self._digests[place * DIGEST_SIZE : (place + 1) * DIGEST_SIZE]
 
-    def _of_image(self, spot: Spot, undo: Entry | None) -> tuple[dict[int, bytes], bool]:
-        """The pages of a chunk of the image, with what the undo has of it, and whether they are sound."""
+    def _of_image(self, spot: Spot, undo: Entry | None) -> tuple[dict[int, bytes], bytearray | None, bool]:
+        """The pages of a chunk of the image, with what the undo has of it, their digests, and whether all is sound.
+
+        The digests are None if nothing is recorded to compare them with.
+        """
         if spot.is_zeros and undo is None:
-            return {}, True
+            return {}, bytearray(ZERO_PAGES), True
         patches = [(self._undo, undo)] if self._undo and undo else []
         if spot.recorded is not None:
             return content_of(self.image, spot.chunk, patches, spot.recorded)
         stored = self.image.pages(spot.chunk, hints=False)
-        return stored or {}, stored is not None and (spot.chunk + 1) * CHUNK <= self.length
+        is_whole = stored is not None and (spot.chunk + 1) * CHUNK <= self.length
+        return stored or {}, None, is_whole
 
     def verify(self, tick: Callable[[int], None]) -> list[Ranges]:
         """Compare the image and all versions with their digests; what is damaged of each, the image first.
@@ -4249,10 +4400,12 @@ class Chain:
         return damaged
 
     def _wrong(self, spot: Spot, steps: Sequence[PatchFile], doubtful: Sequence[int]) -> Iterator[int]:
-        """How many steps back a chunk is not sound. Each patched page is hashed once."""
+        """How many steps back a chunk is not sound. Pages that are as recorded are hashed once."""
         before, own = self._before, dict(spot.patches)
-        pages, is_sound = self._of_image(spot, own.pop(0, None) if before else None)
-        digests, since = digests_of(pages) if own else bytearray(), 0
+        undo = own.pop(0, None) if before else None
+        pages, known, is_sound = self._of_image(spot, undo)
+        patched = undo.pages if undo else 0
+        digests, since = digests_of(pages if own else {}) if known is None else known, 0
         in_doubt = [number for number in doubtful if number >= before and number not in own]
         for number in sorted([*own, *in_doubt]):
             depth = number + 1 - before
@@ -4267,9 +4420,18 @@ class Chain:
                     at = page * DIGEST_SIZE
                     digest = hashlib.sha256(data[page]).digest() if page in data else ZERO_PAGE_DIGEST
                     digests[at : at + DIGEST_SIZE] = digest
-                is_sound = chunk_digest(digests) == entry.digest
+                patched |= entry.pages
+                is_sound = entry.digest == chunk_digest(digests) or entry.digest == self._without(digests, patched)
         if not is_sound:
             yield from range(since, 1 + len(self.versions))
+
+    @staticmethod
+    def _without(digests: bytearray, patched: int) -> bytes:
+        """The digest of a chunk of which only these pages are no zeros: then it is sound whatever the image has."""
+        places = [(page * DIGEST_SIZE, patched >> page & 1) for page in range(PAGES)]
+        return chunk_digest(
+            b"".join([digests[at : at + DIGEST_SIZE] if has else ZERO_PAGE_DIGEST for at, has in places])
+        )
 
     @staticmethod
     def _doubtful(spot: Spot, steps: Sequence[PatchFile]) -> list[int]:
@@ -4292,10 +4454,13 @@ class Chain:
         for _, entry in spot.patches:
             patched |= entry.pages
         if last < self._before:  # it is the image's own, or was
-            pages, is_sound = self._of_image(spot, spot.patches[0][1] if spot.patches else None)
+            pages, _, is_sound = self._of_image(spot, spot.patches[0][1] if spot.patches else None)
         else:
             patches = [(steps[number], entry) for number, entry in spot.patches]
-            pages, is_sound = content_of(self.image, spot.chunk, patches, spot.patches[-1][1].digest)
+            digest = spot.patches[-1][1].digest
+            pages, _, is_sound = content_of(self.image, spot.chunk, patches, digest, tries_zeros=True)
+        if self._before and spot.recorded is not None:
+            last = max(last, 0)  # the state's digest tells, whatever the undo had
         return Content(spot.chunk, pages, is_sound and all(number <= last for number in doubtful), patched)
 
     def restore(self, depth: int, target: Path, tick: Callable[[int], None]) -> tuple[Path, Ranges]:
@@ -4309,7 +4474,7 @@ class Chain:
         size = snapshot.size if snapshot else self.size
         partial, damaged_target = (target.with_name(f"{target.name}.{what}") for what in ("partial", "damaged"))
         for path in (target, partial, damaged_target):
-            if os.path.lexists(path):
+            if exists(path, follow_symlinks=False):
                 raise DosvobError(
                     f"{path} is there, and nothing is restored over it: move it away, or name another file"
                 )
@@ -4347,8 +4512,11 @@ class Chain:
         """
 
         def is_there(content: Content) -> bool:
-            if is_cloned:
-                return file.pages(content.index) == content.pages
+            if is_cloned:  # a hole that contradicts what is to be there is read
+                hints = not content.patched
+                return file.pages(content.index, hints=hints) == content.pages or (
+                    hints and file.pages(content.index, hints=False) == content.pages
+                )
             return all(
                 file.read(content.index * CHUNK + first * PAGE, count * PAGE)
                 == b"".join([content.pages[page] for page in range(first, first + count)])
@@ -4357,6 +4525,9 @@ class Chain:
 
         for attempt in (1, 2) if written else ():
             file.forget_cached(written[0].index * CHUNK, (written[-1].index + 1 - written[0].index) * CHUNK)
+            for content in written if not is_cloned else ():
+                for first, count in runs(content.filled):
+                    file.read_ahead(content.index * CHUNK + first * PAGE, count * PAGE)
             wrong = [content for content in written if not is_there(content)]
             for content in wrong if attempt == 1 else ():
                 file.write_pages(content.index, content.pages, ALL_PAGES)
@@ -4402,7 +4573,7 @@ class Chain:
 
 def rename_new(old: Path, new: Path) -> None:
     """Rename, durably, but not over an existing file; raises DosvobError then, and leaves the old name."""
-    if os.path.lexists(new):
+    if exists(new, follow_symlinks=False):
         raise DosvobError(f"{new} has appeared meanwhile: move it away")
     old.rename(new)
     sync_directory(new.parent)
@@ -4657,7 +4828,7 @@ class Home:
                 f"is the image of a volume in that region: mv {quoted} {quoted}.image && mkdir {quoted} "
                 f"&& mv {quoted}.image {quoted}/{region}; otherwise move it elsewhere"
             )
-        if region and (directory / ".dosvob" / "home").exists():
+        if region and exists(directory / ".dosvob" / "home"):
             raise DosvobError(
                 f"{directory} is a backups directory of its own: the images of {region} cannot go there, unless you "
                 f"run {command_line('sweep', '--backups', str(directory))} and then delete {directory}/.dosvob/home"
@@ -4669,8 +4840,14 @@ class Home:
 
     def directories(self) -> list[str]:
         """The directories with images: "" and those of regions. A directory with an id of its own is another home."""
-        found = [path.parent for path in self.path.glob("*/.dosvob") if not (path / "home").exists()]
-        return ["", *sorted(path.name for path in found if ImagePaths.VOLUME_NAME.fullmatch(path.name))]
+        found = [""]
+        for name in filter(ImagePaths.VOLUME_NAME.fullmatch, names_in(self.path)):
+            metadata, is_region = self.path / name / ".dosvob", False
+            with contextlib.suppress(PermissionError):  # then it is nothing of ours
+                is_region = not may_be_file(self.path / name) and exists(metadata)
+            if is_region and not exists(metadata / "home"):
+                found.append(name)
+        return found
 
     def names(self, *, with_aside: bool = True) -> set[str]:
         """The names of all that has an image, a state or versions here: volumes, and what was set aside."""
@@ -4678,29 +4855,36 @@ class Home:
         names = set()
         for region in self.directories():
             directory = self.path / region
-            found = {path.name for path in directory.iterdir() if path.is_file()}
-            found |= {path.stem for path in directory.glob(".dosvob/*") if path.suffix in (".state", ".versions")}
-            fit = {name for name in found if any(pattern.fullmatch(name) for pattern in patterns)}
-            names |= {f"{region}/{name}" if region else name for name in fit}
+            metadata = map(Path, names_in(directory / ".dosvob"))
+            known = {path.stem for path in metadata if path.suffix in (".state", ".versions")}
+            fit = {
+                name
+                for name in known.union(names_in(directory))
+                if any(pattern.fullmatch(name) for pattern in patterns)
+            }
+            there = {name for name in fit if name in known or may_be_file(directory / name)}
+            names |= {f"{region}/{name}" if region else name for name in there}
         return names
 
     def remains(self) -> dict[Path, str]:
         """What syncs left here, or put out of the way, besides images with their states and versions: whose it is."""
-        kinds = ("*.partial", ".dosvob/*.spool", ".dosvob/*.undo", ".dosvob/*.state.new", ".dosvob/*.versions.of-*",
-                 "*.set-aside-*")  # fmt: skip
+        kinds = {".": "partial|set-aside-.*", ".dosvob": r"spool|undo|state\.new|versions\.of-.*"}
         found = {}
-        for region in self.directories():
-            for path in sorted(path for kind in kinds for path in (self.path / region).glob(kind)):
-                name = path.name.partition(".")[0]
-                if ImagePaths.VOLUME_NAME.fullmatch(name):
-                    found[path] = f"{region}/{name}" if region else name
+        for region, (place, kind) in itertools.product(self.directories(), kinds.items()):
+            for name in names_in(self.path / region / place):
+                if fit := re.fullmatch(rf"({ImagePaths.VOLUME_NAME.pattern})\.(?:.*\.)?(?:{kind})", name):
+                    found[self.path / region / place / name] = f"{region}/{fit[1]}" if region else fit[1]
         return found
 
     @staticmethod
     def occupied(path: Path) -> int:
-        """The bytes that a file, or a directory with its files, takes."""
-        files = [path, *path.rglob("*")] if path.is_dir() else [path]
-        return sum(each.stat().st_blocks * 512 for each in files if each.exists())
+        """The bytes that a file, or a directory with its files, takes; at least, if the disk cannot read all of it."""
+        occupied = 0
+        below = [Path(place, name) for place, *names in os.walk(path) for name in itertools.chain(*names)]
+        for each in [path, *below]:
+            with contextlib.suppress(OSError):  # what the disk cannot read, or went meanwhile
+                occupied += each.stat().st_blocks * 512
+        return occupied
 
     def select(self, names: list[str], *, with_aside: bool = True) -> list[str]:
         """What these names or patterns fit, or all without names; raises UsageError for one that fits nothing."""
@@ -4727,12 +4911,13 @@ class Home:
         After a crash the next call completes it: the state moves last, and tells until then that something is left to
         move, and where to.
         """
-        rest = [path for path in old.metadata.glob(f"{old.image.name}.*")
-                if path != old.state and not path.name.startswith(f"{old.image.name}.set-aside-")
+        rest = [path for name in names_in(old.metadata) if name.startswith(f"{old.image.name}.")
+                if (path := old.metadata / name) != old.state and not name.startswith(f"{old.image.name}.set-aside-")
                 and path.suffix != ".json"]  # fmt: skip
-        paths = [path for path in (old.image, old.partial, *rest, old.state) if os.path.lexists(path)]
+        files = (old.image, old.partial, *rest, old.state)
+        paths = [path for path in files if exists(path, follow_symlinks=False)]
         for path in paths:
-            if os.path.lexists(target := new.directory / path.relative_to(old.directory)):
+            if exists(target := new.directory / path.relative_to(old.directory), follow_symlinks=False):
                 raise DosvobError(f"{path} belongs where {target} is already: move one of them elsewhere")
         self.make_directory("" if new.directory == self.path else new.directory.name)
         for path in paths:
@@ -4776,15 +4961,20 @@ class Home:
 
     def recover(self, report: Reporter, stop: Stop) -> set[str]:
         """Take back interrupted backups, without network; returns the names for which that failed."""
-        failed = set()
-        for name in sorted(self._with_file("undo") | self._with_file("journal")):
+        failed: set[str] = set()
+        try:
+            names = sorted(self._with_file("undo") | self._with_file("journal"))
+        except OSError as problem:  # no reason to say nothing of what a sweep meets
+            report.error(explained(problem, self.path))
+            return failed
+        for name in names:
             meter = Meter(report, stop, f"{name}: taking back an interrupted backup", is_announced=True)
             try:
                 if Undo.recover(ImagePaths(self.path, name), meter):
                     report.end_progress()
                     report.say(f"{name}: an interrupted backup was taken back; the image is what it was before")
             except (DosvobError, OSError) as problem:
-                kept = "; the next backup or verify takes it back" * isinstance(problem, OSError)
+                kept = "; the next backup or verify tries again" * isinstance(problem, OSError)
                 report.error(f"{name}: an interrupted backup: {explained(problem, self.path)}{kept}")
                 failed.add(name)
         return failed
@@ -4793,7 +4983,10 @@ class Home:
         """The names that have a file of this kind among the metadata."""
         places = [Path(region) for region in self.directories()]
         return {
-            str(place / path.stem) for place in places for path in (self.path / place / ".dosvob").glob(f"*.{kind}")
+            str(place / name[: -len(kind) - 1])
+            for place in places
+            for name in names_in(self.path / place / ".dosvob")
+            if name.endswith(f".{kind}")
         }
 
 
@@ -4969,12 +5162,12 @@ class Update:
         paths.check_unread()
         self._state = self._fitting_state()
         self._found = (self._state.found if self._state else None) or Finding()
-        self.is_first = not paths.image.exists()  # whether there is no image yet
+        self.is_first = not exists(paths.image)  # whether there is no image yet
         self._makes_version = bool(Versions(paths).all()) or (
             (any(dataclasses.astuple(keep)) or bool(self._found.came_up)) and self._state is not None
         )
         flags = os.O_RDWR | (os.O_CREAT if self.is_first else 0)
-        is_new = self.is_first and not paths.partial.exists()
+        is_new = self.is_first and not exists(paths.partial)
         self._image = SparseFile(paths.partial if self.is_first else paths.image, flags)
         self.spool = None if self.is_first else Spool.open(paths, snapshot.volume_id, self.chunks, tick)
         if self.is_first:
@@ -4997,7 +5190,7 @@ class Update:
                 f"DigitalOcean says that it has shrunk to {human_size(size)}, which no volume does; {paths.image} was "
                 "left as it is: try again later"
             )
-        has_image = paths.image.exists()
+        has_image = exists(paths.image)
         length = paths.image.stat().st_size if has_image else 0
         if is_other or (state is None and length > size) or (versions and not has_image):
             aside = paths.set_aside(Versions.moment_of_image(state, versions) or utc_now())
@@ -5195,7 +5388,7 @@ class Update:
 
         It drops the spool, or cuts the end off a first sync's file: the next run fetches only that again.
         """
-        if self.spool is None and self._paths.partial.exists():
+        if self.spool is None and exists(self._paths.partial):
             goal = os.fstat(self._image.fd).st_blocks * 512 - self.SPACE_FOR_OTHERS
             for index in reversed(range(self.chunks)):
                 if os.fstat(self._image.fd).st_blocks * 512 <= goal:
@@ -5780,6 +5973,8 @@ FIRST_PACKETS = 100  # packets that the droplet sends before the first acknowled
 DISARM = (
     # DigitalOcean's images mount a volume that appears, which writes to it.
     "rm -f /etc/udev/rules.d/99-digitalocean-automount.rules",
+    # mdadm (rules 63 and 64), Btrfs (64) and lvm2 (69) take what appears if it is a part of theirs, as rule 60 tells.
+    """echo 'ENV{ID_SERIAL}=="0DO_Volume_*", ENV{ID_FS_TYPE}=""' > /etc/udev/rules.d/61-dosvob.rules""",
     "udevadm control --reload || true",
 )
 USER_DATA_COMMANDS = (
@@ -6226,15 +6421,18 @@ def converse(
 class Trial:
     """A try, in a directory, of all that a run needs of its file system, before anything that costs is created.
 
-    `largest` is the size in bytes of the largest volume that has no image there yet, `needed` that of all of them. What
-    is missing raises UsageError with what to do; what is merely dear is said.
+    `sizes` in bytes are those of the volumes that have no image there yet, `needed` what each may still take. What is
+    missing raises UsageError with what to do; what is merely dear is said.
     """
 
     SAMPLE = 16 * CHUNK  # large enough that it shows in the free space whether a length takes any
 
-    def __init__(self, directory: Path, sizes: Sequence[int], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, directory: Path, sizes: Sequence[int], needed: Sequence[int], say: Callable[[str], None]
+    ) -> None:
         self._directory = directory
-        self._largest, self._needed = max(sizes, default=0), sum(sizes)
+        self._largest = max(sizes, default=0)
+        self._needed = needed
         self._say = say
         self._kind = Mount.of(directory).kind or "its file system"
         self._paths = (directory / ".trial", directory / ".trial.renamed", directory / ".trial.directory")
@@ -6317,9 +6515,9 @@ class Trial:
             )
 
     def _look_for_space(self, file: SparseFile, free: int) -> None:
-        figures = f"{human_size(self._needed)} are needed for first backups, {human_size(free)} are free"
+        figures = f"{human_size(sum(self._needed))} are needed for first backups, {human_size(free)} are free"
         told = f"{self._directory} is on {self._kind}, which has no sparse files: {figures}"
-        if self._largest > free:
+        if max(self._needed, default=0) > free:
             raise UsageError(f"{told}: use another file system, such as ext4 or Btrfs, or a larger disk")
         try:
             os.lseek(file.fd, self._largest, os.SEEK_SET)  # refused beyond what a file can have
@@ -6358,18 +6556,21 @@ class Context:
 
         What is not there yet is tried where it will be made. A dry run also says how much is free there.
         """
-        sizes_in: dict[Path, list[int]] = {}  # of those that have no image yet
+        new_in: dict[Path, list[Volume]] = {}  # those that have no image yet
         for volume in volumes:
             paths = ImagePaths(self.home.path, self.name(volume))
-            sizes_in.setdefault(paths.metadata, []).extend([] if paths.image.exists() else [volume.size])
-        for directory, sizes in sizes_in.items():
+            new_in.setdefault(paths.metadata, []).extend([] if may_be_file(paths.image) else [volume])
+        for directory, new in new_in.items():
             place = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-            Trial(place, sizes, self.report.say).run()
+            begun = [self.home.occupied(ImagePaths(self.home.path, self.name(volume)).partial) for volume in new]
+            sizes = [volume.size for volume in new]
+            needed = [max(size - held, 0) for size, held in zip(sizes, begun, strict=True)]
+            Trial(place, sizes, needed, self.report.say).run()
             if dry_run:
                 status = os.statvfs(place)
                 free = human_size(status.f_bavail * status.f_frsize)
                 count = f"{len(sizes)} volume{'s' * (len(sizes) > 1)}"
-                first = f"; first backups take up to {human_size(sum(sizes))}, for {count}" * bool(sizes)
+                first = f"; first backups take up to {human_size(sum(needed))}, for {count}" * bool(sizes)
                 self.report.say(f"{free} are free in {place}{first}")
 
 
@@ -6564,7 +6765,7 @@ class DropletKeeper:
         return Finding(words=told[:CHECKED_WORDS])
 
     def _disarm(self, link: Link, droplet: Droplet) -> None:
-        """Run DISARM again, in case something wrote the rule after bootcmd."""
+        """Run DISARM again, in case something wrote a rule after bootcmd."""
         for attempt in itertools.count(1):
             try:
                 link.run("; ".join(DISARM), RECONNECT_LIMIT)
@@ -6577,6 +6778,54 @@ class DropletKeeper:
         """Wait for what goes on in the background, and close the connections."""
         self._pool.shutdown()
         self._links.close()
+
+
+class SnapshotTurn:
+    """The wait for DigitalOcean's next snapshot of a volume. Times are time.monotonic.
+
+    No snapshot is asked for before `not_before`. `until` is the time that the user has read of, 0 for none.
+    """
+
+    SNAPSHOT_INTERVAL = 600  # seconds; DigitalOcean takes one snapshot of a volume per 10 minutes
+    SNAPSHOT_RETRY = 20  # seconds between attempts when it is too soon and nobody says by how much
+    SNAPSHOT_GRACE = 60  # seconds for which one may still be refused when it is due
+    RULE = "DigitalOcean takes one snapshot of a volume per 10 minutes"
+
+    def __init__(self, name: str) -> None:
+        self.not_before = self.until = 0.0
+        self._name = name
+        self._give_up = self._at_last = float("inf")
+
+    def put_off(self, problem: DosvobError | OSError, last: str, context: Context, hint: str) -> None:
+        """Set when to ask again after a refusal; raises any other problem, and DosvobError when it lasts for too long.
+
+        DigitalOcean seldom says in how many seconds the next one is due. If it does not, `last` tells, the time of the
+        last one, if that was ours. If it does, the limit may be the account's for a minute: that takes nothing from the
+        volume's time.
+        """
+        if not isinstance(problem, ApiError) or problem.status != 429 or problem.is_accounts:
+            raise problem
+        wait, now, since = problem.wait, time.monotonic(), age(last, context.api.now())
+        if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
+            wait = self.SNAPSHOT_INTERVAL - since
+        if not self.until:
+            seconds = self.SNAPSHOT_INTERVAL if wait is None else wait
+            moment = local_time(utc_now() + datetime.timedelta(seconds=seconds))
+            the_next_one = f"the next one {'by' if wait is None else 'at'} {moment}"
+            context.report.say(f"{self._name}: {self.RULE}, {the_next_one}; {hint}")
+            self.until = now + seconds
+        wait = self.SNAPSHOT_RETRY if wait is None else wait
+        self.not_before = now + wait
+        give_up = now + max(self.SNAPSHOT_INTERVAL, wait) + self.SNAPSHOT_GRACE
+        self._give_up = min(self._give_up, give_up) if problem.wait is None else give_up
+        self._at_last = min(self._at_last, now + max(Api.RATE_LIMIT_PATIENCE, wait))
+        if self.not_before > min(self._give_up, self._at_last):
+            raise DosvobError(f"{self.RULE}, and has refused the next one for longer: {problem}") from problem
+
+    def told(self) -> str:
+        """What to say while it is waited for; nothing once it is due."""
+        left = max(self.until, self.not_before) - time.monotonic()
+        return f"{self._name}: {human_time(left)} until DigitalOcean takes its next snapshot" if left > 0 else ""
 
 
 @dataclass(frozen=True)
@@ -6603,20 +6852,16 @@ class Result:
 
 @dataclass
 class Queued:
-    """A volume that waits for its turn; times are time.monotonic.
+    """A volume that waits for its turn.
 
-    Its snapshot is not asked for before `not_before`, nor after `give_up` or `at_last`: then it fails. `until` is the
-    time that the user has read of, 0 for none. If it `goes_alone` no other volume is synced beside it; whether one was,
-    at any time, `had_company` tells. `place` is "2 of 5", if there are several.
+    If it `goes_alone` no other volume is synced beside it; whether one was, at any time, `had_company` tells. `place`
+    is "2 of 5", if there are several.
     """
 
     volume: Volume
     name: str
     number: int
-    not_before: float = 0.0
-    until: float = 0.0
-    give_up: float = float("inf")
-    at_last: float = float("inf")
+    turn: SnapshotTurn
     goes_alone: bool = False
     had_company: bool = False
     place: str = ""
@@ -6650,7 +6895,7 @@ def thin(context: Context, paths: ImagePaths, dropped: Dropped) -> bool:
     except Interrupted:
         pass  # the next wait raises it again
     except (OSError, DosvobError) as problem:
-        held = human_size(sum(version.occupied for version in Versions(paths).all()))
+        held = human_size(Home.occupied(paths.versions))
         context.report.warn(
             f"{paths.name}: its older versions could not all be thinned, and none is lost by that: "
             f"{explained(problem, paths.versions)}. They "
@@ -6668,9 +6913,6 @@ def thin(context: Context, paths: ImagePaths, dropped: Dropped) -> bool:
 class Backup:
     """One run over the volumes of one region. `results`, by the images' names, has those of other regions too."""
 
-    SNAPSHOT_INTERVAL = 600  # seconds; DigitalOcean takes one snapshot of a volume per 10 minutes
-    SNAPSHOT_RETRY = 20  # seconds between attempts when it is too soon for a snapshot and nobody says by how much
-    SNAPSHOT_GRACE = 60  # seconds for which a snapshot may still be refused when it is due
     AHEAD = 3  # volumes whose clones are made and attached while others sync: a droplet takes one event at a time
     MOST_SYNCS = 2  # at a time: DigitalOcean gives each volume some 200 to 300 MB/s, and the droplet reads more
     MOST_CHECKS = 4  # at a time, if some hang
@@ -6693,7 +6935,8 @@ class Backup:
         self._results = results
         self._dropped = dropped
         self._queue = collections.deque(
-            Queued(volume, context.name(volume), number) for number, volume in enumerate(volumes)
+            Queued(volume, name := context.name(volume), number, SnapshotTurn(name))
+            for number, volume in enumerate(volumes)
         )
         self._ephemeral = Ephemeral(self._context.api, context.home.id, context.report)
         self._has_no_droplet = False
@@ -6760,10 +7003,8 @@ class Backup:
             self._report.current = f"backing up {' and '.join(sync.queued.name for sync in syncs)}"
         else:
             queued = ahead[0][0]
-            left = max(queued.until, queued.not_before) - time.monotonic()
-            until = f"{human_time(left)} until DigitalOcean takes its next snapshot"
-            waiting = f"waiting for its clone and the droplet, {human_time(time.monotonic() - since)}"
-            self._report.progress(lambda: f"{queued.name}: {until if left > 0 else waiting}")
+            waiting = f"{queued.name}: waiting for its clone and the droplet, {human_time(time.monotonic() - since)}"
+            self._report.progress(lambda: queued.turn.told() or waiting)
         concurrent.futures.wait(awaited, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED)
 
     def _begin(
@@ -6780,10 +7021,7 @@ class Backup:
         try:
             clone, taken_at = prepared.result()
         except (DosvobError, OSError) as problem:
-            if isinstance(problem, ApiError) and problem.status == 429:
-                self._put_off(queued, problem)
-            else:
-                self._fail(queued, problem)
+            self._put_off(queued, problem)
             return
         self._results[name] = dataclasses.replace(self._results[name], outcome="begun")
         if len(self._results) > 1 and not queued.place:
@@ -6794,32 +7032,16 @@ class Backup:
             sync.queued.had_company = True
         syncs.append(Sync(queued, prepared, syncer.submit(self._sync, queued, clone, taken_at, keeper)))
 
-    def _put_off(self, queued: Queued, problem: ApiError) -> None:
-        """Put a volume's turn off until DigitalOcean takes its next snapshot.
-
-        In how many seconds that is DigitalOcean seldom says; else the state tells, if the last snapshot was ours. If it
-        does say it, the limit may be the account's, and that takes nothing from the volume's time.
-        """
-        wait, now, path = problem.wait, time.monotonic(), ImagePaths(self._context.home.path, queued.name).state
+    def _put_off(self, queued: Queued, problem: DosvobError | OSError) -> None:
+        """Put a volume's turn off until DigitalOcean takes its next snapshot; if that is not it, it failed."""
+        path, last = ImagePaths(self._context.home.path, queued.name).state, ""
         with contextlib.suppress(OSError, DosvobError):
             state = State.load(path, whole=False)
-            since = age(state.snapshot.taken_at, self._context.api.now()) if state else -1.0
-            if wait is None and 0 <= since < self.SNAPSHOT_INTERVAL:
-                wait = self.SNAPSHOT_INTERVAL - since
-        rule = "DigitalOcean takes one snapshot of a volume per 10 minutes"
-        if not queued.until:
-            seconds = self.SNAPSHOT_INTERVAL if wait is None else wait
-            moment = local_time(utc_now() + datetime.timedelta(seconds=seconds))
-            the_next_one = f"the next one {'by' if wait is None else 'at'} {moment}"
-            self._report.say(f"{queued.name}: {rule}, {the_next_one}; the other volumes go first")
-            queued.until = now + seconds
-        wait = self.SNAPSHOT_RETRY if wait is None else wait
-        queued.not_before = now + wait
-        give_up = now + max(self.SNAPSHOT_INTERVAL, wait) + self.SNAPSHOT_GRACE
-        queued.give_up = min(queued.give_up, give_up) if problem.wait is None else give_up
-        queued.at_last = min(queued.at_last, now + max(Api.RATE_LIMIT_PATIENCE, wait))
-        if queued.not_before > min(queued.give_up, queued.at_last):
-            self._fail(queued, DosvobError(f"{rule}, and did not take this one for longer: try again later"))
+            last = state.snapshot.taken_at if state else ""
+        try:
+            queued.turn.put_off(problem, last, self._context, "the other volumes go first")
+        except (DosvobError, OSError) as final:
+            self._fail(queued, final)
         else:
             self._queue.append(queued)
 
@@ -6836,9 +7058,10 @@ class Backup:
         else:
             told = explained(problem, self._context.home.path)
             if is_disk_full(problem):
-                versions = Versions(ImagePaths(self._context.home.path, queued.name)).all()
-                held = f"{len(versions)} older versions hold {human_size(sum(each.occupied for each in versions))}"
-                told += f'; its {held}, and "keep" in conf.json says how many there are' * bool(versions)
+                with contextlib.suppress(OSError, DosvobError):
+                    versions = Versions(ImagePaths(self._context.home.path, queued.name)).all()
+                    held = f"{len(versions)} older versions hold {human_size(sum(each.occupied for each in versions))}"
+                    told += f'; its {held}, and "keep" in conf.json says how many there are' * bool(versions)
             self._report.error(f"{queued.name}: {told}")
         for each in failed:
             self._results[each.name] = dataclasses.replace(self._results[each.name], outcome="FAILED")
@@ -6850,7 +7073,7 @@ class Backup:
         paths = ImagePaths(self._context.home.path, queued.name)
         paths.check_unread()  # before that costs anything
         # The volume is not what a first backup waits for, and the sooner each one is complete the better.
-        queued.goes_alone = not paths.image.exists()
+        queued.goes_alone = not exists(paths.image)
         size = queued.volume.size
 
         def make_room() -> bool:
@@ -6859,7 +7082,7 @@ class Backup:
                 self._refused = min(self._refused, size)
             return has_room
 
-        self._context.stop.sleep(queued.not_before - time.monotonic())
+        self._context.stop.sleep(queued.turn.not_before - time.monotonic())
         keeper.check()  # a clone would be of no use without a droplet
         if size >= self._refused:
             raise DosvobError(
@@ -7005,14 +7228,18 @@ class Backup:
         start = time.monotonic()
         for clone, (queued, future) in list(self._checks.items()):
             while wait and not future.done():  # a stop ends it too
-                waited = human_time(time.monotonic() - start)
-                told = f"{queued.name}: looking whether its backup comes up, {waited}"
+                waited = time.monotonic() - start
+                told = f"{queued.name}: looking whether its backup comes up, {human_time(waited)}"
                 self._report.progress(lambda: told)  # noqa: B023 - called at once
+                if waited > CHECK_LIMIT:  # those that have begun have each their own
+                    for _, each in self._checks.values():
+                        each.cancel()
                 concurrent.futures.wait([future], timeout=0.5)
             if future.done():
                 del self._checks[clone]
                 self._report.end_progress()
-                self._take_note(queued.name, future.result())
+                late = Finding(words=f"other volumes' looks took {human_time(CHECK_LIMIT)}")
+                self._take_note(queued.name, late if future.cancelled() else future.result())
 
     def _take_note(self, name: str, found: Finding | None) -> None:
         """Record what was found on a volume, None if that was not looked for; say what is wrong; thin its versions."""
@@ -7129,9 +7356,10 @@ class Restoration:
                 report.end_progress()
                 report.say(f"all that {new.name} is to have is there, and was compared: {human_size(sent)} were sent")
                 described = f"restored by dosvob: {self._source.name if self._source.volume_name else 'a file'}"
-                try_out = functools.partial(self._try_out, volume, keeper)
-                make_new = functools.partial(self._ephemeral.make_new, new.name, described, volume, try_out)
-                return self._when_allowed(make_new, new.name)
+                snapshot = functools.partial(self._ephemeral.take_snapshot, volume, "new")
+                has_all = self._when_allowed(snapshot, new.name, "", "the droplet waits meanwhile")
+                self._try_out(volume, keeper)  # which changes the throwaway volume
+                return self._ephemeral.make_new(new.name, described, volume, has_all)
             except BaseException:
                 self._context.stop.request()  # a droplet that is still being made is of no use any more
                 raise
@@ -7154,7 +7382,7 @@ class Restoration:
         new, base, report = self._new, self._base, self._context.report
         if base is not None:
             make_clone = functools.partial(self._ephemeral.make_clone, base, 0, new.size)
-            hint = "; --from-scratch begins at once, with an empty volume"
+            hint = "--from-scratch begins at once, with an empty volume"
             try:
                 return self._when_allowed(make_clone, base.name, self._source.snapshot_at, hint)[0], False
             except ApiError as problem:
@@ -7163,31 +7391,16 @@ class Restoration:
             report.say(f"{base.name} is gone meanwhile: {new.name} begins empty")
         return self._ephemeral.make_empty(new.region, new.size), True
 
-    def _when_allowed(self, work: Callable[[], T], name: str, last: str = "", hint: str = "") -> T:
+    def _when_allowed(self, work: Callable[[], T], name: str, last: str, hint: str) -> T:
         """Do work that takes a snapshot, as soon as DigitalOcean allows one; `last` is the time of the last one."""
-        interval, retry, report, until = Backup.SNAPSHOT_INTERVAL, Backup.SNAPSHOT_RETRY, self._context.report, 0.0
-        start = time.monotonic()
-        give_up = start + interval + Backup.SNAPSHOT_GRACE
+        turn = SnapshotTurn(name)
         while True:
             try:
                 return work()
             except ApiError as problem:
-                if problem.wait is not None:  # which may be the account's limit
-                    give_up += min(problem.wait, start + Api.RATE_LIMIT_PATIENCE - time.monotonic())
-                if problem.status != 429 or time.monotonic() > max(give_up, until):
-                    raise
-                since = age(last, self._context.api.now())
-                wait = problem.wait or (interval - since if 0 <= since < interval else None)
-            if not until:
-                seconds = wait or interval
-                until, moment = time.monotonic() + seconds, local_time(utc_now() + datetime.timedelta(seconds=seconds))
-                rule = "DigitalOcean takes one snapshot of a volume per 10 minutes"
-                report.say(f"{name}: {rule}, the next one {'at' if wait else 'by'} {moment}{hint}")
-            end = time.monotonic() + (wait or retry)
-            while (left := end - time.monotonic()) > 0:
-                seconds = max(until - time.monotonic(), 0)
-                told = f"{name}: {human_time(seconds)} until DigitalOcean takes its next snapshot"
-                report.progress(lambda: told)  # noqa: B023 - called at once
+                turn.put_off(problem, last, self._context, hint)
+            while (left := turn.not_before - time.monotonic()) > 0:
+                self._context.report.progress(turn.told)
                 self._context.stop.sleep(min(left, 0.5))
 
     def _fill(self, volume: Volume, keeper: DropletKeeper, *, is_empty: bool) -> int:
@@ -7218,21 +7431,26 @@ class Replaced(DosvobError):
 
 
 class Steps(NamedTuple):
-    """The files that lead from an image to a snapshot, the newest first; a bitmap of their numbers in a `Lookup`."""
+    """The files that lead from an image to a snapshot, the newest first, each with its place.
 
-    files: Sequence[PatchFile]
+    `numbers` is a bitmap of their numbers in a `Lookup`; `checked` are the chunks that were found as recorded since.
+    """
+
+    files: Mapping[PatchFile, int]
     numbers: int
+    checked: set[int]
 
 
 class Lookup:
     """Finds what files with an index have of a chunk, without asking each one: there may be thousands."""
 
-    BUCKETS = 1 << 16
+    MOST_BUCKETS = 1 << 18
 
-    def __init__(self) -> None:
+    def __init__(self, chunks: int) -> None:
         self._files: list[PatchFile] = []
         self._numbers: dict[PatchFile, int] = {}
-        self._having = [0] * self.BUCKETS  # bitmaps of files, by the remainders of the chunks that they have
+        # Bitmaps of files, by the remainders of the chunks that they have
+        self._having = [0] * min(max(chunks, 1), self.MOST_BUCKETS)
 
     def steps(self, files: Sequence[PatchFile]) -> Steps:
         """Make steps of these."""
@@ -7241,13 +7459,14 @@ class Lookup:
                 number = self._numbers[file] = len(self._files)
                 self._files.append(file)
                 for chunk in file.chunks():
-                    self._having[chunk % self.BUCKETS] |= 1 << number
-        return Steps(files, sum(1 << self._numbers[file] for file in files))
+                    self._having[chunk % len(self._having)] |= 1 << number
+        places = {file: place for place, file in enumerate(files)}
+        return Steps(places, sum(1 << self._numbers[file] for file in files), set())
 
     def find(self, steps: Steps, index: int) -> list[tuple[PatchFile, Entry]]:
         """What the steps have of a chunk, the newest first."""
-        numbers = self._having[index % self.BUCKETS] & steps.numbers
-        having = sorted((self._files[number] for number in numbers_in(numbers)), key=steps.files.index)
+        numbers = self._having[index % len(self._having)] & steps.numbers
+        having = sorted((self._files[number] for number in numbers_in(numbers)), key=steps.files.__getitem__)
         return [(file, entry) for file in having if (entry := file.find(index)) is not None]
 
 
@@ -7261,8 +7480,8 @@ class View:
     undo: PatchFile | None  # it is laid over the image, which is what the state says then
     versions: dict[str, Snapshot]  # by the names of their files; the image's among them
     marks: tuple[object, ...]
+    lookup: Lookup
     steps: dict[Snapshot, Steps] = field(default_factory=dict)  # to those that were looked for
-    lookup: Lookup = field(default_factory=Lookup)
 
 
 class Shown:
@@ -7283,7 +7502,6 @@ class Shown:
         self._pool = pool
         self._view: View | None = None
         self._leading: dict[tuple[Snapshot, Snapshot], PatchFile] = {}  # from one to an older one
-        self._checked: dict[Snapshot, set[int]] = {}  # chunks that were as recorded
         self._cache: dict[tuple[Snapshot, int], bytes | dict[int, bytes]] = {}  # chunks, or what is no zeros of them
         self._held: dict[Snapshot, Steps] = {}  # to those that are open
         self._files = contextlib.ExitStack()  # the view's
@@ -7305,8 +7523,9 @@ class Shown:
         for _ in range(self.ATTEMPTS):
             view = self._view or self._look()
             try:
-                patches = view.lookup.find(self._steps(view, snapshot), index)
-                if index in self._checked.setdefault(snapshot, set()):
+                steps = self._steps(view, snapshot)
+                patches = view.lookup.find(steps, index)
+                if index in steps.checked:
                     chunk, part = None, self._some(view, index, patches, first, count)
                 else:
                     chunk = self._all(view, index, patches)
@@ -7318,14 +7537,14 @@ class Shown:
             else:
                 if self._is_current(view):
                     if chunk is not None:
+                        steps.checked.add(index)
                         self._keep(snapshot, index, chunk)
                     return part
             self._look()
         raise Damaged(f"{self.paths.name} changes faster than it can be read")
 
     def _keep(self, snapshot: Snapshot, index: int, chunk: bytes | dict[int, bytes]) -> None:
-        """Note that a chunk was as recorded, and keep it for a while."""
-        self._checked[snapshot].add(index)
+        """Keep a chunk for a while."""
         self._cache[snapshot, index] = chunk
         if len(self._cache) > self.CACHED:
             del self._cache[next(iter(self._cache))]
@@ -7355,7 +7574,7 @@ class Shown:
             chunk = view.image.chunk(index)  # in one piece, which is soonest
             if chunk is not None and digest_of(chunk) == digest:
                 return chunk
-        pages, is_sound = content_of(view.image, index, patches, digest)
+        pages, _, is_sound = content_of(view.image, index, patches, digest)
         if not is_sound:
             raise Damaged(
                 f"bytes {index * CHUNK} to {(index + 1) * CHUNK - 1} are not what was backed up: to see what is "
@@ -7470,7 +7689,8 @@ class Shown:
                 if self._marks(image, laid) != marks:
                     continue
                 self._close()
-                self._view = View(image, table, state, laid, self._named(state, versions), marks)
+                lookup = Lookup(state.snapshot.size // CHUNK)
+                self._view = View(image, table, state, laid, self._named(state, versions), marks, lookup)
                 self._files = files.pop_all()
                 return self._view
         raise Replaced(f"{self.paths.name}: its image or its state is not there, or changes all the time")
@@ -7504,7 +7724,6 @@ class Shown:
         self._leading = found
 
     def _close(self) -> None:
-        self._checked.clear()
         if self._view is not None:
             self._view = None
             self._files.close()
@@ -8133,11 +8352,13 @@ class Misplaced:
         """
         config, home = self._context.config, self._context.home
         elsewhere = {volume.name if config.by_region else f"{volume.region}/{volume.name}" for volume in self._volumes}
-        for name in sorted(home.names() | elsewhere):
+        there = home.names()
+        for name in sorted(there | elsewhere):
             old = ImagePaths(home.path, name)
             region, _, base = name.rpartition("/")
-            has_anything = any(path.exists() for path in (old.image, old.partial, old.state, old.versions))
-            if bool(region) == config.by_region or not has_anything:
+            has_anything = name in there or may_be_file(old.image) or may_be_file(old.partial)
+            is_anothers = bool(region) and has_anything and exists(old.metadata / "home")
+            if bool(region) == config.by_region or not has_anything or is_anothers:
                 continue
             if region in config.regions:
                 yield old, base
@@ -8175,8 +8396,8 @@ class Misplaced:
     @staticmethod
     def _how_to_move(old: ImagePaths, places: Sequence[ImagePaths]) -> str:
         """What to do about an image that may belong in any of these places."""
-        files = shlex.join(str(path) for path in (old.image, old.partial) if path.exists())
-        metadata = shlex.join(str(path) for path in (old.state, old.versions) if path.exists())
+        files = shlex.join(str(path) for path in (old.image, old.partial) if exists(path))
+        metadata = shlex.join(str(path) for path in (old.state, old.versions) if exists(path))
         new = places[0]
         directory, new_metadata = (shlex.quote(f"{path}/") for path in (new.directory, new.metadata))
         commands = [f"mkdir -p {new_metadata}"]
@@ -8189,8 +8410,11 @@ class Misplaced:
         )
 
 
-def tell_thinning(context: Context, paths: ImagePaths, *, dry_run: bool = False) -> None:
-    """Warn if `keep` drops more than half of the older versions; in a dry run also say what the run would drop."""
+def tell_thinning(context: Context, paths: ImagePaths, *, dry_run: bool = False, is_new: bool = True) -> None:
+    """Warn if `keep` drops more than half of the older versions; in a dry run also say what the run would drop.
+
+    `is_new`: the run makes a new image of it.
+    """
     with contextlib.suppress(OSError, DosvobError):  # the thinning itself reports these
         versions = Versions(paths)
         count, unwanted = len(versions.all()), versions.unwanted(context.config.keep)
@@ -8199,7 +8423,8 @@ def tell_thinning(context: Context, paths: ImagePaths, *, dry_run: bool = False)
                 f'{paths.name}: "keep" in conf.json asks for {count - len(unwanted)} of its {count} older versions; '
                 f"{len(unwanted)} {'would be' if dry_run else 'are'} dropped, {oldest_of(unwanted)}"
             )
-        if dry_run and paths.state.exists() and (unwanted := versions.unwanted(context.config.keep, context.api.now())):
+        upcoming = context.api.now() if is_new else None
+        if dry_run and exists(paths.state) and (unwanted := versions.unwanted(context.config.keep, upcoming)):
             context.report.say(
                 f"would not keep {counted_versions(unwanted)} of {paths.name} any more, {oldest_of(unwanted)}"
             )
@@ -8281,11 +8506,14 @@ class Run:
         except DosvobError as in_use:
             problem = str(in_use)
         except PermissionError as refused:
-            status, path = image.stat(), shlex.quote(str(image))
-            mend = f"chmod u+w {path}" if status.st_uid == os.geteuid() else f"it belongs to the user {status.st_uid}"
-            if status.st_mode & stat.S_IWUSR and status.st_uid == os.geteuid():
-                mend = explained(refused, image)
-            problem = f"{image} cannot be written to, its mode is {stat.filemode(status.st_mode)[1:]}: {mend}"
+            problem = explained(refused, image)
+            with contextlib.suppress(OSError):  # a link into where we may not look
+                status = image.stat()
+                is_ours = status.st_uid == os.geteuid()
+                mend = f"chmod u+w {shlex.quote(str(image))}" if is_ours else f"it belongs to the user {status.st_uid}"
+                if is_ours and status.st_mode & stat.S_IWUSR:
+                    mend = problem
+                problem = f"{image} cannot be written to, its mode is {stat.filemode(status.st_mode)[1:]}: {mend}"
         except OSError:
             pass  # the sync tells
         if problem:
@@ -8314,7 +8542,11 @@ class Run:
                 paths = ImagePaths(context.home.path, name)
                 state = State.load(paths.state, whole=False)
                 is_fit = state is not None and state.snapshot.volume_id == volume.id and name not in damaged
-                if is_fit and paths.image.exists() and not thin(context, paths, self._dropped) and name in results:
+                if not is_fit or not exists(paths.image):
+                    continue
+                if name not in results:
+                    tell_thinning(context, paths)
+                if not thin(context, paths, self._dropped) and name in results:
                     results[name] = dataclasses.replace(results[name], is_thinned=False)
 
     def _plan_droplets(self, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
@@ -8403,14 +8635,18 @@ class Listing:
             found["problem"] = found["problem"] or missing
         except (OSError, DosvobError) as problem:
             found["problem"] = found["problem"] or explained(problem, paths.image)
-        versions = Versions(paths).all()
+        versions: list[Version] = []
+        try:
+            versions = Versions(paths).all()
+        except (OSError, DosvobError) as problem:
+            found["problem"] = found["problem"] or explained(problem, paths.versions)
         for version, older in itertools.zip_longest(versions, versions[1:]):
             try:
                 add(version, Versions.freed_by(version, older, self._tick), damaged=not version.is_whole)
-            except Damaged:
-                add(version, version.occupied, damaged=True)
             except FileNotFoundError:  # a run that goes on has thinned them meanwhile
                 return self.of(paths)
+            except (OSError, Damaged):
+                add(version, version.occupied, damaged=True)
         return found
 
     @staticmethod
@@ -8460,7 +8696,7 @@ class Commands:
             with Home(self._home.path).unchanged():  # what a run at work has created would be taken for leftovers
                 pass
         patience = Api.DRY_RUN_PATIENCE if self._arguments.dry_run else Api.PATIENCE
-        return Context(config, Api(config, stop, report.say, report.detail, patience), self._home, report, stop)
+        return Context(config, Api(config, stop, report, patience), self._home, report, stop)
 
     def back_up(self) -> None:
         """Back up volumes, and ping how it goes."""
@@ -8483,16 +8719,21 @@ class Commands:
     def _dry_run(self, context: Context) -> None:
         """Say what a backup would do; changes nothing."""
         sweep(context, dry_run=True)
-        volumes = Selection(context).select(self._arguments.names)
+        selection = Selection(context)
+        volumes = selection.select(self._arguments.names)
         moved = {name: old for old, name in Misplaced(context, volumes).images()} if context.home.path.is_dir() else {}
         for volume in volumes:
             name = context.name(volume)
             paths, old = ImagePaths(context.home.path, name), moved.get(name)
             image = paths.image
-            how = "changes only" if image.exists() or (old and old.image.exists()) else "all of it, for the first time"
+            has_image = may_be_file(image) or (old is not None and may_be_file(old.image))
+            how = "changes only" if has_image else "all of it, for the first time"
             first = f" (where {old.image} goes first)" if old else ""
             self._report.say(f"would back up {name}, {human_size(volume.size)}, to {image}{first}: {how}")
             tell_thinning(context, old or paths, dry_run=True)
+        for volume in selection.account:
+            if volume not in volumes:
+                tell_thinning(context, ImagePaths(context.home.path, context.name(volume)), dry_run=True, is_new=False)
         for region in dict.fromkeys(volume.region for volume in volumes):
             plan = DropletPlan.make(context.api, context.config, region)
             size, price = plan.sizes[0]
@@ -8544,9 +8785,9 @@ class Commands:
         """Verify one image and its versions and say what was found."""
         report = self._report
         with contextlib.closing(Chain(paths, from_disk=True)) as chain:
-            problems = [str(chain.problem)] if chain.problem else []
+            problems = [*([str(chain.problem)] if chain.problem else []), *filter(None, [chain.no_versions])]
             meter = Meter(report, self._stop, f"{paths.name}: verified", chain.size)
-            if chain.state is None and not problems:
+            if chain.state is None and not chain.problem:
                 report.say(f"{paths.name}: no digests are recorded yet, the next backup records them")
             is_recorded = chain.state is not None or bool(chain.versions)
             image, *versions = chain.verify(meter) if is_recorded else [Ranges()]
@@ -8575,7 +8816,9 @@ class Commands:
         home, report = self._home, self._report
         self._home.check()
         wanted = home.wanted()
-        there = wanted | {name for name in home.names(with_aside=False) if ImagePaths(home.path, name).state.exists()}
+        there = wanted | {
+            name for name in home.names(with_aside=False) if may_be_file(ImagePaths(home.path, name).state)
+        }
         asked = [found for name in self._arguments.names for found in Home.matching(name, there) or [name]]
         names = list(dict.fromkeys(asked)) or sorted(there)
         if not names:
@@ -8595,7 +8838,7 @@ class Commands:
         state = State.load(paths.state, whole=False)
         if state is None:
             raise DosvobError("there is no complete backup of it yet")
-        if not paths.image.exists():
+        if not exists(paths.image):
             raise DosvobError(f"{paths.image} is missing: the next backup fetches all of it")
         if state.identity is None:
             raise DosvobError(f"{paths.image} may not be what was backed up: the next backup compares and mends it")
@@ -8628,7 +8871,8 @@ class Commands:
         remains: list[Json] = [
             {"path": str(path), "name": name, "occupied": home.occupied(path)}
             for path, name in home.remains().items()
-            if "set-aside" not in path.name and (not self._arguments.names or name in self._arguments.names)
+            if "set-aside" not in path.name
+            and any(home.matching(each, [name]) for each in self._arguments.names or ["*"])
         ]
         if self._arguments.json:
             report.answer(json.dumps({"volumes": found, "remains": remains}, indent=2), self._stop)
@@ -9006,8 +9250,7 @@ def run_program(parsed: argparse.Namespace) -> int:
         code = 128 + signals.number
     if report.left:
         code = EXIT_FAILED
-    if not report.close():
-        os._exit(code)  # Python would wait for what cannot be written
+    report.close()
     return code
 
 
@@ -9030,4 +9273,4 @@ def run_command(parsed: argparse.Namespace, report: Reporter, stop: Stop) -> int
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # Python's own end takes a tenth of a second, and waits for what cannot be written

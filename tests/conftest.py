@@ -109,7 +109,7 @@ class Home:
         expect: int | None = 0,
         constants: Mapping[str, Any] | None = None,
         wrapper: tuple[str, ...] = (),
-        timeout: float = 120,
+        timeout: float = 600,
         **variables: str,
     ) -> subprocess.CompletedProcess[str]:
         """Run the script to its end and check its exit code (None: any); `wrapper` goes before the command."""
@@ -151,6 +151,11 @@ def write_at(path: Path, offset: int, data: bytes) -> None:
         file.write(data)
 
 
+def write_out(path: Path) -> None:
+    """Have what is written to a file system get to its disk. All of them would be other tests' too, and take longer."""
+    subprocess.run(["sync", "--file-system", path], check=False, stderr=subprocess.DEVNULL)  # the disk may be failing
+
+
 def data_places(path: Path) -> set[int]:
     """The numbers of those MiB of a sparse file that are not holes altogether."""
     places: set[int] = set()
@@ -176,7 +181,7 @@ def same(one: Path, other: Path) -> bool:
         )
 
 
-def wait_for(condition: Callable[[], T | None], limit: float = 60) -> T:
+def wait_for(condition: Callable[[], T | None], limit: float = 180) -> T:
     """What the condition returns, once that is something; fails after `limit` seconds."""
     end = time.monotonic() + limit
     while not (found := condition()):

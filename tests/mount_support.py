@@ -42,9 +42,12 @@ class Shown:
 
 
 def unmount(directory: Path) -> None:
-    """Unmount; a loop device that was over a file there lets go of it a moment after its own unmount."""
-    for attempt in range(100):
-        if subprocess.run(["umount", directory], check=attempt == 99, capture_output=True).returncode == 0:
+    """Unmount; a loop device that was over a file there lets go of it a moment after its own unmount.
+
+    That is when droplets that have just begun to start have let go of it, too.
+    """
+    for attempt in range(600):
+        if subprocess.run(["umount", directory], check=attempt == 599, capture_output=True).returncode == 0:
             return
         time.sleep(0.1)
 
@@ -66,7 +69,7 @@ def shown(backups: Path, directory: Path, *arguments: object, code: int | None =
         yield this
         if process.poll() is None:
             unmount(directory)
-        this.said += process.communicate(timeout=60)[0]
+        this.said += process.communicate(timeout=180)[0]
         assert code in (None, process.returncode), this.said
         assert "Traceback" not in this.said
         assert "unexpected" not in this.said

@@ -19,7 +19,7 @@ from simulator.machine import Machine, MachineOptions
 from simulator.ownership import own_mark
 from simulator.storage import LoopDevice, create_sparse
 
-SSH_LIMIT = 10.0
+SSH_LIMIT = 60.0
 DISK_SIZE = 4 << 20
 
 

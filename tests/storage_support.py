@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 import socket
 import subprocess
@@ -21,6 +23,24 @@ def run(*command: object) -> None:
     assert done.returncode == 0, (command, done.stdout, done.stderr)
 
 
+def cannot_read(path: Path, name: str, calls: str = "read,pread64") -> tuple[str, ...]:
+    """A wrapper in which a command, run in the home's directory, cannot read one of the home's files."""
+    there = [os.path.relpath(path, parent) for parent in path.parents if (parent / "conf.json").exists()]
+    paths = [word for each in (path, *there) for word in ("-P", str(each))]
+    return (
+        "strace",
+        "-f",
+        "--seccomp-bpf",
+        "-qq",
+        "-o",
+        "/dev/null",
+        *paths,
+        "-e",
+        f"trace={calls}",
+        f"--inject={calls}:error={name}",
+    )
+
+
 class Storage:
     """A file system of a kind that is mounted on `path`; what it is made of is in `store`, of `size` bytes."""
 
@@ -33,6 +53,8 @@ class Storage:
         "btrfs": ("mkfs.btrfs", "btrfs-progs"),
         "ext4": ("mkfs.ext4", "e2fsprogs"),
     }
+
+    PORT = 2222  # of the SSH server
 
     def __init__(self, kind: str, directory: Path, *, size: int = 256 * MIB, options: Sequence[str] = ()) -> None:
         tool, package = self.TOOLS[kind]
@@ -73,24 +95,22 @@ class Storage:
             self._start_sshd(directory)
 
     def _start_sshd(self, directory: Path) -> None:
-        """A real SSH server at a port of its own, and a key that it lets in."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        """A real SSH server at an address of its own, and a key that it lets in."""
+        self._address = f"127.{random.randrange(1, 255)}.{random.randrange(1, 255)}.{random.randrange(1, 255)}"
         self._key = directory / "key"
         for key in (self._key, directory / "host_key"):
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
         Path("/run/sshd").mkdir(exist_ok=True)
         config = directory / "sshd_config"
         config.write_text(
-            f"ListenAddress 127.0.0.1:{self._port}\nHostKey {directory}/host_key\nPidFile none\nStrictModes no\n"
+            f"ListenAddress {self._address}:{self.PORT}\nHostKey {directory}/host_key\nPidFile none\nStrictModes no\n"
             f"AuthorizedKeysFile {self._key}.pub\nPermitRootLogin yes\nUsePAM no\nSubsystem sftp internal-sftp\n"
         )
         self._sshd = subprocess.Popen([str(shutil.which("sshd", path="/usr/sbin:/usr/bin")), "-D", "-f", str(config)])
         end = time.monotonic() + 60
         while time.monotonic() < end:
             try:
-                socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+                socket.create_connection((self._address, self.PORT), timeout=1).close()
             except OSError:
                 time.sleep(0.05)
             else:
@@ -101,8 +121,8 @@ class Storage:
         options = ["-o", ",".join(self._options)] if self._options else []
         if self._kind == "sshfs":
             known = "StrictHostKeyChecking=no,UserKnownHostsFile=/dev/null,LogLevel=ERROR"
-            where = f"port={self._port},IdentityFile={self._key},{known}"
-            run("sshfs", "-o", where, *options, f"root@127.0.0.1:{self.store}", self.path)
+            where = f"port={self.PORT},IdentityFile={self._key},{known}"
+            run("sshfs", "-o", where, *options, f"root@{self._address}:{self.store}", self.path)
         elif self._kind == "mergerfs":
             run("mergerfs", *options, f"{self.store}/one:{self.store}/two", self.path)
         elif self._kind == "exfat-fuse":

@@ -170,10 +170,13 @@ def test_a_new_volume_does_not_overwrite_the_image_of_the_old_one(sim: Simulator
     assert_backed_up(home, new)
 
 
-def test_a_killed_first_sync_is_resumed(sim: Simulator, home: Home) -> None:
+def test_a_killed_first_sync_is_resumed(sim: Simulator, home: Home, tmp_path: Path) -> None:
     volume = random_volume(sim, "data", 160)
     partial = home.backups / "data.partial"
+    pausing = PausingPython(tmp_path, 80 * MIB)
+    sim.faults.add(pausing.fault)
     process = home.start()
+    pausing.wait()
     wait_for(lambda: partial.exists() and occupied(partial) > 20 * MIB)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -260,7 +263,7 @@ def test_many_volumes(sim: Simulator, home: Home, pytestconfig: pytest.Config) -
 TOO_MANY = "Droplet has reached the maximum number of attached volumes"
 
 
-@pytest.mark.parametrize("behaviour", [Behaviour(boot_seconds=10)])
+@pytest.mark.parametrize("behaviour", [Behaviour(boot_seconds=20)])
 def test_three_clones_are_made_ahead(sim: Simulator, home: Home, tmp_path: Path) -> None:
     """While the droplet boots, and while a volume syncs; they stay attached until the droplet goes."""
     volumes = [sim.add_volume(f"volume-{number}") for number in range(6)]

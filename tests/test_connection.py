@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import struct
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,10 +212,10 @@ def test_path_that_loses_large_packets(home: Home, sim: Simulator) -> None:
     assert_nothing_left(sim)
 
 
-def start_deaf(home: Home, sim: Simulator) -> tuple[Running, Droplet]:
+def start_deaf(home: Home, sim: Simulator, reconnect: float = 7) -> tuple[Running, Droplet]:
     """A run whose droplet is up, and hears nothing of the agent that is being started there."""
-    sim.faults.add(Fault("delay", method="POST", path="/actions$", seconds=2))  # it is attached after that
-    running = start(home, constants={**IMPATIENT, "ATTEMPTS": 2, "RECONNECT_LIMIT": 7})
+    sim.faults.add(Fault("delay", method="POST", path="/actions$", seconds=5))  # it is attached after that
+    running = start(home, constants={**IMPATIENT, "ATTEMPTS": 2, "RECONNECT_LIMIT": reconnect})
     running.wait_for(" is up at ")
     droplet = sim.droplets[0]
     droplet.stall()
@@ -227,7 +226,7 @@ def test_agent_that_is_never_started_is_asked_for_on_another_connection(
     home: Home, sim: Simulator, tmp_path: Path
 ) -> None:
     volume = add_volume(sim, "data")
-    running, droplet = start_deaf(home, sim)
+    running, droplet = start_deaf(home, sim, reconnect=30)
     running.wait_for("connecting again")
     droplet.resume()
     assert running.end() == 0, running.output
@@ -337,9 +336,7 @@ def test_hardened_server(home: Home, sim: Simulator, tmp_path: Path, line: str, 
     """It is told at once what its sshd does not offer; nobody stands between."""
     add_volume(sim, "data")
     sim.faults.add(Fault("hardened", text=line))
-    start = time.monotonic()
-    assert_refused(run(home, expect=1).stderr, sim, tmp_path, what)
-    assert time.monotonic() - start < dosvob.STRANGER_LIMIT / 2
+    assert_refused(run(home, expect=1, constants={"STRANGER_LIMIT": 3600}).stderr, sim, tmp_path, what)
 
 
 def test_host_key_of_the_same_kind(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The simulated account is reached over the host's network, which an override file
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -23,6 +24,7 @@ from typing import Any
 import pytest
 from conftest import MIB, same, write_at
 from simulator import Behaviour, Fault, Simulator
+from simulator.storage import LoopDevice
 
 TOP = Path(__file__).resolve().parent.parent
 PARTS = ("Dockerfile", "docker-compose.yml", "crontab", ".dockerignore", ".docker", "dosvob.py", "conf.json.example")
@@ -323,6 +325,9 @@ def test_commands_in_the_container(backed_up: Project, sim: Simulator) -> None:
     assert_commands(project, sim, "exec", "-T", "dosvob", "python", "dosvob.py")
     assert_commands(project, sim, "exec", "-T", "dosvob", "python", "cron.py")
     assert project.log().count("cron: running") == 1
+    with contextlib.closing(LoopDevice(project.backups / "data")) as device:
+        said = project.compose("exec", "-T", "dosvob", "python", "dosvob.py", expect=1)
+    assert f"is in use by {device.path}" in said
     project.compose("down")  # with the host's network, `run` cannot link its container to one that is there
     assert_commands(project, sim, "run", "--rm", "-T", "dosvob")
 

@@ -101,7 +101,7 @@ def time_zone(directory: Path, change: int, before: int, after: int) -> None:
 
 def test_a_jump_of_the_clock_while_it_runs(tmp_path: Path) -> None:
     """The process as it is, in a zone whose clock is set forward by an hour at the next minute."""
-    change = int(time.time() + 15) // 60 * 60 + 60  # in which it has started, on a slow machine too
+    change = int(time.time() + 30) // 60 * 60 + 60  # in which it has started, on a slow machine too
     time_zone(tmp_path, change, 0, 3600)
     skipped = datetime.datetime.fromtimestamp(change + 1800, datetime.UTC)
     (tmp_path / "crontab").write_text(f"0 0 1 1 * true\n{skipped.minute} {skipped.hour} * * *\techo made up for\n")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MIB, Home, Tmpfs, data_places, same, sampled, write_at
+from conftest import MIB, Home, Tmpfs, data_places, same, sampled, write_at, write_out
 from crash_support import (
     IN_MAIN_THREAD,
     PAGE,
@@ -300,7 +300,7 @@ class FailingDisk:
 
     def leave_free(self, free: int) -> None:
         """Only so much can be written from now on, besides where something is already."""
-        os.sync()
+        write_out(self.path)
         self._tmpfs.leave_free(free)
 
     def forget(self) -> None:
@@ -663,7 +663,7 @@ def test_an_undo_whose_footer_decayed_is_put_back_and_all_is_compared(disk: Disk
     """It looks like one that was being written, but the image was touched."""
     leave_written(disk.backups, NAME, disk.device)
     undo = disk.paths.undo.read_bytes()
-    (position,) = sampled(pytestconfig, range(len(undo) - BLOCK, len(undo)), 1)
+    position = len(undo) - 1 - random.Random(pytestconfig.option.seed).randrange(BLOCK)
     disk.paths.undo.write_bytes(flipped(undo, position, position % 8))
     assert recover(disk.backups, NAME)
     assert disk.image() == disk.old

@@ -65,6 +65,7 @@ def test_a_loop_device_of_a_killed_simulator_is_mended(device: LoopDevice) -> No
     mend_free_devices()
     assert is_read_only(device.path)
     device.forsake()
+    wait_for(lambda: not Path("/sys/block", Path(device.path).name, "loop").exists())  # another test may look at it
     mend_free_devices()
     assert not is_read_only(device.path)
 

@@ -276,7 +276,6 @@ def test_a_file_system_that_was_in_use_comes_up(tmp_path: Path, kind: str) -> No
 
 
 def test_a_partition_that_was_in_use_comes_up(tmp_path: Path) -> None:
-    """With README's commands."""
     lineage = Lineage(tmp_path, ALL, 128)
     live, place, start = tmp_path / "live", tmp_path / "place", MIB
     place.mkdir()
@@ -296,14 +295,16 @@ def test_a_partition_that_was_in_use_comes_up(tmp_path: Path) -> None:
     lineage.pass_time()
     lineage.back_up()
     with shown(lineage.backups, tmp_path / "shown") as mount:
-        latest = mount.directory / NAME / "latest"
-        table = subprocess.run(["partx", "-s", latest], capture_output=True, text=True, check=True).stdout
-        (first,) = (int(line.split()[1]) for line in table.splitlines()[1:])
-        run("mount", "-o", f"loop,offset={first * 512}", latest, place)
+        device = run("losetup", "-fP", "--show", mount.directory / NAME / "latest").strip()
         try:
-            assert (place / "file").read_text() == "content"
+            run("partx", "--update", device)  # for a kernel that knows no such tables
+            run("mount", f"{device}p1", place)
+            try:
+                assert (place / "file").read_text() == "content"
+            finally:
+                run("umount", place)
         finally:
-            run("umount", place)
+            run("losetup", "-d", device)
 
 
 # -- while runs go on
@@ -414,8 +415,10 @@ def test_a_mount_follows_runs_that_are_killed_at_any_step(
             for moment in times:
                 content = hashlib.sha256()
                 with contextlib.closing(Direct(mount.path(NAME, moment))) as file:
-                    for index in range(16):
-                        content.update(file.chunk(index))
+                    index = 0
+                    while chunk := file.chunk(index):
+                        content.update(chunk)
+                        index += 1
                 assert content.hexdigest() == lineage.truth[moment], moment
 
         for _ in range(200 if pytestconfig.option.exhaustive else 12):
@@ -488,9 +491,11 @@ def test_a_reader_that_goes_on_reads_each_byte_or_an_error_that_is_explained(
             assert digest(contents[moment]) == lineage.truth[moment]
         with Reading(mount, contents) as reading:
             chance = random.Random(pytestconfig.option.seed)
-            for _ in range(500 if pytestconfig.option.exhaustive else 30):
+            rounds = 500 if pytestconfig.option.exhaustive else 30
+            while rounds > 0 or reading.reads <= 500:  # which are few in a round if the machine is busy
+                rounds -= 1
                 lineage.keep = chance.choice((ALL, FEW))
-                lineage.size += MIB * (chance.random() < 0.1)
+                lineage.size += MIB * (chance.random() < 0.1 and rounds >= 0)
                 lineage.change()
                 lineage.pass_time()
                 content = lineage.device.read_bytes()
@@ -498,7 +503,6 @@ def test_a_reader_that_goes_on_reads_each_byte_or_an_error_that_is_explained(
                 if mount.times(NAME)[0] == file_name(lineage.now):
                     contents[file_name(lineage.now)] = content
     assert not reading.wrong
-    assert reading.reads > 500
     told = [line for line in mount.said.splitlines() if "error: " in line]
     assert bool(reading.errors) == bool(told), mount.said
     assert all("a run has dropped it" in line for line in told), told
@@ -585,7 +589,7 @@ def test_it_ends_with_an_interrupt_as_soon_as_nobody_uses_it(lineage: Lineage, t
                 mount.said += line
             drop_caches()
             assert digest(file.read()) == lineage.truth[newest]
-        mount.process.wait(30)
+        mount.process.wait(120)
     assert not os.path.ismount(tmp_path / "shown")
 
 

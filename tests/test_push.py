@@ -178,7 +178,8 @@ def test_gaps_between_what_is_compared_again_are_few(device: Path) -> None:
 # -- connections that break
 
 
-def test_connections_that_break_over_and_over(device: Path) -> None:
+def test_connections_that_break_over_and_over(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dosvob, "ATTEMPTS", 100)
     device.write_bytes(os.urandom(24 * MIB))
     source = changed(device, *range(PAGE, 24 * MIB, MIB))
     done = Pushed(source, device, cuts=[600, 3000, 5000, 7000, 9000])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import SCRIPT, Home, same, sampled, write_at
 from simulator import Behaviour, Droplet, Fault, Simulator, Volume
+from storage_support import cannot_read
 from trouble_support import FAST, GIB, assert_nothing_left, run, small_volumes, start, until
 
 KIB = 1 << 10
@@ -223,6 +224,17 @@ def test_a_home_within_is_not_a_region(home: Home, sim: Simulator, tmp_path: Pat
     (home.backups / "nyc3" / ".dosvob" / "home").unlink()
     run(home)
     assert "nyc3/data: " in run(home, "list").stdout
+
+
+def test_an_image_of_a_home_within_is_not_moved_out_of_it(home: Home, sim: Simulator) -> None:
+    volume = volume_in(sim, "nyc3")
+    home.configure(region="nyc3")
+    home.backups.mkdir()
+    run(home, "--backups", "backups/nyc3")
+    before = tree(home)
+    run(home)
+    assert {name: inode for name, inode in tree(home).items() if name.startswith("nyc3/")} == before
+    assert same(home.image("data"), volume.path)
 
 
 def test_verifying_one_regions_directory_does_not_make_a_home_of_it(home: Home, sim: Simulator) -> None:
@@ -439,6 +451,21 @@ def test_an_image_that_is_a_link_is_moved_as_one(home: Home, sim: Simulator) -> 
     assert home.image("fra1/data").is_symlink()
     assert_images(home, volume)
     assert sent(sim) - before < 200 * KIB
+
+
+def test_an_image_that_the_disk_cannot_find_is_not_parted_from_the_rest(home: Home, sim: Simulator) -> None:
+    with_history(home, sim)
+    before = tree(home)
+    home.configure(region=SEVERAL)
+    volume_in(sim, "nyc3")
+    done = run(home, wrapper=cannot_read(home.image("data"), "EIO", "%file"), expect=1)
+    assert "error: data: backups/data: Input/output error" in done.stderr
+    after = tree(home)
+    for name in before:
+        if name.startswith(("data", ".dosvob/data.")):
+            assert after[name] == before[name], name
+    assert not [name for name in after if name.startswith(("fra1/data", "fra1/.dosvob/data"))]
+    assert same(home.image("nyc3/data"), sim.volumes[-1].path)
 
 
 def test_an_undo_is_put_back_in_a_regions_directory(home: Home, sim: Simulator) -> None:

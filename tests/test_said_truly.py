@@ -259,8 +259,8 @@ def test_a_list_that_takes_long_heeds_an_interrupt(owner: Owner) -> None:
         for index in range(100_000):
             version.append(dosvob.Patch(index, 0, 0, b"", bytes(32)))
         version.complete()
-    for number in range(2, 9):
-        os.link(name, name.with_name(f"2014010{number}T000000Z"))
+    for number in range(2, 29):
+        os.link(name, name.with_name(f"201401{number:02}T000000Z"))
     process = owner.popen("list", stdout=subprocess.PIPE)
     until(lambda: heeds_signals(process) and str(owner.paths.versions) in str(open_files(process)))
     process.send_signal(signal.SIGINT)
@@ -433,8 +433,8 @@ def since(text: str) -> list[tuple[str, datetime.datetime]]:
 def stopped(owner: Owner, *arguments: str) -> subprocess.Popen[bytes]:
     """A command that has the lock, and does not go on."""
     lock = owner.paths.metadata / "lock"
-    process = owner.popen(*arguments)
     before = lock.read_bytes()
+    process = owner.popen(*arguments)
     # with its line in there: before that it may take those of killed ones out
     until(lambda: lock.read_bytes() not in (before, b"") or process.poll() is not None)
     process.send_signal(signal.SIGSTOP)
@@ -505,6 +505,15 @@ def test_what_is_not_kept_any_more_is_told(home: Home, sim: Simulator) -> None:
     done = run(home, TZ="UTC")
     assert "data: 1 version is not kept any more, of 2015-11-10" in done.stdout
     assert not done.stderr
+
+
+def test_what_is_dropped_of_a_volume_that_is_not_backed_up_is_told_too(home: Home, sim: Simulator) -> None:
+    add_versions(home, add_volume(sim, "data"), 9)
+    add_volume(sim, "other")
+    home.configure(keep={"last": 3}, exclude=["data"])
+    loud = '"keep" in conf.json asks for 3 of its 8 older versions; 5 {} dropped, the oldest of 2015-11-01'
+    assert loud.format("would be") in run(home, "--dry-run", TZ="UTC").stderr
+    assert loud.format("are") in run(home, TZ="UTC").stderr
 
 
 # ── Modes

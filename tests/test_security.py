@@ -40,10 +40,11 @@ pytestmark = pytest.mark.small
 def files_with(directory: Path, text: str) -> list[str]:
     """The files below a directory that have the text in them."""
     found = []
-    for path in directory.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
-            if path.is_file() and text.encode() in path.read_bytes():
-                found.append(str(path))
+    for place, _, files in os.walk(directory):
+        for path in (Path(place, name) for name in files):
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+                if path.is_file() and text.encode() in path.read_bytes():
+                    found.append(str(path))
     return found
 
 
@@ -249,11 +250,10 @@ def test_images_are_their_owners_alone(home: Home, sim: Simulator, tmp_path: Pat
 
 def look_at_modes(directory: Path, seen: dict[str, int]) -> None:
     """Note all permissions ever seen of each file."""
-    for path in [directory, *directory.rglob("*")]:
-        try:
-            seen[path.name] = seen.get(path.name, 0) | stat.S_IMODE(path.stat().st_mode)
-        except OSError:  # it was renamed just now
-            continue
+    for place, directories, files in os.walk(directory):
+        for path in (Path(place), *(Path(place, name) for name in (*directories, *files))):
+            with contextlib.suppress(OSError):  # it was renamed or removed just now
+                seen[path.name] = seen.get(path.name, 0) | stat.S_IMODE(path.stat().st_mode)
 
 
 # -- TLS

@@ -11,12 +11,13 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MIB, Home, Tmpfs, same, write_at
+from conftest import MIB, Home, Tmpfs, same, wait_for, write_at, write_out
 from crash_support import (
     AgentProcess,
     leave_spool,
@@ -28,9 +29,11 @@ from crash_support import (
     sync_device,
     verify,
 )
-from simulator.storage import LoopDevice, mounted
-from storage_support import Storage, run
+from simulator import Volume
+from simulator.storage import LoopDevice, create_sparse, mounted
+from storage_support import Storage, cannot_read, run
 from test_disk import NAME, Disk, one_clear_error
+from versions_support import Lineage
 
 import dosvob
 
@@ -97,6 +100,7 @@ def test_an_image_that_comes_to_be_read_during_a_sync_is_left_for_later(disk: Di
         assert disk.image() == disk.old
         assert not disk.paths.undo.exists()
         assert disk.paths.spool.exists()
+    wait_for(lambda: not dosvob.LoopDevices.over(disk.paths.image))  # while another test looks at the device, it stays
     disk.check_settled()
 
 
@@ -115,8 +119,25 @@ def test_an_image_that_is_read_is_not_put_back(
         assert recover_all(disk.backups) == {NAME}
         assert disk.image() == before
         assert disk.paths.undo.exists()
+    wait_for(lambda: not dosvob.LoopDevices.over(disk.paths.image))  # while another test looks at the device, it stays
     assert recover_all(disk.backups) == set()
     assert disk.image() == disk.old
+
+
+@pytest.mark.beyond_bare
+def test_an_image_that_is_read_by_its_path_on_the_host_is_seen(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container its directory is mounted elsewhere, and there is no device to be asked."""
+    monkeypatch.setattr(dosvob.LoopDevices, "GET_STATUS", 0)
+    elsewhere = disk.backups.parent / "else where"
+    elsewhere.mkdir()
+    with contextlib.closing(LoopDevice(disk.paths.image)) as device:
+        run("mount", "--bind", disk.backups, elsewhere)
+        try:
+            assert dosvob.LoopDevices.over(elsewhere / NAME) == [device.path]
+            (elsewhere / "other").touch()
+            assert dosvob.LoopDevices.over(elsewhere / "other") == []
+        finally:
+            run("umount", elsewhere)
 
 
 # -- holes
@@ -213,7 +234,7 @@ def test_a_directory_that_refuses_fsync_is_no_reason_to_refuse_to_work(home: Hom
     metadata = home.backups / ".dosvob"
     directories = (home.directory, home.backups, metadata, metadata / f"{NAME}.versions")
     places = [word for path in directories for word in ("-P", str(path))]
-    refusing = ("strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-e", "trace=fsync", *places)
+    refusing = ("strace", "-f", "--seccomp-bpf", "-qq", "-o", str(tmp_path / "trace"), "-e", "trace=fsync", *places)
     refusing += (f"--inject=fsync:error={name}",)
     home.run(wrapper=refusing)
     write_at(volume.path, 5 * MIB, b"later")
@@ -298,7 +319,7 @@ def limited(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable
 
     def leave_free(size: int) -> Path:
         """Only so much can be written from now on."""
-        os.sync()
+        write_out(made.path)
         if request.param == "btrfs":
             run("btrfs", "qgroup", "limit", used_in(backups) + size, backups)
         else:
@@ -402,6 +423,41 @@ def test_a_restored_file_is_what_is_checked_and_not_its_source(
     assert (final.read_bytes() == disk.device.read_bytes()) is not is_stubborn
 
 
+@pytest.mark.parametrize("where", ["over data", "over what was to be zeros"])
+def test_a_hole_that_a_clone_tells_is_a_hint(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """What contradicts it is read; and what was written there, in any case."""
+    write_at(disk.device, 0, bytes(10 * MIB))
+    disk.back_up()
+    older = disk.device.read_bytes()
+    disk.device.write_bytes(os.urandom(10 * MIB))
+    disk.back_up()
+    expected = disk.device.read_bytes() if where == "over data" else older
+    lseek = os.lseek
+
+    def lie(fd: int, offset: int, whence: int) -> int:
+        is_result = os.readlink(f"/proc/self/fd/{fd}").endswith("restored.partial")
+        if is_result and whence == os.SEEK_DATA and 2 * MIB <= offset < 4 * MIB:
+            return lseek(fd, 4 * MIB, whence)
+        return lseek(fd, offset, whence)
+
+    def write_zeros(file: dosvob.SparseFile, offset: int, length: int) -> None:
+        """It is not done."""
+
+    def clone(fd: int, request: int, source: int) -> int:
+        assert request == 0x40049409
+        return os.pwrite(fd, os.pread(source, 10 * MIB, 0), 0)
+
+    monkeypatch.setattr("fcntl.ioctl", clone)
+    monkeypatch.setattr(os, "lseek", lie)
+    monkeypatch.setattr(dosvob.SparseFile, "write_zeros", write_zeros)
+    with contextlib.closing(dosvob.Chain(disk.paths)) as chain:
+        final, damaged = chain.restore(int(where != "over data"), tmp_path / "restored", lambda count: None)
+    assert (final.read_bytes() == expected) is (not damaged.ranges)
+    assert damaged.ranges == ([] if where == "over data" else [(0, 10 * MIB)])
+
+
 # -- what cannot be changed, or read
 
 
@@ -459,29 +515,231 @@ def leave_written_by(paths: dosvob.ImagePaths, device: Path) -> None:
     assert paths.undo.exists()
 
 
-@pytest.mark.parametrize("name", ["EIO", "EBADMSG", "EUCLEAN"])
-def test_a_state_that_the_disk_cannot_read_is_no_matter_of_other_volumes(home: Home, tmp_path: Path, name: str) -> None:
+def backed_up_twice(home: Home) -> list[Volume]:
+    """Two volumes, this one and another, each with an image and a version."""
     volumes = [home.simulator.add_volume(each) for each in (NAME, "other")]
     for _ in range(2):
         for volume in volumes:
             write_at(volume.path, 0, os.urandom(MIB))
         home.run()
+    return volumes
+
+
+@pytest.mark.parametrize("name", ["EIO", "EBADMSG", "EUCLEAN"])
+def test_a_state_that_the_disk_cannot_read_is_damaged(home: Home, name: str) -> None:
+    lineage = Lineage(home.directory)
+    lineage.go_on()
+    state = lineage.paths.state
+    for command in ("list", "health", "verify"):
+        done = home.run(command, wrapper=cannot_read(state, name), expect=0 if command == "list" else 1)
+        told = done.stdout + done.stderr
+        assert f"backups/.dosvob/{NAME}.state is damaged" in told, command
+        assert "Traceback" not in told
+
+
+def test_a_state_that_the_disk_cannot_read_is_no_matter_of_other_volumes(home: Home) -> None:
+    volumes = backed_up_twice(home)
     state = dosvob.ImagePaths(home.backups, NAME).state
-    relative = state.relative_to(home.directory)
-    failing: tuple[str, ...] = ("strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-P", str(state))
-    failing += ("-e", "trace=read,pread64", "-P", str(relative), f"--inject=read,pread64:error={name}")
+    failing = cannot_read(state, "EIO")
     for command in ("list", "health", "verify"):
         done = home.run(command, wrapper=failing, expect=0 if command == "list" else 1)
         told = done.stdout + done.stderr
-        assert f"{relative} is damaged" in told, command
+        assert f"{NAME}.state is damaged" in told, command
         assert "other" in told
         assert "Traceback" not in told
     home.run("restore", NAME, "copy.img", wrapper=failing)
     assert same(home.directory / "copy.img", volumes[0].path)
     home.run("restore", "other", "other.img", wrapper=failing)
     write_at(volumes[1].path, 5 * MIB, b"new")
-    assert str(relative) in one_clear_error(home.run(wrapper=failing, expect=1))
+    assert str(state.relative_to(home.directory)) in one_clear_error(home.run(wrapper=failing, expect=1))
     assert same(home.image("other"), volumes[1].path)
+
+
+@pytest.mark.parametrize("error", ["ENOTCONN", "EACCES"])
+def test_an_image_that_a_link_leads_to_in_vain_is_no_matter_of_other_volumes(home: Home, error: str) -> None:
+    """Into a mount that broke down, or where this user may not look."""
+    volumes = backed_up_twice(home)
+    write_at(volumes[1].path, 5 * MIB, b"new")
+    failing = cannot_read(home.image(NAME), error, "%file")
+    assert f"backups/{NAME}" in one_clear_error(home.run(wrapper=failing, expect=1))
+    assert same(home.image("other"), volumes[1].path)
+
+
+def test_what_the_disk_cannot_even_find_is_no_matter_of_other_volumes(home: Home) -> None:
+    """Its inode is damaged, so nobody can tell what it is. What does not need it can be restored all the same."""
+    volumes = backed_up_twice(home)
+    paths = dosvob.ImagePaths(home.backups, NAME)
+    newest = dosvob.Versions(paths).all()[0].path
+
+    def files() -> list[tuple[str, int]]:
+        return sorted((str(path), path.stat().st_ino) for path in home.backups.rglob(f"{NAME}*"))
+
+    for number, lost in enumerate((paths.image, paths.state, newest, paths.versions)):
+        failing, place, there = cannot_read(lost, "EUCLEAN", "%file"), str(lost.relative_to(home.directory)), files()
+        for command in ("list", "health", "verify", *(["--dry-run"] if lost == paths.image else [])):
+            done = home.run(command, wrapper=failing, expect=1 if command in ("health", "verify") else 0)
+            told = done.stdout + done.stderr
+            assert "other" in told, (command, lost)
+            assert "Traceback" not in told
+            assert command == "--dry-run" or place in told or "damaged\n" in told, (command, lost)
+        home.run("restore", "other", f"other-{number}", wrapper=failing)
+        home.run("restore", NAME, f"this-{number}", wrapper=failing, expect=int(lost == paths.image))
+        for volume, copy in zip(volumes, ("this", "other"), strict=True):
+            assert lost == paths.image or same(home.directory / f"{copy}-{number}", volume.path), lost
+        if lost in (paths.image, newest):
+            write_at(volumes[1].path, 5 * MIB, b"new" + bytes([number]))
+            done = home.run(wrapper=failing, expect=int(lost == paths.image))
+            assert lost == newest or f"{place}: " in one_clear_error(done)
+            assert same(home.image("other"), volumes[1].path)
+        if lost in (paths.image, paths.versions):
+            done = home.run("restore", NAME, "old", "--at", "2020-01-01", wrapper=failing, expect=1)
+            assert place in one_clear_error(done)
+            assert files() == there
+
+
+@pytest.mark.parametrize(
+    ("error", "calls"),
+    [
+        ("EIO", "openat"),
+        ("EIO", "%file"),
+        ("EIO", "read,pread64"),
+        *((f"EIO:when={number}", "pread64") for number in range(1, 9)),
+    ],
+)
+def test_an_undo_that_cannot_be_read_now_is_put_back_when_it_can(home: Home, error: str, calls: str) -> None:
+    lineage = Lineage(home.directory)
+    lineage.go_on(2)
+    lineage.change()
+    with power_cut_at(dosvob.Update, "_complete_state"):
+        lineage.back_up()
+    failing = cannot_read(lineage.paths.undo, error, calls)
+    assert "must still be taken back" in home.run("health", expect=1).stderr
+    done = home.run("verify", wrapper=failing, expect=None)
+    if done.returncode:
+        assert "an interrupted backup: backups/.dosvob/data.undo" in done.stderr
+        assert "must still be taken back" in home.run("health", expect=1).stderr
+        assert "was taken back" in home.run("verify").stdout
+    else:  # what was needed was read at the second attempt
+        assert error in ("EIO:when=2", "EIO:when=3")
+        assert "was taken back" in done.stdout
+    lineage.check()
+
+
+def test_an_undo_that_was_not_complete_makes_no_copy_of_the_image_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a copy of the home the image's inode does not tell that the crash came before it was changed."""
+    lineage, complete, undo = Lineage(tmp_path), dosvob.PatchFile.complete, b""
+    lineage.go_on(2)
+    shutil.copytree(lineage.backups, tmp_path / "copy")
+
+    def noted(file: dosvob.PatchFile) -> None:
+        nonlocal undo
+        undo = file.path.read_bytes()
+        complete(file)
+
+    monkeypatch.setattr(dosvob.PatchFile, "complete", noted)
+    expected = lineage.paths.image.read_bytes()
+    write_at(lineage.device, 0, os.urandom(4096))
+    lineage.pass_time()
+    lineage.back_up()
+    paths = dosvob.ImagePaths(tmp_path / "copy", NAME)
+    paths.undo.write_bytes(undo)
+    with contextlib.closing(dosvob.Chain(paths)) as chain:
+        final, damaged = chain.restore(0, tmp_path / "restored", lambda count: None)
+    assert (final.name, damaged.ranges) == ("restored", [])
+    assert final.read_bytes() == expected
+
+
+@pytest.mark.parametrize("error", ["EIO", "EIO:when=1"])
+def test_an_undo_waits_for_a_state_that_cannot_be_read_now(home: Home, error: str) -> None:
+    """Only that tells whether the image is the new one, and the undo its first version."""
+    lineage = Lineage(home.directory)
+    lineage.go_on(2)
+    lineage.change()
+    lineage.pass_time()
+    with power_cut_at(dosvob.Undo, "settle"):
+        lineage.back_up()
+    failing = cannot_read(lineage.paths.state, error, "read")
+    assert "data.state is damaged" in home.run("verify", wrapper=failing, expect=1).stderr
+    assert lineage.paths.undo.exists()
+    home.run("verify")
+    assert not lineage.paths.undo.exists()
+    assert len(lineage.check()) == 3
+
+
+def thinned(home: Home, keep: dosvob.Keep, *wrapper: str) -> str:
+    """Thin the versions in a process with a wrapper; what it raises, if anything."""
+    program = f"import dosvob; dosvob.Versions(dosvob.ImagePaths(dosvob.Path('backups'), {NAME!r})).thin(dosvob.{keep})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(dosvob.__file__).parent)}
+    command = [*wrapper, sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=home.directory, env=environment, capture_output=True, text=True, check=False)
+    return done.stderr.strip()
+
+
+def test_the_last_version_that_came_up_stays_if_it_cannot_be_read_now(home: Home) -> None:
+    lineage = Lineage(home.directory, dosvob.Keep(last=9))
+    for came_up in (True, False, False, False):
+        lineage.go_on()
+        dosvob.State.note(lineage.paths, dosvob.Finding("ext4", used=MIB, size=2 * MIB, came_up=came_up))
+    good = dosvob.Versions(lineage.paths).all()[-1].path
+    told = thinned(home, dosvob.Keep(1, 0, 0, 0), *cannot_read(good, "EIO", "openat"))
+    assert "is damaged" in told  # into which the others could not be merged
+    assert good.exists()
+    assert not thinned(home, dosvob.Keep(1, 0, 0, 0))
+    newest, last = dosvob.Versions(lineage.paths).all()
+    assert newest.found is not None
+    assert newest.found.came_up is False
+    assert last.path == good
+    lineage.check()
+
+
+def test_what_is_not_ours_is_passed_over(tmp_path: Path) -> None:
+    """Whatever it is: the names of the rest are told."""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "Loop of links").symlink_to("Loop of links")
+    (tmp_path / "nowhere").symlink_to("gone")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / ".dosvob").touch()
+    (tmp_path / "nyc3" / ".dosvob").mkdir(parents=True)
+    for name in ("data", "nyc3/data", "nyc3/.dosvob/other.state"):
+        (tmp_path / name).touch()
+    assert dosvob.Home(tmp_path).names() == {"data", "nyc3/data", "nyc3/other"}
+
+
+def test_a_version_that_cannot_be_removed_keeps_no_other_one(home: Home) -> None:
+    lineage = Lineage(home.directory, dosvob.Keep(last=9))
+    lineage.go_on(7)
+    oldest = dosvob.Versions(lineage.paths).all()[-1].path
+    told = thinned(home, dosvob.Keep(3, 0, 0, 0), *cannot_read(oldest, "EUCLEAN", "unlink"))
+    assert "Structure needs cleaning" in told
+    kept = [version.path for version in dosvob.Versions(lineage.paths).all()]
+    assert len(kept) == 4
+    assert kept[-1] == oldest
+    assert not thinned(home, dosvob.Keep(3, 0, 0, 0))
+    assert [version.path for version in dosvob.Versions(lineage.paths).all()] == kept[:3]
+    lineage.check()
+
+
+def test_a_version_is_restored_without_what_it_does_not_need_of_the_image(home: Home) -> None:
+    """Its patches have all that it has there. What is wrong with the image is told all the same."""
+    lineage = Lineage(home.directory)
+    with lineage.device.open("xb") as device:
+        device.truncate(4 * MIB)
+    for content in (b"one", b"two"):
+        write_at(lineage.device, 2 * MIB, content * 1000)
+        lineage.pass_time()
+        lineage.back_up()
+        (home.directory / content.decode()).write_bytes(lineage.device.read_bytes())
+    first = dosvob.Versions(lineage.paths).all()[0].moment.strftime("%Y-%m-%dT%H:%MZ")
+    failing = cannot_read(lineage.paths.image, "EIO")
+    home.run("restore", NAME, "old", "--at", first, wrapper=failing)
+    assert same(home.directory / "old", home.directory / "one")
+    assert (
+        f"differs from its snapshot in bytes {2 * MIB} to {3 * MIB - 1}"
+        in home.run("verify", wrapper=failing, expect=1).stderr
+    )
 
 
 # -- what a run needs is tried before it costs anything
@@ -543,6 +801,15 @@ def test_without_sparse_files_all_of_a_volume_is_needed(
     assert not creations(home)
 
 
+@pytest.mark.parametrize("storage", ["exfat-fuse"], indirect=True)
+def test_without_sparse_files_what_is_there_already_is_not_needed_again(home: Home, storage: Storage) -> None:
+    home.simulator.add_volume(NAME)
+    (backups := storage.path / "backups").mkdir()
+    create_sparse(backups / f"{NAME}.partial", 190 * MIB)
+    error = one_clear_error(home.run("--backups", str(backups), "--dry-run", expect=2))
+    assert "has no sparse files: 834.0 MiB are needed" in error
+
+
 @pytest.mark.parametrize("storage", ["ntfs-3g", "gocryptfs", "sshfs"], indirect=True)
 def test_where_no_holes_can_be_made_that_is_said_once(home: Home, storage: Storage) -> None:
     volume, _ = home.simulator.add_volume(NAME), home.simulator.add_volume("other")
@@ -583,6 +850,9 @@ def test_what_syncs_left_of_volumes_that_are_gone_is_named(home: Home) -> None:
     for name in ("gone.partial: 2.0 MiB", "gone.spool: 2.0 MiB", "gone.versions.of-20260101T000000Z-0123: 2.0 MiB"):
         assert name in listed
     assert f"{NAME}.spool: 1.0 MiB" in listed
+    assert f"{NAME}.spool: 1.0 MiB" in home.run("list", f"{NAME[:2]}*").stdout
+    failing = cannot_read(left[2].parent, "EIO", "getdents64")
+    assert "gone.versions.of-20260101T000000Z-0123: 4.0 KiB" in home.run("list", wrapper=failing).stdout
     told = json.loads(home.run("list", "--json").stdout)["remains"]
     assert {(each["path"], each["name"], each["occupied"]) for each in told} == {
         ("backups/gone.partial", "gone", 2 * MIB),
@@ -614,3 +884,20 @@ def test_a_storage_that_keeps_no_modes_is_not_warned_about(home: Home, tmp_path:
     finally:
         run("umount", place)
         device.close()
+
+
+def test_a_version_that_does_not_need_what_decayed_of_the_image_is_sound(tmp_path: Path) -> None:
+    """Of a chunk that was zeros then, its own pages are all that it needs: a restore and `verify` say the same."""
+    lineage = Lineage(tmp_path)
+    lineage.device.write_bytes(bytes(lineage.size))
+    lineage.pass_time()
+    lineage.back_up()
+    write_at(lineage.device, MIB, os.urandom(4096))
+    lineage.pass_time()
+    lineage.back_up()
+    write_at(lineage.paths.image, MIB + 8192, b"decay")
+    assert verify(lineage.paths) == [[(MIB, 2 * MIB)], []]
+    with contextlib.closing(dosvob.Chain(lineage.paths)) as chain:
+        final, damaged = chain.restore(1, tmp_path / "restored", lambda count: None)
+    assert damaged.ranges == []
+    assert final.read_bytes() == bytes(lineage.size)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SCRIPT, write_at
+from conftest import SCRIPT, write_at, write_out
 from crash_support import power_cut_at
 from simulator.storage import mounted
 from versions_support import (
@@ -498,7 +498,7 @@ def test_too_little_room(user: User) -> None:
 
 def disk_use(path: Path) -> int:
     """The bytes that are used on the file system."""
-    os.sync()
+    write_out(path)
     room = os.statvfs(path)
     return (room.f_blocks - room.f_bfree) * room.f_frsize
 
@@ -567,9 +567,10 @@ def test_what_a_restored_file_shares_was_read_from_the_disk(tmp_path: Path) -> N
         user.device.write_bytes(os.urandom(5 * MIB))
         user.pass_time()
         user.back_up()
-        os.sync()
+        write_out(user.paths.image)
         known = user.paths.image.read_bytes()
         place = disk.read_bytes().index(known[3 * MIB : 3 * MIB + PAGE])
+        assert user.paths.image.read_bytes() == known  # it is in the cache, whatever went from there meanwhile
         write_at(disk, place, b"decay")
         assert user.paths.image.read_bytes() == known
         said = user.run("restore", NAME, user.directory / "file", expect=1)
@@ -665,28 +666,22 @@ def test_nothing_is_called_sound_whose_digests_are_not_known(user: User) -> None
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_middle_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     user = User(tmp_path)
-    user.size = 8 << 30  # of holes, so that it takes a while to be checked
-    user.change()
-    user.now += datetime.timedelta(hours=4)
-    user.back_up()
+    user.go_on(1, 4)
     target = tmp_path / "file"
-    process = subprocess.Popen(
-        user.command("restore", NAME, target), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    begun = ("-P", str(target.with_name("file.partial")), "-e", "trace=ftruncate")
+    at_work = ("strace", "-f", "-qq", "-o", "/dev/null", *begun, f"--inject=ftruncate:signal={number.name}:when=1")
+    done = subprocess.run(
+        [*at_work, *user.command("restore", NAME, target)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
-    wait_until(target.with_name("file.partial").exists)
-    process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, said
+    said = done.stdout + done.stderr
+    assert done.returncode == 128 + number, said
     assert not list(tmp_path.glob("file*"))
     assert "Traceback" not in said
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for it, a minute at most."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def test_a_restore_waits_for_nobody(user: User) -> None:

@@ -19,7 +19,8 @@ from conftest import MIB, OPENAPI, Home, same, write_at
 from simulator import FOREVER, Behaviour, Fault, Simulator, Volume
 
 T = TypeVar("T")
-PATIENCE = 60.0  # seconds for what comes soon, on a slow machine too
+PATIENCE = 180.0  # seconds for what comes soon, on a slow machine too
+SOON = 2.5  # seconds that are a limit to wait for, and for what goes well on a slow machine enough
 GIB = 16 * MIB  # what these tests take for a GiB, on both sides: the calls are the same, and there is less to read
 QUICK: Mapping[str, Any] = {
     "GIB": GIB,
@@ -58,6 +59,11 @@ def behaviour(request: pytest.FixtureRequest) -> Behaviour:
     """How the simulated account behaves: fast for a test that is marked `small`; with the changes in its param."""
     usual = FAST if request.node.get_closest_marker("small") else Behaviour()
     return replace(usual, **getattr(request, "param", {}))
+
+
+def answered(sim: Simulator) -> None:
+    """Wait until nothing is under way in the account any more: whoever asked for it may have been killed meanwhile."""
+    until(lambda: all(record.seconds for record in list(sim.requests)))
 
 
 def add_volume(sim: Simulator, name: str, offset: int = 3 * MIB, size: int = 5 * MIB // 2) -> Volume:

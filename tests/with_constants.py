@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -64,4 +65,4 @@ if __name__ == "__main__":
     sys.argv[0] = dosvob.__file__  # which messages name
     for constant, wanted in json.loads(sys.argv[1]).items():
         set_constant(constant, wanted)
-    sys.exit(dosvob.main(sys.argv[2:]))
+    os._exit(dosvob.main(sys.argv[2:]))

@@ -490,8 +490,10 @@ class Cloud:
         return action
 
     def _attach(self, volume: Volume, droplet: Droplet) -> None:
-        """The attach has come about; the device follows."""
+        """The attach has come about; the device follows. A droplet that is deleted at this moment gets no more."""
         with self.lock:
+            if droplet.deleted is not None:
+                return
             volume.droplet_id = droplet.id
             droplet.volume_ids.append(volume.id)
         self._clock.after(self.behaviour.device_seconds, lambda: self._plug(volume, droplet))

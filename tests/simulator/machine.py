@@ -24,7 +24,7 @@ from .machine_init import AUTOMOUNT_RULE, PRIVATE
 from .network import Link, Relay, create_link
 from .storage import LoopDevice, file_system_of
 
-_BOOT_LIMIT = 20.0
+_BOOT_LIMIT = 120.0
 _FIRST_MOUNT_MARK = b"DO_FIRST_MOUNT"
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin"
 _LOGIN_REFUSED = (
@@ -137,7 +137,7 @@ class Machine:
         try:
             self._init = self._find_init()
             self._network_namespace = os.open(f"/proc/{self._init}/ns/net", os.O_RDONLY)
-            self.link: Link = create_link(number, self._init, mark)
+            self.link: Link = create_link(self._init, mark)
             self._prepare()
             if options.largest_packet:
                 self._narrow(options.largest_packet)
@@ -223,7 +223,7 @@ class Machine:
                 return
             device = LoopDevice(backing)
             self._devices[volume_name] = device
-            if self._options.holds_devices:
+            if self._options.holds_devices or self._takes(device.path):
                 self._holders[volume_name] = os.open(device.path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
             self._by_id(volume_name).symlink_to(device.path)
             if self.automount_rule.is_file():
@@ -397,6 +397,13 @@ class Machine:
         (self.root / first.lstrip("/")).rmdir()
         _clear_first_mount_mark(device)
         self._inside("mount", "-o", "defaults,nofail,discard,noatime", device, final)
+
+    def _takes(self, device: str) -> bool:
+        """Whether lvm2 or mdadm takes a device that appears, as their rules do by what udev says that it is."""
+        places = self.automount_rule.parent.glob("6[12]-*.rules")  # behind what tells it, and before what goes by it
+        rules = "".join(path.read_text() for path in places)
+        is_told = 'ENV{ID_SERIAL}=="0DO_Volume_*", ENV{ID_FS_TYPE}=""' not in rules
+        return is_told and file_system_of(device) in ("LVM2_member", "linux_raid_member")
 
     def _mounts_of(self, device: str) -> list[str]:
         """Where in the machine a device is mounted."""

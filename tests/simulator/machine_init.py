@@ -39,10 +39,14 @@ def _run(*command: str) -> None:
 
 
 def _set_up_mounts() -> None:
-    """Hide the host's loop mounts, and give the droplet directories of its own."""
-    mounted = [line.split()[:2] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    for source, target in reversed(mounted):
-        if source.startswith("/dev/loop"):
+    """Hide the host's loop mounts and what tests show by FUSE, and give the droplet directories of its own.
+
+    The program behind a FUSE mount ends when the last namespace lets go of it, which would be with this droplet.
+    """
+    mounted = [line.split()[:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for source, target, kind in reversed(mounted):
+        is_shown = kind.startswith("fuse") and Path(target).is_relative_to(os.environ.get("TMPDIR") or "/tmp")
+        if source.startswith("/dev/loop") or is_shown:
             done = subprocess.run(("umount", "--lazy", target), check=False, stderr=subprocess.DEVNULL)
             if os.path.ismount(target):  # else another test has just removed its directory, and the mount with it
                 done.check_returncode()

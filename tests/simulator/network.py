@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
-import os
 import re
+import secrets
 import socket
 import subprocess
 import threading
@@ -48,9 +48,9 @@ class Link:
         subprocess.run(["ip", "link", "delete", self.interface], check=False, capture_output=True)
 
 
-def create_link(number: int, namespace_pid: int, mark: str) -> Link:
+def create_link(namespace_pid: int, mark: str) -> Link:
     """A link into the network namespace of a process; addresses are reused, as at DigitalOcean: the lowest is free."""
-    interface = f"do{os.getpid()}x{number}"
+    interface = f"do{secrets.token_hex(5)}"  # processes in other namespaces have the same numbers
     with _allocation():
         gateway, address = _free_addresses()
         batch = (
