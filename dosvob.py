@@ -2809,16 +2809,12 @@ def create_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
 
 @dataclass(frozen=True)
 class Mount:
-    """A mount, as /proc/self/mountinfo has it: the device by its numbers, where it is, its type, what it is made of.
-
-    `root` is what of the file system is mounted there: / for all of it.
-    """
+    """A mount, as /proc/self/mountinfo has it: the device by its numbers, where it is, its type, what it is made of."""
 
     device: str
     place: str
     kind: str
     source: str
-    root: str = "/"
 
     @classmethod
     def all(cls) -> list[Mount]:
@@ -2827,10 +2823,10 @@ class Mount:
         with contextlib.suppress(OSError):
             for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
                 before, _, after = line.partition(" - ")
-                _, _, device, *places, _ = before.split()[:6]
+                _, _, device, _, place, *_ = before.split()
                 kind, source, *_ = after.split()
-                root, place = (re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), each) for each in places)
-                mounts.append(cls(device, place, kind, source, root))
+                place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), place)
+                mounts.append(cls(device, place, kind, source))
         return mounts
 
     @classmethod
@@ -2839,16 +2835,6 @@ class Mount:
         device = os.stat(path_or_fd).st_dev
         numbers = f"{os.major(device)}:{os.minor(device)}"
         return next((mount for mount in cls.all() if mount.device == numbers), cls(numbers, "", "", ""))
-
-    @classmethod
-    def path_elsewhere(cls, path: str) -> str:
-        """How a file's path ends where all of its file system is mounted; "" if that is here.
-
-        Of the host's files a container has only a directory, which has another path there.
-        """
-        around = [each for each in cls.all() if os.path.commonpath([each.place, path]) == each.place]
-        mount = max(around, key=lambda each: len(each.place), default=cls("", "/", "", ""))
-        return "" if mount.root == "/" else os.path.join(mount.root, os.path.relpath(path, mount.place))
 
     @property
     def keeps_inodes(self) -> bool:
@@ -2878,16 +2864,26 @@ class LoopDevices:
     @classmethod
     def over(cls, path: Path) -> list[str]:
         """Those that are over a file, each with where it is mounted."""
-        status = path.stat()
-        file, name = (status.st_dev, status.st_ino), os.path.realpath(path)
-        elsewhere = Mount.path_elsewhere(name)
-        return [
-            cls._described(device)
-            for device in sorted(Path("/sys/block").glob("loop*"))
-            if (told := cls._told(device / "loop" / "backing_file")) == name
-            or (elsewhere and told.endswith(elsewhere))
-            or cls._file(device.name) == file
-        ]
+        path, status = Path(os.path.realpath(path)), path.stat()
+        devices = sorted(Path("/sys/block").glob("loop*"))
+        return [cls._described(device) for device in devices if cls._is_over(device, path, status)]
+
+    @classmethod
+    def _is_over(cls, device: Path, path: Path, status: os.stat_result) -> bool:
+        """By the file's device and inode, if we may ask for these, or else by its path.
+
+        A container sees the host's path, and no file there: then a file of the same name and length is taken for ours.
+        """
+        told = Path(cls._told(device / "loop/backing_file"))
+        if told == path or (file := cls._file(device.name)) == (status.st_dev, status.st_ino):
+            return True
+        if file or told.name != path.name:
+            return False
+        try:
+            return os.path.samestat(told.stat(), status)
+        except OSError:
+            offset, limit = (int(cls._told(device / "loop" / each) or 0) for each in ("offset", "sizelimit"))
+            return bool(limit) or offset + int(cls._told(device / "size") or 0) * 512 == status.st_size
 
     @staticmethod
     def _told(path: Path) -> str:

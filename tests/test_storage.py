@@ -124,20 +124,33 @@ def test_an_image_that_is_read_is_not_put_back(
     assert disk.image() == disk.old
 
 
-@pytest.mark.beyond_bare
-def test_an_image_that_is_read_by_its_path_on_the_host_is_seen(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a container its directory is mounted elsewhere, and there is no device to be asked."""
+@pytest.mark.parametrize("in_container", [False, True])
+@pytest.mark.parametrize("options", [(), ("--offset", str(MIB)), ("--offset", str(MIB), "--sizelimit", str(MIB))])
+def test_an_image_that_is_read_by_its_path_on_the_host_is_seen(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], *, in_container: bool
+) -> None:
+    """Where no device can be asked; in a container the host's path of it is not there, either."""
     monkeypatch.setattr(dosvob.LoopDevices, "GET_STATUS", 0)
     elsewhere = disk.backups.parent / "else where"
-    elsewhere.mkdir()
-    with contextlib.closing(LoopDevice(disk.paths.image)) as device:
+    longer, other = elsewhere / "longer" / NAME, elsewhere / "other"
+    with contextlib.ExitStack() as stack:
+        attach = ["losetup", "--find", "--show", *options, str(disk.paths.image)]
+        device = subprocess.run(attach, check=True, capture_output=True, text=True).stdout.strip()
+        stack.callback(run, "losetup", "--detach", device)
+        elsewhere.mkdir()
         run("mount", "--bind", disk.backups, elsewhere)
-        try:
-            assert dosvob.LoopDevices.over(elsewhere / NAME) == [device.path]
-            (elsewhere / "other").touch()
-            assert dosvob.LoopDevices.over(elsewhere / "other") == []
-        finally:
-            run("umount", elsewhere)
+        stack.callback(run, "umount", elsewhere)
+        longer.parent.mkdir()
+        longer.touch()
+        os.truncate(longer, 3 * disk.paths.image.stat().st_size)
+        shutil.copyfile(elsewhere / NAME, other)
+        if in_container:
+            run("mount", "-t", "tmpfs", "tmpfs", disk.backups)
+            stack.callback(run, "umount", disk.backups)
+        assert dosvob.LoopDevices.over(elsewhere / NAME) == [device]
+        assert dosvob.LoopDevices.over(other) == []
+        if not (in_container and "--sizelimit" in options):
+            assert dosvob.LoopDevices.over(longer) == []
 
 
 # -- holes
