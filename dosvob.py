@@ -6846,9 +6846,12 @@ class Result:
         return self.name, human_size(self.size), *(figures if self.outcome == "ok" else ("-",) * 4), self.outcome
 
 
-@dataclass
+Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
+
+
+@dataclass(eq=False)
 class Queued:
-    """A volume that waits for its turn.
+    """A volume on its way: it waits for its turn, is `prepared`, then synced.
 
     If it `goes_alone` no other volume is synced beside it; whether one was, at any time, `had_company` tells. `place`
     is "2 of 5", if there are several.
@@ -6861,21 +6864,8 @@ class Queued:
     goes_alone: bool = False
     had_company: bool = False
     place: str = ""
-
-
-Prepared = concurrent.futures.Future[tuple[Volume, str]]  # a volume's clone, and when its snapshot was taken
-
-
-@dataclass(frozen=True)
-class Sync:
-    """A sync that is under way."""
-
-    queued: Queued
-    prepared: Prepared
-    future: concurrent.futures.Future[Result]
-
-
-Checked = concurrent.futures.Future[Finding]
+    prepared: Prepared = field(init=False)
+    sync: concurrent.futures.Future[Result] = field(init=False)
 
 
 Dropped = collections.defaultdict[str, set[datetime.datetime]]  # the versions that a run dropped, by image
@@ -6939,7 +6929,8 @@ class Backup:
         self._refused = sys.maxsize  # bytes of the smallest clone that the account has no quota for
         self._needed: set[str] = set()  # the ids of clones that wait for their sync or are at it
         self._spent: dict[str, Volume] = {}  # the clones that nothing needs any more, by id
-        self._checks: dict[str, tuple[Queued, Checked]] = {}  # by clone
+        self._checks: dict[str, tuple[Queued, concurrent.futures.Future[Finding]]] = {}  # by clone
+        self._keeper: DropletKeeper
 
     def run(self) -> float:
         """Back up all volumes and remove what was created for that; returns what it cost, in dollars."""
@@ -6955,67 +6946,59 @@ class Backup:
     def _back_up_all(self) -> None:
         """Two volumes at a time, or one; the next ones' clones are made and attached while they sync."""
         pool = concurrent.futures.ThreadPoolExecutor
-        keeper = DropletKeeper(self._context, self._ephemeral, self._plan)
-        ahead: collections.deque[tuple[Queued, Prepared]] = collections.deque()
-        syncs: list[Sync] = []
+        self._keeper = DropletKeeper(self._context, self._ephemeral, self._plan)
+        ahead: collections.deque[Queued] = collections.deque()
+        syncs: list[Queued] = []  # those that are under way
         since = time.monotonic()
         syncer, beside = pool(self.MOST_SYNCS), pool(self.MOST_CHECKS)
-        with contextlib.closing(keeper), pool(1) as maker, pool(1) as attacher, pool(1) as saver, beside, syncer:
+        with contextlib.closing(self._keeper), pool(1) as maker, pool(1) as attacher, pool(1) as saver, beside, syncer:
             try:
-                saver.submit(self._save_hours, keeper)
+                saver.submit(self._save_hours)
                 while self._queue or ahead or syncs:
                     while self._queue and len(ahead) < self.AHEAD:
                         queued = self._queue.popleft()
-                        made = maker.submit(self._make_clone, queued, keeper)
-                        ahead.append((queued, attacher.submit(self._attach, queued, made, keeper)))
-                    if ahead and self._may_begin(*ahead[0], syncs):
-                        self._begin(*ahead.popleft(), syncs, syncer, keeper)
+                        made = maker.submit(self._make_clone, queued)
+                        queued.prepared = attacher.submit(self._attach, queued, made)
+                        ahead.append(queued)
+                    if ahead and self._may_begin(ahead[0], syncs):
+                        self._begin(ahead.popleft(), syncs, syncer)
                         since = time.monotonic()
                         continue
                     self._wait(ahead, syncs, since)
-                    ended = [sync for sync in syncs if sync.future.done()]
-                    for sync in sorted(ended, key=lambda sync: sync.future.exception() is not None):
-                        syncs.remove(sync)
-                        if not self._end_sync(sync, keeper, beside):
-                            ahead.appendleft((sync.queued, sync.prepared))
+                    ended = [queued for queued in syncs if queued.sync.done()]
+                    for queued in sorted(ended, key=lambda queued: queued.sync.exception() is not None):
+                        syncs.remove(queued)
+                        if not self._end_sync(queued, beside):
+                            ahead.appendleft(queued)
                         since = time.monotonic()
                     self._end_checks()
                 self._end_checks(wait=True)
             finally:
                 self._context.stop.request()  # what goes on in the background is of no use any more
 
-    def _may_begin(self, queued: Queued, prepared: Prepared, syncs: Sequence[Sync]) -> bool:
+    def _may_begin(self, queued: Queued, syncs: Sequence[Queued]) -> bool:
         """Whether a volume's sync can begin now: its clone is there, or failed, and it may go beside what goes on."""
-        if not prepared.done():
-            return False
-        alone = any(each.goes_alone for each in (queued, *(sync.queued for sync in syncs)))
-        return len(syncs) < (1 if alone else self.MOST_SYNCS)
+        alone = any(each.goes_alone for each in (queued, *syncs))
+        return queued.prepared.done() and len(syncs) < (1 if alone else self.MOST_SYNCS)
 
-    def _wait(self, ahead: Sequence[tuple[Queued, Prepared]], syncs: Sequence[Sync], since: float) -> None:
+    def _wait(self, ahead: Sequence[Queued], syncs: Sequence[Queued], since: float) -> None:
         """Wait until a sync ends or the next clone is there, for a moment at most; say since when if that is all."""
-        awaited: list[concurrent.futures.Future[Any]] = [sync.future for sync in syncs]
-        awaited += [prepared for _, prepared in itertools.islice(ahead, 1) if not prepared.done()]
+        awaited: list[concurrent.futures.Future[Any]] = [queued.sync for queued in syncs]
+        awaited += [queued.prepared for queued in itertools.islice(ahead, 1) if not queued.prepared.done()]
         if syncs:
-            self._report.current = f"backing up {' and '.join(sync.queued.name for sync in syncs)}"
+            self._report.current = f"backing up {' and '.join(queued.name for queued in syncs)}"
         else:
-            queued = ahead[0][0]
+            queued = ahead[0]
             waiting = f"{queued.name}: waiting for its clone and the droplet, {human_time(time.monotonic() - since)}"
             self._report.progress(lambda: queued.turn.told() or waiting)
         concurrent.futures.wait(awaited, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED)
 
-    def _begin(
-        self,
-        queued: Queued,
-        prepared: Prepared,
-        syncs: list[Sync],
-        syncer: concurrent.futures.Executor,
-        keeper: DropletKeeper,
-    ) -> None:
+    def _begin(self, queued: Queued, syncs: list[Queued], syncer: concurrent.futures.Executor) -> None:
         """Begin the sync of a volume whose clone is there; if that failed, the volume failed or its turn is put off."""
         name = queued.name
         self._report.end_progress()
         try:
-            clone, taken_at = prepared.result()
+            clone, taken_at = queued.prepared.result()
         except (DosvobError, OSError) as problem:
             self._put_off(queued, problem)
             return
@@ -7024,9 +7007,10 @@ class Backup:
             begun = sum(result.outcome != "not begun" for result in self._results.values())
             queued.place = f"{begun} of {len(self._results)}"
         queued.had_company = bool(syncs)
-        for sync in syncs:
-            sync.queued.had_company = True
-        syncs.append(Sync(queued, prepared, syncer.submit(self._sync, queued, clone, taken_at, keeper)))
+        for other in syncs:
+            other.had_company = True
+        queued.sync = syncer.submit(self._sync, queued, clone, taken_at)
+        syncs.append(queued)
 
     def _put_off(self, queued: Queued, problem: DosvobError | OSError) -> None:
         """Put a volume's turn off until DigitalOcean takes its next snapshot; if that is not it, it failed."""
@@ -7064,7 +7048,7 @@ class Backup:
 
     # In the background
 
-    def _make_clone(self, queued: Queued, keeper: DropletKeeper) -> tuple[Volume, str]:
+    def _make_clone(self, queued: Queued) -> tuple[Volume, str]:
         """Make the volume's clone, when its turn and the account's quota allow it."""
         paths = ImagePaths(self._context.home.path, queued.name)
         paths.check_unread()  # before that costs anything
@@ -7073,13 +7057,13 @@ class Backup:
         size = queued.volume.size
 
         def make_room() -> bool:
-            has_room = self._let_one_go(keeper, patiently=True)
+            has_room = self._let_one_go(patiently=True)
             if not has_room:
                 self._refused = min(self._refused, size)
             return has_room
 
         self._context.stop.sleep(queued.turn.not_before - time.monotonic())
-        keeper.check()  # a clone would be of no use without a droplet
+        self._keeper.check()  # a clone would be of no use without a droplet
         if size >= self._refused:
             raise DosvobError(
                 f"DigitalOcean refused a clone of {human_size(self._refused)} before, as was told, so none of "
@@ -7089,11 +7073,11 @@ class Backup:
         self._needed.add(clone.id)
         return clone, taken_at
 
-    def _attach(self, queued: Queued, made: Prepared, keeper: DropletKeeper) -> tuple[Volume, str]:
+    def _attach(self, queued: Queued, made: Prepared) -> tuple[Volume, str]:
         """Attach a volume's clone, once it is made."""
         clone, taken_at = made.result()
         try:
-            self._ephemeral.attach(clone, keeper.get()[0], lambda: self._let_one_go(keeper))
+            self._ephemeral.attach(clone, self._keeper.get()[0], self._let_one_go)
         except DropletLost:
             queued.goes_alone = True  # its sync has another one made, when no other one needs this one
         except DosvobError:
@@ -7106,13 +7090,13 @@ class Backup:
         self._spent[clone.id] = clone
         self._needed.discard(clone.id)
 
-    def _let_one_go(self, keeper: DropletKeeper, *, patiently: bool = False) -> bool:
+    def _let_one_go(self, *, patiently: bool = False) -> bool:
         """Release a spent clone; returns whether there was one. If it is `patient` it waits for those in use."""
         while not self._spent:
             if not (patiently and self._needed):
                 return False
             self._context.stop.sleep(Stop.NAP)
-        droplet = keeper.get()[0]
+        droplet = self._keeper.get()[0]
         try:
             self._release(next(iter(self._spent.values())), droplet)
         except DropletLost as problem:
@@ -7121,16 +7105,16 @@ class Backup:
             if self._needed:  # which has another one made when its turn comes
                 self._context.stop.sleep(Stop.NAP)
             else:
-                keeper.replace(droplet, problem)
+                self._keeper.replace(droplet, problem)
         return True
 
-    def _save_hours(self, keeper: DropletKeeper) -> None:
+    def _save_hours(self) -> None:
         """Release each spent clone before it costs another hour."""
         while True:
             self._context.stop.sleep(1)
             for clone in filter(self._ephemeral.has_cost_an_hour, list(self._spent.values())):
                 with contextlib.suppress(DropletLost, NoDroplet):
-                    self._release(clone, keeper.get()[0])
+                    self._release(clone, self._keeper.get()[0])
 
     def _release(self, clone: Volume, droplet: Droplet) -> None:
         """Detach and delete a spent clone, unless somebody else does; raises DropletLost."""
@@ -7146,7 +7130,7 @@ class Backup:
 
     # In the two threads of the syncs
 
-    def _sync(self, queued: Queued, clone: Volume, taken_at: str, keeper: DropletKeeper) -> Result:
+    def _sync(self, queued: Queued, clone: Volume, taken_at: str) -> Result:
         """Make the clone's content the volume's image."""
         start, volume, name, report = time.monotonic(), queued.volume, queued.name, self._report
         report.detail(f"{name}: syncing its snapshot of {taken_at}")
@@ -7161,7 +7145,8 @@ class Backup:
             update = Update(paths, snapshot, self._context.config.keep, warn, meter, reread=self._reread)
             with contextlib.closing(update):
                 try:
-                    received = keeper.converse(clone, Pull(update), name, queued.place, lambda: queued.had_company)
+                    converse = self._keeper.converse
+                    received = converse(clone, Pull(update), name, queued.place, lambda: queued.had_company)
                     update.finish()
                 except OSError as problem:
                     if is_disk_full(problem):
@@ -7180,14 +7165,13 @@ class Backup:
 
     # In the foreground
 
-    def _end_sync(self, sync: Sync, keeper: DropletKeeper, beside: concurrent.futures.Executor) -> bool:
+    def _end_sync(self, queued: Queued, beside: concurrent.futures.Executor) -> bool:
         """Report what became of a sync, and have its clone checked; False if it is to be done again, alone.
 
         That is so if the disk was full or the droplet lost, of which another one beside it may be the reason.
         """
-        queued, clone = sync.queued, sync.prepared.result()[0]
         try:
-            result = sync.future.result()
+            result = queued.sync.result()
         except (DosvobError, OSError) as problem:
             if queued.had_company and (is_disk_full(problem) or isinstance(problem, DropletLost)):
                 why = "the disk is full" if is_disk_full(problem) else "the droplet was lost"
@@ -7201,18 +7185,17 @@ class Backup:
                 f"{result.name}: backed up {human_size(result.size)} in {human_time(result.seconds)}, "
                 f"{human_size(result.changed)} had changed, {human_size(result.fetched)} were fetched"
             )
-        self._look_at(queued, clone, keeper, beside)
+        self._look_at(queued, beside)
         return True
 
     # Whether it comes up
 
-    def _look_at(
-        self, queued: Queued, clone: Volume, keeper: DropletKeeper, beside: concurrent.futures.Executor
-    ) -> None:
-        """Have the droplet look whether a clone that was backed up comes up; take note of what it has found by now."""
+    def _look_at(self, queued: Queued, beside: concurrent.futures.Executor) -> None:
+        """Have the droplet look whether a clone that was backed up comes up, unless the user wants none of that."""
+        clone = queued.prepared.result()[0]
         is_ok, wants_check = self._results[queued.name].outcome == "ok", self._context.config.check != "none"
         if is_ok and wants_check:
-            future = beside.submit(keeper.look_at, clone)
+            future = beside.submit(self._keeper.look_at, clone)
             future.add_done_callback(lambda _: self._end_use(clone))
             self._checks[clone.id] = (queued, future)
         else:
