@@ -3836,39 +3836,28 @@ class Versions:
             groups[-1].append(version)
             if version.moment not in unwanted:
                 groups.append([])
-        met: list[OSError | Damaged] = []
-        for version in reversed(groups.pop()):  # first: that takes no space, and frees some
-            with self._going_on(met):
-                self._remove([version])
-        for group in groups:
-            with self._going_on(met):
-                self._join_all(group, tick)
-        if met:
-            raise met[-1]
+        removals = [functools.partial(self._remove, [version]) for version in reversed(groups.pop())]
+        met: OSError | Damaged | None = None
+        for step in (*removals, *(functools.partial(self._join, group, tick) for group in groups)):
+            try:  # removals first: they take no space, and free some
+                step()
+            except (OSError, Damaged) as problem:  # what one version meets is no reason to keep others for ever
+                if is_disk_full(problem):
+                    raise
+                met = problem
+        if met is not None:
+            raise met
 
-    @staticmethod
-    @contextlib.contextmanager
-    def _going_on(met: list[OSError | Damaged]) -> Iterator[None]:
-        """Note what one version meets: that is no reason to keep others for ever, but for a full disk."""
-        try:
-            yield
-        except (OSError, Damaged) as problem:
-            if is_disk_full(problem):
-                raise
-            met.append(problem)
-
-    def _join_all(self, versions: Sequence[Version], tick: Callable[[int], None]) -> None:
-        """Make one of versions, given the newest first, the oldest, MOST_JOINED at a time."""
+    def _join(self, versions: Sequence[Version], tick: Callable[[int], None]) -> None:
+        """Make the oldest of versions, given the newest first, lead back over all of them, MOST_JOINED at a time."""
         while len(versions) > 1:
             starts = range(0, len(versions), self.MOST_JOINED)
-            versions = [self._join(versions[first : first + self.MOST_JOINED], tick) for first in starts]
-
-    def _join(self, versions: Sequence[Version], tick: Callable[[int], None]) -> Version:
-        """Merge versions, given the newest first, into the oldest, and remove the others; returns what that is now."""
-        if len(versions) > 1:
-            self._merge(versions, tick)
-            self._remove(versions[:-1])
-        return Version.load(versions[-1].path)
+            parts = [versions[first : first + self.MOST_JOINED] for first in starts]
+            for part in parts:
+                if len(part) > 1:
+                    self._merge(part, tick)
+                    self._remove(part[:-1])
+            versions = [Version.load(part[-1].path) for part in parts]
 
     def _remove(self, versions: Sequence[Version]) -> None:
         """Remove versions, given the newest first, from the oldest on: the others still lead back to the same."""
