@@ -2539,11 +2539,8 @@ class Checker:
     @staticmethod
     def make_writable(node: str) -> None:
         """As blockdev --setrw: an agent has set it read-only."""
-        fd = os.open(node, os.O_RDONLY)
-        try:
-            fcntl.ioctl(fd, 0x125D, struct.pack("i", 0))  # BLKROSET
-        finally:
-            os.close(fd)
+        with open(node, "rb", buffering=0) as device:
+            fcntl.ioctl(device, 0x125D, struct.pack("i", 0))  # BLKROSET
 
     def probe(self, node: str) -> dict[str, str]:
         """What is there, in the words of blkid."""
@@ -2895,13 +2892,9 @@ class LoopDevices:
     @classmethod
     def _file(cls, name: str) -> tuple[int, int] | None:
         """Device and inode of what it is over, if we may ask for that: the path may be another one here."""
-        with contextlib.suppress(OSError):
-            fd = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                device, inode = cls.STATUS.unpack(fcntl.ioctl(fd, cls.GET_STATUS, bytes(cls.STATUS.size)))
-                return device, inode
-            finally:
-                os.close(fd)
+        with contextlib.suppress(OSError), open(f"/dev/{name}", "rb", buffering=0) as opened:
+            device, inode = cls.STATUS.unpack(fcntl.ioctl(opened, cls.GET_STATUS, bytes(cls.STATUS.size)))
+            return device, inode
         return None
 
     @classmethod
@@ -4758,13 +4751,9 @@ class Home:
         place = -1
         if self._work:
             line = f"{utc_now().isoformat()} {self._work}".encode(errors="replace")[: self.LINE - 1]
-            with contextlib.suppress(OSError):
-                end = os.open(self.metadata / "lock", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-                try:  # in one write, behind the lines of others
-                    os.write(end, line.ljust(self.LINE - 1) + b"\n")
-                    place = os.lseek(end, 0, os.SEEK_CUR) - self.LINE
-                finally:
-                    os.close(end)
+            with contextlib.suppress(OSError), open(self.metadata / "lock", "ab", buffering=0) as end:
+                end.write(line.ljust(self.LINE - 1) + b"\n")  # in one write, behind the lines of others
+                place = end.tell() - self.LINE
         try:
             yield
         finally:
