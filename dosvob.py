@@ -6180,22 +6180,6 @@ class Received:
         self._pieces.put(b"")
 
 
-class CheckerStream(AgentStream):
-    """A running `Checker`."""
-
-    def finding(self) -> Finding:
-        """What it found; raises ConnectionLost, BadAgent."""
-        answer, end = b"", time.monotonic() + CHECK_LIMIT + STALL_LIMIT
-        while not answer.endswith(b"\n"):
-            if len(answer) > Finding.MOST_ANSWER or time.monotonic() > end:
-                raise BadAgent("the droplet does not say what it found")
-            answer = (answer + self.receive()).lstrip()
-        try:
-            return Finding.parse(answer)
-        except ValueError as problem:
-            raise BadAgent(f"what the droplet says that it found makes no sense: {problem}") from None
-
-
 class ReadAheadSocket(socket.socket):
     """A socket that reads ahead: paramiko asks for 16 bytes, then for the rest of a packet, a system call for each."""
 
@@ -6278,15 +6262,22 @@ class Link:
             self._give_back(transport)
 
     def start_agent(self, program: bytes) -> AgentStream:
-        """An agent with this program; raises ConnectionLost."""
+        """An agent, or another program that talks as one does; raises ConnectionLost."""
         return AgentStream(self._take(RECONNECT_LIMIT), program, self._stop, self._give_back)
 
     def check(self, volume_name: str, *, with_fsck: bool) -> Finding:
         """What is on an attached volume, and whether it comes up; raises ConnectionLost, BadAgent."""
         program = droplet_source(f"Checker({self.device(volume_name)!r}, {with_fsck}, {CHECK_LIMIT}).run(1)")
-        transport = self._take(RECONNECT_LIMIT)
-        with contextlib.closing(CheckerStream(transport, program, self._stop, self._give_back)) as stream:
-            return stream.finding()
+        with contextlib.closing(self.start_agent(program)) as stream:
+            answer, end = b"", time.monotonic() + CHECK_LIMIT + STALL_LIMIT
+            while not answer.endswith(b"\n"):
+                if len(answer) > Finding.MOST_ANSWER or time.monotonic() > end:
+                    raise BadAgent("the droplet does not say what it found")
+                answer = (answer + stream.receive()).lstrip()
+        try:
+            return Finding.parse(answer)
+        except ValueError as problem:
+            raise BadAgent(f"what the droplet says that it found makes no sense: {problem}") from None
 
     def _connect_when_up(self, limit: float) -> paramiko.Transport:
         """Connect to a droplet that may still be starting; raises the last ConnectionLost after `limit` seconds.
