@@ -6642,30 +6642,25 @@ class DropletKeeper:
         self._context.report.warn(f"{problem}; making another one")
         self._ephemeral.remove_droplets()
 
-    def _make(self) -> Host:
+    def _make(self, *, is_second: bool = False) -> Host:
         """Create the droplet, and a second one if it is lost meanwhile, and wait until it lets us in."""
-        for is_second in itertools.count():
-            try:
-                droplet = self._ephemeral.create_droplet(self._plan, self._keys.public, self._keys.user_data())
-                link = self._links.enter_context(
-                    contextlib.closing(Link(droplet.address, self._keys, self._context.stop))
-                )
-                self._reach(link)
-                self._disarm(link, droplet)
-            except NoDroplet:
-                raise
-            except (DropletLost, ConnectionLost) as problem:
-                if is_second:
-                    raise NoDroplet(
-                        f"nothing can be done for want of a droplet, a second one too: {problem}"
-                    ) from problem
-                self._remove(problem)
-            except DosvobError as problem:
-                raise NoDroplet(f"nothing can be done for want of a droplet: {problem}") from problem
-            else:
-                self._context.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
-                return droplet, link
-        raise AssertionError("never ends")
+        try:
+            droplet = self._ephemeral.create_droplet(self._plan, self._keys.public, self._keys.user_data())
+            link = self._links.enter_context(contextlib.closing(Link(droplet.address, self._keys, self._context.stop)))
+            self._reach(link)
+            # again, in case something wrote a rule after bootcmd
+            self._repeated(droplet, ATTEMPTS, functools.partial(link.run, "; ".join(DISARM), RECONNECT_LIMIT))
+        except NoDroplet:
+            raise
+        except DosvobError as problem:
+            is_lost = isinstance(problem, (DropletLost, ConnectionLost))
+            if not is_lost or is_second:
+                too = ", a second one too" * is_lost
+                raise NoDroplet(f"nothing can be done for want of a droplet{too}: {problem}") from problem
+            self._remove(problem)
+            return self._make(is_second=True)
+        self._context.report.say(f"the droplet {droplet.name} is up at {droplet.address}")
+        return droplet, link
 
     def converse(
         self,
@@ -6719,25 +6714,22 @@ class DropletKeeper:
 
     def look_at(self, volume: Volume) -> Finding:
         """What is on a volume that is attached to the droplet, and whether it comes up."""
-        for is_last in (False, True):
-            try:
-                droplet, link = self.get()
-                return link.check(volume.name, with_fsck=self._context.config.check == "fsck")
-            except DosvobError as problem:
-                told = str(problem)
-                if is_last or not isinstance(problem, ConnectionLost) or self._ephemeral.is_gone(droplet):
-                    break
-        return Finding(words=told[:CHECKED_WORDS])
+        try:
+            droplet, link = self.get()
+            with_fsck = self._context.config.check == "fsck"
+            return self._repeated(droplet, 2, lambda: link.check(volume.name, with_fsck=with_fsck))
+        except DosvobError as problem:
+            return Finding(words=str(problem)[:CHECKED_WORDS])
 
-    def _disarm(self, link: Link, droplet: Droplet) -> None:
-        """Run DISARM again, in case something wrote a rule after bootcmd."""
-        for attempt in itertools.count(1):
+    def _repeated(self, droplet: Droplet, attempts: int, work: Callable[[], T]) -> T:
+        """What the work returns; it is repeated if its connection breaks, unless the droplet is gone."""
+        for _ in range(attempts - 1):
             try:
-                link.run("; ".join(DISARM), RECONNECT_LIMIT)
-                break
+                return work()
             except ConnectionLost:
-                if attempt == ATTEMPTS or self._ephemeral.is_gone(droplet):
+                if self._ephemeral.is_gone(droplet):
                     raise
+        return work()
 
     def close(self) -> None:
         """Wait for what goes on in the background, and close the connections."""
