@@ -5201,10 +5201,6 @@ class Update:
         """How many chunks the agent may be ahead; few in a first sync, so that it reads no chunk twice."""
         return HELD if self.is_first else WINDOW
 
-    def count_finished(self) -> int:
-        """How many chunks are finished, in whatever order."""
-        return self.frontier + len(self.early)
-
     def leave_as_is(self, index: int, digest: bytes) -> None:
         """Record that a chunk of the image, with its patch in the spool if there is one, is right."""
         if self.spool and (header := self.spool.header(index)):
@@ -5627,7 +5623,7 @@ class Pull(Conversation):
 
     def _flush(self) -> None:
         super()._flush()
-        self.steps = self._update.count_finished()
+        self.steps = self._update.frontier + len(self._update.early)
         self.position = self.steps if self.is_first else max(self._announced_to, self._update.frontier)
         self.outstanding = max(self.position - self.steps, 0)
         self.is_done = self._is_over = self._update.frontier == self.chunks
@@ -7478,16 +7474,12 @@ class Shown:
                 if self._is_current(view):
                     if chunk is not None:
                         steps.checked.add(index)
-                        self._keep(snapshot, index, chunk)
+                        self._cache[snapshot, index] = chunk
+                        if len(self._cache) > self.CACHED:
+                            del self._cache[next(iter(self._cache))]
                     return part
             self._look()
         raise Damaged(f"{self.paths.name} changes faster than it can be read")
-
-    def _keep(self, snapshot: Snapshot, index: int, chunk: bytes | dict[int, bytes]) -> None:
-        """Keep a chunk for a while."""
-        self._cache[snapshot, index] = chunk
-        if len(self._cache) > self.CACHED:
-            del self._cache[next(iter(self._cache))]
 
     def is_zeros(self, snapshot: Snapshot, index: int) -> bool:
         """Whether a chunk is recorded to be zeros."""
