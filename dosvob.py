@@ -696,16 +696,11 @@ class Keep:
     def wanted(self, moments: Sequence[datetime.datetime]) -> list[bool]:
         """Which snapshots to keep, given their times, the newest first; the first is the image's."""
         wanted = [number <= self.last for number in range(len(moments))]
-        rules: list[tuple[int, Callable[[datetime.datetime], tuple[int, ...]]]] = [
-            (self.daily, lambda moment: (moment.year, moment.month, moment.day)),
-            (self.weekly, lambda moment: moment.isocalendar()[:2]),
-            (self.monthly, lambda moment: (moment.year, moment.month)),
-        ]
-        for count, period in rules:
-            periods: list[tuple[int, ...]] = []
+        for count, period in ((self.daily, "%Y-%m-%d"), (self.weekly, "%G-%V"), (self.monthly, "%Y-%m")):
+            periods: list[str] = []
             for number, moment in enumerate(moments):
-                if len(periods) < count and period(moment) not in periods[-1:]:
-                    periods.append(period(moment))
+                if len(periods) < count and moment.strftime(period) not in periods[-1:]:
+                    periods.append(moment.strftime(period))
                     wanted[number] = True
         return wanted
 
