@@ -1161,7 +1161,6 @@ class Volume:
     name: str
     region: str
     size: int
-    droplet_ids: tuple[int, ...]
 
     @classmethod
     def parse(cls, item: Json) -> Volume:
@@ -1171,7 +1170,6 @@ class Volume:
             name=Api.required(item, "name", str),
             region=Api.required(Api.required(item, "region", dict), "slug", str),
             size=Api.required(item, "size_gigabytes", int) * GIB,
-            droplet_ids=tuple(item.get("droplet_ids") or ()),
         )
 
 
@@ -1675,7 +1673,7 @@ class Ephemeral:
                         continue
                     self._report.say(f"{problem}; removing {volume.name}, whose snapshot has all, to make room")
                 self.remove_droplets()
-                self._remove_volume(volume)
+                self._remove_now(self._resource(volume))
                 has_freed_quota = True
         finally:
             if self._asked.pop(name, None):
@@ -1720,14 +1718,11 @@ class Ephemeral:
         if self._attached.get(clone.id) == droplet.id:
             self._volume_event("detach", clone, droplet)
             del self._attached[clone.id]
-        self._remove_volume(clone)
+        self._remove_now(self._resource(clone))
 
     def has_cost_an_hour(self, clone: Volume) -> bool:
         """Whether the started hour of a clone, which is paid for, is nearly over."""
         return (running_time() - self._created[self._resource(clone)]) % 3600 > self.HOUR_ENDS
-
-    def _remove_volume(self, volume: Volume) -> None:
-        self._remove_now(self._resource(volume))
 
     @staticmethod
     def _resource(volume: Volume) -> Resource:
@@ -1844,7 +1839,7 @@ class Ephemeral:
     def _is_done(self, event: str, volume: Volume, droplet: Droplet) -> bool:
         """Whether the volume is as wished, as itself tells."""
         item = self._api.get_fresh(f"/v2/volumes/{volume.id}", "volume")
-        return item is not None and (droplet.id in Volume.parse(item).droplet_ids) == (event == "attach")
+        return item is not None and (droplet.id in (item.get("droplet_ids") or ())) == (event == "attach")
 
     def _await_action(self, path: str, droplet: Droplet) -> str | None:
         """What the status of an action of a droplet is when it has ended; None if that takes too long."""
