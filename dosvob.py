@@ -63,22 +63,17 @@ from __future__ import annotations
 
 import sys
 
-
-def refuse_to_start(what: str, mend: str) -> None:
-    """End with exit code 2 and one line: what is missing, and the command that mends it."""
+if sys.version_info < (3, 11):
     try:
-        sys.stderr.write("dosvob: " + what + ": " + mend + "\n")
+        sys.stderr.write(
+            "dosvob: it needs Python 3.11 or later, and %s is Python %d.%d: run it with a newer one, such as "
+            "python3.12 dosvob.py, or in its container: docker-compose up -d --build\n"
+            % (sys.executable, *sys.version_info[:2])
+        )
         sys.stderr.flush()
     except (AttributeError, OSError):  # it is closed, or nobody reads it
         sys.stderr = None  # else Python tries again at its exit, and makes the exit code 120
     sys.exit(2)
-
-
-if sys.version_info < (3, 11):
-    refuse_to_start(
-        "it needs Python 3.11 or later, and %s is Python %d.%d" % (sys.executable, *sys.version_info[:2]),
-        "run it with a newer one, such as python3.12 dosvob.py, or in its container: docker-compose up -d --build",
-    )
 
 import os
 import signal
