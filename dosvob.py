@@ -3630,14 +3630,10 @@ class PatchFile:
         index, position, pages, filled, digest = row
         return Entry(index, position, int.from_bytes(pages, "little"), int.from_bytes(filled, "little"), digest)
 
-    def row_of(self, index: int) -> int:
-        """The first row of a chunk that is not before this one."""
-        return bisect.bisect_left(range(self._count), index, key=lambda row: int.from_bytes(self.rows(row, 1)[:4]))
-
     def columns(self, first: int, end: int) -> dict[bytes, bytes]:
         """The packed rows of these chunks, by the chunk's packed number."""
-        start, size = self.row_of(first), self.ROW.size
-        rows = self.rows(start, self.row_of(end) - start)
+        start, stop = (bisect.bisect_left(self.chunks(), chunk) for chunk in (first, end))
+        rows, size = self.rows(start, stop - start), self.ROW.size
         return {rows[place : place + 4]: rows[place : place + size] for place in range(0, len(rows), size)}
 
     def chunks(self) -> array.array[int]:
