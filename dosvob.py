@@ -544,8 +544,7 @@ def command_line(*words: str) -> str:
 
 def near_path(path: str) -> str:
     """A path, made relative if it is below the current directory."""
-    here = os.getcwd()
-    return os.path.relpath(path) if Path(path).is_relative_to(here) else path
+    return os.path.relpath(path) if Path(path).is_relative_to(os.getcwd()) else path
 
 
 def fitted(text: str, columns: int) -> str:
@@ -3984,7 +3983,7 @@ class Undo:
         differing: Iterable[tuple[int, int, bytes]],
         tick: Callable[[int], None],
     ) -> Undo:
-        """Step 2 of a sync: the undo, durable. To be closed. If that fails, there is none.
+        """Step 2 of a sync: the undo, durable; its file is to be closed. If that fails, there is none.
 
         `differing` are the chunks that the two snapshots differ in: index, bitmap of the pages that the sync changes,
         and the digest that the chunk had.
@@ -4081,10 +4080,6 @@ class Undo:
         """Remove it."""
         self.paths.undo.unlink()
         sync_directory(self.paths.metadata)
-
-    def close(self) -> None:
-        """Close its file."""
-        self.file.close()
 
 
 def drop_journal(paths: ImagePaths) -> None:
@@ -5118,7 +5113,7 @@ class Update:
         self._state = self._fitting_state()
         self._found = (self._state.found if self._state else None) or Finding()
         self.is_first = not exists(paths.image)  # whether there is no image yet
-        self._makes_version = bool(Versions(paths).all()) or (
+        self._makes_version = bool(self._older) or (
             (any(dataclasses.astuple(keep)) or bool(self._found.came_up)) and self._state is not None
         )
         flags = os.O_RDWR | (os.O_CREAT if self.is_first else 0)
@@ -5139,6 +5134,7 @@ class Update:
         """The state, if it is this volume's; sets aside what is another volume's, and versions without an image."""
         paths, size = self._paths, self._snapshot.size
         state, versions = State.load(paths.state), Versions(paths).all()
+        self._older = versions  # none other comes or goes before the end of this sync
         is_other = state is not None and state.snapshot.volume_id != self._snapshot.volume_id
         if state is not None and not is_other and state.snapshot.size > size:
             raise DosvobError(
@@ -5153,7 +5149,7 @@ class Update:
                 f"the image {paths.image} is gone, and its older versions, which are of no use without it,"
             )  # fmt: skip
             self._warn(f"{what} was set aside as {aside.image}: delete it when you no longer need it")
-            has_image = False
+            has_image, self._older = False, []
         if not has_image:
             paths.state.unlink(missing_ok=True)
             paths.spool.unlink(missing_ok=True)
@@ -5168,6 +5164,7 @@ class Update:
             stamp = newer.moment(utc_now()).strftime(Version.TIME)
             moved = paths.versions.with_name(f"{paths.versions.name}.of-{stamp}-{secrets.token_hex(2)}")
             paths.versions.rename(moved)
+            self._older = []
             self._warn(f"the versions of {paths.name} do not lead back from its image; they were moved to {moved}")
         return state
 
@@ -5231,7 +5228,7 @@ class Update:
         paths.check_unread()  # a sync may take hours
         differing = self._differing(self.spool)
         undo = Undo.write(paths, self._image, self._head_of_undo(digests), differing, self._tick)
-        with contextlib.closing(undo):
+        with undo.file:
             if self.spool.space_needed() > self._image.free_space():  # fallocate(2) would touch the image's time
                 undo.drop()
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths.image))
@@ -5264,8 +5261,7 @@ class Update:
 
         Without a state the image's snapshot is the one that the newest version leads back from.
         """
-        newer, state, image = self._snapshot, self._state, identity_of(self._image.fd)
-        older = Versions(self._paths).all()
+        newer, state, older, image = self._snapshot, self._state, self._older, identity_of(self._image.fd)
         snapshot = state.snapshot if state else older[0].newer if older else None
         if snapshot is None:  # known is only that it is later than the newest version, if there is one
             taken_at = older[0].moment.isoformat() if older else ""
