@@ -4202,8 +4202,9 @@ class Chain:
 
     If an undo must be put back, it lays that over what it reads, and changes no file. `versions` are the newest first;
     `problem` is what is wrong with the state: versions can be restored without one; `no_versions` why these cannot even
-    be listed. `moment` is when the image's snapshot was taken, None if unknown; `size` is that of the snapshot in
-    bytes, `length` what there is of it. Raises FileNotFoundError without an image.
+    be listed. `moments`, `snapshots` and `sizes` (bytes) are the image's and the versions', by how many steps back each
+    is; an unknown time or snapshot is None. `size` is the image's, `length` what there is of it. Raises
+    FileNotFoundError without an image.
     """
 
     READ_BACK = 8192  # pages that a restore writes before it reads them from the disk, or chunks
@@ -4245,7 +4246,10 @@ class Chain:
             if self.state is None and newer is not None:
                 self.size = max(self.size, newer.size)  # the image may have been cut
             self.length = length if self._snapshot else self.size
-            self.moment = Versions.moment_of_image(self.state, self.versions)
+            moment = Versions.moment_of_image(self.state, self.versions)
+            self.moments = [moment, *(version.moment for version in self.versions)]
+            self.snapshots = [self.state and self.state.snapshot, *(version.snapshot for version in self.versions)]
+            self.sizes = [snapshot.size if snapshot else self.size for snapshot in self.snapshots]
             self._files = files.pop_all()
 
     def depth_at(self, moment: datetime.datetime | None) -> int:
@@ -4255,11 +4259,11 @@ class Chain:
         """
         if moment is None:
             return 0
-        if self.no_versions and (self.moment is None or self.moment > moment):
+        moments = [candidate for candidate in self.moments if candidate is not None]
+        if self.no_versions and (not moments or moments[0] > moment):
             raise Damaged(f"{self.paths.name}: {self.no_versions}")
-        if self.moment is None:
+        if self.moments[0] is None:
             raise UsageError(f"no snapshot is recorded for {self.paths.image}, so there is no version by time")
-        moments = [self.moment, *(version.moment for version in self.versions)]
         for depth, candidate in enumerate(moments):
             if candidate <= moment:
                 return depth
@@ -4270,12 +4274,11 @@ class Chain:
 
     def doubt(self, depth: int) -> str:
         """What to say of a snapshot that did not come up, and which one did; nothing of others."""
-        moments = [self.moment, *(version.moment for version in self.versions)]
         found = [self.state.found if self.state else None, *(version.found for version in self.versions)]
         this = found[depth]
         if this is None or this.came_up is not False:
             return ""
-        good = [moment for moment, each in zip(moments, found, strict=True) if moment and each and each.came_up]
+        good = [moment for moment, each in zip(self.moments, found, strict=True) if moment and each and each.came_up]
         none = self.no_versions or "none that is kept does"
         the_last = f"the last one that does is of {local_time(good[0])}" if good else none
         return f"it does not come up: {this.words}; {the_last}"
@@ -4341,14 +4344,13 @@ class Chain:
 
         What decayed of a version's file and can be done without is in `flawed`, by how many steps back it is.
         """
-        damaged = [Ranges() for _ in range(1 + len(self.versions))]
-        sizes = [self.size, *(version.snapshot.size if version.snapshot else self.size for version in self.versions)]
+        damaged = [Ranges() for _ in self.sizes]
         with self._steps(len(self.versions)) as steps:
             is_doubtful = any(step.doubtful for step in steps)
             for spot in self._walk(steps):
                 if is_doubtful or spot.patches or not spot.is_zeros:
                     for depth in self._wrong(spot, steps, self._doubtful(spot, steps) if is_doubtful else ()):
-                        if spot.chunk * CHUNK < sizes[depth]:
+                        if spot.chunk * CHUNK < self.sizes[depth]:
                             damaged[depth].add(spot.chunk)
                 tick(CHUNK)
         return damaged
@@ -4424,8 +4426,7 @@ class Chain:
         it is `target.partial`, which a failure removes. Raises DosvobError if one of the three exists already, or there
         is not enough free space, OSError.
         """
-        snapshot = self.versions[depth - 1].snapshot if depth else None
-        size = snapshot.size if snapshot else self.size
+        size = self.sizes[depth]
         partial, damaged_target = (target.with_name(f"{target.name}.{what}") for what in ("partial", "damaged"))
         for path in (target, partial, damaged_target):
             if exists(path, follow_symlinks=False):
@@ -4605,12 +4606,10 @@ class Source:
         """
         with contextlib.closing(Chain(paths)) as chain:
             depth = chain.depth_at(moment)
-            snapshot = chain.versions[depth - 1].snapshot if depth else chain.state.snapshot if chain.state else None
-            taken = chain.versions[depth - 1].moment if depth else chain.moment
+            snapshot, taken, size = chain.snapshots[depth], chain.moments[depth], chain.sizes[depth]
             name = f"{paths.name} of {local_time(taken)}" if taken else paths.name
             at = ["--at", local_time(taken)] if taken else []
             rest = f"to restore the rest of it to a file: {command_line('restore', paths.name, 'FILE', *at)}"
-            size = snapshot.size if snapshot else chain.size
             for version in chain.versions[:depth]:
                 if not version.is_whole:
                     raise Damaged(f"{version.path} is damaged; {rest}")
@@ -8832,7 +8831,7 @@ class Commands:
     def _tell_doubts(self, paths: ImagePaths) -> None:
         """Warn of the snapshots that did not come up."""
         with contextlib.suppress(OSError, DosvobError), contextlib.closing(Chain(paths)) as chain:
-            for depth, moment in enumerate([chain.moment, *(version.moment for version in chain.versions)]):
+            for depth, moment in enumerate(chain.moments):
                 if moment is not None and (doubt := chain.doubt(depth)):
                     self._report.warn(f"{paths.name} of {local_time(moment)}: {doubt}")
 
@@ -8924,10 +8923,8 @@ class Commands:
             try:
                 with contextlib.closing(Chain(ImagePaths(home.path, name))) as chain:
                     depth = chain.depth_at(self._wanted_time())
-                    version = chain.versions[depth - 1].moment if depth else chain.moment
-                    told = (
-                        f"{name} of {local_time(version)}" if version else f"{name}, of which no digests are recorded,"
-                    )
+                    taken = chain.moments[depth]
+                    told = f"{name} of {local_time(taken)}" if taken else f"{name}, of which no digests are recorded,"
                     meter = Meter(report, self._stop, f"{name}: restored", chain.size)
                     is_recorded = chain.state is not None
                     if doubt := chain.doubt(depth):
