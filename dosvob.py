@@ -3244,8 +3244,7 @@ class SparseFile:
 
     def free_space(self) -> int:
         """The bytes that are free where it is, without root's reserve: even root cannot write all of that."""
-        status = os.fstatvfs(self.fd)
-        return status.f_bavail * status.f_frsize
+        return shutil.disk_usage(self.fd).free
 
     def forget_cached(self, offset: int = 0, length: int = 0) -> None:
         """Have the next reads of it, or of a part of it, come from the disk.
@@ -4503,10 +4502,10 @@ class Chain:
                 return True
         os.ftruncate(file.fd, 0)  # it may have got a part before it failed
         free = file.free_space()
-        older = sum(version.occupied for version in self.versions[:depth])
-        needed = min(os.fstat(self.image.fd).st_blocks * 512 + older, size)
+        held, older = os.fstat(self.image.fd).st_blocks * 512, sum(each.occupied for each in self.versions[:depth])
+        needed = min(held + older, size)
         if needed > free:
-            needed = min(os.fstat(self.image.fd).st_blocks * 512 + self._patched(depth), size)
+            needed = min(held + self._patched(depth), size)
         if needed > free:
             raise DosvobError(
                 f"{file.path} may take up to {human_size(needed)}, and {human_size(free)} are free there: make room"
@@ -6504,8 +6503,7 @@ class Context:
             needed = [max(size - held, 0) for size, held in zip(sizes, begun, strict=True)]
             Trial(place, sizes, needed, self.report.say).run()
             if dry_run:
-                status = os.statvfs(place)
-                free = human_size(status.f_bavail * status.f_frsize)
+                free = human_size(shutil.disk_usage(place).free)
                 count = f"{len(sizes)} volume{'s' * (len(sizes) > 1)}"
                 first = f"; first backups take up to {human_size(sum(needed))}, for {count}" * bool(sizes)
                 self.report.say(f"{free} are free in {place}{first}")
