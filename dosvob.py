@@ -6755,9 +6755,9 @@ class SnapshotTurn:
         return f"{self._name}: {human_time(left)} until DigitalOcean takes its next snapshot" if left > 0 else ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
-    """What became of one volume; sizes in bytes, `outcome` "ok" if it is backed up, `found` what is on it.
+    """What became of one volume by now; sizes in bytes, `outcome` "ok" if it is backed up, `found` what is on it.
 
     `is_thinned`: whether its versions could be thinned before; if not, that was told.
     """
@@ -6933,7 +6933,7 @@ class Backup:
         except (DosvobError, OSError) as problem:
             self._put_off(queued, problem)
             return
-        self._results[name] = dataclasses.replace(self._results[name], outcome="begun")
+        self._results[name].outcome = "begun"
         if len(self._results) > 1 and not queued.place:
             begun = sum(result.outcome != "not begun" for result in self._results.values())
             queued.place = f"{begun} of {len(self._results)}"
@@ -6975,7 +6975,7 @@ class Backup:
                     told += f'; its {held}, and "keep" in conf.json says how many there are' * bool(versions)
             self._report.error(f"{queued.name}: {told}")
         for each in failed:
-            self._results[each.name] = dataclasses.replace(self._results[each.name], outcome="FAILED")
+            self._results[each.name].outcome = "FAILED"
 
     # In the background
 
@@ -7162,7 +7162,7 @@ class Backup:
         except (DosvobError, OSError) as problem:
             report.warn(f"{name}: what was found on it is not recorded: {explained(problem, paths.state)}")
         if found is not None:
-            self._results[name] = dataclasses.replace(self._results[name], found=str(found))
+            self._results[name].found = str(found)
             report.detail(f"{name}: {found}, by Linux {found.kernel or 'of an unknown release'}")
             untried = "whether it comes up is not known: " * (found.came_up is None)
             if found.came_up is False:
@@ -8370,7 +8370,7 @@ class Run:
         for name, result in self._results.items():
             tell_thinning(context, ImagePaths(home.path, name))
             if not self._is_writable(name):
-                self._results[name] = dataclasses.replace(result, outcome="FAILED")
+                result.outcome = "FAILED"
         fit = [volume for volume in fit if self._results[context.name(volume)].outcome == "not begun"]
         cost = 0.0
         try:
@@ -8453,7 +8453,7 @@ class Run:
                 if name not in results:
                     tell_thinning(context, paths)
                 if not thin(context, paths, self._dropped) and name in results:
-                    results[name] = dataclasses.replace(results[name], is_thinned=False)
+                    results[name].is_thinned = False
 
     def _plan_droplets(self, volumes: Iterable[Volume]) -> dict[str, DropletPlan]:
         """What droplets to create, by region; with several regions, one that cannot have one fails alone."""
@@ -8477,10 +8477,9 @@ class Run:
                 return Backup(context, plans[region], volumes, results, self._dropped, reread=self._reread).run()
         except (DosvobError, OSError) as problem:
             context.report.error(f"{region}: {explained(problem, context.home.path)}")
-        for volume in volumes:
-            name = context.name(volume)
-            if results[name].outcome != "ok":
-                results[name] = dataclasses.replace(results[name], outcome="FAILED")
+        for result in (results[context.name(volume)] for volume in volumes):
+            if result.outcome != "ok":
+                result.outcome = "FAILED"
         return 0.0
 
     def _tell_interrupted(self) -> None:
