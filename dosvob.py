@@ -302,10 +302,10 @@ def parse_time(text: str) -> datetime.datetime | None:
         return None
 
 
-def age(moment: str, now: datetime.datetime | None = None) -> float:
-    """Seconds from an RFC 3339 time to `now`, which is by default that of this machine; infinite if it is none."""
+def age(moment: str, now: datetime.datetime) -> float:
+    """Seconds from an RFC 3339 time to `now`; infinite if it is none."""
     parsed = parse_time(moment)
-    return float("inf") if parsed is None else ((now or utc_now()) - parsed).total_seconds()
+    return float("inf") if parsed is None else (now - parsed).total_seconds()
 
 
 def human_size(size: float) -> str:
@@ -319,7 +319,7 @@ def human_size(size: float) -> str:
 
 def human_time(seconds: float) -> str:
     """Seconds as 12 s, 3:05 min, 2:03 h or 5 days."""
-    whole = int(seconds)
+    whole = max(int(seconds), 0)  # clocks may differ
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
@@ -3119,7 +3119,7 @@ class ImagePaths:
         `moment` is when the image's snapshot was taken, by the state or else the versions: so after a crash the next
         call completes it under the same name. The image goes first, for without it the others are set aside too.
         """
-        stamp = f"{self.image.name}.set-aside-{moment.strftime('%Y%m%dT%H%M%SZ')}"
+        stamp = f"{self.image.name}.set-aside-{moment.strftime(Version.TIME)}"
         for number in itertools.count():
             aside = ImagePaths(self.directory, f"{stamp}{f'-{number}' * bool(number)}")
             moves = [(self.image, aside.image), (self.versions, aside.versions), (self.state, aside.state)]
@@ -8229,7 +8229,7 @@ def sweep(
             report.say(f"{'would remove' if dry_run else 'left over from an earlier run:'} {resource}")
             continue
         seconds = age(resource.created_at, context.api.now())
-        how_old = "of unknown age" if seconds == float("inf") else f"{human_time(max(seconds, 0))} old"
+        how_old = "of unknown age" if seconds == float("inf") else f"{human_time(seconds)} old"
         tell = report.say if seconds < 24 * 3600 or not resource.hourly else report.warn  # no run takes so long
         tell(
             f"not touched, because it belongs to another backups directory (its id is {resource.home}): {resource}, "
@@ -8571,7 +8571,7 @@ class Listing:
             note = "damaged" if version["damaged"] else "the image" * version["image"]
             if version["time"] == last_good and not version["image"]:
                 note = ", ".join(filter(None, (note, "kept as the last that came up")))
-            how_old = human_time(max(age(version["time"]), 0))
+            how_old = human_time((utc_now() - moment).total_seconds())
             rows.append((f"  {local_time(moment)}", how_old, *figures, version["found"] or "-", note))
         return "\n".join([*lines, table(rows, (0, 4, 5))] if volume["versions"] else lines)
 
@@ -8747,7 +8747,7 @@ class Commands:
             raise DosvobError(f"{paths.image} is missing: the next backup fetches all of it")
         if state.identity is None:
             raise DosvobError(f"{paths.image} may not be what was backed up: the next backup compares and mends it")
-        seconds = max((utc_now() - state.moment).total_seconds(), 0)
+        seconds = (utc_now() - state.moment).total_seconds()
         told = f"its last complete backup is {human_time(seconds)} old"
         if seconds > max_age * 3600:
             unwanted = f"; if it is not to be backed up any more, move it and {paths.state} elsewhere"
@@ -8762,7 +8762,7 @@ class Commands:
         snapshots: list[State | Version] = [state, *versions]
         good = next((each.moment for each in snapshots if each.found and each.found.came_up), None)
         if good:
-            told += f", the last one that came up {human_time(max((utc_now() - good).total_seconds(), 0))}"
+            told += f", the last one that came up {human_time((utc_now() - good).total_seconds())}"
         if state.found and state.found.came_up is False:
             raise DosvobError(f"{told}; it does not come up: {state.found.words}")
         return told + (f"; versions back to {local_time(versions[-1].moment)}" if versions else "")
