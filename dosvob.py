@@ -196,9 +196,9 @@ class Package:
             raise UsageError(f"{what} {version} is too old, {needed} or later is needed: {mend}")
 
 
-PACKAGES = {name: Package(name, *least) for name, *least in (("requests", 2, 32), ("paramiko", 5, 0))}
+PACKAGES = Package("requests", 2, 32), Package("paramiko", 5, 0)
 if not TYPE_CHECKING:
-    requests, paramiko = PACKAGES["requests"], PACKAGES["paramiko"]
+    requests, paramiko = PACKAGES
 
 
 class Interrupted(BaseException):
@@ -7767,9 +7767,9 @@ class FileSystem:
         self._numbers: dict[object, int] = {"": 1}
         self._told: set[str] = set()
 
-    def _number(self, key: object, make: Callable[[], str | tuple[str, str] | ShownFile]) -> int:
+    def _number(self, key: object, node: str | tuple[str, str] | ShownFile) -> int:
         if key not in self._numbers:
-            self.nodes.append(make())
+            self.nodes.append(node)
             self._numbers[key] = len(self.nodes) - 1
         return self._numbers[key]
 
@@ -7803,14 +7803,14 @@ class FileSystem:
         if path not in names:
             below = f"{path}/" if path else ""
             found = sorted({name.removeprefix(below).partition("/")[0] for name in names if name.startswith(below)})
-            return {name: self._number(below + name, functools.partial(str, below + name)) for name in found}
+            return {name: self._number(below + name, below + name) for name in found}
         versions, children = self.versions(path), {}
         for name, snapshot in versions.items():
-            make = functools.partial(ShownFile, self._shown[path], snapshot, self._scratch)
-            children[name] = self._number((path, snapshot), make)
+            file = ShownFile(self._shown[path], snapshot, self._scratch)
+            children[name] = self._number((path, snapshot), file)
         if versions:
             link = (path, next(iter(versions)))
-            children[self.LATEST] = self._number(link, lambda: link)
+            children[self.LATEST] = self._number(link, link)
         return children
 
     def file(self, number: int) -> ShownFile:
@@ -8593,7 +8593,7 @@ class Commands:
     def _context(self) -> Context:
         """The context for a command that needs the account; raises UsageError."""
         report, stop = self._report, self._stop
-        for package in PACKAGES.values():
+        for package in PACKAGES:
             package.check()
         config = Config.load(self._arguments.config, os.environ, report.warn)
         report.secret = config.token
@@ -9025,6 +9025,7 @@ DEFAULTS: Json = {
     "backups": Path("backups"),
     "max_age": 24.0,
     **dict.fromkeys(("at", "to_volume", "region", "size", "from", "scratch")),
+    **dict.fromkeys(("dry_run", "reread", "all", "json", "from_scratch", "read_only", "verbose", "quiet"), False),
 }
 
 
@@ -9080,8 +9081,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if command == "restore" and "to_volume" not in given:
         for option in TO_VOLUME & given.keys():
             parser.error(f"restore uses --{option.replace('_', '-')} with --to-volume alone")
-    flags = dict.fromkeys(("dry_run", "reread", "all", "json", "from_scratch", "read_only", "verbose", "quiet"), False)
-    return argparse.Namespace(**{**flags, **DEFAULTS, **given, "command": command})
+    return argparse.Namespace(**{**DEFAULTS, **given, "command": command})
 
 
 class Signals:
