@@ -3040,7 +3040,9 @@ class State:
             if not is_unreadable(problem):
                 raise
             raise Unread(cls.DAMAGED.format(path)) from problem
-        return state if is_sound else cls.unpack(b"", path)
+        if not is_sound:
+            raise Damaged(cls.DAMAGED.format(path))
+        return state
 
     def write(self, path: Path) -> None:
         """Write the block before the digests that are in a file, and make the whole file durable."""
@@ -5058,7 +5060,7 @@ class ImageDigests:
         if chunk is None or (recorded and digest != recorded):
             self.suspects.add(index)
         patch = self._spool.patch(index) if self._spool is not None else None
-        if patch is not None and chunk is not None and chunk_digest(page_digests(patch.over(chunk))) == patch.digest:
+        if patch is not None and chunk is not None and digest_of(patch.over(chunk)) == patch.digest:
             return patch.digest
         return digest
 
@@ -5285,7 +5287,7 @@ class Update:
             for index in spool.chunks():
                 chunk, header = self._image.chunk(index), spool.header(index)
                 # what cannot be read gets a digest that nothing has
-                digest = bytes(DIGEST_SIZE) if chunk is None else chunk_digest(page_digests(chunk))
+                digest = bytes(DIGEST_SIZE) if chunk is None else digest_of(chunk)
                 yield index, header.pages if header else 0, digest
             return
         with self._paths.state.open("rb") as old, self._paths.new_state.open("rb") as new:
