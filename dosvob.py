@@ -2110,6 +2110,18 @@ class Packer:
         return data
 
 
+def tried(limit: float, work: Callable[[], T], *passing: int) -> T:
+    """What the work returns; for `limit` seconds it is done again while it raises an OSError of these numbers."""
+    end = time.monotonic() + limit
+    while True:
+        try:
+            return work()
+        except OSError as problem:
+            if problem.errno not in passing or time.monotonic() > end:
+                raise
+        time.sleep(0.1)
+
+
 def done_ahead(work: Callable[[S], T], items: Iterable[S], threads: int, most: int) -> Iterator[T]:
     """The results of `work` in the order of the items; so many threads do it, up to `most` items ahead."""
     pool = concurrent.futures.ThreadPoolExecutor(threads)
@@ -2263,12 +2275,10 @@ class Agent:
 
     def open_device(self) -> None:
         """Wait for the device, protect it from writes that are not ours, and say hello."""
-        end = time.monotonic() + DEVICE_LIMIT
-        while not os.path.exists(self.device):
-            if time.monotonic() > end:
-                raise OSError(f"{self.device} did not appear within {DEVICE_LIMIT:.0f} s")
-            time.sleep(0.1)
-        fd = os.open(self.device, os.O_RDONLY)
+        try:
+            fd = tried(DEVICE_LIMIT, lambda: os.open(self.device, os.O_RDONLY), errno.ENOENT)
+        except FileNotFoundError:
+            raise OSError(f"{self.device} did not appear within {DEVICE_LIMIT:.0f} s") from None
         if stat.S_ISBLK(os.fstat(fd).st_mode):
             fcntl.ioctl(fd, 0x125D, struct.pack("i", not self.writes))  # BLKROSET: as blockdev --setro, or --setrw
             self.refuse_if_in_use()
@@ -2283,30 +2293,20 @@ class Agent:
 
     def wait_for_the_one_before(self) -> None:
         """Wait for the end of another writing agent; one that outlasts ENDING_LIMIT hangs, and writes no more."""
-        end = time.monotonic() + ENDING_LIMIT
-        while time.monotonic() < end:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.1)
+        with contextlib.suppress(BlockingIOError):
+            tried(ENDING_LIMIT, lambda: fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB), errno.EAGAIN)
 
     def refuse_if_in_use(self) -> None:
         """Raise OSError if the device, or a part of it, is mounted or otherwise claimed: it would change meanwhile.
 
         A mount holds it exclusively, even while it replays its journal and is not listed yet: open(2), O_EXCL.
         """
-        end = time.monotonic() + EXCLUSIVE_LIMIT
-        while True:
-            try:
-                os.close(os.open(self.device, os.O_RDONLY | os.O_EXCL))
-            except OSError as problem:
-                if problem.errno != errno.EBUSY:
-                    raise
-                if time.monotonic() > end:
-                    raise OSError(f"{self.device} is in use on the droplet: mounted, or part of something") from None
-            else:
-                return
-            time.sleep(0.1)
+        try:
+            os.close(tried(EXCLUSIVE_LIMIT, lambda: os.open(self.device, os.O_RDONLY | os.O_EXCL), errno.EBUSY))
+        except OSError as problem:
+            if problem.errno != errno.EBUSY:
+                raise
+            raise OSError(f"{self.device} is in use on the droplet: mounted, or part of something") from None
 
     def take_commands(self) -> None:
         """Take commands until the input ends; the process ends with that."""
@@ -2568,18 +2568,14 @@ class Checker:
     def looked_into(self, node: str, kind: str) -> dict[str, Any]:
         """Mount a file system, read its top directory, unmount it; the bytes `used`, and its `size`."""
         place, flags = self.PLACE + "/tried", 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
-        end = time.monotonic() + EXCLUSIVE_LIMIT
-        while True:
+
+        def mount() -> None:
             if kind == "btrfs":  # the kernel may know a namesake, such as the volume's last clone
                 with contextlib.suppress(OSError), open("/dev/btrfs-control", "r+b", buffering=0) as control:
                     fcntl.ioctl(control, 0x50009405, bytearray(4096))  # BTRFS_IOC_FORGET_DEV
-            try:
-                self.mount(node, place, kind, flags | (kind in self.READ_ONLY), "nouuid" if kind == "xfs" else "")
-                break
-            except OSError as problem:
-                if problem.errno not in self.TAKEN or time.monotonic() > end:
-                    raise
-            time.sleep(0.1)
+            self.mount(node, place, kind, flags | (kind in self.READ_ONLY), "nouuid" if kind == "xfs" else "")
+
+        tried(EXCLUSIVE_LIMIT, mount, *self.TAKEN)
         try:
             with os.scandir(place) as entries:
                 for entry in itertools.islice(entries, CHECKED_ENTRIES):
