@@ -4067,9 +4067,8 @@ class Undo:
                 sync_directory(self.paths.metadata)
             self.paths.undo.rename(self.paths.versions / self.file.head["time"])
             sync_directory(self.paths.versions)
-            sync_directory(self.paths.metadata)
         else:
-            self.drop()
+            self.paths.undo.unlink()
         self.paths.spool.unlink(missing_ok=True)
         sync_directory(self.paths.metadata)
 
