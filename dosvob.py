@@ -1020,7 +1020,7 @@ class Api:
         return self._repeated("POST", path, body=body)
 
     def _repeated(self, method: str, path: str, body: Json | None = None, params: Json | None = None) -> Json:
-        start, intervals = time.monotonic(), self.backoff()
+        wait = self.repetition()
         takes_snapshot = method == "POST" and path.endswith("/snapshots")
         while True:
             try:
@@ -1029,23 +1029,24 @@ class Api:
                 is_limited = problem.status == 429 and (problem.is_accounts or not takes_snapshot)
                 if not is_limited and not (problem.may_exist and method != "POST"):
                     raise
-                self.pause(problem, next(intervals), start)
+                wait(problem)
 
-    def backoff(self) -> Iterator[float]:
-        """The seconds between repetitions of a call."""
-        return pauses(self.FIRST_BACKOFF, self.MAX_BACKOFF, 2)
+    def repetition(self) -> Callable[[ApiError], None]:
+        """What to call before each repetition of a call: says so and waits, or raises when the patience would end."""
+        start, intervals = time.monotonic(), pauses(self.FIRST_BACKOFF, self.MAX_BACKOFF, 2)
 
-    def pause(self, problem: ApiError, pause: float, start: float) -> None:
-        """Say so and wait before a repetition; raise the problem instead if the patience since `start` would end."""
-        limit, what = start + self._patience, str(problem)
-        if problem.status == 429:  # the limit is the account's, so all calls share the patience
-            limit = min(start, self.limited_since or start) + self.RATE_LIMIT_PATIENCE
-            pause = self.RATE_LIMIT_WAIT if problem.wait is None else problem.wait
-            what = "DigitalOcean's rate limit is reached"
-        if time.monotonic() + pause > limit:
-            raise problem
-        self._report.say(f"{what}; trying again in {pause:.0f} s")
-        self.stop.sleep(pause)
+        def wait(problem: ApiError) -> None:
+            pause, limit, what = next(intervals), start + self._patience, str(problem)
+            if problem.status == 429:  # the limit is the account's, so all calls share the patience
+                limit = min(start, self.limited_since or start) + self.RATE_LIMIT_PATIENCE
+                pause = self.RATE_LIMIT_WAIT if problem.wait is None else problem.wait
+                what = "DigitalOcean's rate limit is reached"
+            if time.monotonic() + pause > limit:
+                raise problem
+            self._report.say(f"{what}; trying again in {pause:.0f} s")
+            self.stop.sleep(pause)
+
+        return wait
 
     def _once(self, method: str, path: str, body: Json | None, params: Json | None) -> Json:
         call, url = f"{method} {path}", self._config.api_url
@@ -1654,7 +1655,7 @@ class Ephemeral:
         body = {"name": name, "region": volume.region, "size_gigabytes": volume.size // GIB}
         body["description"] = description  # tells it from somebody else's if the answer is lost
         patient = self._api.with_stop(self._api.stop, self.NEW_PATIENCE)
-        start, intervals, has_freed_quota = time.monotonic(), self._api.backoff(), False
+        wait, has_freed_quota = patient.repetition(), False
         try:
             while True:
                 try:
@@ -1663,7 +1664,7 @@ class Ephemeral:
                     if problem.status not in (403, 422):
                         raise
                     if has_freed_quota:
-                        patient.pause(problem, next(intervals), start)
+                        wait(problem)
                         continue
                     self._report.say(f"{problem}; removing {volume.name}, whose snapshot has all, to make room")
                 self.remove_droplets()
@@ -1732,7 +1733,7 @@ class Ephemeral:
         that it does exist, and means to look again.
         """
         where, name, api = KINDS[kind], body["name"], api or self._api
-        start, intervals, is_doubtful = time.monotonic(), api.backoff(), name in self._asked
+        wait, wait_after_refusal, is_doubtful = api.repetition(), self._api.repetition(), name in self._asked
 
         def find() -> Json | None:
             known = {key: body[key] for key in ("name", "description") if key in body}
@@ -1759,7 +1760,7 @@ class Ephemeral:
                 if item is None and not (problem.may_exist or problem.status in (403, 409, 422)):
                     raise
                 if item is None:  # a refusal is not waited for as long as what will stay may be
-                    (api if problem.may_exist else self._api).pause(problem, next(intervals), start)
+                    (wait if problem.may_exist else wait_after_refusal)(problem)
             finally:
                 self._last_post = time.monotonic()
         resource = Resource.parse(kind, item)
