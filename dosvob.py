@@ -648,9 +648,9 @@ def ping(url: str | None, event: str, report: Reporter, problem: str = "") -> No
         report.warn(f"the ping to {parts.hostname} failed: {failure}; the backup is not affected")
 
 
-def counted_versions(moments: Collection[datetime.datetime]) -> str:
-    """The number of these versions, with the noun: `8 versions`."""
-    return f"{len(moments)} version{'s' * (len(moments) > 1)}"
+def counted(count: int, noun: str) -> str:
+    """A number of things: `8 versions`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def oldest_of(moments: Collection[datetime.datetime]) -> str:
@@ -1498,7 +1498,7 @@ class Ephemeral:
         """Remove everything, and say loudly what stays."""
         existing = [resource for resource in self._created if resource not in self._removed]
         counts = sorted(collections.Counter(resource.kind for resource in existing).items())
-        told = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts) or "what may have been created"
+        told = ", ".join(counted(count, kind) for kind, count in counts) or "what may have been created"
         self._report.say(f"removing {told}: all that is named {self.prefix}…")
         api, note = self._api.with_stop(Stop(), Api.TEARDOWN_PATIENCE), self._report.doing  # no signal ends this
         try:
@@ -1728,9 +1728,9 @@ class Ephemeral:
     ) -> Json:
         """Create a resource, and note it for the teardown unless it `stays`; returns it with the answer's links.
 
-        After no answer, or a 5xx, it may exist: then we look for its unique name, until a list must show it, before we
-        ask for it again. `_asked` has its name while it may exist without our knowing. So long a refusal may come of
-        that it does exist, and means to look again.
+        After no answer, or a 5xx, it may exist. Then we look for its unique name, until a list must show it, and only
+        then ask again. A refusal of that may mean that it does exist, so we look once more. `_asked` has the name for
+        as long as we do not know.
         """
         where, name, api = KINDS[kind], body["name"], api or self._api
         wait, wait_after_refusal, is_doubtful = api.repetition(), self._api.repetition(), name in self._asked
@@ -3392,10 +3392,10 @@ class OpenFiles:
 class PatchFile:
     """A file of patches, as a spool, an undo and a version are: a sealed head, patches, a sealed footer. To be closed.
 
-    The footer is the last block of a file that is whole; a spool has none. `head` and `footer` are their contents: {}
-    for a damaged head, None for a missing footer. Several threads may read it, even what one of them has just appended.
-    A version has an index before the footer. `pool` may close the file and open it again. `from_disk`: see
-    SparseFile.forget_cached. Raises DosvobError for a newer dosvob's, FileNotFoundError.
+    The footer is the last block of a file that is whole; a spool has none. A version has an index before it. `head` and
+    `footer` are what these say: {} for a damaged head, None for a missing footer. Several threads may read the file,
+    even what one of them has just appended. A `pool` closes it meanwhile if too many are open; `from_disk` has it read
+    from the disk, see SparseFile.forget_cached. Raises FileNotFoundError, DosvobError for the file of a newer dosvob.
     """
 
     ROW = struct.Struct(">IQ32s32s32s")  # of the index: an Entry, its bitmaps as in a patch's header
@@ -3554,10 +3554,10 @@ class PatchFile:
     # The index
 
     def load_index(self, *, whole: bool = True) -> None:
-        """Find or make the index: of patches in the order of the chunks, that are whole when there is none yet.
+        """Find the index; if there is no sound one, make it of the patches that are whole and in order.
 
-        `doubtful` are then the chunks that damaged ones may have been of: ranges, neither end included. With not
-        `whole` the data is not looked at, and Damaged raised for what is no patch.
+        `doubtful` are then ranges of chunks, without their ends, to which a damaged patch may belong. If not `whole`,
+        it reads no data of patches, and raises Damaged for what is no patch.
         """
         if self._count >= 0:
             return
@@ -3773,8 +3773,8 @@ class Versions:
     def unwanted(self, keep: Keep, upcoming: datetime.datetime | None = None) -> list[datetime.datetime]:
         """The times of those that `keep` does not ask for: now, or once there is an image of the time `upcoming`.
 
-        The newest one that came up stays in any case, if the image does not come up, or that is not known. If one has
-        come up, those newer than it that cannot be read stay too.
+        If the image does not come up, or nobody knows, the newest version that did stays whatever `keep` says. So do
+        those newer than it that cannot be read, for they may have come up.
         """
         versions, state = self.all(), State.load(self._paths.state, whole=False)
         image = Versions.moment_of_image(state, versions) or utc_now()
@@ -4120,9 +4120,9 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Content:
-    """What a chunk was: its pages that are not zeros by their numbers, and whether it has the digest recorded for it.
+    """A chunk of a snapshot: its pages by their numbers, without those of zeros.
 
-    Without a digest, as in an image without a state, it is sound if it is there and can be read. `patched` is the
+    It `is_sound` if it has the digest recorded for it; where none is recorded, if it can be read. `patched` is the
     bitmap of the pages that are not the image's.
     """
 
@@ -4143,9 +4143,9 @@ class Content:
 
 
 def laid_over(patches: Sequence[tuple[PatchFile, Entry]], wanted: int = ALL_PAGES) -> tuple[dict[int, bytes], int]:
-    """What the patches of a chunk, the newest first, make of the wanted pages, not verified; and those that none has.
+    """The wanted pages that the patches of a chunk have, not verified; and a bitmap of those that none has.
 
-    Of each page the oldest one counts, and nothing else is read.
+    The patches are the newest first. Of each page the oldest one counts, and no other is read.
     """
     pages: dict[int, bytes] = {}
     for file, entry in reversed(patches):
@@ -5005,7 +5005,7 @@ class ImageDigests:
     """The digests of the local image with its spool applied. Only reads.
 
     `suspects` are chunks that differ from the state's digests, or cannot be read, until they are mended. `is_new`: this
-    sync made the file, of nothing but zeros, and does not ask for what it has stored there.
+    sync created the file, so what it has not stored there itself is zeros.
     """
 
     PARTS = 8  # every sync reads the next eighth of the image again, to find what decayed on disk
@@ -5275,9 +5275,9 @@ class Update:
     def _differing(self, spool: Spool) -> Iterator[tuple[int, int, bytes]]:
         """The chunks that differ between the image's snapshot and the new one, as `Undo.write` wants them.
 
-        A chunk differs if the old and the new table of digests say so, for a version leads from snapshot to snapshot.
-        What decayed here, or was written to the image, a sync mends; a version does not have it. If an older snapshot
-        has lost a chunk by that, its digest tells.
+        The old and the new table of digests decide, for a version leads from snapshot to snapshot. What decayed here,
+        or what somebody wrote to the image, the sync mends, and no version has it. If an older snapshot lost a chunk by
+        that, the chunk's digest tells.
         """
         if self._state is None:
             for index in spool.chunks():
@@ -6502,8 +6502,8 @@ class Context:
             Trial(place, sizes, needed, self.report.say).run()
             if dry_run:
                 free = human_size(shutil.disk_usage(place).free)
-                count = f"{len(sizes)} volume{'s' * (len(sizes) > 1)}"
-                first = f"; first backups take up to {human_size(sum(needed))}, for {count}" * bool(sizes)
+                first = f"; first backups take up to {human_size(sum(needed))}, for {counted(len(sizes), 'volume')}"
+                first *= bool(sizes)
                 self.report.say(f"{free} are free in {place}{first}")
 
 
@@ -6724,9 +6724,8 @@ class SnapshotTurn:
     def put_off(self, problem: DosvobError | OSError, last: str, context: Context, hint: str) -> None:
         """Set when to ask again after a refusal; raises any other problem, and DosvobError when it lasts for too long.
 
-        DigitalOcean seldom says in how many seconds the next one is due. If it does not, `last` tells, the time of the
-        last one, if that was ours. If it does, the limit may be the account's for a minute: that takes nothing from the
-        volume's time.
+        DigitalOcean seldom says when the next one is due. Then `last` tells, the time of the last one, if we took that.
+        If it does say when, the limit may be the account's for a minute, and the time to give up moves on.
         """
         if not isinstance(problem, ApiError) or problem.status != 429 or problem.is_accounts:
             raise problem
@@ -7395,10 +7394,9 @@ class View:
 class Shown:
     """What the snapshots of a volume are, while runs change its image and thin its versions. It holds no lock.
 
-    A run touches an image only after its undo is whole. So what was read is right if image and state are afterwards
-    what they were, and there is no whole undo but the one that was read: otherwise it looks again at what is there, and
-    reads again. What leads from one snapshot to another is so for ever, so it keeps that: a version that was opened can
-    be read after it was dropped.
+    A run touches an image only after its undo is whole. So what was read is right if afterwards image and state are the
+    same, and there is no other whole undo. Otherwise it looks at what is there now, and reads again. A version's file
+    leads from one snapshot to another for ever. So it is kept open, and can be read even after a run has dropped it.
     """
 
     ATTEMPTS = 100
@@ -7906,7 +7904,7 @@ class Kernel:
             seconds, size, mode, links = node.snapshot.moment(utc_now()).timestamp(), node.size, stat.S_IFREG | file, 1
         elif isinstance(node, tuple):
             size, mode, links = len(node[1]), stat.S_IFLNK | 0o777, 1
-        # one block less than all: programs look for holes then, and none takes it for nothing but a hole
+        # one block less than the size: so programs look for holes, and do not take all of it for one
         blocks, times = max(size // 512 - 1, 0), [int(seconds)] * 3
         return self.ATTR.pack(
             number, size, blocks, *times, 0, 0, 0, mode, links, os.geteuid(), os.getegid(), 0, PAGE, 0
@@ -8330,7 +8328,7 @@ def tell_thinning(context: Context, paths: ImagePaths, *, dry_run: bool = False,
         upcoming = context.api.now() if is_new else None
         if dry_run and exists(paths.state) and (unwanted := versions.unwanted(context.config.keep, upcoming)):
             context.report.say(
-                f"would not keep {counted_versions(unwanted)} of {paths.name} any more, {oldest_of(unwanted)}"
+                f"would not keep {counted(len(unwanted), 'version')} of {paths.name} any more, {oldest_of(unwanted)}"
             )
 
 
@@ -8397,7 +8395,7 @@ class Run:
         for name, moments in sorted(self._dropped.items()):
             if moments:
                 are = "are" if len(moments) > 1 else "is"
-                told = f"{counted_versions(moments)} {are} not kept any more, {oldest_of(moments)}"
+                told = f"{counted(len(moments), 'version')} {are} not kept any more, {oldest_of(moments)}"
                 self._context.report.say(f"{name}: {told}")
 
     def _is_writable(self, name: str) -> bool:
@@ -8437,7 +8435,7 @@ class Run:
     def _thin_all(self, volumes: Iterable[Volume], damaged: Container[str]) -> None:
         """Thin the versions of all volumes: the disk may be full, "keep" ask for fewer, and the first need the space.
 
-        What is not of the volume that has its name is set aside by the volume's turn, as it is.
+        It leaves alone what belongs to another volume that had the name: the volume's turn sets that aside.
         """
         context, results = self._context, self._results
         for volume in volumes:
@@ -8710,7 +8708,7 @@ class Commands:
         for problem in problems:
             report.error(f"{paths.name}: {problem}")
         if is_recorded and not problems:
-            and_versions = f", and {len(versions)} older version{'s' * (len(versions) > 1)}" if versions else ""
+            and_versions = f", and {counted(len(versions), 'older version')}" * bool(versions)
             sound = "sound" if chain.state else "nothing is seen to be damaged, but the image has no digests"
             report.say(f"{paths.name}: {sound}, {human_size(chain.size)}{and_versions}")
 
@@ -8811,10 +8809,9 @@ class Commands:
             for name in there:
                 self._tell_doubts(ImagePaths(home.path, name))
             fd = point.mount()
-            count = sum(map(len, there.values()))
             report.say(
-                f"{directory} shows {len(there)} volume{'s' * (len(there) != 1)}, {count} "
-                f"snapshot{'s' * (count != 1)} in all, until {point.end} or ^C"
+                f"{directory} shows {counted(len(there), 'volume')}, "
+                f"{counted(sum(map(len, there.values())), 'snapshot')} in all, until {point.end} or ^C"
             )
             if not point.is_for_root:
                 report.say(
