@@ -175,8 +175,6 @@ class Busy(UsageError):
 class Package:
     """Imports a package at its first use, so that offline commands need Python alone."""
 
-    INSTALL = "python3 -m venv .venv && .venv/bin/pip install 'requests>=2.32,<3' 'paramiko>=5,<6'"
-
     def __init__(self, name: str, *least: int) -> None:
         self._name = name
         self._least = least  # version
@@ -186,7 +184,10 @@ class Package:
 
     def check(self) -> None:
         """Import it; raises UsageError if it is missing or too old."""
-        what, mend = f"the Python package {self._name}", f"{self.INSTALL} && .venv/bin/python dosvob.py"
+        script = os.path.abspath(__file__)
+        venv, script = (shlex.quote(near_path(path)) for path in (f"{os.path.dirname(script)}/.venv", script))
+        install = f"python3 -m venv {venv} && {venv}/bin/pip install 'requests>=2.32,<3' 'paramiko>=5,<6'"
+        what, mend = f"the Python package {self._name}", f"{install} && {venv}/bin/python {script}"
         try:
             version = str(self.__version__)
         except ImportError as missing:
@@ -834,9 +835,11 @@ class Config:
         """Whether a file's mode lets others read it; False where the file system has no modes, and shows fixed ones."""
         if not path.stat().st_mode & 0o077:
             return False
-        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=path.absolute().parent) as private:
-            return not os.fstat(private.fileno()).st_mode & 0o077
-        return True
+        try:
+            with tempfile.TemporaryFile(dir=path.absolute().parent) as private:
+                return not os.fstat(private.fileno()).st_mode & 0o077
+        except OSError:  # as in the container, where it is read-only
+            return not re.match("fuse|exfat|v?fat|msdos|ntfs|cifs|smb|9p", Mount.of(path).kind)
 
     @staticmethod
     def _is_private(url: str) -> bool:
@@ -3417,6 +3420,7 @@ class PatchFile:
         self._kind = kind
         self._pool = pool
         self._opened = SparseFile(path, flags)
+        self._is_read_only = flags == os.O_RDONLY
         self._made: tempfile.SpooledTemporaryFile[bytes] | None = None  # the index of a file that has none
         self._count = -1  # of the index's rows; before they are known -1
         self._chunks: array.array[int] | None = None  # of its rows, if `chunks` was asked
@@ -3597,7 +3601,9 @@ class PatchFile:
             self.doubtful.append((last, float("inf")))
 
     def _make_index(self) -> None:
-        self._made, self._count = tempfile.SpooledTemporaryFile(self.INDEX_IN_MEMORY), 0  # noqa: SIM115 - see `close`
+        place = None if self._is_read_only else str(self.path.parent)  # $TMPDIR may be full, or memory
+        self._made = tempfile.SpooledTemporaryFile(self.INDEX_IN_MEMORY, dir=place)  # noqa: SIM115 - see `close`
+        self._count = 0
 
     def _add(self, patch: Patch, position: int) -> None:
         if self._made is not None:
@@ -4068,8 +4074,9 @@ class Undo:
                 sync_directory(self.paths.metadata)
             self.paths.undo.rename(self.paths.versions / self.file.head["time"])
             sync_directory(self.paths.versions)
+            sync_directory(self.paths.metadata)
         else:
-            self.paths.undo.unlink()
+            self.drop()
         self.paths.spool.unlink(missing_ok=True)
         sync_directory(self.paths.metadata)
 
@@ -4268,6 +4275,11 @@ class Chain:
             f"{self.paths.name} has no version as old as {local_time(moment)}; the oldest is of "
             f"{local_time(moments[-1])}"
         )
+
+    def is_cut(self, size: int) -> bool:
+        """Whether some of the image's first `size` bytes is gone at its end, where zeros that are recorded are none."""
+        missing = range(self.length // CHUNK, min(size, self.size) // CHUNK)
+        return any(self._recorded(index) != ZERO_DIGEST for index in missing)
 
     def doubt(self, depth: int) -> str:
         """What to say of a snapshot that did not come up, and which one did; nothing of others."""
@@ -4503,20 +4515,20 @@ class Chain:
         held, older = os.fstat(self.image.fd).st_blocks * 512, sum(each.occupied for each in self.versions[:depth])
         needed = min(held + older, size)
         if needed > free:
-            needed = min(held + self._patched(depth), size)
+            needed = min(needed, self._filled(depth, size))
         if needed > free:
             raise DosvobError(
                 f"{file.path} may take up to {human_size(needed)}, and {human_size(free)} are free there: make room"
             )
         return False
 
-    def _patched(self, depth: int) -> int:
-        """The bytes that the patches of `depth` versions can fill: each page counts once."""
-        pages = 0
+    def _filled(self, depth: int, size: int) -> int:
+        """The bytes of the chunks that are not recorded to be zeros."""
         with self._steps(depth) as steps:
-            for _, patches in by_chunk(steps):
-                pages += functools.reduce(operator.or_, (entry.filled for _, entry in patches)).bit_count()
-        return pages * PAGE
+            spots = itertools.islice(self._walk(steps), size // CHUNK)
+            return CHUNK * sum(
+                (spot.patches[-1][1].digest if spot.patches else spot.recorded) != ZERO_DIGEST for spot in spots
+            )
 
     def close(self) -> None:
         """Close all files."""
@@ -4610,7 +4622,7 @@ class Source:
             for version in chain.versions[:depth]:
                 if not version.is_whole:
                     raise Damaged(f"{version.path} is damaged; {rest}")
-            if chain.problem or chain.length < min(size, chain.size):
+            if chain.problem or chain.is_cut(size):
                 raise Damaged(
                     f"{chain.problem or f'{paths.image} has only {chain.length} bytes of {chain.size}'}; {rest}"
                 )
@@ -4659,7 +4671,7 @@ class Home:
                 self.path.mkdir(mode=0o700)
                 sync_directory(self.path.resolve().parent)
             self.make_directory("")
-            fd = create_private(self.metadata / "lock")
+            fd = create_private(self._lock)
         except OSError as problem:
             raise UsageError(f"cannot write to {self.path}: {problem.strerror}: is it there, and yours?") from problem
         with self._held(fd, fcntl.LOCK_EX):
@@ -4673,13 +4685,20 @@ class Home:
         self.check()
         for flags in (os.O_RDWR, os.O_RDONLY):
             with contextlib.suppress(OSError):  # a copy, or not ours
-                fd = os.open(self.metadata / "lock", flags | os.O_CLOEXEC)
+                fd = os.open(self._lock, flags | os.O_CLOEXEC)
                 break
         else:
             yield
             return
         with self._held(fd, fcntl.LOCK_SH):
             yield
+
+    @property
+    def _lock(self) -> Path:
+        """The file that is locked; a region's directory, named by itself, has its home's. Raises OSError."""
+        above = Path(os.path.abspath(self.path)).parent / ".dosvob"
+        is_region = exists(above / "home") and not exists(self.metadata / "home")
+        return (above if is_region else self.metadata) / "lock"
 
     def is_read_only(self) -> bool:
         """Whether nothing can be changed in it, as in a copy on a read-only disk, or in somebody else's."""
@@ -4701,11 +4720,7 @@ class Home:
                     with contextlib.suppress(OSError):  # others have it too, or the file cannot be written to
                         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         os.ftruncate(fd, 0)  # the lines of killed holders
-                fcntl.flock(fd, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holders = ", ".join(self._holders(fd))
-                of = f", {holders}" if holders else ""
-                raise Busy(f"another dosvob is at work in {self.path}{of}: wait until it ends") from None
+                self._take(fd, kind)
             except OSError as problem:
                 if kind == fcntl.LOCK_EX:
                     raise UsageError(
@@ -4717,13 +4732,26 @@ class Home:
         finally:
             os.close(fd)
 
+    def _take(self, fd: int, kind: int) -> None:
+        """Lock it; raises Busy. Who has it and does not say what for has it for a moment, which is waited for."""
+        for is_last in (*[False] * 20, True):
+            try:
+                fcntl.flock(fd, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                holders = ", ".join(self._holders(fd))
+            if holders or is_last:
+                of = f", {holders}" if holders else ""
+                raise Busy(f"another dosvob is at work in {self.path}{of}: wait until it ends")
+            time.sleep(0.05)
+
     @contextlib.contextmanager
     def _named(self, fd: int) -> Iterator[None]:
         """Write a line with the work and its start into the lock's file, if that is writable; blank it at the end."""
         place = -1
         if self._work:
             line = f"{utc_now().isoformat()} {self._work}".encode(errors="replace")[: self.LINE - 1]
-            with contextlib.suppress(OSError), open(self.metadata / "lock", "ab", buffering=0) as end:
+            with contextlib.suppress(OSError), open(self._lock, "ab", buffering=0) as end:
                 end.write(line.ljust(self.LINE - 1) + b"\n")  # in one write, behind the lines of others
                 place = end.tell() - self.LINE
         try:
@@ -4814,7 +4842,7 @@ class Home:
 
     def remains(self) -> dict[Path, str]:
         """What syncs left here, or put out of the way, besides images with their states and versions: whose it is."""
-        kinds = {".": "partial|set-aside-.*", ".dosvob": r"spool|undo|state\.new|versions\.of-.*"}
+        kinds = {".": "partial|damaged|set-aside-.*", ".dosvob": r"spool|undo|state\.new|versions\.of-.*"}
         found = {}
         for region, (place, kind) in itertools.product(self.directories(), kinds.items()):
             for name in names_in(self.path / region / place):
@@ -4832,17 +4860,20 @@ class Home:
                 occupied += each.stat().st_blocks * 512
         return occupied
 
-    def select(self, names: list[str], *, with_aside: bool = True) -> list[str]:
-        """What these names or patterns fit, or all without names; raises UsageError for one that fits nothing."""
+    def select(self, names: list[str], *, with_aside: bool = True, remains: Sequence[str] = ()) -> list[str]:
+        """What these names or patterns fit, or all without names.
+
+        Raises UsageError for one that fits nothing, and no name of what `remains` either.
+        """
         there = self.names()
         chosen: list[str] = []
         for name in names:
-            if not (found := self.matching(name, there)):
+            if not (found := self.matching(name, there)) and not self.matching(name, remains):
                 near = difflib.get_close_matches(name, there, n=1)
                 hint = f": did you mean {near[0]}?" if near else ""
                 raise UsageError(f"there is no image of {name} in {self.path}{hint}")
             chosen += found
-        return list(dict.fromkeys(chosen)) or sorted(self.names(with_aside=with_aside))
+        return list(dict.fromkeys(chosen)) if names else sorted(self.names(with_aside=with_aside))
 
     def one_named(self, name: str) -> str:
         """The image of this name, or the only one that it fits; raises UsageError if it fits none, or several."""
@@ -8001,9 +8032,8 @@ class MountPoint:
         self._read_only = read_only
         self._is_root = os.geteuid() == 0
         self._program = next(filter(None, map(shutil.which, ("fusermount3", "fusermount"))), None)
-        self.end = (
-            f"umount {directory}" if self._is_root else f"{Path(self._program or 'fusermount3').name} -u {directory}"
-        )
+        unmount = "umount" if self._is_root else f"{Path(self._program or 'fusermount3').name} -u"
+        self.end = f"{unmount} {shlex.quote(str(directory))}"
         self.is_for_root = self._is_root  # whether root can look into it
         try:
             os.listdir(directory)  # what the kernel knows of a file, it goes on telling after the end of a mount
@@ -8012,7 +8042,7 @@ class MountPoint:
                 raise UsageError(
                     f"{directory} is what is left of a mount that was killed: {self.end}, and run again"
                 ) from None
-            mend = f": mkdir {directory}" * (problem.errno == errno.ENOENT)
+            mend = f": mkdir {shlex.quote(str(directory))}" * (problem.errno == errno.ENOENT)
             raise UsageError(f"{directory} is no directory to show them in: {problem.strerror}{mend}") from None
         self.path = os.path.realpath(directory)
         if any(mount.place == self.path and mount.kind == self.KIND for mount in Mount.all()):
@@ -8424,9 +8454,9 @@ class Run:
 
     def _tell_remains(self, volumes: Iterable[Volume]) -> None:
         """Say what syncs left of volumes that the account has no more."""
-        context, names = self._context, {self._context.name(volume) for volume in volumes}
+        context, there = self._context, [f"{volume.region}/{volume.name}" for volume in volumes]
         for path, name in context.home.remains().items():
-            if name not in names:
+            if not Home.matching(name, there):
                 size = human_size(context.home.occupied(path))
                 context.report.say(
                     f"{path} takes {size}, and the account has no volume {name}: delete it if you do not need it"
@@ -8546,8 +8576,9 @@ class Listing:
                 add(version, Versions.freed_by(version, older, self._tick), damaged=not version.is_whole)
             except FileNotFoundError:  # a run that goes on has thinned them meanwhile
                 return self.of(paths)
-            except (OSError, Damaged):
-                add(version, version.occupied, damaged=True)
+            except (OSError, Damaged) as problem:
+                is_damaged = isinstance(problem, Damaged) or is_unreadable(problem)
+                add(version, version.occupied, damaged=is_damaged or not version.is_whole)
         return found
 
     @staticmethod
@@ -8767,14 +8798,15 @@ class Commands:
         """Say what is there to be restored, without network, account or lock."""
         home, report = self._home, self._report
         self._home.check()
-        listing = Listing(home, lambda _: self._stop.check())
-        found = [listing.of(ImagePaths(home.path, name)) for name in home.select(self._arguments.names)]
+        patterns = self._arguments.names
         remains: list[Json] = [
             {"path": str(path), "name": name, "occupied": home.occupied(path)}
             for path, name in home.remains().items()
-            if "set-aside" not in path.name
-            and any(home.matching(each, [name]) for each in self._arguments.names or ["*"])
+            if "set-aside" not in path.name and any(home.matching(each, [name]) for each in patterns or ["*"])
         ]
+        names = home.select(patterns, remains=[left["name"] for left in remains])
+        listing = Listing(home, lambda _: self._stop.check())
+        found = [listing.of(ImagePaths(home.path, name)) for name in names]
         if self._arguments.json:
             report.answer(json.dumps({"volumes": found, "remains": remains}, indent=2), self._stop)
             return
@@ -8797,6 +8829,9 @@ class Commands:
         point = MountPoint(directory, read_only=arguments.read_only)
         if Path(point.path).is_relative_to(os.path.realpath(home.path)):
             raise UsageError(f"{directory} is among the backups: take a directory elsewhere")
+        for needed in (home.path, arguments.scratch or tempfile.gettempdir()):
+            if Path(os.path.realpath(needed)).is_relative_to(point.path):  # it would wait for itself
+                raise UsageError(f"{needed} is in {directory}, and would be hidden by it: take a directory elsewhere")
         try:
             tempfile.TemporaryFile(dir=arguments.scratch).close()
         except OSError as problem:
@@ -8919,7 +8954,7 @@ class Commands:
                     told = f"{name} of {local_time(taken)}" if taken else f"{name}, of which no digests are recorded,"
                     meter = Meter(report, self._stop, f"{name}: restored", chain.size)
                     is_recorded = chain.state is not None
-                    if doubt := chain.doubt(depth):
+                    for doubt in filter(None, (chain.problem, chain.doubt(depth))):
                         report.warn(f"{told}: {doubt}")
                     final, damaged = chain.restore(depth, target, meter)
             except OSError as problem:

@@ -594,13 +594,13 @@ def test_it_ends_with_an_interrupt_as_soon_as_nobody_uses_it(lineage: Lineage, t
 
 
 def test_a_mount_that_was_killed_is_told_by_the_next(lineage: Lineage, tmp_path: Path) -> None:
-    directory = tmp_path / "shown"
+    directory = tmp_path / "shown here"
     command = [sys.executable, SCRIPT, "--backups", lineage.backups, "mount", directory]
     with shown(lineage.backups, directory, code=-signal.SIGKILL) as mount:
-        assert f"something is shown in {directory} already: umount {directory}" in failed(*command)
+        assert f"something is shown in {directory} already: umount '{directory}'" in failed(*command)
         mount.process.send_signal(signal.SIGKILL)
         mount.process.wait()
-    assert f"what is left of a mount that was killed: umount {directory}" in failed(*command)
+    assert f"what is left of a mount that was killed: umount '{directory}'" in failed(*command)
     run("umount", directory)
     with shown(lineage.backups, directory) as mount:
         assert mount.digest(NAME, max(lineage.truth)) == lineage.truth[max(lineage.truth)]
@@ -614,12 +614,15 @@ def test_a_mount_that_was_killed_is_told_by_the_next(lineage: Lineage, tmp_path:
         (("here", "dta"), "there is no image of dta in "),
         (("backups/below",), "is among the backups"),
         (("here", "--scratch", "nowhere"), "nowhere cannot have what is written"),
+        (("here", "--scratch", "here/below"), "here/below is in here, and would be hidden by it"),
+        ((".",), "backups is in ., and would be hidden by it"),
+        (("no where",), "mkdir 'no where'"),
     ],
 )
 def test_what_cannot_be_mounted_is_told(
     lineage: Lineage, tmp_path: Path, arguments: tuple[str, ...], told: str
 ) -> None:
-    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "below").mkdir(parents=True)
     (tmp_path / "backups" / "below").mkdir()
     command = [sys.executable, str(SCRIPT), "mount", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -15,6 +15,8 @@ from simulator import Behaviour, Droplet, Fault, Simulator, Volume
 from storage_support import cannot_read
 from trouble_support import FAST, GIB, assert_nothing_left, run, small_volumes, start, until
 
+import dosvob
+
 KIB = 1 << 10
 SEVERAL = ["fra1", "nyc3"]
 
@@ -247,7 +249,40 @@ def test_verifying_one_regions_directory_does_not_make_a_home_of_it(home: Home, 
     assert "fra1/data: " in run(home, "list").stdout
 
 
+def test_a_region_that_is_named_by_itself_has_the_lock_of_its_home(home: Home, sim: Simulator, tmp_path: Path) -> None:
+    """Else `verify` takes back what a run is writing to an image there, and a restore reads it meanwhile."""
+    volume_in(sim, "fra1")
+    home.configure(region=["fra1"])
+    run(home)
+    region = ("--backups", "backups/fra1")
+    with dosvob.Home(home.backups, "a backup").locked():
+        for words in (("verify",), ("restore", "data", str(tmp_path / "copy"))):
+            assert "at work in backups/fra1, a backup since" in run(home, *region, *words, expect=2).stderr
+    with dosvob.Home(home.backups / "fra1", "a restore").unchanged():
+        assert "at work in backups, a restore since" in run(home, expect=2).stderr
+    run(home, *region, "verify")
+
+
 # -- from one region to several, and back
+
+
+@pytest.mark.parametrize(("before", "after"), [("fra1", ["fra1"]), (["fra1", "nyc3"], "fra1")])
+def test_what_is_left_of_a_volume_that_is_there_is_not_told_to_be_gone(
+    home: Home, sim: Simulator, before: str | list[str], after: str | list[str]
+) -> None:
+    """Its first backup was interrupted where `region` had it go before, and this run is of another one."""
+    volume_in(sim, "fra1")
+    volume_in(sim, "nyc3" if isinstance(before, list) else "fra1", "big")
+    home.configure(region=before)
+    run(home, "data")
+    left = home.backups / ("nyc3" if isinstance(before, list) else "") / "big.partial"
+    (left.parent / ".dosvob").mkdir(parents=True, exist_ok=True)
+    left.write_bytes(b"half of it")
+    home.configure(region=after)
+    done = run(home, "data")
+    assert "the account has no volume" not in done.stdout
+    left.rename(left.with_name("gone.partial"))
+    assert "the account has no volume" in run(home, "data").stdout
 
 
 def with_history(home: Home, sim: Simulator, region: str = "fra1") -> list[Volume]:

@@ -413,6 +413,13 @@ def test_image_that_was_cut(home: Home, sim: Simulator, lost: Lost) -> None:
     assert_nothing_made(sim)
 
 
+def test_image_that_was_cut_behind_its_last_data(home: Home, sim: Simulator, lost: Lost) -> None:
+    """All is there: what is gone are zeros, as their digests tell."""
+    os.truncate(home.image("data"), 15 * MIB)
+    restore(home, "data")
+    assert same(new_volume(sim).path, lost.newer)
+
+
 def test_chunk_that_is_damaged(home: Home, sim: Simulator, lost: Lost) -> None:
     """Which is found on the way; the rest of it can be had, and be made a volume."""
     write_at(home.image("data"), 3 * MIB + 17, b"rot")

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -864,6 +865,12 @@ def test_what_syncs_left_of_volumes_that_are_gone_is_named(home: Home) -> None:
         assert name in listed
     assert f"{NAME}.spool: 1.0 MiB" in listed
     assert f"{NAME}.spool: 1.0 MiB" in home.run("list", f"{NAME[:2]}*").stdout
+    only = home.run("list", "gone").stdout
+    assert "gone.partial" in only
+    assert NAME not in only
+    (damaged := home.backups / "old.img.damaged").write_bytes(b"as a restore may leave it")
+    assert f"{damaged.name}: 4.0 KiB" in home.run("list").stdout
+    damaged.unlink()
     failing = cannot_read(left[2].parent, "EIO", "getdents64")
     assert "gone.versions.of-20260101T000000Z-0123: 4.0 KiB" in home.run("list", wrapper=failing).stdout
     told = json.loads(home.run("list", "--json").stdout)["remains"]
@@ -914,3 +921,73 @@ def test_a_version_that_does_not_need_what_decayed_of_the_image_is_sound(tmp_pat
         final, damaged = chain.restore(1, tmp_path / "restored", lambda count: None)
     assert damaged.ranges == []
     assert final.read_bytes() == bytes(lineage.size)
+
+
+@pytest.fixture
+def full_temporary(tmpfs: Tmpfs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """$TMPDIR is full, and each index larger than what is held in memory."""
+    (tmpfs.path / "filler").write_bytes(bytes(4096))
+    tmpfs.leave_free(0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmpfs.path))
+    monkeypatch.setattr(dosvob.PatchFile, "INDEX_IN_MEMORY", 50)
+
+
+@pytest.mark.usefixtures("full_temporary")
+def test_a_full_temporary_directory_is_not_a_full_disk_of_backups(tmp_path: Path) -> None:
+    lineage = Lineage(tmp_path, dosvob.Keep(last=2), 5)
+    lineage.go_on(5)  # with an undo each, and merges
+    lineage.check()
+
+
+def test_a_version_without_an_index_is_not_called_damaged_for_a_full_temporary_directory(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    lineage = Lineage(tmp_path, dosvob.Keep(last=9), 5)
+    with pytest.MonkeyPatch.context() as patches:  # as the first versions of dosvob wrote them
+        patches.setattr(dosvob.PatchFile, "_make_index", lambda file: None)
+        patches.setitem(dosvob.FORMATS, "version", 1)
+        lineage.go_on(3)
+    request.getfixturevalue("full_temporary")
+    listed = dosvob.Listing(dosvob.Home(lineage.backups), lambda _: None).of(lineage.paths)
+    assert [version["damaged"] for version in listed["versions"]] == [False] * 3
+
+
+@pytest.mark.parametrize("storage", ["exfat-fuse", "sshfs"], indirect=True)
+def test_a_restore_takes_what_the_volume_held_also_of_an_image_that_has_no_holes(
+    storage: Storage, tmp_path: Path, tmpfs: Tmpfs
+) -> None:
+    lineage = Lineage(tmp_path, dosvob.Keep(last=9), 100)
+    lineage.device.write_bytes(os.urandom(MIB))
+    os.truncate(lineage.device, 100 * MIB)
+    lineage.backups = storage.path / "backups"
+    lineage.paths = dosvob.ImagePaths(lineage.backups, NAME)
+    lineage.pass_time()
+    lineage.back_up()
+    tmpfs.leave_free(40 * MIB)
+    with contextlib.closing(dosvob.Chain(lineage.paths)) as chain:
+        copy, damaged = chain.restore(0, tmpfs.path / "copy.img", lambda _: None)
+    assert not damaged.ranges
+    assert same(copy, lineage.device)
+    tmpfs.leave_free(MIB // 2)
+    copy.unlink()
+    tmpfs.leave_free(MIB // 2)
+    with contextlib.closing(dosvob.Chain(lineage.paths)) as chain, pytest.raises(dosvob.DosvobError, match="up to 1"):
+        chain.restore(0, tmpfs.path / "copy.img", lambda _: None)
+
+
+@pytest.mark.parametrize("storage", ["exfat-fuse"], indirect=True)
+def test_a_storage_that_keeps_no_modes_is_not_warned_about_in_the_container(home: Home, storage: Storage) -> None:
+    """There conf.json is in a directory that cannot be written to, so that nothing can be tried."""
+    home.simulator.add_volume(NAME)
+    home.backups.mkdir()
+    shutil.copyfile(home.directory / "conf.json", storage.path / "conf.json")
+    with contextlib.ExitStack() as stack:
+        for what, where, is_read_only in (
+            (home.directory, home.directory, True),
+            (storage.path / "conf.json", home.directory / "conf.json", True),
+            (home.backups, home.backups, False),
+        ):
+            run("mount", "--bind", what, where)
+            stack.callback(run, "umount", "--lazy", where)
+            run("mount", "-o", "remount,bind," + ("ro" if is_read_only else "rw"), where)
+        assert "chmod" not in home.run("--dry-run").stderr

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -713,3 +714,35 @@ def test_only_what_is_damaged_of_a_version_is_lost(user: User, where: str) -> No
     else:  # what a header says the index has too
         assert lost == {patches[1].index} - ({patches[1].index} if where == "header" else set())
         assert flawed == {1}
+
+
+def test_a_restore_names_the_state_that_is_damaged(user: User) -> None:
+    user.go_on()
+    write_at(user.paths.state, 5000, b"damage")  # among the digests, which `list` does not read
+    said = user.run("restore", NAME, "file")
+    assert "not checked" in said
+    assert f"{user.paths.state.name} is damaged" in said
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_who_reads_waits_for_one_who_has_the_lock_for_a_moment(user: User, *, is_named: bool) -> None:
+    """As another restore has, that begins: it says what it does when it has it. A run that goes on has said that."""
+    user.go_on()
+    held = threading.Event()
+
+    def hold() -> None:
+        with dosvob.Home(user.backups, "a backup" * is_named).locked(with_id=False):
+            held.set()
+            time.sleep(0.2)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    try:
+        with (
+            pytest.raises(dosvob.Busy, match="a backup since") if is_named else contextlib.nullcontext(),
+            dosvob.Home(user.backups, "a restore").unchanged(),
+        ):
+            pass
+    finally:
+        holder.join()
