@@ -36,7 +36,7 @@ from versions_support import listed as versions_listed
 import dosvob
 
 PAGE = 4096
-SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB}
+SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB, "f2fs": 128 * MIB}
 Disk = Callable[..., Path]
 
 
@@ -129,6 +129,14 @@ def ext4_is_dirty(disk: Path) -> bool:
     return "needs_recovery" in call("dumpe2fs", "-h", disk)
 
 
+def orphans(disk: Path) -> int:
+    """How many files without a name an ext4 has, which its next mount is to remove, when its journal is replayed."""
+    replayed = disk.with_name("replayed")
+    replayed.unlink(missing_ok=True)
+    copy_sparse(disk, replayed)
+    return call("e2fsck", "-y", "-E", "journal_only", replayed).count("Clearing orphaned inode")
+
+
 # -- what comes up, with something to replay
 
 
@@ -136,11 +144,13 @@ def ext4_is_dirty(disk: Path) -> bool:
 def test_ext4_as_after_a_power_cut(disk: Disk, options: tuple[str, ...]) -> None:
     made = disk("ext4", *options)
     assert ext4_is_dirty(made)
+    assert orphans(made) == ("fast_commit" not in options)
     found = look(made)
     assert (found.systems, found.rest, found.came_up, found.words) == ("ext4", "", True, "")
     assert found.kernel == os.uname().release
     assert not ext4_is_dirty(made)  # it was replayed on what was tried
-    assert "(1 inodes)" not in call("dumpe2fs", "-h", made)
+    assert not orphans(made)
+    call("e2fsck", "-fn", made)  # all that was to be done is done
     assert MIB < found.used < 4 * MIB
     assert str(found) == f"ext4, {100 * found.used / found.size:.0f} % full"
 
@@ -167,6 +177,13 @@ def test_btrfs_with_a_log_tree(disk: Disk) -> None:
     copy_sparse(disk("btrfs", "-U", "11111111-2222-3333-4444-555555555555", name="twin"), older)
     assert look(made.with_name("twin")).came_up
     assert look(older).came_up
+
+
+def test_f2fs_with_something_to_recover(disk: Disk) -> None:
+    made = disk("f2fs")
+    found = look(made)
+    assert (found.systems, found.came_up, found.words) == ("f2fs", True, "")
+    assert MIB < found.used < found.size <= SIZES["f2fs"]
 
 
 def test_two_file_systems_in_partitions(disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +316,40 @@ def test_the_tools_of_other_file_systems(disk: Disk, kind: str) -> None:
     assert (found.came_up, found.words) == (True, "")
 
 
+def wrong_links(disk: Path) -> None:
+    """Note a wrong count of links in a file's inode."""
+    number = call("xfs_db", "-c", "path /renamed", "-c", "print v3.inumber", disk).split()[-1]
+    call("xfs_db", "-x", "-c", f"inode {number}", "-c", "write -d core.nlinkv2 7", disk)
+
+
+def damaged_checksums(disk: Path) -> None:
+    """Damage a leaf of the tree of checksums, which is read when its files are."""
+    dump = call("btrfs", "inspect-internal", "dump-tree", "-t", "csum", disk)
+    leaf = re.findall(r"^leaf (\d+) ", dump, re.MULTILINE)[1]
+    place = int(call("btrfs-map-logical", "-l", leaf, disk).split()[5])
+    write_at(disk, place + 200, b"\xa5" * 100)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "damage", "tool"),
+    [("xfs", (), wrong_links, "xfs_repair"), ("btrfs", ("-m", "single"), damaged_checksums, "btrfs")],
+)
+def test_damage_that_only_a_tool_finds(
+    disk: Disk, tmp_path: Path, kind: str, options: tuple[str, ...], damage: Callable[[Path], None], tool: str
+) -> None:
+    made = disk(kind, *options)
+    with mounted(made, tmp_path / "place") as place:  # so much that its checksums fill several leaves
+        (place / "large").write_bytes(bytes(range(256)) * (40 * MIB // 256))
+        write_out(place)
+    sound = look(made, with_fsck=True)
+    assert (sound.came_up, sound.words) == (True, "")
+    damage(made)
+    assert look(made).came_up
+    found = look(made, with_fsck=True)
+    assert (found.systems, found.came_up) == (kind, False)
+    assert found.words.startswith(f"{tool}: ")
+
+
 # -- what cannot be looked into
 
 
@@ -326,6 +377,12 @@ def raid(disk: Path) -> None:
     write_at(disk, 4096, bytes(words))
 
 
+def zfs(disk: Path) -> None:
+    """Some uberblocks of the first label of a ZFS pool's device."""
+    for number in range(4):
+        write_at(disk, (128 + number) << 10, struct.pack("<QQQQQ", 0x00BAB10C, 5000, 0, 100 + number, 1_700_000_000))
+
+
 def swap(disk: Path) -> None:
     """A swap area."""
     call("mkswap", disk)
@@ -333,10 +390,17 @@ def swap(disk: Path) -> None:
 
 @pytest.mark.parametrize(
     ("make", "named"),
-    [(luks, "LUKS"), (lvm, "LVM"), (raid, "a RAID member"), (swap, "swap"), (lambda disk: None, "no file system")],
+    [
+        (luks, "LUKS"),
+        (lvm, "LVM"),
+        (raid, "a RAID member"),
+        (zfs, "ZFS"),
+        (swap, "swap"),
+        (lambda disk: None, "no file system"),
+    ],
 )
 def test_what_has_no_file_system(tmp_path: Path, make: Callable[[Path], None], named: str) -> None:
-    create_sparse(tmp_path / "disk", 32 * MIB)
+    create_sparse(tmp_path / "disk", 64 * MIB)
     make(tmp_path / "disk")
     found = look(tmp_path / "disk")
     assert (found.systems, found.rest, found.came_up, found.words) == ("", named, None, "")
@@ -353,14 +417,15 @@ def test_a_feature_that_the_kernel_lacks(disk: Disk) -> None:
     assert str(found) == "ext4, not tried"
 
 
-def test_a_file_system_that_the_kernel_lacks(tmp_path: Path) -> None:
-    if shutil.which("mkfs.exfat") is None or "exfat" in Path("/proc/filesystems").read_text():
+@pytest.mark.parametrize("kind", ["exfat", "f2fs"])
+def test_a_file_system_that_the_kernel_lacks(tmp_path: Path, kind: str) -> None:
+    if shutil.which(f"mkfs.{kind}") is None or kind in Path("/proc/filesystems").read_text():
         pytest.skip("it needs a file system that this kernel does not know")
-    create_sparse(tmp_path / "disk", 32 * MIB)
-    call("mkfs.exfat", tmp_path / "disk")
+    create_sparse(tmp_path / "disk", 64 * MIB)
+    call(f"mkfs.{kind}", tmp_path / "disk")
     found = look(tmp_path / "disk")
-    assert (found.systems, found.came_up) == ("exfat", None)
-    assert found.words == "this droplet's kernel has no exfat"
+    assert (found.systems, found.came_up) == (kind, None)
+    assert found.words == f"this droplet's kernel has no {kind}"
 
 
 def test_a_journal_on_another_device(tmp_path: Path) -> None:
