@@ -417,6 +417,17 @@ def test_a_feature_that_the_kernel_lacks(disk: Disk) -> None:
     assert str(found) == "ext4, not tried"
 
 
+@pytest.mark.parametrize("feature", ["incompat", "ro_compat"])
+def test_a_feature_of_xfs_that_the_kernel_lacks(disk: Disk, feature: str) -> None:
+    made = disk("xfs")
+    look(made)
+    known = int(call("xfs_db", "-c", "sb 0", "-c", f"print features_{feature}", made).split()[-1], 16)
+    call("xfs_db", "-x", "-c", "sb 0", "-c", f"write -d features_{feature} {known | 1 << 30:#x}", made)
+    found = look(made)
+    assert (found.systems, found.came_up) == ("xfs", None)
+    assert re.search("unknown (incompatible|read-only compatible) features", found.words)
+
+
 @pytest.mark.parametrize("kind", ["exfat", "f2fs"])
 def test_a_file_system_that_the_kernel_lacks(tmp_path: Path, kind: str) -> None:
     if shutil.which(f"mkfs.{kind}") is None or kind in Path("/proc/filesystems").read_text():
