@@ -2418,12 +2418,16 @@ class Checker:
 
     PLACE = "/mnt"  # where it has a small file system of its own
     READ_ONLY = ("cramfs", "erofs", "iso9660", "squashfs")
+    OPTIONS: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("ext2", "ext3", "ext4"), "errors=continue"),  # a superblock may say panic
+        "xfs": "nouuid",
+    }
     TAKEN = (errno.EBUSY, errno.EEXIST)  # for a while; EEXIST: by a Btrfs of the same UUID, before Linux 6.7
     NOT_TRIED = (*TAKEN, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENODEV, errno.ENOMEM, errno.ENOTBLK)
     # What kernels, from 5.10 to 6.18, say if they lack something, if something is wrong, and if all is well
     LACKS = re.compile(
         r"unsupported optional features|unknown \S+( \S+)? features|safely mounted|without CONFIG_|"
-        r"external (journal|log)"
+        r"external (journal|log)|bad block size|supported for page size|Only pagesize"
     )
     WRONG = re.compile(
         r"EXT4-fs error|BTRFS (error|critical)(?!.* already reg)|XFS .*(orruption|rror|hut ?down)|I/O error"
@@ -2516,13 +2520,16 @@ class Checker:
         names = [each for each in os.listdir(parts) if os.path.exists("%s/%s/partition" % (parts, each))]
         if more := len(names[CHECKED_PARTS:]):
             self.look_at("", {"TYPE": "%d more partition%s" % (more, "s" * (more > 1))})
+        found = []  # before any is tried: what was not seen is not missing
         for each in sorted(names, key=lambda part: (len(part), part))[:CHECKED_PARTS]:
             with open("%s/%s/dev" % (parts, each)) as file:
                 major, minor = map(int, file.read().split(":"))
             node = "%s/%s" % (self.PLACE, each)  # udev may not have made one yet
             os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(major, minor))
             self.make_writable(node)
-            self.look_at(node, self.probe(node))
+            found.append((node, self.probe(node)))
+        for node, facts in found:
+            self.look_at(node, facts)
 
     @staticmethod
     def make_writable(node: str) -> None:
@@ -2533,9 +2540,13 @@ class Checker:
     def probe(self, node: str) -> dict[str, str]:
         """What is there, in the words of blkid."""
         code, said = self.tool("blkid", "-p", "-o", "export", node)
-        if code in (0, 2):  # 2: nothing is
-            return dict(line.partition("=")[::2] for line in said.splitlines())
-        return {"TYPE": "several signatures" if code == 8 else "unknown", "USAGE": "other"}
+        if code == 8:
+            return {"TYPE": "several signatures", "USAGE": "other"}
+        with open(node, "rb") as file:  # blkid says of what it cannot read that there is nothing
+            file.read(PAGE)
+        if code not in (0, 2):  # 2: nothing is
+            raise OSError("blkid: exit code %d" % code)
+        return dict(line.partition("=")[::2] for line in said.splitlines())
 
     def look_at(self, node: str, facts: Mapping[str, str]) -> None:
         """Note what is on a node, and try it if it is a file system."""
@@ -2543,7 +2554,9 @@ class Checker:
         is_file_system = facts.get("USAGE") == "filesystem" and not kind.endswith("_member")  # as of ZFS
         part = {"kind": kind, "is_file_system": is_file_system, "came_up": None, "words": "", "used": 0, "size": 0}
         self.parts.append(part)
-        if is_file_system:
+        if "EXT_JOURNAL" in facts:  # the kernel would take it by its number, which may be another volume's clone
+            part["words"] = "its journal is on another device"
+        elif is_file_system:
             self.doing = "the mount of %s" % kind
             part.update(self.tried(node, kind))
             if self.with_fsck and part["came_up"] and kind in self.TOOLS:
@@ -2577,7 +2590,7 @@ class Checker:
             if kind == "btrfs":  # the kernel may know a namesake, such as the volume's last clone
                 with contextlib.suppress(OSError), open("/dev/btrfs-control", "r+b", buffering=0) as control:
                     fcntl.ioctl(control, 0x50009405, bytearray(4096))  # BTRFS_IOC_FORGET_DEV
-            self.mount(node, place, kind, flags | (kind in self.READ_ONLY), "nouuid" if kind == "xfs" else "")
+            self.mount(node, place, kind, flags | (kind in self.READ_ONLY), self.OPTIONS.get(kind, ""))
 
         tried(EXCLUSIVE_LIMIT, mount, *self.TAKEN)
         try:
@@ -2625,7 +2638,9 @@ class Checker:
             return {"words": "there is no %s on the droplet" % command[0]}
         if code == 0:
             return {}
-        lines = [line for line in said.splitlines() if line.strip() and not re.match(r"e2fsck |Pass |Phase ", line)]
+        lines = [
+            line for line in said.splitlines() if line.strip() and not re.match(r"e2fsck |Pass |Phase | *- |\[\d", line)
+        ]
         words = "%s: %s" % (command[0], "; ".join(lines) or "exit code %d" % code)
         return {"came_up": code < 0 or not code & damaged, "words": words[:CHECKED_WORDS]}
 
@@ -2960,7 +2975,8 @@ class Finding:
             raise ValueError(str(problem)) from None
         if is_tried and not any(named.values()):
             named[False] = ["no file system"]
-        result = False if False in came_up else True if True in came_up else None
+        is_cut_off = not is_tried and any(part["is_file_system"] is True and part["came_up"] is None for part in parts)
+        result = False if False in came_up else True if True in came_up and not is_cut_off else None
         return cls(", ".join(named[True]), ", ".join(named[False]), used, size, result, words[:CHECKED_WORDS], kernel)
 
     @classmethod
@@ -2973,7 +2989,7 @@ class Finding:
         """The same with what was there before; where nothing is left of that, it does not come up."""
         before, used = (last.systems, last.used) if last.came_up else (last.before, last.used_before)
         found = dataclasses.replace(self, before=before, used_before=used)
-        if before and self.rest and not self.systems:
+        if before and self.rest and not self.systems and not self.words:  # which tell why not all was seen
             words = f"{self.rest}, where there was {before} with {human_size(used)}"
             return dataclasses.replace(found, came_up=False, words=words)
         return found
@@ -6273,7 +6289,13 @@ class Link:
             while not answer.endswith(b"\n"):
                 if len(answer) > Finding.MOST_ANSWER or time.monotonic() > end:
                     raise BadAgent("the droplet does not say what it found")
-                answer = (answer + stream.receive()).lstrip()
+                try:
+                    answer = (answer + stream.receive()).lstrip()
+                except ConnectionLost as problem:
+                    if not stream.received:
+                        raise
+                    # what it has changed of the clone by now, another look would not see
+                    raise BadAgent(str(problem)) from problem
         try:
             return Finding.parse(answer)
         except ValueError as problem:
@@ -6861,6 +6883,7 @@ class Backup:
     AHEAD = 3  # volumes whose clones are made and attached while others sync: a droplet takes one event at a time
     MOST_SYNCS = 2  # at a time: DigitalOcean gives each volume some 200 to 300 MB/s, and the droplet reads more
     MOST_CHECKS = 4  # at a time, if some hang
+    PLACES = 7  # for clones that are needed, on a droplet
 
     def __init__(
         self,
@@ -6914,7 +6937,7 @@ class Backup:
             try:
                 saver.submit(self._save_hours)
                 while self._queue or ahead or syncs:
-                    while self._queue and len(ahead) < self.AHEAD:
+                    while self._queue and len(ahead) < min(self.AHEAD, self.PLACES - len(syncs) - self._looks()):
                         queued = self._queue.popleft()
                         made = maker.submit(self._make_clone, queued)
                         queued.prepared = attacher.submit(self._attach, queued, made)
@@ -6944,8 +6967,11 @@ class Backup:
         """Wait until a sync ends or the next clone is there, for a moment at most; say since when if that is all."""
         awaited: list[concurrent.futures.Future[Any]] = [queued.sync for queued in syncs]
         awaited += [queued.prepared for queued in itertools.islice(ahead, 1) if not queued.prepared.done()]
+        awaited += [future for _, future in self._checks.values()]
         if syncs:
             self._report.current = f"backing up {' and '.join(queued.name for queued in syncs)}"
+        elif not ahead:
+            self._report.progress(lambda: "looking whether the backups come up, before the droplet takes another clone")
         else:
             queued = ahead[0]
             waiting = f"{queued.name}: waiting for its clone and the droplet, {human_time(time.monotonic() - since)}"
@@ -7161,6 +7187,10 @@ class Backup:
             self._end_use(clone)
         if is_ok and not wants_check:
             self._take_note(queued.name, None)
+
+    def _looks(self) -> int:
+        """How many have not ended."""
+        return sum(not future.done() for _, future in self._checks.values())
 
     def _end_checks(self, *, wait: bool = False) -> None:
         start = time.monotonic()

@@ -186,18 +186,44 @@ def test_f2fs_with_something_to_recover(disk: Disk) -> None:
     assert MIB < found.used < found.size <= SIZES["f2fs"]
 
 
-def test_two_file_systems_in_partitions(disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = tmp_path / "table"
-    parts = [disk("ext4", name="one"), disk("ext4", name="two")]
+SECTORS = [(2048 + 96 * 2048 * number, 64 * 2048) for number in range(2)]  # of partitions, their first and how many
+
+
+def partitioned(table: Path, *parts: Path) -> Path:
+    """Make a disk of a table and the contents of its two partitions."""
     create_sparse(table, 256 * MIB)
-    sectors = [(2048 + 96 * 2048 * number, 64 * 2048) for number in range(2)]
-    entries = b"".join(struct.pack("<B3xB3xII", 0, 0x83, *each) for each in sectors)
+    entries = b"".join(struct.pack("<B3xB3xII", 0, 0x83, *each) for each in SECTORS)
     write_at(table, 446, entries.ljust(64, b"\0") + b"\x55\xaa")
-    for (first, _), part in zip(sectors, parts, strict=True):
+    for (first, _), part in zip(SECTORS, parts, strict=True):
         call("dd", f"if={part}", f"of={table}", "bs=1M", f"seek={first // 2048}", "conv=notrunc,sparse", "status=none")
+    return table
+
+
+@pytest.mark.parametrize("hanging", ["probe", "looked_into"])
+def test_cut_off_at_the_second_partition(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hanging: str
+) -> None:
+    """Then nobody knows of the second one: neither that it comes up nor that it is gone."""
+    first = disk("ext4", name="one") if hanging == "looked_into" else tmp_path / "one"
+    if hanging == "probe":
+        create_sparse(first, 64 * MIB)
+        swap(first)
+    table = partitioned(tmp_path / "table", first, disk("ext4", name="two"))
+    before = look(table)
+    assert before.came_up
+    head, tail = dosvob.AGENT.split(f"    def {hanging}(self", 1)
+    hang = tail.replace('."""', '."""\n        time.sleep(3600 * node.endswith("p2"))', 1)
+    monkeypatch.setattr(dosvob, "AGENT", f"{head}    def {hanging}(self{hang}")
+    found = look(table, limit=3).after(before)
+    assert found.came_up is None
+    assert "did not end within 3 s" in found.words
+
+
+def test_two_file_systems_in_partitions(disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = partitioned(tmp_path / "table", disk("ext4", name="one"), disk("ext4", name="two"))
     found = look(table)
     assert (found.systems, found.came_up, found.words) == ("ext4, ext4", True, "")
-    write_at(table, sectors[1][0] * 512 + 2048, b"\xa5" * 512)  # group descriptors of the second
+    write_at(table, SECTORS[1][0] * 512 + 2048, b"\xa5" * 512)  # group descriptors of the second
     found = look(table)
     assert found.came_up is False
     assert "p2" in found.words
@@ -348,6 +374,28 @@ def test_damage_that_only_a_tool_finds(
     found = look(made, with_fsck=True)
     assert (found.systems, found.came_up) == (kind, False)
     assert found.words.startswith(f"{tool}: ")
+    assert re.search("nlinks from 7 to 1|checksum verify failed", found.words)
+
+
+def test_a_superblock_that_asks_for_a_panic(disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If something is wrong with it, the whole droplet would end, and the other volumes' backups with it."""
+    made, options = disk("ext4"), tmp_path / "options"
+    call("tune2fs", "-e", "panic", made)
+    told = f"open({str(options)!r}, 'w').write(open('/proc/fs/ext4/%s/options' % node[5:]).read())"
+    statvfs = "status = os.statvfs(place)"
+    monkeypatch.setattr(dosvob, "AGENT", dosvob.AGENT.replace(statvfs, f"{statvfs}; {told}"))
+    assert look(made).came_up
+    assert "errors=continue" in options.read_text()
+
+
+def test_a_device_that_cannot_be_read(disk: Disk) -> None:
+    made = disk("ext4")
+    before = look(made)
+    with contextlib.closing(LoopDevice(made)) as device:
+        os.truncate(made, 0)
+        process, found = ask(device.path)
+        assert process.wait(30) == 0
+    assert found.after(before).came_up is None
 
 
 # -- what cannot be looked into
@@ -440,16 +488,26 @@ def test_a_file_system_that_the_kernel_lacks(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_journal_on_another_device(tmp_path: Path) -> None:
-    """Which the droplet has not: so it cannot be tried."""
-    paths = [tmp_path / "journal", tmp_path / "disk"]
-    for path in paths:
+    """It may be that of another clone, which is not backed up yet and must not change."""
+    disk, journal, cut = (tmp_path / name for name in ("disk", "journal", "cut"))
+    for path in (disk, journal):
         create_sparse(path, 64 * MIB)
-    with contextlib.closing(LoopDevice(paths[0])) as journal, contextlib.closing(LoopDevice(paths[1])) as disk:
-        call("mkfs.ext4", "-q", "-O", "journal_dev", journal.path)
-        call("mkfs.ext4", "-q", "-J", f"device={journal.path}", disk.path)
-    found = look(tmp_path / "disk")
+    with contextlib.closing(LoopDevice(journal)) as device:
+        with contextlib.closing(LoopDevice(disk)) as own:
+            call("mkfs.ext4", "-q", "-O", "journal_dev", device.path)
+            call("mkfs.ext4", "-q", "-J", f"device={device.path}", own.path)
+        with mounted(disk, tmp_path / "place") as place, (place / "file").open("wb") as file:
+            file.write(b"something to replay")
+            file.flush()
+            os.fsync(file.fileno())
+            copy_sparse(disk, cut)
+        call("blockdev", "--flushbufs", device.path)
+        before = journal.read_bytes()
+        found = look(cut)
+        call("blockdev", "--flushbufs", device.path)
     assert (found.systems, found.came_up) == ("ext4", None)
-    assert "external journal" in found.words
+    assert found.words == "its journal is on another device"
+    assert journal.read_bytes() == before
 
 
 def test_a_part_of_a_larger_btrfs(tmp_path: Path) -> None:
@@ -722,6 +780,32 @@ def test_what_hangs_holds_nothing_up(sim: Simulator, home: Home, data: Volume, t
     assert "connecting again" not in done.stderr
     assert same(home.image("other"), other.path)
     assert_nothing_left(sim)
+
+
+@pytest.mark.small
+def test_looks_that_take_long_are_no_reason_to_lose_the_droplet(
+    sim: Simulator, home: Home, data: Volume, tmp_path: Path
+) -> None:
+    """Each holds one of the droplet's places, and it is not busy for that."""
+    others = [add_volume(sim, f"e{number}") for number in range(9)]
+    sim.faults.add(dataclasses.replace(Droplet(tmp_path, "import time; time.sleep(12)").fault, times=99))
+    done = run(home, constants={"BUSY_LIMIT": 6})
+    assert {cells(done.stdout, volume.name)[-2] for volume in others} == {"no file system"}
+    assert cells(done.stdout, "data")[-2] == "ext4, 0 % full"
+    assert changes(sim.requests)["POST", "droplets"] == 1
+    assert_nothing_left(sim)
+
+
+@pytest.mark.small
+def test_a_look_that_was_begun_is_not_repeated(sim: Simulator, home: Home, data: Volume, tmp_path: Path) -> None:
+    """It may have changed the clone: what it saw, the next one would not."""
+    look(data.path)
+    call("debugfs", "-w", "-R", "set_super_value last_orphan 3", data.path)
+    ending = 'program = program.replace(b"os.write(output, json", b"os._exit(0); (output, json")'
+    droplet = Droplet(tmp_path, ending)
+    sim.faults.add(droplet.fault)
+    assert cells(run(home).stdout, "data")[-2:] == ["not tried", "ok"]
+    assert droplet.times == 1
 
 
 @pytest.mark.small
