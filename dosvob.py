@@ -2930,7 +2930,7 @@ class Finding:
 
     `systems` names its file systems, which hold `used` of `size` bytes; `rest` what else there is. `came_up` is None if
     there was nothing to try, or it could not be tried. `words` say why not, mostly the kernel's, of the release
-    `kernel`. `before` and `used_before`: the file systems of the last backup before it that came up.
+    `kernel`. `before` and `used_before`: the file systems of the last backup before it that came up, or else had some.
     """
 
     systems: str = ""
@@ -2987,20 +2987,23 @@ class Finding:
 
     def after(self, last: Finding) -> Finding:
         """The same with what was there before; where nothing is left of that, it does not come up."""
-        before, used = (last.systems, last.used) if last.came_up else (last.before, last.used_before)
+        before, used = (last.systems, last.used) if last.came_up else (last.before or last.systems, last.used_before)
         found = dataclasses.replace(self, before=before, used_before=used)
         if before and self.rest and not self.systems and not self.words:  # which tell why not all was seen
-            words = f"{self.rest}, where there was {before} with {human_size(used)}"
-            return dataclasses.replace(found, came_up=False, words=words)
+            return dataclasses.replace(found, came_up=False, words=f"{self.rest}, where there was {found.was}")
         return found
+
+    @property
+    def was(self) -> str:
+        """What there was before, in words."""
+        return self.before + f" with {human_size(self.used_before)}" * bool(self.used_before)
 
     @property
     def change(self) -> str:
         """What somebody may miss of what was there before; nothing if all is as it was, or more."""
         if not self.came_up or not self.before or (self.systems == self.before and 2 * self.used >= self.used_before):
             return ""
-        had = f"{self.before} with {human_size(self.used_before)}"
-        return f"it has {self.systems} with {human_size(self.used)}, and the last one that came up had {had}"
+        return f"it has {self.systems} with {human_size(self.used)}, and there was {self.was} before"
 
     def __str__(self) -> str:
         if self.came_up is False:
@@ -8579,7 +8582,8 @@ class Listing:
             found["versions"].append(
                 {"time": of.moment.isoformat(), "image": version is None, "changed": changed, "occupied": occupied,
                  "frees": frees, "damaged": False, "found": str(seen) if seen else None,
-                 "comes_up": seen.came_up if seen else None, "kernel": seen.kernel if seen else None, **more}
+                 "comes_up": seen.came_up if seen else None, "words": seen.words if seen else None,
+                 "kernel": seen.kernel if seen else None, **more}
             )  # fmt: skip
 
         try:

@@ -575,15 +575,19 @@ def test_what_was_there_before_counts() -> None:
     old = dosvob.Finding("ext4", used=100 * MIB, size=200 * MIB, came_up=True)
     assert not dosvob.Finding("ext4", used=60 * MIB, size=200 * MIB, came_up=True).after(old).change
     emptied = dosvob.Finding("ext4", used=40 * MIB, size=200 * MIB, came_up=True).after(old)
-    assert emptied.change == "it has ext4 with 40.0 MiB, and the last one that came up had ext4 with 100.0 MiB"
+    assert emptied.change == "it has ext4 with 40.0 MiB, and there was ext4 with 100.0 MiB before"
     other = dosvob.Finding("xfs", used=100 * MIB, size=200 * MIB, came_up=True).after(old)
-    assert other.change == "it has xfs with 100.0 MiB, and the last one that came up had ext4 with 100.0 MiB"
+    assert other.change == "it has xfs with 100.0 MiB, and there was ext4 with 100.0 MiB before"
     hidden = dosvob.Finding("", "LUKS").after(old)
     assert (hidden.came_up, hidden.words) == (False, "LUKS, where there was ext4 with 100.0 MiB")
     untried = dosvob.Finding(words="the connection broke").after(old)
     assert untried.came_up is None
     assert dosvob.Finding("", "no file system").after(untried).came_up is False
     assert dosvob.Finding("", "LUKS").after(dosvob.Finding("", "LUKS")).came_up is None
+    for came_up in (None, False):  # it was there all the same
+        wiped = dosvob.Finding("", "no file system").after(dosvob.Finding("xfs", came_up=came_up))
+        assert (wiped.came_up, wiped.words) == (False, "no file system, where there was xfs")
+        assert dosvob.Finding("", "no file system").after(wiped).came_up is False
 
 
 # -- whole runs
@@ -663,6 +667,7 @@ def test_a_backup_that_comes_up(sim: Simulator, home: Home, data: Volume) -> Non
     assert ext4_is_dirty(home.image("data"))  # the clone was changed by the trial, and not the image
     (image,) = listed(home)
     assert (image["found"], image["comes_up"], image["kernel"]) == ("ext4, 0 % full", True, os.uname().release)
+    assert image["words"] == ""
     assert "ext4, 0 % full" in home.run("list").stdout
     assert re.search(
         r"data: its last complete backup is .* old, the last one that came up \d", home.run("health").stdout
@@ -684,6 +689,7 @@ def test_broken_on_purpose_and_brought_back(sim: Simulator, home: Home, data: Vo
     assert same(home.image("data"), data.path)  # it is what the volume has
     image, version = listed(home)
     assert (image["comes_up"], version["comes_up"]) == (False, True)
+    assert image["words"].startswith("EXT4-fs (")
     told = home.run("list").stdout
     assert "DOES NOT COME UP" in told
     assert "kept as the last that came up" in told  # though no version is asked for
