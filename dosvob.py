@@ -3273,20 +3273,22 @@ class SparseFile:
         It may have decayed there. And after a write error, which perhaps only a process saw that has ended, the kernel
         goes on showing what never got there: https://wiki.postgresql.org/wiki/Fsync_Errors
         """
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # what is not on the disk yet would not be forgotten
-                os.fdatasync(self.fd)
-            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # what is not on the disk yet would not be forgotten
+            os.fdatasync(self.fd)
+        self._advise(offset, length, "DONTNEED")
 
     def read_ahead(self, offset: int, length: int) -> None:
         """Have the kernel begin to read a part of it: many reads at once take a disk hardly longer than one."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+        self._advise(offset, length, "WILLNEED")
 
     def write_out(self) -> None:
         """Have the kernel begin to write what it has of the file, so that to wait for all of it at the end is short."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._advise(0, 0, "DONTNEED")
+
+    def _advise(self, offset: int, length: int, advice: str) -> None:
+        """Give the kernel advice on a part of it, 0 bytes being all of the rest, where it takes any."""
+        with contextlib.suppress(OSError, AttributeError):  # refused, or not there
+            os.posix_fadvise(self.fd, offset, length, getattr(os, f"POSIX_FADV_{advice}"))
 
     def close(self) -> None:
         """Close it; once more does no harm."""

@@ -23,22 +23,16 @@ def run(*command: object) -> None:
     assert done.returncode == 0, (command, done.stdout, done.stderr)
 
 
+def with_error(calls: str, name: str, *options: str) -> tuple[str, ...]:
+    """A wrapper in which a command's calls of some kinds fail with the error of that name."""
+    begin = ("strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null")
+    return (*begin, *options, "-e", f"trace={calls}", f"--inject={calls}:error={name}")
+
+
 def cannot_read(path: Path, name: str, calls: str = "read,pread64") -> tuple[str, ...]:
     """A wrapper in which a command, run in the home's directory, cannot read one of the home's files."""
     there = [os.path.relpath(path, parent) for parent in path.parents if (parent / "conf.json").exists()]
-    paths = [word for each in (path, *there) for word in ("-P", str(each))]
-    return (
-        "strace",
-        "-f",
-        "--seccomp-bpf",
-        "-qq",
-        "-o",
-        "/dev/null",
-        *paths,
-        "-e",
-        f"trace={calls}",
-        f"--inject={calls}:error={name}",
-    )
+    return with_error(calls, name, *(word for each in (path, *there) for word in ("-P", str(each))))
 
 
 class Storage:

@@ -32,7 +32,7 @@ from crash_support import (
 )
 from simulator import Volume
 from simulator.storage import LoopDevice, create_sparse, mounted
-from storage_support import Storage, cannot_read, run
+from storage_support import Storage, cannot_read, run, with_error
 from test_disk import NAME, Disk, one_clear_error
 from versions_support import Lineage
 
@@ -152,6 +152,19 @@ def test_an_image_that_is_read_by_its_path_on_the_host_is_seen(
         assert dosvob.LoopDevices.over(other) == []
         if not (in_container and "--sizelimit" in options):
             assert dosvob.LoopDevices.over(longer) == []
+
+
+# -- what is mere advice
+
+
+def test_a_kernel_that_takes_no_advice(home: Home) -> None:
+    volume = home.simulator.add_volume(NAME)
+    wrapper = with_error("fadvise64", "ENOSYS")
+    for content in (b"one", b"two"):
+        write_at(volume.path, MIB, content)
+        home.run(wrapper=wrapper)
+        assert same(home.image(NAME), volume.path)
+    home.run("verify", wrapper=wrapper)
 
 
 # -- holes
