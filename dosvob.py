@@ -2704,6 +2704,7 @@ ZERO_CHUNK = bytes(CHUNK)
 ZERO_PAGES = ZERO_PAGE_DIGEST * PAGES
 ZERO_DIGEST = chunk_digest(ZERO_PAGES)
 LIBC = ctypes.CDLL(None, use_errno=True)
+UNLIMITED = sys.maxsize  # bytes
 
 
 def digest_of(chunk: bytes) -> bytes:
@@ -2784,6 +2785,15 @@ def names_in(directory: Path) -> list[str]:
         return sorted(os.listdir(directory))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def free_in(place: Path | int) -> int:
+    """The bytes that are free there, without root's reserve: even root cannot write all of that.
+
+    UNLIMITED if the file system does not tell, as a tmpfs without a limit and some of FUSE do not.
+    """
+    status = os.statvfs(place)
+    return status.f_bavail * status.f_frsize if status.f_blocks else UNLIMITED
 
 
 def sync_directory(path: Path) -> None:
@@ -3264,8 +3274,8 @@ class SparseFile:
             yield (index + 1) * CHUNK <= data
 
     def free_space(self) -> int:
-        """The bytes that are free where it is, without root's reserve: even root cannot write all of that."""
-        return shutil.disk_usage(self.fd).free
+        """The bytes that are free where it is, see `free_in`."""
+        return free_in(self.fd)
 
     def forget_cached(self, offset: int = 0, length: int = 0) -> None:
         """Have the next reads of it, or of a part of it, come from the disk.
@@ -6559,10 +6569,12 @@ class Context:
             needed = [max(size - held, 0) for size, held in zip(sizes, begun, strict=True)]
             Trial(place, sizes, needed, self.report.say).run()
             if dry_run:
-                free = human_size(shutil.disk_usage(place).free)
+                free = free_in(place)
+                told = f"{human_size(free)} are free in {place}"
+                told = f"{place} does not tell how much is free" if free == UNLIMITED else told
                 first = f"; first backups take up to {human_size(sum(needed))}, for {counted(len(sizes), 'volume')}"
                 first *= bool(sizes)
-                self.report.say(f"{free} are free in {place}{first}")
+                self.report.say(f"{told}{first}")
 
 
 Host = tuple[Droplet, Link]

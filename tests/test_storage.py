@@ -860,6 +860,21 @@ def test_a_dry_run_says_what_is_free_and_what_a_run_costs(home: Home) -> None:
     assert not list(home.directory.rglob(".trial*"))
 
 
+def test_a_disk_that_does_not_tell_what_is_free_is_not_full(home: Home) -> None:
+    volume = home.simulator.add_volume(NAME)
+    home.backups.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=0", "dosvob-test", home.backups)
+    try:
+        for content in (b"one", b"two"):
+            write_at(volume.path, MIB, content)
+            home.run()
+            assert same(home.image(NAME), volume.path)
+        home.run("restore", NAME, str(home.backups / "copy.img"))
+        assert "does not tell how much is free" in home.run("--dry-run").stdout
+    finally:
+        run("umount", "--lazy", home.backups)
+
+
 # -- what is said, and when
 
 
