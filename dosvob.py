@@ -2856,8 +2856,13 @@ def identity_of(path_or_fd: Path | int) -> dict[str, int]:
 
 def stamp(fd: int, not_before: int = 0) -> None:
     """Give a file the time of now in whole seconds, which every file system keeps, also at a rename; durably."""
-    seconds = max(int(time.time()), not_before)
-    os.utime(fd, ns=(seconds * 10**9, seconds * 10**9))
+    set_time(fd, max(int(time.time()), not_before) * 10**9)
+
+
+def set_time(fd: int, nanoseconds: int) -> None:
+    """Give a file a time, durably; where only its owner may do that, it keeps that of the last write."""
+    with contextlib.suppress(PermissionError):
+        os.utime(fd, ns=(nanoseconds, nanoseconds))
     os.fsync(fd)
 
 
@@ -4064,8 +4069,8 @@ class Undo:
         """Make the image what it was.
 
         It also gets its old time, so that its state and the spool still fit it. If a part of the undo decayed it does
-        not, for then the next sync must compare all of the image. A part that cannot be read now may be the next time:
-        the undo stays for that, and Unread is raised.
+        not, for then the next sync must compare all of the image, as it does where the time may not be set. A part that
+        cannot be read now may be the next time: the undo stays for that, and Unread is raised.
         """
         base = self.file.head["base"]
         self.file.load_index()
@@ -4084,8 +4089,7 @@ class Undo:
             os.fsync(image.fd)  # before its time says that it is the old one
             self._check_read(self.file)
             if is_whole:
-                os.utime(image.fd, ns=(base["mtime_ns"], base["mtime_ns"]))
-                os.fsync(image.fd)
+                set_time(image.fd, base["mtime_ns"])
         self.drop()
 
     @staticmethod

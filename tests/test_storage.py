@@ -154,6 +154,46 @@ def test_an_image_that_is_read_by_its_path_on_the_host_is_seen(
             assert dosvob.LoopDevices.over(longer) == []
 
 
+# -- times that cannot be set: an image of somebody else, or a CIFS share
+
+
+def test_an_image_whose_time_cannot_be_set(home: Home) -> None:
+    """A first backup, later ones, and what is read of the image: what the last write left is its time."""
+    volume, wrapper = home.simulator.add_volume(NAME), with_error("utimensat", "EPERM")
+    for number in range(3):
+        write_at(volume.path, number * MIB, os.urandom(4096))
+        home.run(wrapper=wrapper)
+        assert same(home.image(NAME), volume.path)
+        paths = dosvob.ImagePaths(home.backups, NAME)
+        state = dosvob.State.load(paths.state)
+        assert state is not None
+        assert state.identity == dosvob.identity_of(paths.image)
+    assert len(dosvob.Versions(paths).all()) == 2
+    home.run("verify", wrapper=wrapper)
+
+
+def test_an_image_whose_time_cannot_be_set_is_put_back_and_compared(home: Home) -> None:
+    lineage = Lineage(home.directory)
+    lineage.go_on(2)
+    before = lineage.paths.image.read_bytes()
+    lineage.change()
+    with power_cut_at(dosvob.Update, "_complete_state"):
+        lineage.back_up()
+    assert lineage.paths.image.read_bytes() != before
+    assert "was taken back" in home.run("verify", wrapper=with_error("utimensat", "EPERM")).stdout
+    assert lineage.paths.image.read_bytes() == before
+    state = dosvob.State.load(lineage.paths.state)
+    assert state is not None
+    assert state.identity != dosvob.identity_of(lineage.paths.image)  # so the next sync reads all of it
+    lineage.go_on()
+    lineage.check()
+
+
+def test_another_error_of_a_time_is_told(home: Home) -> None:
+    home.simulator.add_volume(NAME)
+    assert "Input/output error" in one_clear_error(home.run(wrapper=with_error("utimensat", "EIO"), expect=1))
+
+
 # -- what is mere advice
 
 
