@@ -6432,6 +6432,8 @@ class Trial:
     """
 
     SAMPLE = 16 * CHUNK  # large enough that it shows in the free space whether a length takes any
+    TRIAL_NAME = ".dosvob-trial-{}"  # a dry run and a run may try at once, and neither knows of the other
+    ABANDONED = 24 * 3600  # seconds after which whoever made it is taken to be dead; a trial takes some
 
     def __init__(
         self, directory: Path, sizes: Sequence[int], needed: Sequence[int], say: Callable[[str], None]
@@ -6441,11 +6443,11 @@ class Trial:
         self._needed = needed
         self._say = say
         self._kind = Mount.of(directory).kind or "its file system"
-        self._paths = (directory / ".trial", directory / ".trial.renamed", directory / ".trial.directory")
+        name = self.TRIAL_NAME.format(secrets.token_hex(4))
+        self._paths = (directory / name, directory / f"{name}.renamed", directory / f"{name}.directory")
 
     def run(self) -> None:
         """Try it, and leave nothing there. A full disk is no reason to stop: some volumes may need no more."""
-        self._clear()
         try:
             for step, remedy in (
                 (self._write, "give dosvob the right to write there"),
@@ -6458,8 +6460,7 @@ class Trial:
                 if not self._try(step, remedy):
                     break
         finally:
-            with contextlib.suppress(OSError):
-                self._clear()
+            self._remove(self._paths)
 
     def _try(self, step: Callable[[], None], remedy: str) -> bool:
         """Take a step; False if the disk is full."""
@@ -6473,13 +6474,19 @@ class Trial:
             raise UsageError(f"{what}: {remedy}") from problem
         return True
 
-    def _clear(self) -> None:
-        file, renamed, directory = self._paths
-        for path in (file, renamed, directory / "renamed"):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    @staticmethod
+    def _remove(paths: Iterable[Path]) -> None:
+        for path in paths:
+            with contextlib.suppress(OSError):
                 path.unlink()
-        if directory.is_dir():
-            directory.rmdir()
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _remove_abandoned(self, now: float) -> None:
+        """Remove what trials left that were killed long ago; `now` is by the clock of this file system."""
+        for path in self._directory.glob(self.TRIAL_NAME.format("*")):
+            with contextlib.suppress(OSError):
+                if path.lstat().st_mtime < now - self.ABANDONED:
+                    self._remove([path])
 
     @contextlib.contextmanager
     def _opened(self, flags: int = os.O_RDWR) -> Iterator[SparseFile]:
@@ -6490,6 +6497,7 @@ class Trial:
         with self._opened(os.O_RDWR | os.O_CREAT) as file:
             file.write(ZERO_CHUNK, 0)
             os.fsync(file.fd)
+            self._remove_abandoned(os.fstat(file.fd).st_mtime)
 
     def _write_in_the_middle(self) -> None:
         with self._opened() as file:

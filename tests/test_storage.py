@@ -5,6 +5,7 @@ Real file systems where Debian has them; the answers of others are put into the 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
 import json
@@ -824,7 +825,7 @@ def test_a_volume_that_is_larger_than_a_file_may_be(home: Home, tmp_path: Path, 
         error = one_clear_error(home.run(*arguments, expect=2))
         assert "will not do for an image of 17.0 GiB (File too large): use a file system with larger files" in error
         assert not creations(home)
-        assert not list(home.backups.rglob(".trial*"))
+        assert not list(home.backups.rglob(".dosvob-trial*"))
 
 
 @pytest.mark.parametrize(
@@ -848,12 +849,43 @@ def test_what_the_disk_will_not_do_is_told_with_its_remedy(
     place = f"{home.backups.name}/.dosvob/{path}"
     wrapper = ("strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-e", f"trace={call}",
                *("-P", place, "-P", str(home.directory / place), f"--inject={injection}"))  # fmt: skip
-    done = home.run(wrapper=wrapper, expect=2)
+    done = home.run(wrapper=wrapper, expect=2, constants={"TRIAL_NAME": ".trial"})
     told = [line for line in done.stderr.splitlines() if not line.startswith("strace: ")]
     assert len(told) == 1, told
     assert remedy in told[0]
     assert not creations(home)
     assert not list(home.backups.rglob(".trial*"))
+
+
+def try_storage(directory: Path) -> None:
+    """Try whether a volume of a GiB can be backed up into a directory."""
+    dosvob.Trial(directory, [dosvob.GIB], [dosvob.GIB], print).run()
+
+
+def test_two_trials_at_once(tmp_path: Path) -> None:
+    """A dry run holds no lock while it tries what a run tries at the same time."""
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        list(threads.map(try_storage, [tmp_path] * 100))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_trial_left_goes_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one is not disturbed by it, and does not disturb one that goes on."""
+    (tmp_path / "photos").mkdir()
+    others = tmp_path / "photos" / ".dosvob-trial-1"
+    others.touch()
+    with monkeypatch.context() as patches:
+        patches.setattr(dosvob.Trial, "_remove", lambda *_: None)
+        try_storage(tmp_path)
+    file, directory, _ = sorted(tmp_path.iterdir())
+    (directory / "renamed").touch()
+    try_storage(tmp_path)
+    assert (file.exists(), directory.exists()) == (True, True)
+    for path in (others, file, directory):
+        os.utime(path, (0, 0))
+    try_storage(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    assert others.exists()
 
 
 @pytest.mark.parametrize("storage", ["exfat-fuse"], indirect=True)
@@ -888,7 +920,7 @@ def test_where_no_holes_can_be_made_that_is_said_once(home: Home, storage: Stora
     write_at(volume.path, 0, bytes(2 * MIB))
     home.run(*backups)
     assert same(storage.path / "backups" / NAME, volume.path)
-    assert not list(storage.path.rglob(".trial*"))
+    assert not list(storage.path.rglob(".dosvob-trial*"))
 
 
 def test_a_dry_run_says_what_is_free_and_what_a_run_costs(home: Home) -> None:
@@ -897,7 +929,7 @@ def test_a_dry_run_says_what_is_free_and_what_a_run_costs(home: Home) -> None:
     assert "first backups take up to 1.0 GiB, for 1 volume" in told
     assert "are free in" in told
     assert "about $0.02 for a run" in told
-    assert not list(home.directory.rglob(".trial*"))
+    assert not list(home.directory.rglob(".dosvob-trial*"))
 
 
 def test_a_disk_that_does_not_tell_what_is_free_is_not_full(home: Home) -> None:
