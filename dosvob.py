@@ -6455,6 +6455,7 @@ class Trial:
                 (self._reopen, "it must open a file again to change it: mount an SMB share with mount.cifs"),
                 (self._lengthen, "use a file system with larger files, such as XFS or Btrfs"),
                 (self._rename, "it must rename between directories: mergerfs does with category.create=mfs"),
+                (self._replace, "it must rename over a file: sshfs does with -o workaround=rename"),
                 (self._lock, "it must lock files: NFS does with -o local_lock=flock"),
             ):  # fmt: skip
                 if not self._try(step, remedy):
@@ -6545,6 +6546,12 @@ class Trial:
         directory.mkdir(mode=0o700)
         renamed.rename(directory / "renamed")
         (directory / "renamed").rename(file)
+
+    def _replace(self) -> None:
+        """Rename over another file, as each commit does."""
+        file, other, _ = self._paths
+        os.close(create_private(other))
+        other.rename(file)
 
     def _lock(self) -> None:
         with self._opened() as file:

@@ -49,6 +49,7 @@ class Storage:
     }
 
     PORT = 2222  # of the SSH server
+    SFTP = "internal-sftp"
 
     def __init__(self, kind: str, directory: Path, *, size: int = 256 * MIB, options: Sequence[str] = ()) -> None:
         tool, package = self.TOOLS[kind]
@@ -98,7 +99,7 @@ class Storage:
         config = directory / "sshd_config"
         config.write_text(
             f"ListenAddress {self._address}:{self.PORT}\nHostKey {directory}/host_key\nPidFile none\nStrictModes no\n"
-            f"AuthorizedKeysFile {self._key}.pub\nPermitRootLogin yes\nUsePAM no\nSubsystem sftp internal-sftp\n"
+            f"AuthorizedKeysFile {self._key}.pub\nPermitRootLogin yes\nUsePAM no\nSubsystem sftp {self.SFTP}\n"
         )
         self._sshd = subprocess.Popen([str(shutil.which("sshd", path="/usr/sbin:/usr/bin")), "-D", "-f", str(config)])
         end = time.monotonic() + 60
@@ -110,9 +111,9 @@ class Storage:
             else:
                 return
 
-    def mount(self) -> None:
-        """Mount it."""
-        options = ["-o", ",".join(self._options)] if self._options else []
+    def mount(self, *more: str) -> None:
+        """Mount it, with more options perhaps."""
+        options = ["-o", ",".join([*self._options, *more])] if self._options or more else []
         if self._kind == "sshfs":
             known = "StrictHostKeyChecking=no,UserKnownHostsFile=/dev/null,LogLevel=ERROR"
             where = f"port={self.PORT},IdentityFile={self._key},{known}"

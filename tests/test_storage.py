@@ -835,6 +835,7 @@ def test_a_volume_that_is_larger_than_a_file_may_be(home: Home, tmp_path: Path, 
         ("openat:error=EOPNOTSUPP:when=3", ".trial", "mount an SMB share with mount.cifs"),
         ("ftruncate:error=EFBIG:when=2", ".trial", "larger files, such as XFS"),
         ("rename:error=EXDEV:when=1", ".trial.renamed", "mergerfs does with category.create=mfs"),
+        ("rename:error=EEXIST:when=2", ".trial.renamed", "sshfs does with -o workaround=rename"),
         ("flock:error=ENOLCK", "lock", "-o local_lock=flock"),
         ("fsync:error=EIO:when=1", ".trial", "will not do (Input/output error)"),
     ],
@@ -855,6 +856,26 @@ def test_what_the_disk_will_not_do_is_told_with_its_remedy(
     assert remedy in told[0]
     assert not creations(home)
     assert not list(home.backups.rglob(".trial*"))
+
+
+def test_a_server_that_does_not_rename_over_a_file(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """What SFTP itself has does not; the remedy that is told makes it do."""
+    monkeypatch.setattr(Storage, "SFTP", "internal-sftp -P posix-rename")
+    storage = Storage("sshfs", tmp_path / "storage")
+    request.addfinalizer(storage.close)
+    volume, backups = home.simulator.add_volume(NAME), ("--backups", str(storage.path / "backups"))
+    for arguments in ((), ("--dry-run",)):
+        error = one_clear_error(home.run(*backups, *arguments, expect=2))
+        assert "it must rename over a file: sshfs does with -o workaround=rename" in error
+    assert not creations(home)
+    storage.unmount()
+    storage.mount("workaround=rename")
+    for content in (b"one", b"two"):
+        write_at(volume.path, MIB, content)
+        home.run(*backups)
+        assert same(storage.path / "backups" / NAME, volume.path)
 
 
 def try_storage(directory: Path) -> None:
