@@ -6572,20 +6572,23 @@ class Context:
         """The name of a volume's image."""
         return f"{volume.region}/{volume.name}" if self.config.by_region else volume.name
 
-    def try_storage(self, volumes: Sequence[Volume], *, dry_run: bool = False) -> None:
+    def try_storage(
+        self, volumes: Sequence[Volume], moved: Mapping[str, ImagePaths] | None = None, *, dry_run: bool = False
+    ) -> None:
         """Try all that a backup of the volumes needs where their images go; raises UsageError with what to do.
 
-        What is not there yet is tried where it will be made. A dry run also says how much is free there.
+        What is not there yet is tried where it will be made. A dry run also says how much is free there; `moved` tells
+        it where that is, by name, which the run would move first.
         """
-        new_in: dict[Path, list[Volume]] = {}  # those that have no image yet
+        new_in: dict[Path, list[tuple[Volume, ImagePaths]]] = {}  # those that have no image yet
         for volume in volumes:
             paths = ImagePaths(self.home.path, self.name(volume))
-            new_in.setdefault(paths.metadata, []).extend([] if may_be_file(paths.image) else [volume])
+            now = (moved or {}).get(paths.name, paths)
+            new_in.setdefault(paths.metadata, []).extend([] if may_be_file(now.image) else [(volume, now)])
         for directory, new in new_in.items():
             place = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-            begun = [self.home.occupied(ImagePaths(self.home.path, self.name(volume)).partial) for volume in new]
-            sizes = [volume.size for volume in new]
-            needed = [max(size - held, 0) for size, held in zip(sizes, begun, strict=True)]
+            sizes = [volume.size for volume, _ in new]
+            needed = [max(volume.size - self.home.occupied(now.partial), 0) for volume, now in new]
             Trial(place, sizes, needed, self.report.say).run()
             if dry_run:
                 free = free_in(place)
@@ -8742,7 +8745,7 @@ class Commands:
                 f"would do so over a droplet {size} with {plan.image} in {region}, at ${price:.5f} an hour: about "
                 f"${least:.2f} for a run, if it takes less than an hour"
             )
-        context.try_storage(volumes, dry_run=True)
+        context.try_storage(volumes, moved, dry_run=True)
 
     def sweep(self) -> None:
         """Remove leftovers, and nothing else."""

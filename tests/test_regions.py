@@ -335,6 +335,21 @@ def test_from_one_region_to_several_and_back(home: Home, sim: Simulator) -> None
     assert same(home.image("data"), volumes[0].path)
 
 
+def test_a_dry_run_counts_what_will_be_moved_as_there(home: Home, sim: Simulator) -> None:
+    """An image, and what an interrupted first backup has: of that the rest is needed."""
+    begun = [volume_in(sim, "fra1"), volume_in(sim, "fra1", "begun")][1]
+    home.configure(region=SEVERAL[:1])
+    run(home)
+    paths = dosvob.ImagePaths(home.backups, "fra1/begun")
+    paths.image.rename(paths.partial)
+    paths.state.unlink()
+    home.configure(region="fra1")
+    rest = dosvob.human_size(begun.path.stat().st_size - paths.partial.stat().st_blocks * 512)
+    told = run(home, "--dry-run").stdout
+    assert f"first backups take up to {rest}, for 1 volume" in told
+    assert "(where backups/fra1/data goes first): changes only" in told
+
+
 def version_time(path: str) -> str:
     return re.sub(r".*/(\d{4})(\d\d)(\d\d)T(\d\d)(\d\d)(\d\d)Z", r"\1-\2-\3T\4:\5:\6+00:00", path)
 
