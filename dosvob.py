@@ -8431,6 +8431,37 @@ def tell_thinning(context: Context, paths: ImagePaths, *, dry_run: bool = False,
             )
 
 
+def refusal(paths: ImagePaths) -> str:
+    """What the sync of an image will fail at, as far as that is seen here and now; "" if nothing is."""
+    image = paths.image
+    try:
+        paths.check_link()
+        State.load(paths.state)
+        Versions(paths).all()
+        paths.check_unread()
+        os.close(os.open(image, os.O_WRONLY | os.O_CLOEXEC))
+    except FileNotFoundError:  # there is no image yet
+        return ""
+    except (DosvobError, OSError) as problem:
+        told = explained(problem, image)
+        if isinstance(problem, PermissionError) and str(problem.filename) == str(image):
+            with contextlib.suppress(OSError):  # a link into where we may not look
+                status = image.stat()
+                is_ours = status.st_uid == os.geteuid()
+                mend = f"chmod u+w {shlex.quote(str(image))}" if is_ours else f"it belongs to the user {status.st_uid}"
+                mend = told if is_ours and status.st_mode & stat.S_IWUSR else mend
+                return f"{image} cannot be written to, its mode is {stat.filemode(status.st_mode)[1:]}: {mend}"
+        return told
+    return ""
+
+
+def is_fit(context: Context, name: str, paths: ImagePaths) -> bool:
+    """Whether nothing is seen that the sync of an image will fail at; reports what is, before anything is paid for."""
+    if problem := refusal(paths):
+        context.report.error(f"{name}: {problem}; it is not backed up")
+    return not problem
+
+
 class Run:
     """One backup of some volumes; the lock is held."""
 
@@ -8463,8 +8494,9 @@ class Run:
         fit = [volume for volume in volumes if context.name(volume) not in damaged]
         self._results = {context.name(volume): Result(context.name(volume), volume.size, "not begun") for volume in fit}
         for name, result in self._results.items():
-            tell_thinning(context, ImagePaths(home.path, name))
-            if not self._is_writable(name):
+            paths = ImagePaths(home.path, name)
+            tell_thinning(context, paths)
+            if not is_fit(context, name, paths):
                 result.outcome = "FAILED"
         fit = [volume for volume in fit if self._results[context.name(volume)].outcome == "not begun"]
         cost = 0.0
@@ -8496,30 +8528,6 @@ class Run:
                 are = "are" if len(moments) > 1 else "is"
                 told = f"{counted(len(moments), 'version')} {are} not kept any more, {oldest_of(moments)}"
                 self._context.report.say(f"{name}: {told}")
-
-    def _is_writable(self, name: str) -> bool:
-        """Whether an image can be written to, as its sync must in the end; reports it if not."""
-        paths = ImagePaths(self._context.home.path, name)
-        image, problem = paths.image, ""
-        try:
-            os.close(os.open(image, os.O_WRONLY | os.O_CLOEXEC))
-            paths.check_unread()
-        except DosvobError as in_use:
-            problem = str(in_use)
-        except PermissionError as refused:
-            problem = explained(refused, image)
-            with contextlib.suppress(OSError):  # a link into where we may not look
-                status = image.stat()
-                is_ours = status.st_uid == os.geteuid()
-                mend = f"chmod u+w {shlex.quote(str(image))}" if is_ours else f"it belongs to the user {status.st_uid}"
-                if is_ours and status.st_mode & stat.S_IWUSR:
-                    mend = problem
-                problem = f"{image} cannot be written to, its mode is {stat.filemode(status.st_mode)[1:]}: {mend}"
-        except OSError:
-            pass  # the sync tells
-        if problem:
-            self._context.report.error(f"{name}: {problem}; it is not backed up")
-        return not problem
 
     def _tell_remains(self, volumes: Iterable[Volume]) -> None:
         """Say what syncs left of volumes that the account has no more."""
@@ -8724,9 +8732,13 @@ class Commands:
         selection = Selection(context)
         volumes = selection.select(self._arguments.names)
         moved = {name: old for old, name in Misplaced(context, volumes).images()} if context.home.path.is_dir() else {}
+        fit = []
         for volume in volumes:
             name = context.name(volume)
             paths, old = ImagePaths(context.home.path, name), moved.get(name)
+            if not is_fit(context, name, old or paths):
+                continue
+            fit.append(volume)
             image = paths.image
             has_image = may_be_file(image) or (old is not None and may_be_file(old.image))
             how = "changes only" if has_image else "all of it, for the first time"
@@ -8736,16 +8748,16 @@ class Commands:
         for volume in selection.account:
             if volume not in volumes:
                 tell_thinning(context, ImagePaths(context.home.path, context.name(volume)), dry_run=True, is_new=False)
-        for region in dict.fromkeys(volume.region for volume in volumes):
+        for region in dict.fromkeys(volume.region for volume in fit):
             plan = DropletPlan.make(context.api, context.config, region)
             size, price = plan.sizes[0]
-            gib = [volume.size / GIB for volume in volumes if volume.region == region]
+            gib = [volume.size / GIB for volume in fit if volume.region == region]
             least = KINDS[DROPLET].least + len(gib) * KINDS[SNAPSHOT].least + sum(gib) * KINDS[VOLUME].gib_hour
             self._report.say(
                 f"would do so over a droplet {size} with {plan.image} in {region}, at ${price:.5f} an hour: about "
                 f"${least:.2f} for a run, if it takes less than an hour"
             )
-        context.try_storage(volumes, moved, dry_run=True)
+        context.try_storage(fit, moved, dry_run=True)
 
     def sweep(self) -> None:
         """Remove leftovers, and nothing else."""

@@ -79,6 +79,7 @@ def test_an_image_that_is_mounted_is_left_for_later(home: Home, tmp_path: Path) 
         posted = len(creations(home))
         assert "is in use by /dev/loop" in home.run(NAME, expect=1).stderr
         assert creations(home)[posted:] == []  # nothing to pay for
+        assert "is in use by /dev/loop" in one_clear_error(home.run("--dry-run", expect=1))
         os.posix_fadvise((fd := os.open(look / "file", os.O_RDONLY)), 0, 0, os.POSIX_FADV_DONTNEED)
         assert os.pread(fd, MIB, 0) == (b"old" * MIB)[:MIB]
         os.close(fd)
@@ -645,11 +646,11 @@ def test_what_the_disk_cannot_even_find_is_no_matter_of_other_volumes(home: Home
     for number, lost in enumerate((paths.image, paths.state, newest, paths.versions)):
         failing, place, there = cannot_read(lost, "EUCLEAN", "%file"), str(lost.relative_to(home.directory)), files()
         for command in ("list", "health", "verify", *(["--dry-run"] if lost == paths.image else [])):
-            done = home.run(command, wrapper=failing, expect=1 if command in ("health", "verify") else 0)
+            done = home.run(command, wrapper=failing, expect=0 if command == "list" else 1)
             told = done.stdout + done.stderr
             assert "other" in told, (command, lost)
             assert "Traceback" not in told
-            assert command == "--dry-run" or place in told or "damaged\n" in told, (command, lost)
+            assert place in told or "damaged\n" in told, (command, lost)
         home.run("restore", "other", f"other-{number}", wrapper=failing)
         home.run("restore", NAME, f"this-{number}", wrapper=failing, expect=int(lost == paths.image))
         for volume, copy in zip(volumes, ("this", "other"), strict=True):
@@ -907,6 +908,65 @@ def test_what_a_killed_trial_left_goes_in_time(tmp_path: Path, monkeypatch: pyte
     try_storage(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
     assert others.exists()
+
+
+def unmounted(paths: dosvob.ImagePaths) -> None:
+    """The image is on another disk, which is not mounted."""
+    paths.image.unlink()
+    paths.image.symlink_to(paths.image.parent / "usb disk" / NAME)
+
+
+def read_only(paths: dosvob.ImagePaths) -> None:
+    """The image is on another disk, which is mounted read-only."""
+    disk = paths.image.parent.parent / "usb disk"
+    disk.mkdir()
+    shutil.move(paths.image, disk / NAME)
+    paths.image.symlink_to(disk / NAME)
+    run("mount", "--bind", disk, disk)
+    run("mount", "-o", "remount,ro,bind", disk)
+
+
+def replaced_by_a_directory(paths: dosvob.ImagePaths) -> None:
+    """Somebody made a directory in its place."""
+    paths.image.unlink()
+    paths.image.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("cause", "says"),
+    [
+        (unmounted, "which is not there: is it mounted?"),
+        (read_only, f"backups/{NAME}: Read-only file system: mount it for writing"),
+        (replaced_by_a_directory, "is a directory, and its name is that of an image"),
+        (lambda paths: write_at(paths.state, 5000, b"decay"), f"{NAME}.state is damaged"),
+        (lambda paths: write_at(paths.state, 0, b"decay"), f"{NAME}.state is damaged"),
+        (lambda paths: cannot_read(paths.state, "EIO"), f"{NAME}.state is damaged"),
+        (lambda paths: cannot_read(paths.state, "EACCES", "%file"), f"{NAME}.state: Permission denied: it must belong"),
+        (lambda paths: cannot_read(paths.versions, "EIO", "%file,getdents64"), f"{NAME}.versions: Input/output error"),
+    ],
+)
+def test_an_image_that_cannot_be_backed_up_costs_nothing(
+    home: Home, cause: Callable[[dosvob.ImagePaths], tuple[str, ...] | None], says: str
+) -> None:
+    """A dry run says the same. The other volume is backed up."""
+    paths = dosvob.ImagePaths(home.backups, NAME)
+    _, other = backed_up_twice(home)
+    write_at(other.path, 5 * MIB, b"new")
+    posted = len(creations(home))
+    wrapper = cause(paths) or ()
+    try:
+        for arguments in (("--dry-run",), (), (NAME,)):
+            done = home.run(*arguments, expect=1, wrapper=wrapper)
+            (error,) = [line for line in done.stderr.splitlines() if f" error: {NAME}: " in line]
+            assert says in error
+            assert error.endswith("it is not backed up")
+            assert ("would back up other" in done.stdout) is (arguments == ("--dry-run",))
+            assert f"would back up {NAME}" not in done.stdout
+    finally:
+        if cause is read_only:
+            run("umount", "--lazy", home.directory / "usb disk")
+    assert same(home.image("other"), other.path)
+    assert sum("snapshots" in path for path in creations(home)[posted:]) == 1  # the other's
 
 
 @pytest.mark.parametrize("storage", ["exfat-fuse"], indirect=True)
