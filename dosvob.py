@@ -2854,16 +2854,16 @@ def identity_of(path_or_fd: Path | int) -> dict[str, int]:
     return {"size": status.st_size, "inode": status.st_ino * has_inode, "mtime_ns": status.st_mtime_ns}
 
 
-def stamp(fd: int, not_before: int = 0) -> None:
+def stamp(file: SparseFile, not_before: int = 0) -> None:
     """Give a file the time of now in whole seconds, which every file system keeps, also at a rename; durably."""
-    set_time(fd, max(int(time.time()), not_before) * 10**9)
+    set_time(file, max(int(time.time()), not_before) * 10**9)
 
 
-def set_time(fd: int, nanoseconds: int) -> None:
+def set_time(file: SparseFile, nanoseconds: int) -> None:
     """Give a file a time, durably; where only its owner may do that, it keeps that of the last write."""
-    with contextlib.suppress(PermissionError):
-        os.utime(fd, ns=(nanoseconds, nanoseconds))
-    os.fsync(fd)
+    with contextlib.suppress(PermissionError), file.named():
+        os.utime(file.fd, ns=(nanoseconds, nanoseconds))
+    file.sync()
 
 
 class LoopDevices:
@@ -3082,7 +3082,7 @@ class State:
         """Write the block before the digests that are in a file, and make the whole file durable."""
         with contextlib.closing(SparseFile(path, os.O_WRONLY)) as file:
             file.write(seal("state", dataclasses.asdict(self)), 0)
-            os.fsync(file.fd)
+            file.sync()
 
     @classmethod
     def note(cls, paths: ImagePaths, found: Finding | None) -> Finding | None:
@@ -3180,8 +3180,9 @@ class SparseFile:
         """A part of it, with zeros beyond its end; None if the disk cannot read it."""
         data = b""
         try:  # a read ends before what cannot be read, and only the next one fails
-            while len(data) < length and (part := os.pread(self.fd, length - len(data), offset + len(data))):
-                data += part
+            with self.named():
+                while len(data) < length and (part := os.pread(self.fd, length - len(data), offset + len(data))):
+                    data += part
         except OSError as problem:
             if not is_unreadable(problem):
                 raise
@@ -3227,9 +3228,29 @@ class SparseFile:
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write at an offset, all of it."""
         view = memoryview(data)
-        while view:
-            written = os.pwrite(self.fd, view, offset)
-            view, offset = view[written:], offset + written
+        with self.named():
+            while view:
+                written = os.pwrite(self.fd, view, offset)
+                view, offset = view[written:], offset + written
+
+    def set_length(self, length: int) -> None:
+        """Cut it there, or lengthen it by a hole."""
+        with self.named():
+            os.ftruncate(self.fd, length)
+
+    def sync(self) -> None:
+        """Make what was written to it durable."""
+        with self.named():
+            os.fsync(self.fd)
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Have an OSError of its descriptor tell which file it is about."""
+        try:
+            yield
+        except OSError as problem:
+            problem.filename = problem.filename or str(self.path)
+            raise
 
     def write_zeros(self, offset: int, length: int) -> None:
         """Make a range zeros, as a hole where that can be."""
@@ -3527,7 +3548,7 @@ class PatchFile:
 
     def cut(self, position: int) -> None:
         """Cut the file there, behind the good part of what a crash left, and append there from now on."""
-        os.ftruncate(self._file.fd, position)
+        self._file.set_length(position)
         self.limit = position
 
     def complete(self) -> None:
@@ -3539,12 +3560,12 @@ class PatchFile:
                 checksum.update(rows)
                 self._file.write(rows, end)
                 end += len(rows)
-        os.fsync(self._file.fd)
+        self._file.sync()
         self.footer = {"id": self.head["id"], "changed": self._changed}
         if self._made is not None:
             self.footer |= {"index": self.limit, "index_digest": checksum.hexdigest()}
         self._file.write(seal("end", self.footer), end)
-        os.fsync(self._file.fd)
+        self._file.sync()
 
     def header_at(self, position: int) -> Patch:
         """The patch at a position, without its data and not verified; raises Damaged if there is none."""
@@ -4085,11 +4106,11 @@ class Undo:
                     continue
                 patch.write_to(image)
                 tick(patch.length)
-            os.ftruncate(image.fd, base["size"])
-            os.fsync(image.fd)  # before its time says that it is the old one
+            image.set_length(base["size"])
+            image.sync()  # before its time says that it is the old one
             self._check_read(self.file)
             if is_whole:
-                set_time(image.fd, base["mtime_ns"])
+                set_time(image, base["mtime_ns"])
         self.drop()
 
     @staticmethod
@@ -4482,7 +4503,7 @@ class Chain:
         with contextlib.closing(SparseFile(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL)) as file:
             try:
                 is_cloned = self._clone_to(file, depth, size)
-                os.ftruncate(file.fd, size)
+                file.set_length(size)
                 held = 0
                 for content in itertools.islice(self.contents(depth), size // CHUNK):
                     if content.pages or is_cloned:
@@ -4495,7 +4516,7 @@ class Chain:
                         held = 0
                     tick(CHUNK)
                 self._read_back(file, written, damaged, is_cloned=is_cloned)
-                os.fsync(file.fd)
+                file.sync()
                 rename_new(partial, final := damaged_target if damaged.ranges else target)
             except BaseException:
                 partial.unlink(missing_ok=True)
@@ -4545,7 +4566,7 @@ class Chain:
                 fcntl.ioctl(file.fd, 0x40049409, self.image.fd)  # FICLONE of ioctl_ficlone(2)
                 self.image.forget_cached()  # what is on the disk is what they share
                 return True
-        os.ftruncate(file.fd, 0)  # it may have got a part before it failed
+        file.set_length(0)  # it may have got a part before it failed
         free = file.free_space()
         held, older = os.fstat(self.image.fd).st_blocks * 512, sum(each.occupied for each in self.versions[:depth])
         needed = min(held + older, size)
@@ -5183,7 +5204,7 @@ class Update:
         self._image = SparseFile(paths.partial if self.is_first else paths.image, flags)
         self.spool = None if self.is_first else Spool.open(paths, snapshot.volume_id, self.chunks, tick)
         if self.is_first:
-            os.ftruncate(self._image.fd, snapshot.size)
+            self._image.set_length(snapshot.size)
         new_state = create_private(paths.new_state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._new_state = os.fdopen(new_state, "wb", buffering=128 << 10)
         self._new_state.write(bytes(BLOCK))
@@ -5365,19 +5386,19 @@ class Update:
         """Step 4: returns the image's new identity; None if somebody wrote to it since this sync began."""
         image, before = self._image, identity_of(self._image.fd)
         if before["size"] != self._snapshot.size:
-            os.ftruncate(image.fd, self._snapshot.size)
+            image.set_length(self._snapshot.size)
         for index in spool.chunks():
             if patch := spool.patch(index):
                 patch.write_to(image)
                 self._tick(patch.length)
         if identity_of(image.fd) != before or any(spool.positions):
-            stamp(image.fd, before["mtime_ns"] // 10**9 + 2)  # later, which tells the new image from the old
+            stamp(image, before["mtime_ns"] // 10**9 + 2)  # later, which tells the new image from the old
         else:
-            os.fsync(image.fd)
+            image.sync()
         return identity_of(image.fd) if before == spool.file.head["base"] else None
 
     def _finish_first(self) -> None:
-        stamp(self._image.fd)
+        stamp(self._image)
         try:
             rename_new(self._paths.partial, self._paths.image)
         except DosvobError as problem:
@@ -5402,7 +5423,7 @@ class Update:
             for index in reversed(range(self.chunks)):
                 if os.fstat(self._image.fd).st_blocks * 512 <= goal:
                     break
-                os.ftruncate(self._image.fd, index * CHUNK)
+                self._image.set_length(index * CHUNK)
         elif self.spool:
             self._paths.spool.unlink(missing_ok=True)
 
@@ -7821,7 +7842,8 @@ class ShownFile:
         if self._scratch is None:
             with tempfile.TemporaryFile(dir=self._directory) as file:
                 self._scratch = SparseFile(Path(f"/proc/self/fd/{file.fileno()}"), os.O_RDWR)
-                os.ftruncate(self._scratch.fd, self.size)
+                self._scratch.path = Path(self._directory or tempfile.gettempdir())  # it has no name
+                self._scratch.set_length(self.size)
         return self._scratch
 
     def seek(self, offset: int, *, data: bool) -> int:

@@ -1397,7 +1397,7 @@ def damaged_state(home: Home, volume: Volume) -> tuple[str, ...]:
 
 
 TROUBLES = [
-    Trouble(failing_undo, ("Input/output error", "the disk may be failing")),
+    Trouble(failing_undo, (f"/.dosvob/{NAME}.undo: Input/output error: the disk may be failing",)),
     Trouble(damaged_state, (f"{NAME}.state is damaged", "Delete that file"), lambda paths: paths.state.unlink()),
 ]
 
@@ -1421,6 +1421,21 @@ def test_the_script_tells_its_trouble_with_one_volume_and_backs_up_the_other(
         trouble.cure(paths)
         home.run()
         assert same(paths.image, volume.path)
+
+
+def test_an_error_names_the_file_that_it_is_about() -> None:
+    """The kernel tells of a descriptor only that something is wrong."""
+    with contextlib.closing(dosvob.SparseFile(Path("/dev/full"), os.O_WRONLY)) as file:
+        works: list[Callable[[], object]] = [
+            lambda: file.write(b"x", 0),
+            lambda: file.read(0, 1),
+            lambda: file.set_length(1),
+            file.sync,
+        ]
+        for work in works:
+            with pytest.raises(OSError, match="/dev/full") as met:
+                work()
+            assert dosvob.explained(met.value, Path("backups")).startswith("/dev/full: ")
 
 
 # -- an image that changed behind our back
