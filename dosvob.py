@@ -7461,7 +7461,8 @@ class Replaced(DosvobError):
 class Steps(NamedTuple):
     """The files that lead from an image to a snapshot, the newest first, each with its place.
 
-    `numbers` is a bitmap of their numbers in a `Lookup`; `checked` are the chunks that were found as recorded since.
+    `numbers` is a bitmap of their numbers in a `Lookup`; `checked` are the chunks of which all that is stored was found
+    as recorded since.
     """
 
     files: Mapping[PatchFile, int]
@@ -7555,7 +7556,7 @@ class Shown:
                 if index in steps.checked:
                     chunk, part = None, self._some(view, index, patches, first, count)
                 else:
-                    chunk = self._all(view, index, patches)
+                    chunk, is_stored = self._all(view, index, patches)
                     part = self._part_of(chunk, first, count)
             except Damaged as problem:
                 if damage is not None and self._is_current(view):
@@ -7564,13 +7565,17 @@ class Shown:
             else:
                 if self._is_current(view):
                     if chunk is not None:
-                        steps.checked.add(index)
-                        self._cache[snapshot, index] = chunk
-                        if len(self._cache) > self.CACHED:
-                            del self._cache[next(iter(self._cache))]
+                        if is_stored:
+                            steps.checked.add(index)
+                        self._keep(snapshot, index, chunk)
                     return part
             self._look()
         raise Damaged(f"{self.paths.name} changes faster than it can be read")
+
+    def _keep(self, snapshot: Snapshot, index: int, chunk: bytes | dict[int, bytes]) -> None:
+        self._cache[snapshot, index] = chunk
+        if len(self._cache) > self.CACHED:
+            del self._cache[next(iter(self._cache))]
 
     def is_zeros(self, snapshot: Snapshot, index: int) -> bool:
         """Whether a chunk is recorded to be zeros."""
@@ -7588,22 +7593,27 @@ class Shown:
             return chunk[first * PAGE : (first + count) * PAGE]
         return b"".join([chunk.get(page, ZERO_PAGE) for page in range(first, first + count)])
 
-    def _all(self, view: View, index: int, patches: list[tuple[PatchFile, Entry]]) -> bytes | dict[int, bytes]:
-        """All of a chunk, or what is no zeros of it; raises Damaged if it is not as recorded."""
+    def _all(
+        self, view: View, index: int, patches: list[tuple[PatchFile, Entry]]
+    ) -> tuple[bytes | dict[int, bytes], bool]:
+        """All of a chunk, or what is no zeros of it; raises Damaged if it is not as recorded.
+
+        And whether that was read of what is stored, and not known without.
+        """
         digest = patches[-1][1].digest if patches else self._recorded(view, index)
         if digest == ZERO_DIGEST:
-            return {}
+            return {}, False
         if not patches and view.image.is_full(index):
             chunk = view.image.chunk(index)  # in one piece, which is soonest
             if chunk is not None and digest_of(chunk) == digest:
-                return chunk
+                return chunk, True
         pages, _, is_sound = content_of(view.image, index, patches, digest)
         if not is_sound:
             raise Damaged(
                 f"bytes {index * CHUNK} to {(index + 1) * CHUNK - 1} are not what was backed up: to see what is "
                 f"damaged: {command_line('verify', self.paths.name)}"
             )
-        return pages
+        return pages, True
 
     @staticmethod
     def _some(view: View, index: int, patches: list[tuple[PatchFile, Entry]], first: int, count: int) -> bytes:

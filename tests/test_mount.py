@@ -574,6 +574,30 @@ def test_a_version_that_decayed_is_an_error_and_not_other_bytes(lineage: Lineage
                 assert mount.digest(NAME, moment) == truth
 
 
+def test_what_is_recorded_as_zeros_is_never_something_else(tmp_path: Path) -> None:
+    """The image has got other bytes in chunks of zeros: in one of all versions, and in one of the older alone."""
+    lineage = Lineage(tmp_path, ALL, 60)
+    lineage.device.write_bytes(random.Random(1).randbytes(50 * MIB).ljust(60 * MIB, b"\0"))
+    for content in (bytes(6), b"a page"):
+        write_at(lineage.device, 55 * MIB, content)
+        lineage.pass_time()
+        lineage.back_up()
+    for chunk in (54, 55):
+        write_at(lineage.paths.image, chunk * MIB + 5 * PAGE, b"garbage")
+    with shown(lineage.backups, tmp_path / "shown", code=None) as mount:
+        for moment in lineage.truth:
+            with contextlib.closing(Direct(mount.path(NAME, moment))) as file:
+                for _ in range(2):
+                    assert file.chunk(54) == bytes(MIB)
+                    if moment == min(lineage.truth):
+                        assert file.chunk(55) == bytes(MIB)
+                    else:
+                        with pytest.raises(OSError, match="Input/output error"):
+                            file.chunk(55)
+                    for index in range(dosvob.Shown.CACHED + 1):
+                        file.chunk(index)
+
+
 # -- its end
 
 
