@@ -7607,13 +7607,15 @@ class Shown:
             chunk = view.image.chunk(index)  # in one piece, which is soonest
             if chunk is not None and digest_of(chunk) == digest:
                 return chunk, True
-        pages, _, is_sound = content_of(view.image, index, patches, digest)
-        if not is_sound:
-            raise Damaged(
-                f"bytes {index * CHUNK} to {(index + 1) * CHUNK - 1} are not what was backed up: to see what is "
-                f"damaged: {command_line('verify', self.paths.name)}"
-            )
-        return pages, True
+        is_versions = bool(patches) and patches[-1][0] is not view.undo
+        for tries_zeros in (False, True) if is_versions else (False,):
+            pages, _, is_sound = content_of(view.image, index, patches, digest, tries_zeros=tries_zeros)
+            if is_sound:
+                return pages, not tries_zeros
+        raise Damaged(
+            f"bytes {index * CHUNK} to {(index + 1) * CHUNK - 1} are not what was backed up: to see what is "
+            f"damaged: {command_line('verify', self.paths.name)}"
+        )
 
     @staticmethod
     def _some(view: View, index: int, patches: list[tuple[PatchFile, Entry]], first: int, count: int) -> bytes:

@@ -598,6 +598,27 @@ def test_what_is_recorded_as_zeros_is_never_something_else(tmp_path: Path) -> No
                         file.chunk(index)
 
 
+def test_a_version_is_shown_that_needs_nothing_of_what_decayed(tmp_path: Path) -> None:
+    """As by `verify` and `restore`: all pages that no patch has were zeros. It stays so after others were read."""
+    lineage = Lineage(tmp_path, ALL, 60)
+    lineage.device.write_bytes(random.Random(1).randbytes(50 * MIB).ljust(60 * MIB, b"\0"))
+    for content in (b"old", b"new"):
+        write_at(lineage.device, 55 * MIB, content)
+        lineage.pass_time()
+        lineage.back_up()
+    write_at(lineage.paths.image, 55 * MIB + 5 * PAGE, b"garbage")
+    with contextlib.closing(dosvob.Chain(lineage.paths)) as chain:
+        assert [bool(damaged.ranges) for damaged in chain.verify(lambda size: None)] == [True, False]
+    with (
+        shown(lineage.backups, tmp_path / "shown") as mount,
+        contextlib.closing(Direct(mount.path(NAME, min(lineage.truth)))) as file,
+    ):
+        for _ in range(2):
+            assert file.chunk(55) == b"old".ljust(MIB, b"\0")
+            for index in range(dosvob.Shown.CACHED + 1):
+                file.chunk(index)
+
+
 # -- its end
 
 
