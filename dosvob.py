@@ -3668,6 +3668,10 @@ class PatchFile:
             self._made.write(self.ROW.pack(patch.index, position, *bitmaps, patch.digest))
             self._count += 1
 
+    def may_have_lost(self, index: int) -> bool:
+        """Whether a damaged part of it may have been a patch of a chunk."""
+        return any(first < index < end for first, end in self.doubtful)
+
     def rows(self, first: int, count: int) -> bytes:
         """So many rows of the index from one on, as far as there are; raises Damaged."""
         length = min(count, self._count - first) * self.ROW.size
@@ -4457,8 +4461,7 @@ class Chain:
     @staticmethod
     def _doubtful(spot: Spot, steps: Sequence[PatchFile]) -> list[int]:
         """The steps whose damaged parts may have a patch of a chunk."""
-        return [number for number, step in enumerate(steps) if step.doubtful
-                and any(first < spot.chunk < end for first, end in step.doubtful)]  # fmt: skip
+        return [number for number, step in enumerate(steps) if step.may_have_lost(spot.chunk)]
 
     def contents(self, depth: int) -> Iterator[Content]:
         """What each chunk of the image was `depth` versions before. What is damaged is laid over it as it is."""
@@ -7461,11 +7464,12 @@ class Replaced(DosvobError):
 class Steps(NamedTuple):
     """The files that lead from an image to a snapshot, the newest first, each with its place.
 
-    `numbers` is a bitmap of their numbers in a `Lookup`; `checked` are the chunks of which all that is stored was found
-    as recorded since.
+    `doubtful` are those that may have lost patches. `numbers` is a bitmap of their numbers in a `Lookup`; `checked` are
+    the chunks of which all that is stored was found as recorded since.
     """
 
     files: Mapping[PatchFile, int]
+    doubtful: Sequence[PatchFile]
     numbers: int
     checked: set[int]
 
@@ -7490,7 +7494,8 @@ class Lookup:
                 for chunk in file.chunks():
                     self._having[chunk % len(self._having)] |= 1 << number
         places = {file: place for place, file in enumerate(files)}
-        return Steps(places, sum(1 << self._numbers[file] for file in files), set())
+        doubtful = [file for file in files if file.doubtful]
+        return Steps(places, doubtful, sum(1 << self._numbers[file] for file in files), set())
 
     def find(self, steps: Steps, index: int) -> list[tuple[PatchFile, Entry]]:
         """What the steps have of a chunk, the newest first."""
@@ -7556,7 +7561,7 @@ class Shown:
                 if index in steps.checked:
                     chunk, part = None, self._some(view, index, patches, first, count)
                 else:
-                    chunk, is_stored = self._all(view, index, patches)
+                    chunk, is_stored = self._all(view, steps, index, patches)
                     part = self._part_of(chunk, first, count)
             except Damaged as problem:
                 if damage is not None and self._is_current(view):
@@ -7580,12 +7585,20 @@ class Shown:
     def is_zeros(self, snapshot: Snapshot, index: int) -> bool:
         """Whether a chunk is recorded to be zeros."""
         view = self._view or self._look()
-        patches = view.lookup.find(self._steps(view, snapshot), index)
-        return (patches[-1][1].digest if patches else self._recorded(view, index)) == ZERO_DIGEST
+        steps = self._steps(view, snapshot)
+        try:
+            return self._recorded(view, steps, index, view.lookup.find(steps, index)) == ZERO_DIGEST
+        except Damaged:
+            return False  # to read it tells
 
-    @staticmethod
-    def _recorded(view: View, index: int) -> bytes:
-        return view.table.read(BLOCK + index * DIGEST_SIZE, DIGEST_SIZE) or b""
+    def _recorded(self, view: View, steps: Steps, index: int, patches: list[tuple[PatchFile, Entry]]) -> bytes:
+        """The digest of a chunk; raises Damaged if an older patch of it may be lost than all of these."""
+        # Whatever an undo had, which is the first of them: what it leads back to is in the state
+        last = steps.files[patches[-1][0]] if patches else 0 if view.undo else -1
+        for file in steps.doubtful:
+            if steps.files[file] > last and file.may_have_lost(index):
+                raise Damaged(f"{file.path} is damaged: {command_line('verify', self.paths.name)}")
+        return patches[-1][1].digest if patches else view.table.read(BLOCK + index * DIGEST_SIZE, DIGEST_SIZE) or b""
 
     @staticmethod
     def _part_of(chunk: bytes | dict[int, bytes], first: int, count: int) -> bytes:
@@ -7594,13 +7607,13 @@ class Shown:
         return b"".join([chunk.get(page, ZERO_PAGE) for page in range(first, first + count)])
 
     def _all(
-        self, view: View, index: int, patches: list[tuple[PatchFile, Entry]]
+        self, view: View, steps: Steps, index: int, patches: list[tuple[PatchFile, Entry]]
     ) -> tuple[bytes | dict[int, bytes], bool]:
         """All of a chunk, or what is no zeros of it; raises Damaged if it is not as recorded.
 
         And whether that was read of what is stored, and not known without.
         """
-        digest = patches[-1][1].digest if patches else self._recorded(view, index)
+        digest = self._recorded(view, steps, index, patches)
         if digest == ZERO_DIGEST:
             return {}, False
         if not patches and view.image.is_full(index):
@@ -7638,8 +7651,6 @@ class Shown:
         files = [*self._way(view.state.snapshot, snapshot), *([view.undo] if view.undo else [])]
         for file in files:
             file.load_index()
-            if file.doubtful:
-                raise Damaged(f"{file.path} is damaged: {command_line('verify', self.paths.name)}")
         view.steps[snapshot] = steps = view.lookup.steps(files[::-1])
         if snapshot in self._held:
             self._held[snapshot] = steps

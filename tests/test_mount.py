@@ -24,7 +24,19 @@ from conftest import SCRIPT, write_at
 from mount_support import MIB, Direct, Shown, shown
 from simulator.storage import LoopDevice, mounted
 from version_reader import Reader
-from versions_support import NAME, PAGE, Lineage, back_up, digest, file_name, killed_at, recover, text_of, thin
+from versions_support import (
+    NAME,
+    PAGE,
+    Lineage,
+    back_up,
+    digest,
+    file_name,
+    killed_at,
+    leave_written,
+    recover,
+    text_of,
+    thin,
+)
 
 import dosvob
 
@@ -617,6 +629,49 @@ def test_a_version_is_shown_that_needs_nothing_of_what_decayed(tmp_path: Path) -
             assert file.chunk(55) == b"old".ljust(MIB, b"\0")
             for index in range(dosvob.Shown.CACHED + 1):
                 file.chunk(index)
+
+
+@pytest.mark.parametrize("kind", ["version", "undo"])
+def test_a_damaged_patch_costs_the_chunks_alone_that_it_may_be_of(tmp_path: Path, kind: str) -> None:
+    """As by `verify`: the index is damaged, too. Nothing but the state, or an older patch, tells what a chunk was."""
+    lineage = Lineage(tmp_path, ALL, 6)
+    contents = [bytearray(random.Random(1).randbytes(6 * MIB))]
+    for changes in ({0: PAGE, 2: MIB}, {1: PAGE, 3: MIB, 4: PAGE}):
+        contents.append(contents[-1][:])
+        for chunk, length in changes.items():
+            contents[-1][chunk * MIB : chunk * MIB + length] = bytes(length)
+    for number, content in enumerate(contents):
+        lineage.device.write_bytes(content)
+        lineage.pass_time()
+        if number == 2 and kind == "undo":
+            leave_written(lineage.backups, lineage.device, lineage.now)
+        else:
+            lineage.back_up()
+    damaged = lineage.paths.undo if kind == "undo" else max(lineage.paths.versions.iterdir())
+    with dosvob.PatchFile(damaged, "version") as patches:
+        position = next(position for position, patch in patches.patches() if patch.index == 3)
+    flip(damaged, patches.limit + 5)
+    flip(damaged, position + PAGE)
+
+    lost = [{3}, {3}] if kind == "undo" else [set(), {2, 3}, {3}]
+    with contextlib.closing(dosvob.Chain(lineage.paths)) as chain:
+        assert [chunks_of(ranges) for ranges in chain.verify(lambda size: None)] == lost
+    times = sorted(lineage.truth)[: len(lost)]
+    with shown(lineage.backups, tmp_path / "shown", code=1) as mount:
+        for moment, content, missing in zip(times, contents, reversed(lost), strict=False):
+            with contextlib.closing(Direct(mount.path(NAME, moment))) as file:
+                for index in range(6):
+                    if index in missing:
+                        assert os.lseek(file.fd, index * MIB, os.SEEK_DATA) == index * MIB
+                        with pytest.raises(OSError, match="Input/output error"):
+                            file.chunk(index)
+                    else:
+                        assert file.chunk(index) == content[index * MIB : (index + 1) * MIB]
+
+
+def chunks_of(ranges: dosvob.Ranges) -> set[int]:
+    """The chunks in ranges of bytes."""
+    return {index for start, end in ranges.ranges for index in range(start // MIB, end // MIB)}
 
 
 # -- its end
