@@ -7652,8 +7652,6 @@ class Shown:
         for file in files:
             file.load_index()
         view.steps[snapshot] = steps = view.lookup.steps(files[::-1])
-        if snapshot in self._held:
-            self._held[snapshot] = steps
         return steps
 
     def _way(self, newest: Snapshot, oldest: Snapshot) -> list[PatchFile]:
@@ -7684,6 +7682,12 @@ class Shown:
     def let_go(self, snapshot: Snapshot) -> None:
         """It is not open any more."""
         self._held.pop(snapshot, None)
+
+    def follow(self) -> None:
+        """Hold what leads to snapshots that are open, though nobody reads them: the run after the next may drop it."""
+        if self._held:
+            with contextlib.suppress(DosvobError, OSError):  # who reads meets that
+                self.versions()
 
     # What is there
 
@@ -7738,6 +7742,9 @@ class Shown:
                 lookup = Lookup(state.snapshot.size // CHUNK)
                 self._view = View(image, table, state, laid, self._named(state, versions), marks, lookup)
                 self._files = files.pop_all()
+                for snapshot in self._held:
+                    with contextlib.suppress(DosvobError, OSError):  # who reads it meets that
+                        self.hold(snapshot)
                 return self._view
         raise Replaced(f"{self.paths.name}: its image or its state is not there, or changes all the time")
 
@@ -7954,6 +7961,11 @@ class FileSystem:
             children[self.LATEST] = self._number(link, link)
         return children
 
+    def follow(self) -> None:
+        """Keep what is open readable while runs go on; to be called between any two runs of a volume."""
+        for shown in self._shown.values():
+            shown.follow()
+
     def file(self, number: int) -> ShownFile:
         """A file; raises OSError if it is none."""
         node = self.nodes[number]
@@ -7977,6 +7989,7 @@ class Kernel:
     OUT = struct.Struct("=IiQ")  # fuse_out_header: length, error, unique
     ATTR = struct.Struct("=6Q10I")
     MOST = CHUNK  # bytes of a read or a write
+    FOLLOWED = 60  # seconds between looks at what runs have done; those of a volume are 10 minutes apart
     LONG, SHORT = 3600, 1  # seconds for which the kernel may rely on what a file is, and on what is there
     FLAGS = 1 << 0 | 1 << 5 | 1 << 22  # FUSE_ASYNC_READ, FUSE_BIG_WRITES, FUSE_MAX_PAGES
     UNANSWERED = (2, 36, 42)  # FORGET, INTERRUPT, BATCH_FORGET
@@ -7998,11 +8011,14 @@ class Kernel:
         buffer = memoryview(bytearray(self.MOST + (64 << 10)))
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
-        looked = 0.0
+        looked = followed = 0.0
         while True:
             if time.monotonic() - looked > Stop.NAP:
                 is_ended()
                 looked = time.monotonic()
+            if time.monotonic() - followed > self.FOLLOWED:
+                self._files.follow()
+                followed = time.monotonic()
             try:
                 length = os.readv(self._fd, [buffer])
             except BlockingIOError:

@@ -534,6 +534,26 @@ def test_a_version_that_was_dropped_is_readable_until_it_is_closed(lineage: Line
         assert {mount.digest(NAME, moment) for moment in mount.times(NAME)} <= set(lineage.truth.values())
 
 
+def test_what_is_open_stays_readable_though_nobody_reads_it_while_runs_go_on(
+    lineage: Lineage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest and a version: after each run, what leads to them is held."""
+    lineage.keep, left = dosvob.Keep(1, 0, 0, 0), iter((1, 1, 1, 1))
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    monkeypatch.setattr(dosvob.Kernel, "FOLLOWED", 0)
+    files = dosvob.FileSystem(dosvob.Home(lineage.backups), [], None, dosvob.Reporter())
+    with contextlib.closing(files), open(reading, "rb"), open(writing, "wb"):
+        opened = [
+            files.file(node) for name, node in files.children(files.children(1)[NAME]).items() if name != "latest"
+        ]
+        for file in opened:
+            file.open()
+        with pytest.raises(StopIteration):
+            dosvob.Kernel(reading, files, read_only=True).serve(lambda: lineage.go_on(next(left)))
+        found = {file_name(file.snapshot.moment(lineage.now)): digest(file.read(0, file.size)) for file in opened}
+    assert found.items() <= lineage.truth.items()
+
+
 def test_a_run_is_not_kept_out_by_a_loop_device_over_what_is_shown(lineage: Lineage, tmp_path: Path) -> None:
     with shown(lineage.backups, tmp_path / "shown") as mount:
         with contextlib.closing(LoopDevice(mount.path(NAME, max(lineage.truth)))):
