@@ -694,6 +694,80 @@ def chunks_of(ranges: dosvob.Ranges) -> set[int]:
     return {index for start, end in ranges.ranges for index in range(start // MIB, end // MIB)}
 
 
+def decay(chance: random.Random, path: Path) -> str:
+    """Have a part of a file decay; returns what was done."""
+    size = path.stat().st_size
+    offset, kind = chance.randrange(size), chance.choice(("flip", "zeros", "other", "cut"))
+    if kind == "flip":
+        flip(path, offset)
+    elif kind == "cut":
+        os.truncate(path, offset)
+    else:
+        length = min(chance.choice((10, PAGE, 3 * PAGE)), size - offset)
+        write_at(path, offset, bytes(length) if kind == "zeros" else chance.randbytes(length))
+    return f"{path.name}: {kind} at {offset}"
+
+
+def read_twice(shown: dosvob.Shown, snapshot: dosvob.Snapshot, index: int) -> bytes | None:
+    """A chunk, read as one that was not looked at yet, and then again; None if it is damaged."""
+    try:
+        shown._cache.clear()
+        first = shown.read(snapshot, index, 0, dosvob.PAGES)
+        shown._cache.clear()
+        assert b"".join(shown.read(snapshot, index, page, 64) for page in range(0, dosvob.PAGES, 64)) == first
+    except dosvob.Damaged:
+        return None
+    return first
+
+
+def test_mount_restore_and_verify_judge_damage_alike(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """Wherever it is: what one of them finds whole is what was backed up, and so do the others."""
+    chance = random.Random(pytestconfig.option.seed)
+    for number in range(300 if pytestconfig.option.exhaustive else 12):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        lineage, contents = Lineage(directory, ALL, 3), {}
+        lineage._seed = chance.randrange(1 << 30)
+        for place in range(4):
+            lineage.size += MIB * (place == 2)
+            lineage.change()
+            lineage.pass_time()
+            contents[lineage.now] = lineage.device.read_bytes()
+            if place == 3 and chance.random() < 0.5:
+                leave_written(lineage.backups, lineage.device, lineage.now)
+            else:
+                lineage.back_up()
+        paths = lineage.paths
+        files = [path for path in (paths.image, paths.undo, *paths.versions.iterdir()) if path.exists()]
+        case = ", ".join(decay(chance, chance.choice(files)) for _ in range(chance.choice((1, 1, 2, 3))))
+
+        damaged = {}
+        with contextlib.closing(dosvob.Chain(paths)) as chain:
+            verified = chain.verify(lambda size: None)
+            for depth, moment in enumerate(chain.moments):
+                assert moment is not None
+                file, ranges = chain.restore(depth, directory / f"file-{depth}", lambda size: None)
+                damaged[moment] = chunks_of(ranges)
+                assert chunks_of(verified[depth]) == damaged[moment], case
+                content = file.read_bytes()
+                for index in set(range(len(contents[moment]) // MIB)) - damaged[moment]:
+                    part = slice(index * MIB, (index + 1) * MIB)
+                    assert content[part] == contents[moment][part], f"{case}: restored {moment}, chunk {index}"
+        with contextlib.closing(dosvob.Shown(paths, dosvob.OpenFiles())) as shown:
+            for snapshot in shown.versions().values():
+                moment = snapshot.moment(lineage.now)
+                for index in range(snapshot.size // MIB):
+                    where = f"{case}: shown {moment}, chunk {index}"
+                    try:
+                        found = read_twice(shown, snapshot, index)
+                    except dosvob.Replaced:  # a head is lost, and with it what its version leads to
+                        assert any(version.snapshot is None for version in chain.versions), where
+                        break
+                    is_right = found == contents[moment][index * MIB : (index + 1) * MIB]
+                    assert is_right or (found is None and index in damaged[moment]), where
+        shutil.rmtree(directory)
+
+
 # -- its end
 
 
