@@ -2844,8 +2844,12 @@ class Mount:
 
     @property
     def keeps_inodes(self) -> bool:
-        """Whether a file has the same inode after a remount: FUSE makes them up, many of its file systems each time."""
-        return not self.kind.startswith("fuse")
+        """Whether a file has the same inode after a remount.
+
+        Many file systems of FUSE make up others each time, FAT and exFAT too (iunique() of Linux), and CIFS where its
+        server has none: https://manpages.debian.org/mount.cifs.8, noserverino.
+        """
+        return not re.match("fuse|v?fat|msdos|exfat|cifs|smb", self.kind)
 
 
 def identity_of(path_or_fd: Path | int) -> dict[str, int]:

@@ -347,6 +347,16 @@ def test_a_remount_does_not_make_another_file_of_an_image(
     assert len(found) == 8
 
 
+@pytest.mark.parametrize(
+    "kind", ["ext4", "xfs", "btrfs", "zfs", "nfs4", "fuse.sshfs", "fuseblk", "vfat", "exfat", "cifs"]
+)
+def test_an_inode_counts_where_it_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
+    """Kernels without FAT and exFAT are too many for a real one."""
+    monkeypatch.setattr(dosvob.Mount, "of", lambda path: dosvob.Mount("0:0", "/", kind, "/dev/sdb1"))
+    stays = kind in ("ext4", "xfs", "btrfs", "zfs", "nfs4")
+    assert dosvob.identity_of(tmp_path)["inode"] == (tmp_path.stat().st_ino if stays else 0)
+
+
 def touched_elsewhere(storage: Storage) -> None:
     """Mount it again, and ask for its files in another order than they were made."""
     storage.unmount()
