@@ -184,17 +184,21 @@ class Package:
 
     def check(self) -> None:
         """Import it; raises UsageError if it is missing or too old."""
-        script = os.path.abspath(__file__)
-        venv, script = (shlex.quote(near_path(path)) for path in (f"{os.path.dirname(script)}/.venv", script))
-        install = f"python3 -m venv {venv} && {venv}/bin/pip install 'requests>=2.32,<3' 'paramiko>=5,<6'"
-        what, mend = f"the Python package {self._name}", f"{install} && {venv}/bin/python {script}"
+        what = f"the Python package {self._name}"
         try:
             version = str(self.__version__)
         except ImportError as missing:
-            raise UsageError(f"{what} is missing ({missing}): {mend}") from None
+            raise UsageError(f"{what} is missing ({missing}): {self._mend()}") from None
         if tuple(map(int, re.findall(r"\d+", version)[: len(self._least)])) < self._least:
             needed = ".".join(map(str, self._least))
-            raise UsageError(f"{what} {version} is too old, {needed} or later is needed: {mend}")
+            raise UsageError(f"{what} {version} is too old, {needed} or later is needed: {self._mend()}")
+
+    @staticmethod
+    def _mend() -> str:
+        script = os.path.abspath(__file__)
+        venv, script = (shlex.quote(near_path(path)) for path in (f"{os.path.dirname(script)}/.venv", script))
+        install = f"python3 -m venv {venv} && {venv}/bin/pip install 'requests>=2.32,<3' 'paramiko>=5,<6'"
+        return f"{install} && {venv}/bin/python {script}"
 
 
 PACKAGES = Package("requests", 2, 32), Package("paramiko", 5, 0)
@@ -2114,7 +2118,7 @@ class Packer:
         return data
 
 
-def tried(limit: float, work: Callable[[], T], *passing: int) -> T:
+def insisted(limit: float, work: Callable[[], T], *passing: int) -> T:
     """What the work returns; for `limit` seconds it is done again while it raises an OSError of these numbers."""
     end = time.monotonic() + limit
     while True:
@@ -2280,7 +2284,7 @@ class Agent:
     def open_device(self) -> None:
         """Wait for the device, protect it from writes that are not ours, and say hello."""
         try:
-            fd = tried(DEVICE_LIMIT, lambda: os.open(self.device, os.O_RDONLY), errno.ENOENT)
+            fd = insisted(DEVICE_LIMIT, lambda: os.open(self.device, os.O_RDONLY), errno.ENOENT)
         except FileNotFoundError:
             raise OSError(f"{self.device} did not appear within {DEVICE_LIMIT:.0f} s") from None
         if stat.S_ISBLK(os.fstat(fd).st_mode):
@@ -2298,7 +2302,7 @@ class Agent:
     def wait_for_the_one_before(self) -> None:
         """Wait for the end of another writing agent; one that outlasts ENDING_LIMIT hangs, and writes no more."""
         with contextlib.suppress(BlockingIOError):
-            tried(ENDING_LIMIT, lambda: fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB), errno.EAGAIN)
+            insisted(ENDING_LIMIT, lambda: fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB), errno.EAGAIN)
 
     def refuse_if_in_use(self) -> None:
         """Raise OSError if the device, or a part of it, is mounted or otherwise claimed: it would change meanwhile.
@@ -2306,7 +2310,7 @@ class Agent:
         A mount holds it exclusively, even while it replays its journal and is not listed yet: open(2), O_EXCL.
         """
         try:
-            os.close(tried(EXCLUSIVE_LIMIT, lambda: os.open(self.device, os.O_RDONLY | os.O_EXCL), errno.EBUSY))
+            os.close(insisted(EXCLUSIVE_LIMIT, lambda: os.open(self.device, os.O_RDONLY | os.O_EXCL), errno.EBUSY))
         except OSError as problem:
             if problem.errno != errno.EBUSY:
                 raise
@@ -2592,7 +2596,7 @@ class Checker:
                     fcntl.ioctl(control, 0x50009405, bytearray(4096))  # BTRFS_IOC_FORGET_DEV
             self.mount(node, place, kind, flags | (kind in self.READ_ONLY), self.OPTIONS.get(kind, ""))
 
-        tried(EXCLUSIVE_LIMIT, mount, *self.TAKEN)
+        insisted(EXCLUSIVE_LIMIT, mount, *self.TAKEN)
         try:
             with os.scandir(place) as entries:
                 for entry in itertools.islice(entries, CHECKED_ENTRIES):
@@ -3707,12 +3711,13 @@ class PatchFile:
     def chunks(self) -> array.array[int]:
         """The chunks of the index's rows, in order; they are kept."""
         if self._chunks is None:
-            self._chunks = array.array("I")
+            chunks = array.array("I")
             for first in range(0, self._count, CHUNK // PAGE):
                 rows = memoryview(self.rows(first, CHUNK // PAGE)).cast("I")
-                self._chunks.extend(rows[:: self.ROW.size // 4])
+                chunks.extend(rows[:: self.ROW.size // 4])
             if sys.byteorder == "little":
-                self._chunks.byteswap()
+                chunks.byteswap()
+            self._chunks = chunks  # all of them, or none if one cannot be read
         return self._chunks
 
     def find(self, index: int) -> Entry | None:
@@ -4734,10 +4739,11 @@ class Home:
                 self.path.mkdir(mode=0o700)
                 sync_directory(self.path.resolve().parent)
             self.make_directory("")
-            fd = create_private(self._lock)
+            lock = self.metadata / "lock" if with_id else self._lock()
+            fd = create_private(lock)
         except OSError as problem:
             raise UsageError(f"cannot write to {self.path}: {problem.strerror}: is it there, and yours?") from problem
-        with self._held(fd, fcntl.LOCK_EX):
+        with self._held(fd, fcntl.LOCK_EX, lock):
             if with_id and not self.id:  # durable before anything is named by it
                 self.write("home", secrets.token_hex(4) + "\n")
             yield
@@ -4748,20 +4754,23 @@ class Home:
         self.check()
         for flags in (os.O_RDWR, os.O_RDONLY):
             with contextlib.suppress(OSError):  # a copy, or not ours
-                fd = os.open(self._lock, flags | os.O_CLOEXEC)
+                lock = self._lock()
+                fd = os.open(lock, flags | os.O_CLOEXEC)
                 break
         else:
             yield
             return
-        with self._held(fd, fcntl.LOCK_SH):
+        with self._held(fd, fcntl.LOCK_SH, lock):
             yield
 
-    @property
     def _lock(self) -> Path:
-        """The file that is locked; a region's directory, named by itself, has its home's. Raises OSError."""
+        """The file that is locked; for a region's directory, which has no id, that of its home."""
         above = Path(os.path.abspath(self.path)).parent / ".dosvob"
-        is_region = exists(above / "home") and not exists(self.metadata / "home")
-        return (above if is_region else self.metadata) / "lock"
+        if not exists(self.metadata / "home"):
+            with contextlib.suppress(OSError):  # what is above may be somebody else's
+                if exists(above / "home"):
+                    return above / "lock"
+        return self.metadata / "lock"
 
     def is_read_only(self) -> bool:
         """Whether nothing can be changed in it, as in a copy on a read-only disk, or in somebody else's."""
@@ -4776,7 +4785,7 @@ class Home:
             return True
 
     @contextlib.contextmanager
-    def _held(self, fd: int, kind: int) -> Iterator[None]:
+    def _held(self, fd: int, kind: int, lock: Path) -> Iterator[None]:
         try:
             try:
                 if self._work:
@@ -4790,31 +4799,31 @@ class Home:
                         f"{self.path} cannot be locked ({problem.strerror}), so that two runs could meet there: mount "
                         "it with locks, as NFS has by -o local_lock=flock"
                     ) from problem
-            with self._named(fd):
+            with self._named(fd, lock):
                 yield
         finally:
             os.close(fd)
 
     def _take(self, fd: int, kind: int) -> None:
-        """Lock it; raises Busy. Who has it and does not say what for has it for a moment, which is waited for."""
-        for is_last in (*[False] * 20, True):
+        """Lock it; raises Busy. Who does not say what for has it for a moment; a line may be of one that was killed."""
+        for attempt in range(20):
             try:
                 fcntl.flock(fd, kind | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 holders = ", ".join(self._holders(fd))
-            if holders or is_last:
+            if attempt == 19 or (holders and attempt > 3):
                 of = f", {holders}" if holders else ""
                 raise Busy(f"another dosvob is at work in {self.path}{of}: wait until it ends")
             time.sleep(0.05)
 
     @contextlib.contextmanager
-    def _named(self, fd: int) -> Iterator[None]:
+    def _named(self, fd: int, lock: Path) -> Iterator[None]:
         """Write a line with the work and its start into the lock's file, if that is writable; blank it at the end."""
         place = -1
         if self._work:
             line = f"{utc_now().isoformat()} {self._work}".encode(errors="replace")[: self.LINE - 1]
-            with contextlib.suppress(OSError), open(self._lock, "ab", buffering=0) as end:
+            with contextlib.suppress(OSError), open(lock, "ab", buffering=0) as end:
                 end.write(line.ljust(self.LINE - 1) + b"\n")  # in one write, behind the lines of others
                 place = end.tell() - self.LINE
         try:
@@ -4904,7 +4913,7 @@ class Home:
         return names
 
     def remains(self) -> dict[Path, str]:
-        """What syncs left here, or put out of the way, besides images with their states and versions: whose it is."""
+        """What syncs and restores left here besides images, states and versions, or put out of the way: by volume."""
         kinds = {".": "partial|damaged|set-aside-.*", ".dosvob": r"spool|undo|state\.new|versions\.of-.*"}
         found = {}
         for region, (place, kind) in itertools.product(self.directories(), kinds.items()):
@@ -6950,7 +6959,7 @@ class Backup:
     AHEAD = 3  # volumes whose clones are made and attached while others sync: a droplet takes one event at a time
     MOST_SYNCS = 2  # at a time: DigitalOcean gives each volume some 200 to 300 MB/s, and the droplet reads more
     MOST_CHECKS = 4  # at a time, if some hang
-    PLACES = 7  # for clones that are needed, on a droplet
+    PLACES = 7  # for clones that are needed: some droplets take no more
 
     def __init__(
         self,
@@ -6978,7 +6987,7 @@ class Backup:
         self._refused = sys.maxsize  # bytes of the smallest clone that the account has no quota for
         self._needed: set[str] = set()  # the ids of clones that wait for their sync or are at it
         self._spent: dict[str, Volume] = {}  # the clones that nothing needs any more, by id
-        self._checks: dict[str, tuple[Queued, concurrent.futures.Future[Finding]]] = {}  # by clone
+        self._checks: dict[str, tuple[Queued, concurrent.futures.Future[Finding], float]] = {}  # by clone; since when
         self._keeper: DropletKeeper
 
     def run(self) -> float:
@@ -7034,7 +7043,7 @@ class Backup:
         """Wait until a sync ends or the next clone is there, for a moment at most; say since when if that is all."""
         awaited: list[concurrent.futures.Future[Any]] = [queued.sync for queued in syncs]
         awaited += [queued.prepared for queued in itertools.islice(ahead, 1) if not queued.prepared.done()]
-        awaited += [future for _, future in self._checks.values()]
+        awaited += [future for _, future, _ in self._checks.values()]
         if syncs:
             self._report.current = f"backing up {' and '.join(queued.name for queued in syncs)}"
         elif not ahead:
@@ -7249,7 +7258,7 @@ class Backup:
         if is_ok and wants_check:
             future = beside.submit(self._keeper.look_at, clone)
             future.add_done_callback(lambda _: self._end_use(clone))
-            self._checks[clone.id] = (queued, future)
+            self._checks[clone.id] = (queued, future, time.monotonic())
         else:
             self._end_use(clone)
         if is_ok and not wants_check:
@@ -7257,24 +7266,29 @@ class Backup:
 
     def _looks(self) -> int:
         """How many have not ended."""
-        return sum(not future.done() for _, future in self._checks.values())
+        return sum(not future.done() for _, future, _ in self._checks.values())
 
     def _end_checks(self, *, wait: bool = False) -> None:
         start = time.monotonic()
-        for clone, (queued, future) in list(self._checks.items()):
+        for clone, (queued, future, _) in list(self._checks.items()):
+            self._give_up_checks()
             while wait and not future.done():  # a stop ends it too
                 waited = time.monotonic() - start
                 told = f"{queued.name}: looking whether its backup comes up, {human_time(waited)}"
                 self._report.progress(lambda: told)  # noqa: B023 - called at once
-                if waited > CHECK_LIMIT:  # those that have begun have each their own
-                    for _, each in self._checks.values():
-                        each.cancel()
+                self._give_up_checks()
                 concurrent.futures.wait([future], timeout=0.5)
             if future.done():
                 del self._checks[clone]
                 self._report.end_progress()
                 late = Finding(words=f"other volumes' looks took {human_time(CHECK_LIMIT)}")
                 self._take_note(queued.name, late if future.cancelled() else future.result())
+
+    def _give_up_checks(self) -> None:
+        """Cancel the looks that wait for others that hang; those that have begun have each their own limit."""
+        for _, future, since in self._checks.values():
+            if time.monotonic() - since > CHECK_LIMIT:
+                future.cancel()
 
     def _take_note(self, name: str, found: Finding | None) -> None:
         """Record what was found on a volume, None if that was not looked for; say what is wrong; thin its versions."""
@@ -7490,12 +7504,13 @@ class Lookup:
         self._having = [0] * min(max(chunks, 1), self.MOST_BUCKETS)
 
     def steps(self, files: Sequence[PatchFile]) -> Steps:
-        """Make steps of these."""
+        """Make steps of these; raises Damaged, OSError for one of which the index cannot be read."""
         for file in files:
             if file not in self._numbers:
-                number = self._numbers[file] = len(self._files)
+                chunks, number = file.chunks(), len(self._files)
+                self._numbers[file] = number
                 self._files.append(file)
-                for chunk in file.chunks():
+                for chunk in chunks:
                     self._having[chunk % len(self._having)] |= 1 << number
         places = {file: place for place, file in enumerate(files)}
         doubtful = [file for file in files if file.doubtful]
@@ -7596,7 +7611,7 @@ class Shown:
             return False  # to read it tells
 
     def _recorded(self, view: View, steps: Steps, index: int, patches: list[tuple[PatchFile, Entry]]) -> bytes:
-        """The digest of a chunk; raises Damaged if an older patch of it may be lost than all of these."""
+        """The digest of a chunk; raises Damaged if a damaged part may have had an older patch of it."""
         # Whatever an undo had, which is the first of them: what it leads back to is in the state
         last = steps.files[patches[-1][0]] if patches else 0 if view.undo else -1
         for file in steps.doubtful:
@@ -7656,6 +7671,8 @@ class Shown:
         for file in files:
             file.load_index()
         view.steps[snapshot] = steps = view.lookup.steps(files[::-1])
+        if snapshot in self._held:
+            self._held[snapshot] = steps
         return steps
 
     def _way(self, newest: Snapshot, oldest: Snapshot) -> list[PatchFile]:
@@ -8598,7 +8615,7 @@ class Run:
         """Say what syncs left of volumes that the account has no more."""
         context, there = self._context, [f"{volume.region}/{volume.name}" for volume in volumes]
         for path, name in context.home.remains().items():
-            if not Home.matching(name, there):
+            if path.suffix != ".damaged" and not Home.matching(name, there):  # somebody restored that
                 size = human_size(context.home.occupied(path))
                 context.report.say(
                     f"{path} takes {size}, and the account has no volume {name}: delete it if you do not need it"
@@ -8961,7 +8978,7 @@ class Commands:
             report.say(f"there is no backup in {home.path} yet")
         rest = [f"{left['path']}: {human_size(left['occupied'])}, of {left['name']}" for left in remains]
         told = [listing.text(volume) for volume in found]
-        told += ["\n  ".join(["left by syncs that are not complete, or put out of the way:", *rest])] if rest else []
+        told += ["\n  ".join(["left by what is not complete, or put out of the way:", *rest])] if rest else []
         if told:
             report.answer("\n\n".join(told), self._stop)
 
@@ -9101,7 +9118,9 @@ class Commands:
                     told = f"{name} of {local_time(taken)}" if taken else f"{name}, of which no digests are recorded,"
                     meter = Meter(report, self._stop, f"{name}: restored", chain.size)
                     is_recorded = chain.state is not None
-                    for doubt in filter(None, (chain.problem, chain.doubt(depth))):
+                    if chain.problem:
+                        report.warn(f"{name}: {chain.problem}")
+                    if doubt := chain.doubt(depth):
                         report.warn(f"{told}: {doubt}")
                     final, damaged = chain.restore(depth, target, meter)
             except OSError as problem:

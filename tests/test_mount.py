@@ -689,6 +689,32 @@ def test_a_damaged_patch_costs_the_chunks_alone_that_it_may_be_of(tmp_path: Path
                         assert file.chunk(index) == content[index * MIB : (index + 1) * MIB]
 
 
+def test_an_index_that_cannot_be_read_for_once_does_not_count_as_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lineage = Lineage(tmp_path, ALL, 3)
+    lineage.go_on(2)
+    rows = dosvob.PatchFile.rows
+    told: list[Path] = []
+
+    def fail_once(file: dosvob.PatchFile, first: int, count: int) -> bytes:
+        if not told:
+            told.append(file.path)
+            raise dosvob.Damaged("for once")
+        return rows(file, first, count)
+
+    with contextlib.closing(dosvob.Shown(lineage.paths, dosvob.OpenFiles())) as shown_:
+        now, before = shown_.versions().values()
+        expected = [shown_.read(before, index, 0, dosvob.PAGES) for index in range(3)]
+        assert expected != [shown_.read(now, index, 0, dosvob.PAGES) for index in range(3)]
+    monkeypatch.setattr(dosvob.PatchFile, "rows", fail_once)
+    with contextlib.closing(dosvob.Shown(lineage.paths, dosvob.OpenFiles())) as shown_:
+        with contextlib.suppress(dosvob.Damaged):
+            shown_.hold(before)
+        assert told
+        assert [shown_.read(before, index, 0, dosvob.PAGES) for index in range(3)] == expected
+
+
 def chunks_of(ranges: dosvob.Ranges) -> set[int]:
     """The chunks in ranges of bytes."""
     return {index for start, end in ranges.ranges for index in range(start // MIB, end // MIB)}

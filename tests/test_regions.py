@@ -263,6 +263,29 @@ def test_a_region_that_is_named_by_itself_has_the_lock_of_its_home(home: Home, s
     run(home, *region, "verify")
 
 
+def test_a_home_within_another_has_a_lock_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first run on, in which it gets its id; and whoever may not look above it still has that."""
+    with dosvob.Home(tmp_path).locked():
+        pass
+    within = tmp_path / "backups"
+    with dosvob.Home(within, "a backup").locked():
+        with pytest.raises(dosvob.Busy, match="a backup since"), dosvob.Home(within).locked():
+            pass
+        with dosvob.Home(tmp_path).locked():
+            pass
+    (within / ".dosvob" / "home").unlink()
+    exists = dosvob.exists
+
+    def refuse(path: Path, *, follow_symlinks: bool = True) -> bool:
+        if path.parent.parent == tmp_path:
+            raise PermissionError(path)
+        return exists(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(dosvob, "exists", refuse)
+    with dosvob.Home(within, "a backup").locked(), pytest.raises(dosvob.Busy), dosvob.Home(within).unchanged():
+        pass
+
+
 # -- from one region to several, and back
 
 

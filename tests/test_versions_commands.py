@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -724,25 +723,27 @@ def test_a_restore_names_the_state_that_is_damaged(user: User) -> None:
     assert f"{user.paths.state.name} is damaged" in said
 
 
-@pytest.mark.parametrize("is_named", [True, False])
-def test_who_reads_waits_for_one_who_has_the_lock_for_a_moment(user: User, *, is_named: bool) -> None:
+@pytest.mark.parametrize("holder", ["", "a backup"])
+@pytest.mark.parametrize("line", ["", "2026-01-01T00:00:00+00:00 a run that was killed"])
+def test_who_reads_waits_for_one_who_has_the_lock_for_a_moment(
+    user: User, monkeypatch: pytest.MonkeyPatch, holder: str, line: str
+) -> None:
     """As another restore has, that begins: it says what it does when it has it. A run that goes on has said that."""
     user.go_on()
-    held = threading.Event()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dosvob.Home(user.backups, holder).locked(with_id=False))
+        (user.paths.metadata / "lock").open("a").write(line)
+        moments: list[float] = []
 
-    def hold() -> None:
-        with dosvob.Home(user.backups, "a backup" * is_named).locked(with_id=False):
-            held.set()
-            time.sleep(0.2)
+        def pass_(seconds: float) -> None:
+            moments.append(seconds)
+            if len(moments) == 2 and not holder:
+                stack.close()
 
-    holder = threading.Thread(target=hold)
-    holder.start()
-    held.wait()
-    try:
+        monkeypatch.setattr(time, "sleep", pass_)
         with (
-            pytest.raises(dosvob.Busy, match="a backup since") if is_named else contextlib.nullcontext(),
+            pytest.raises(dosvob.Busy, match="a backup since") if holder else contextlib.nullcontext(),
             dosvob.Home(user.backups, "a restore").unchanged(),
         ):
             pass
-    finally:
-        holder.join()
+    assert moments
