@@ -426,9 +426,22 @@ def raid(disk: Path) -> None:
 
 
 def zfs(disk: Path) -> None:
-    """Some uberblocks of the first label of a ZFS pool's device."""
-    for number in range(4):
-        write_at(disk, (128 + number) << 10, struct.pack("<QQQQQ", 0x00BAB10C, 5000, 0, 100 + number, 1_700_000_000))
+    """The first two labels of a ZFS pool's device: libblkid goes by the uberblocks, from 2.41 on by the list before."""
+
+    def text(of: bytes) -> bytes:
+        return struct.pack(">I", len(of)) + of + bytes(-len(of) % 4)
+
+    def pair(name: bytes, kind: int, value: bytes) -> bytes:
+        body = text(name) + struct.pack(">II", kind, 1) + value
+        return struct.pack(">II", len(body) + 8, 64) + body
+
+    numbers = {b"version": 5000, b"state": 0, b"txg": 100, b"pool_guid": 12345, b"top_guid": 777, b"guid": 777}
+    pairs = [pair(b"name", 9, text(b"tank")), *(pair(name, 8, struct.pack(">Q", of)) for name, of in numbers.items())]
+    for label in (0, 256 << 10):
+        write_at(disk, label + (16 << 10), bytes([1, 1, 0, 0]) + struct.pack(">II", 0, 1) + b"".join(pairs) + bytes(8))
+        for number in range(8):
+            uberblock = struct.pack("<QQQQQ", 0x00BAB10C, 5000, 100 + number, 100 + number, 1_700_000_000)
+            write_at(disk, label + ((128 + number) << 10), uberblock)
 
 
 def swap(disk: Path) -> None:
