@@ -548,8 +548,11 @@ def command_line(*words: str) -> str:
 
 
 def near_path(path: str) -> str:
-    """A path, made relative if it is below the current directory."""
-    return os.path.relpath(path) if Path(path).is_relative_to(os.getcwd()) else path
+    """A path, made relative if it is below the current directory, which may be gone."""
+    with contextlib.suppress(FileNotFoundError):
+        if Path(path).is_relative_to(os.getcwd()):
+            return os.path.relpath(path)
+    return path
 
 
 def fitted(text: str, columns: int) -> str:
@@ -4346,7 +4349,7 @@ class Chain:
         )
 
     def is_cut(self, size: int) -> bool:
-        """Whether some of the image's first `size` bytes is gone at its end, where zeros that are recorded are none."""
+        """Whether the image is too short for its first `size` bytes, recorded zeros at their end not counting."""
         missing = range(self.length // CHUNK, min(size, self.size) // CHUNK)
         return any(self._recorded(index) != ZERO_DIGEST for index in missing)
 

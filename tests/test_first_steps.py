@@ -195,6 +195,12 @@ def test_a_python_without_any_packages_is_told_what_to_install(home: Home, argum
     assert_package_asked_for(done, "requests", "paramiko")
 
 
+def test_a_package_that_is_missing_is_told_where_the_current_directory_is_gone(tmp_path: Path) -> None:
+    command = f"mkdir gone && cd gone && rmdir ../gone && {shlex.join([sys.executable, '-I', '-S', str(SCRIPT)])}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert_package_asked_for(done, "requests", "paramiko")
+
+
 def test_what_works_offline_needs_python_alone(home: Home, sim: Simulator, tmp_path: Path) -> None:
     """On the day of the disaster there may be nothing else."""
     volume = add_volume(sim, "data")
