@@ -807,8 +807,8 @@ def test_looks_that_take_long_are_no_reason_to_lose_the_droplet(
 ) -> None:
     """Each holds one of the droplet's places, and it is not busy for that."""
     others = [add_volume(sim, f"e{number}") for number in range(9)]
-    sim.faults.add(dataclasses.replace(Droplet(tmp_path, "import time; time.sleep(12)").fault, times=99))
-    done = run(home, constants={"BUSY_LIMIT": 6})
+    sim.faults.add(dataclasses.replace(Droplet(tmp_path, "import time; time.sleep(15)").fault, times=99))
+    done = run(home, constants={"BUSY_LIMIT": 9})
     assert {cells(done.stdout, volume.name)[-2] for volume in others} == {"no file system"}
     assert cells(done.stdout, "data")[-2] == "ext4, 0 % full"
     assert changes(sim.requests)["POST", "droplets"] == 1
@@ -828,12 +828,15 @@ def test_a_look_that_was_begun_is_not_repeated(sim: Simulator, home: Home, data:
 
 
 @pytest.mark.small
-def test_many_that_hang_do_not_wait_for_each_other(sim: Simulator, home: Home, data: Volume, tmp_path: Path) -> None:
-    """The limit on time is for all of them that have not begun, too."""
+@pytest.mark.parametrize("places", [7, 2])
+def test_many_that_hang_do_not_wait_for_each_other(
+    sim: Simulator, home: Home, data: Volume, tmp_path: Path, places: int
+) -> None:
+    """The limit on time is for all of them that have not begun, too, also while others wait for their places."""
     others = [add_volume(sim, name) for name in ("e", "f")]
     droplet = Droplet(tmp_path, "import time; time.sleep(3600)")
     sim.faults.add(droplet.fault)
-    done = run(home, constants={"STALL_LIMIT": 15, "CHECK_LIMIT": 1, "MOST_CHECKS": 1})
+    done = run(home, constants={"STALL_LIMIT": 15, "CHECK_LIMIT": 1, "MOST_CHECKS": 1, "PLACES": places})
     assert droplet.times == 2  # of the first one, on another connection too
     for volume in others:
         told = f"warning: {volume.name}: whether it comes up is not known: other volumes' looks took 1 s"
